@@ -1,0 +1,40 @@
+"""Lumina's engine: train, watch and talk to mixture-of-experts language models.
+
+Public names load on first use (PEP 562), so `import lumina_engine` imports neither torch nor pydantic.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# public name -> module that defines it
+_PUBLIC = {
+    "Config": "lumina_engine.config.schema",
+    "ConfigError": "lumina_engine.config.schema",
+    "DeepSeekConfig": "lumina_engine.config.schema",
+    "Finding": "lumina_engine.config.schema",
+    "ConfigPresets": "lumina_engine.config.presets",
+    "ConversationTokenizer": "lumina_engine.data.tokenizer",
+    "ConversationDataset": "lumina_engine.data.batch",
+    "convert_to_conversation_format": "lumina_engine.data.formats",
+    "DeepSeekTransformer": "lumina_engine.model.transformer",
+    "EnhancedConversationTrainer": "lumina_engine.training.trainer",
+    "CheckpointManager": "lumina_engine.checkpoint.manager",
+    "load_model": "lumina_engine.checkpoint.manager",
+    "generate": "lumina_engine.chat.generate",
+}
+
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> object:
+    module = _PUBLIC.get(name)
+    if module is None:
+        raise AttributeError(f"module 'lumina_engine' has no attribute {name!r}")
+    return getattr(import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""The full-screen terminal program `lumina`. Never imports torch."""
