@@ -1,0 +1,232 @@
+"""Byte-pair vocabularies: what defines the ids of a tokenizer, read from package data or from a user's file.
+
+`cl100k_base` and `o200k_base` are OpenAI's vocabularies, re-packed: an xz stream of one length byte and the token's bytes for
+each rank from 0. They are accepted only if they rebuild OpenAI's file bit for bit (SHA-256 constants of tiktoken 0.14.0,
+`tiktoken_ext/openai_public.py`; the split patterns come from there, too). `lumina-1k` is a `.tiktoken` text file (base64 of the
+token, a space, its rank), trained by `bpe.py` on the built-in corpus. Nothing here needs the network or a cache folder.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import tiktoken
+
+IM_START = "<|im_start|>"
+IM_END = "<|im_end|>"
+PAD = "<|pad|>"
+END_OF_TEXT = "<|endoftext|>"
+
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+CL100K_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+O200K_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Digits and the letters of words in capitals stand alone, so that a small model sees what it must add up or spell.
+LUMINA_PATTERN = r" ?\p{Lu}?\p{Ll}+(?:'\p{Ll}{1,2}(?!\p{L}))?|\p{L}|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]|\s+(?!\S)|\s"
+
+
+class TokenizerError(ValueError):
+    """A tokenizer that cannot be had: unknown name, missing or damaged vocabulary. The message is one line with the fix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Official:
+    """A published vocabulary: SHA-256 of its `.tiktoken` file, its pattern, its special tokens and ours (in unused ids)."""
+
+    encoding: str
+    sha256: str
+    pattern: str
+    special: dict[str, int]
+    turns: tuple[int, int, int] | None  # ids of IM_START, IM_END, PAD; None = behind the last id
+
+
+_OFFICIAL = (
+    Official(
+        "cl100k_base",
+        "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7",
+        CL100K_PATTERN,
+        {
+            END_OF_TEXT: 100257,
+            "<|fim_prefix|>": 100258,
+            "<|fim_middle|>": 100259,
+            "<|fim_suffix|>": 100260,
+            "<|endofprompt|>": 100276,
+        },
+        (100264, 100265, 100266),
+    ),
+    Official(
+        "o200k_base",
+        "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d",
+        O200K_PATTERN,
+        {END_OF_TEXT: 199999, "<|endofprompt|>": 200018},
+        # tiktoken's o200k_harmony gives 199998 and 200000-200012 other meanings
+        (200013, 200014, 200015),
+    ),
+    Official(
+        "r50k_base",
+        "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930",
+        GPT2_PATTERN,
+        {END_OF_TEXT: 50256},
+        None,
+    ),
+)
+_PACKED = {"gpt-4": "cl100k_base", "gpt-4o": "o200k_base"}
+LUMINA_1K = "lumina-1k"
+LUMINA_1K_MERGES = 764
+NAMES = (*_PACKED, LUMINA_1K)
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """A tiktoken encoding with the turn tokens in it, its digest and the ids that mean nothing below `size`."""
+
+    name: str
+    encoding: tiktoken.Encoding
+    digest: str
+    size: int  # highest id + 1
+    unused: frozenset[int]
+    im_start_id: int
+    im_end_id: int
+    pad_id: int
+    eot_id: int
+
+
+def load_vocabulary(name: str) -> Vocabulary:
+    """The vocabulary called `name` (one of `NAMES`), or read from a `.tiktoken` file at that path.
+
+    Built at the first use and kept for the life of the process. Raises `TokenizerError`; no tokenizer stands in for another.
+    """
+    if name in NAMES:
+        return _named(name)
+    path = Path(name)
+    if path.is_file():
+        stat = path.stat()
+        return _from_file(str(path), stat.st_mtime_ns, stat.st_size)
+    raise TokenizerError(
+        f"tokenizer {name!r} is unknown; choose one of {', '.join(NAMES)} or give the path of a .tiktoken vocabulary file"
+    )
+
+
+@lru_cache(maxsize=len(NAMES))
+def _named(name: str) -> Vocabulary:
+    if name == LUMINA_1K:
+        file = "lumina-1k.tiktoken"
+        return _build(name, _parse(_package_data(file), file), LUMINA_PATTERN, {}, None)
+    official = next(o for o in _OFFICIAL if o.encoding == _PACKED[name])
+    file = f"{official.encoding}.bpe.xz"
+    tokens = _unpack(_package_data(file), file)
+    if hashlib.sha256(tiktoken_file(tokens)).hexdigest() != official.sha256:
+        raise TokenizerError(f"vocabulary {file} is damaged (SHA-256 differs from OpenAI's file); install Lumina again")
+    return _build(name, tokens, official.pattern, official.special, official.turns)
+
+
+@lru_cache(maxsize=4)
+def _from_file(path: str, _mtime_ns: int, _size: int) -> Vocabulary:
+    """A vocabulary file: published ones are known by their SHA-256; any other is split as cl100k_base splits."""
+    data = Path(path).read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    tokens = _parse(data, path)
+    name = Path(path).name
+    if digest == hashlib.sha256(_package_data("lumina-1k.tiktoken")).hexdigest():
+        return _build(name, tokens, LUMINA_PATTERN, {}, None)
+    for official in _OFFICIAL:
+        if digest == official.sha256:
+            return _build(name, tokens, official.pattern, official.special, official.turns)
+    return _build(name, tokens, CL100K_PATTERN, {}, None)
+
+
+def _package_data(file: str) -> bytes:
+    try:
+        return resources.files("lumina_engine.data").joinpath("vocab", file).read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"vocabulary {file} cannot be read ({error.strerror}); install Lumina again") from error
+
+
+def _unpack(packed: bytes, file: str) -> list[bytes]:
+    """Tokens in rank order of an xz stream of (length byte, token) pairs."""
+    try:
+        import lzma
+    except ImportError as error:
+        raise TokenizerError(f"vocabulary {file} needs the lzma module; install Python with xz support (liblzma)") from error
+    try:
+        data = lzma.decompress(packed, format=lzma.FORMAT_XZ)
+    except lzma.LZMAError as error:
+        raise TokenizerError(f"vocabulary {file} is damaged ({error}); install Lumina again") from error
+    tokens: list[bytes] = []
+    at = 0
+    while at < len(data):
+        end = at + 1 + data[at]
+        tokens.append(data[at + 1 : end])
+        at = end
+    return tokens
+
+
+def _parse(data: bytes, file: str) -> list[bytes]:
+    """Tokens in rank order of a `.tiktoken` file; ranks must be 0, 1, 2, … and hold every single byte."""
+    tokens: list[bytes] = []
+    for line_number, line in enumerate(data.splitlines(), start=1):
+        try:
+            encoded, rank = line.split()
+            token = base64.b64decode(encoded, validate=True)
+            if int(rank) != len(tokens):
+                raise ValueError(f"rank {int(rank)} where {len(tokens)} must stand")
+        except (ValueError, binascii.Error) as error:
+            raise TokenizerError(
+                f"{file}:{line_number}: not a line of a .tiktoken vocabulary ({error}); each line is base64, a space, the rank"
+            ) from error
+        tokens.append(token)
+    known = set(tokens)
+    if len(known) != len(tokens):
+        raise TokenizerError(f"{file}: a token stands there twice; each token has one rank")
+    missing = [byte for byte in range(256) if bytes((byte,)) not in known]
+    if missing:
+        raise TokenizerError(f"{file}: {len(missing)} of the 256 single bytes are missing; some text could not be encoded")
+    return tokens
+
+
+def tiktoken_file(tokens: list[bytes]) -> bytes:
+    """The `.tiktoken` text of tokens in rank order."""
+    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+
+
+def _build(
+    name: str, tokens: list[bytes], pattern: str, special: dict[str, int], turns: tuple[int, int, int] | None
+) -> Vocabulary:
+    import tiktoken
+
+    ids = dict(special)
+    next_id = max([len(tokens) - 1, *ids.values()]) + 1
+    if END_OF_TEXT not in ids:
+        ids[END_OF_TEXT] = next_id
+        next_id += 1
+    start, end, pad = turns or (next_id, next_id + 1, next_id + 2)
+    ids.update({IM_START: start, IM_END: end, PAD: pad})
+    size = max(ids.values()) + 1
+    definition = {
+        "ranks": hashlib.sha256(tiktoken_file(tokens)).hexdigest(),
+        "pattern": pattern,
+        "special": ids,
+    }
+    digest = hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
+    encoding = tiktoken.Encoding(
+        f"lumina_{name}",
+        pat_str=pattern,
+        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+        special_tokens=ids,
+    )
+    unused = frozenset(range(len(tokens), size)) - frozenset(ids.values())
+    return Vocabulary(name, encoding, digest, size, unused, start, end, pad, ids[END_OF_TEXT])
