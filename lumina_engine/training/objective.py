@@ -1,0 +1,99 @@
+"""What one optimizer step minimises, and the sums that it reports.
+
+Shape letters: L expert layers, E experts.
+
+    objective = Σ token losses / N  +  w_balance · balance  +  w_z · mean logsumexp²
+
+N counts the trained tokens of the *global* batch: all micro batches on all ranks. The balance loss is
+`E/k · Σ_e (n_e/T) · P_e`, averaged over expert layers (Switch Transformers, arXiv:2101.03961, for k choices), with `n_e` and `P_e`
+over the global batch too. `n_e` carries no gradient; with gradient accumulation a micro batch knows the choices of its own and
+the earlier micro batches of the step (of all ranks), not those that are yet to come.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ..data.batch import Batch
+from .comm import Comm
+
+
+@dataclass
+class GlobalBatch:
+    """Sums over the global batch of one step, known before its first forward pass."""
+
+    labels: float  # trained tokens (their weights, where tokens are weighted)
+    tokens: int  # tokens that are not padding
+
+    @classmethod
+    def of(cls, micro_batches: list[Batch], comm: Comm) -> GlobalBatch:
+        labels = sum(batch_label_weight(batch) for batch in micro_batches)
+        tokens = sum(int(batch.num_tokens) for batch in micro_batches)
+        both = comm.sum(torch.tensor([labels, tokens], dtype=torch.float64, device=comm.device)).tolist()
+        return cls(both[0], int(both[1]))
+
+
+def batch_label_weight(batch: Batch) -> float:
+    """Trained tokens of a batch, each counted with its weight."""
+    if batch.weights_BS is None:
+        return float(batch.num_labels)
+    return float(batch.weights_BS[batch.labels_BS >= 0].sum())
+
+
+@dataclass
+class Objective:
+    """Builds this rank's share of the objective, micro batch by micro batch, and keeps the sums for the record."""
+
+    totals: GlobalBatch
+    comm: Comm
+    balance_weight: float
+    z_weight: float
+    top_k: int
+    loss_sum: torch.Tensor = field(init=False)
+    balance: torch.Tensor = field(init=False)
+    z: torch.Tensor = field(init=False)
+    _counts_LE: torch.Tensor | None = field(init=False, default=None)
+    _tokens: float = field(init=False, default=0.0)
+
+    def __post_init__(self) -> None:
+        zero = torch.zeros((), dtype=torch.float64, device=self.comm.device)
+        self.loss_sum, self.balance, self.z = zero.clone(), zero.clone(), zero.clone()
+
+    def add(self, output: Any, tokens: int) -> torch.Tensor:
+        """The scalar to call `backward` on for one micro batch with `tokens` tokens on this rank."""
+        self.loss_sum += output.loss_sum.detach()
+        loss = output.loss_sum / max(self.totals.labels, 1.0)
+        router = output.router
+        if router is None:
+            return loss
+        share_LE = self._global_shares(router.counts_LE, tokens)
+        experts = share_LE.shape[1]
+        mean_LE = router.prob_sum_LE / max(self.totals.tokens, 1)
+        balance = (experts / self.top_k) * (share_LE * mean_LE).sum(dim=1).mean()
+        z = (router.z_sum_L / max(self.totals.tokens, 1)).mean()
+        self.balance += balance.detach()
+        self.z += z.detach()
+        return loss + self.balance_weight * balance + self.z_weight * z
+
+    def _global_shares(self, counts_LE: torch.Tensor, tokens: int) -> torch.Tensor:
+        """n_e / T over all ranks and the micro batches of this step so far."""
+        counts = counts_LE.detach().to(torch.float32)
+        summed = torch.cat([counts.reshape(-1), counts.new_tensor([float(tokens)])])
+        self.comm.sum(summed)
+        counts = summed[:-1].view_as(counts)
+        self._counts_LE = counts if self._counts_LE is None else self._counts_LE + counts
+        self._tokens += float(summed[-1])
+        return self._counts_LE / max(self._tokens, 1.0)
+
+    @property
+    def counts_LE(self) -> torch.Tensor | None:
+        """Choices per expert over the global batch so far."""
+        return self._counts_LE
+
+    def reduce(self) -> tuple[float, float, float]:
+        """(language loss in nats per trained token, balance loss, z-loss) of the global batch, on every rank."""
+        sums = self.comm.sum(torch.stack([self.loss_sum, self.balance, self.z])).tolist()
+        return sums[0] / max(self.totals.labels, 1.0), sums[1], sums[2]

@@ -1,0 +1,67 @@
+"""Learning-rate schedules: a pure function of the step, times a multiplier that run-time changes set."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Schedule:
+    """Warm-up, then cosine, WSD, linear or constant.
+
+    Steps count from 1, and the rate of step 1 is never 0 (`peak / warmup_steps` while warming up). After `total_steps` the floor
+    holds. WSD (warm-up, stable, decay) follows MiniCPM, arXiv:2404.06395, with a linear decay over the last `decay_ratio` of all
+    steps. `multiplier` scales every rate; it is part of the saved state, so a change made at run time survives a restart.
+    """
+
+    kind: str
+    peak: float
+    total_steps: int
+    warmup_steps: int
+    min_lr_ratio: float
+    decay_ratio: float
+    multiplier: float = 1.0
+
+    @classmethod
+    def from_config(cls, config: Any, total_steps: int) -> Schedule:
+        """`warmup_steps: auto` becomes 2 % of the steps, 2,000 at the most."""
+        warmup = config.warmup_steps
+        if warmup == "auto":
+            warmup = min(2000, round(0.02 * total_steps))
+        return cls(config.lr_schedule, config.learning_rate, total_steps, warmup, config.min_lr_ratio, config.decay_ratio)
+
+    def shape(self, step: int) -> float:
+        """The rate of `step` (from 1) as a share of the peak, without the multiplier."""
+        if step <= self.warmup_steps:
+            return step / self.warmup_steps
+        floor = self.min_lr_ratio
+        if self.kind == "constant":
+            return 1.0
+        if self.kind == "wsd":
+            decay_steps = max(1, round(self.decay_ratio * self.total_steps))
+            start = max(self.warmup_steps, self.total_steps - decay_steps)
+            share = (step - start) / max(1, self.total_steps - start)
+            return 1.0 - (1.0 - floor) * min(1.0, max(0.0, share))
+        share = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))
+        if self.kind == "cosine":
+            return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * share))
+        if self.kind == "linear":
+            return 1.0 - (1.0 - floor) * share
+        raise ValueError(f"lr_schedule {self.kind!r}: must be cosine, wsd, linear or constant")
+
+    def lr(self, step: int) -> float:
+        """The learning rate of `step`, counted from 1."""
+        return self.peak * self.shape(step) * self.multiplier
+
+    def set_lr(self, step: int, lr: float) -> float:
+        """Choose the multiplier so that `step` has the rate `lr`; later steps keep the schedule's shape. Returns it."""
+        self.multiplier = lr / (self.peak * self.shape(step))
+        return self.multiplier
+
+    def state_dict(self) -> dict[str, float]:
+        return {"multiplier": self.multiplier}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.multiplier = float(state["multiplier"])
