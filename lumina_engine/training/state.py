@@ -1,0 +1,100 @@
+"""What a checkpoint holds of a trainer, how it is put back, and how a rank describes itself."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from ..checkpoint.manager import Loaded, Payload, capture_rng, restore_rng
+from .trainer import EnhancedConversationTrainer, Progress
+
+PACKAGES = ("lumina", "torch", "deepspeed", "numpy", "tiktoken", "safetensors")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what training stands on; a package that is not installed is left out."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def payload(trainer: EnhancedConversationTrainer) -> Payload:
+    """The whole state at a step boundary. Tensors are the live ones: the manager copies or writes them before the next step."""
+    assert trainer.schedule is not None
+    rng_state, rng_tensors = capture_rng()
+    tensors = {**trainer.engine.state_tensors(), **rng_tensors}
+    if trainer.window is not None:
+        tensors.update(trainer.window.state_tensors())
+    progress = trainer.progress
+    metrics = {"loss": trainer.last_loss, **{f"eval_{name}": value for name, value in progress.last_eval.items()}}
+    return Payload(
+        step=progress.step,
+        epoch=progress.epoch,
+        tokens=progress.tokens,
+        model=trainer.model.state_dict(),
+        model_config=trainer.model.config.to_dict(),
+        tokenizer={"name": trainer.tokenizer.name, "digest": trainer.tokenizer.digest},
+        global_state={
+            "progress": progress.state_dict(),
+            "schedule": trainer.schedule.state_dict(),
+            "total_steps": trainer.total_steps,
+            "seed": trainer.config.seed,
+            "data_fingerprint": trainer.train_data.fingerprint,
+            "versions": versions(),
+            **trainer.extra_state,
+        },
+        rank_state={"rng": rng_state, "world": trainer.comm.world_size, "zero_stage": getattr(trainer.engine, "stage", None)},
+        rank_tensors=tensors,
+        metrics=metrics,
+        flags={},
+    )
+
+
+def restore(trainer: EnhancedConversationTrainer, loaded: Loaded) -> None:
+    """Put a checkpoint back into a fresh trainer: weights, optimizer, schedule, position, routing window, random state."""
+    from .schedule import Schedule
+
+    trainer.model.load_state_dict(loaded.model)
+    trainer.engine.load_state_tensors(loaded.rank_tensors)
+    if trainer.window is not None:
+        trainer.window.load_state_tensors(loaded.rank_tensors)
+    state = loaded.global_state
+    trainer.progress = Progress.from_state_dict(state["progress"])
+    trainer.schedule = Schedule.from_config(trainer.config, int(state["total_steps"]))
+    trainer.schedule.load_state_dict(state["schedule"])
+    restore_rng(loaded.rank_state["rng"], loaded.rank_tensors)
+
+
+def setup_report(trainer: EnhancedConversationTrainer) -> dict[str, Any]:
+    """How this rank is set up; every value is read from the live objects."""
+    config, comm = trainer.config, trainer.comm
+    groups = trainer.engine.optimizer.param_groups  # type: ignore[attr-defined]
+    report: dict[str, Any] = {
+        "device": str(comm.device),
+        "rank": f"{comm.rank} of {comm.world_size}",
+        "engine": type(trainer.engine).__name__,
+        "zero_stage": getattr(trainer.engine, "stage", None),
+        "precision": f"{trainer.precision.name} (weights {trainer.precision.weights}, autocast {trainer.precision.autocast})",
+        "batch": f"{config.batch_size} micro x {config.gradient_accumulation_steps} accumulation x {comm.world_size} ranks = "
+        f"{config.batch_size * config.gradient_accumulation_steps * comm.world_size} rows of {config.seq_length} tokens",
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "parameter_groups": [
+            {"parameters": sum(p.numel() for p in g["params"]), "weight_decay": g["weight_decay"]} for g in groups
+        ],
+        "threads": torch.get_num_threads(),
+        "versions": versions(),
+    }
+    data = getattr(trainer, "train_data", None)
+    if data is not None:
+        first = next(iter(trainer._loader()))[0]
+        row_S, labels_S = first.input_ids_BS[0], first.labels_BS[0]
+        report["first_row"] = trainer.tokenizer.decode([int(i) for i in row_S[:64]])
+        report["first_row_trained"] = trainer.tokenizer.decode([int(i) for i in labels_S[labels_S >= 0][:64]])
+    return report

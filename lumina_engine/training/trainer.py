@@ -1,0 +1,470 @@
+"""The training loop: one for every mode.
+
+A step takes all micro batches of the global batch that fall to this rank, adds up their share of the objective, and updates once.
+Between steps lies the *boundary*, the only place where anything else happens, always in this order: record, commands, save,
+evaluate. Saving comes before evaluating, so that a fault in evaluation costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from ..data.batch import Batch, EvalLoader, Position, TrainLoader
+from ..monitoring import record as rec
+from . import memory
+from .comm import Comm
+from .control import Control, Request
+from .engine import build_engine
+from .evaluation import eval_record, evaluate, token_bytes_V
+from .objective import GlobalBatch, Objective
+from .precision import Precision
+from .routing import RoutingWindow
+from .schedule import Schedule
+
+
+class Stop(Exception):
+    """The run ends at this boundary. `state` and `exit_code` as in the table of exit codes."""
+
+    def __init__(self, state: str, exit_code: int, reason: str, *, save: bool = True, id: str | None = None) -> None:
+        super().__init__(reason)
+        self.state, self.exit_code, self.reason, self.save, self.id = state, exit_code, reason, save, id
+
+
+@dataclass
+class Progress:
+    """Where training is: everything global that a resumed run needs besides tensors."""
+
+    step: int = 0
+    epoch: int = 0
+    index: int = 0  # next row of the epoch's row order
+    tokens: int = 0
+    samples: int = 0  # rows processed
+    skipped: int = 0
+    nonfinite_in_row: int = 0
+    best: float | None = None  # best evaluation (or training) loss
+    evals_since_best: int = 0
+    wall_seconds: float = 0.0
+    last_eval: dict[str, float] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> Progress:
+        return cls(**{name: state[name] for name in cls.__dataclass_fields__ if name in state})
+
+
+Emit = Callable[[Any], None]
+
+
+class EnhancedConversationTrainer:
+    """Trains a `DeepSeekTransformer` on conversations.
+
+    The shape comes from `model.config`; `config` says how to train. `logger` takes records: an object with `.emit(record)`, or a
+    `logging.Logger`, or None. In a plain script that is all; a supervised run adds a command channel and a checkpoint manager
+    (see `worker.py`).
+
+    Args:
+        model: the model, on any device, in fp32.
+        tokenizer: the tokenizer of the data.
+        config: a `Config`; values left on `auto` are resolved for this machine.
+        logger: where records go.
+        comm: the process group; made from the environment when absent.
+        manager: a `CheckpointManager`; without one nothing is saved.
+        channel: a `RankChannel` for commands and heartbeats.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        config: Any,
+        logger: Any = None,
+        *,
+        comm: Comm | None = None,
+        manager: Any = None,
+        channel: Any = None,
+    ) -> None:
+        self.comm = comm or Comm.start(config.communication_backend)
+        self.config = resolved_for_training(config, model, tokenizer, self.comm)
+        self.tokenizer = tokenizer
+        self.manager = manager
+        self.channel = channel
+        self.control = Control(self.comm, channel)
+        self.emit = emitter(logger, self.comm)
+        self.precision = Precision.from_name(self.config.precision)
+        self.model = model.to(device=self.comm.device, dtype=self.precision.weights)
+        self.model.train()
+        if channel is not None:
+            channel.report(0, "dry run")
+        memory.dry_run(self.model, self.config, self.comm.device, self.precision.context)
+        self.ds_config = deepspeed_config(self.config, self.comm)
+        self.engine = build_engine(self.model, self.config, self.comm, self.ds_config)
+        self.model = self.engine.module
+        shape = self.model.config
+        self.top_k = shape.moe_top_k
+        layers = list(range(shape.num_dense_layers, shape.num_layers)) if shape.use_moe else []
+        self.window = RoutingWindow(layers, shape.num_experts, self.top_k, self.comm) if layers else None
+        self.progress = Progress()
+        self.schedule: Schedule | None = None
+        self.bytes_V: torch.Tensor | None = None
+        self.replay: dict[int, float] = {}  # step -> learning rate that the user set there before a restart
+        self.extra_state: dict[str, Any] = {}  # what the caller wants in every checkpoint (fingerprint, versions)
+
+    # ---- training -------------------------------------------------------------------------------------------------------
+
+    def train(self, train_dataset: Any, eval_dataset: Any = None) -> dict[str, Any]:
+        """Train to the end of `num_epochs` or `max_steps`, whichever comes first, or to a stop.
+
+        Args:
+            train_dataset: a `ConversationDataset` or a `TokenStore`.
+            eval_dataset: the same for evaluation, or None.
+
+        Returns:
+            A summary: `state`, `exit_code`, `reason`, `step`, `total_steps`, `tokens`, `loss`, `eval` (figures of the last
+            evaluation), `seconds`.
+        """
+        started = time.monotonic()
+        self.train_data = getattr(train_dataset, "store", train_dataset)
+        self.eval_data = getattr(eval_dataset, "store", eval_dataset)
+        loader = self._loader()
+        self.total_steps = self._total_steps(loader)
+        multiplier = self.schedule.multiplier if self.schedule else 1.0
+        self.schedule = Schedule.from_config(self.config, self.total_steps)
+        self.schedule.multiplier = multiplier
+        self.last_loss = math.nan
+        self.emit(rec.Run(state="running", total_steps=self.total_steps, world=self.comm.world_size))
+        try:
+            self._loop(loader)
+            self._boundary_tasks(final=True)
+            ending = Stop("finished", 0, f"all {self.total_steps} steps done")
+        except Stop as stop:
+            self._end(stop)
+            ending = stop
+        self._settle_saves(wait=True)
+        return {
+            "state": ending.state,
+            "exit_code": ending.exit_code,
+            "reason": ending.reason,
+            "id": ending.id,
+            "step": self.progress.step,
+            "total_steps": self.total_steps,
+            "tokens": self.progress.tokens,
+            "loss": self.last_loss,
+            "eval": dict(self.progress.last_eval),
+            "seconds": time.monotonic() - started,
+        }
+
+    def _loader(self) -> TrainLoader:
+        return TrainLoader(
+            self.train_data,
+            self.config,
+            rank=self.comm.rank,
+            world=self.comm.world_size,
+            micro_batch=self.config.batch_size,
+            accumulation=self.config.gradient_accumulation_steps,
+            start=Position(self.progress.epoch, self.progress.index),
+        )
+
+    def _total_steps(self, loader: TrainLoader) -> int:
+        steps = loader.total_steps(self.config.num_epochs)
+        return min(steps, self.config.max_steps) if self.config.max_steps else steps
+
+    def _loop(self, loader: TrainLoader) -> None:
+        self._boundary(self.control.agree())
+        steps = iter(loader)
+        while self.progress.step < self.total_steps:
+            begin = time.perf_counter()
+            self._section("data", self.progress.step + 1)
+            micro_batches = [batch.to(self.comm.device) for batch in next(steps)]
+            data_time = time.perf_counter() - begin
+            self._step(micro_batches, begin, data_time)
+            self.progress.epoch, self.progress.index = loader.position.epoch, loader.position.index
+            self._boundary(self.control.agree())
+
+    def _step(self, micro_batches: list[Batch], begin: float, data_time: float) -> None:
+        """One optimizer step over `micro_batches`, and its records."""
+        assert self.schedule is not None
+        step = self.progress.step + 1
+        lr = self.schedule.lr(step)
+        totals = GlobalBatch.of(micro_batches, self.comm)
+        cfg = self.config
+        objective = Objective(totals, self.comm, cfg.load_balancing_weight, cfg.router_z_loss_weight, self.top_k)
+        forward_time = backward_time = 0.0
+        for number, batch in enumerate(micro_batches, start=1):
+            mark = time.perf_counter()
+            self._section("forward", step)
+            output = self.engine.forward(
+                batch.input_ids_BS,
+                labels=batch.labels_BS,
+                document_ids=batch.document_ids_BS,
+                position_ids=batch.position_ids_BS,
+                weights=batch.weights_BS,
+                return_aux=True,
+            )
+            loss = objective.add(output, batch.num_tokens)
+            if self.window is not None:
+                self.window.add(output.router)
+            middle = time.perf_counter()
+            forward_time += middle - mark
+            self._section("backward", step)
+            self.engine.backward(loss, last=number == len(micro_batches))
+            backward_time += time.perf_counter() - middle
+        mark = time.perf_counter()
+        self._section("step", step)
+        loss_value, balance, z = objective.reduce()
+        result = self.engine.step(lr)
+        if result.applied and self.window is not None and cfg.router_bias_rate > 0:
+            self.model.update_router_bias(objective.counts_LE, cfg.router_bias_rate)
+        now = time.perf_counter()
+        self._count(step, totals, sum(b.input_ids_BS.shape[0] for b in micro_batches), result.applied, now - begin)
+        self.last_loss = loss_value
+        if step % cfg.log_interval == 0 or not result.applied:
+            on_cpu = self.comm.device.type == "cpu"  # elsewhere kernels run behind the clock
+            self.emit(
+                rec.Step(
+                    step=step,
+                    epoch=self.progress.epoch,
+                    tokens=self.progress.tokens,
+                    loss=loss_value,
+                    aux_loss=balance if self.window is not None else None,
+                    z_loss=z if self.window is not None else None,
+                    lr=lr,
+                    grad_norm=result.grad_norm,
+                    step_time=now - begin,
+                    tokens_per_s=totals.tokens / (now - begin),
+                    seq_length=cfg.seq_length,
+                    batch=len(micro_batches) * cfg.batch_size * self.comm.world_size,
+                    skipped=not result.applied,
+                    data_time=data_time,
+                    forward_time=forward_time if on_cpu else None,
+                    backward_time=backward_time if on_cpu else None,
+                    optimizer_time=now - mark if on_cpu else None,
+                )
+            )
+        if not result.applied:
+            self._not_finite(step)
+
+    def _count(self, step: int, totals: GlobalBatch, rows: int, applied: bool, seconds: float) -> None:
+        p = self.progress
+        p.step = step
+        p.tokens += totals.tokens
+        p.samples += rows * self.comm.world_size
+        p.wall_seconds += seconds
+        p.skipped += 0 if applied else 1
+        p.nonfinite_in_row = 0 if applied else p.nonfinite_in_row + 1
+
+    def _not_finite(self, step: int) -> None:
+        """The update was skipped on all ranks; too many in a row end the run (a restart would meet the same)."""
+        limit = self.config.max_nonfinite_in_row
+        self.emit(
+            rec.Alert(
+                severity="warning",
+                code="nonfinite_step",
+                message=f"loss or gradient of step {step} is not finite; no parameter was changed",
+                recommendation="one such step is harmless; if it repeats lower learning_rate or set precision=fp32",
+                step=step,
+            )
+        )
+        if self.progress.nonfinite_in_row >= limit:
+            raise Stop("failed", 93, f"{limit} steps in a row were not finite, the last is {step}: lower learning_rate", save=False)
+
+    # ---- the boundary ---------------------------------------------------------------------------------------------------
+
+    def _boundary(self, requests: list[Request]) -> None:
+        self._settle_saves()
+        for request in requests:
+            self._obey(request)
+        replayed = self.replay.pop(self.progress.step + 1, None)
+        if replayed is not None:
+            self._set_lr(replayed, by="recovery")
+        if self.progress.step:
+            self._boundary_tasks(final=False)
+
+    def _boundary_tasks(self, final: bool) -> None:
+        """Records of routing, then save, then evaluate, as the intervals say; all of them at the end."""
+        step, cfg = self.progress.step, self.config
+
+        def due(interval: int) -> bool:
+            return final if interval == 0 else (final or (step % interval == 0 and step < self.total_steps))
+
+        if self.window is not None and due(cfg.expert_log_interval):
+            self.emit(self.window.record(step, getattr(self.model, "router_bias_LE", None)))
+        if due(cfg.save_interval):
+            self.save(blocking=final)
+        if self.eval_data is not None and due(cfg.eval_interval):
+            self._evaluate_and_judge()
+
+    def _evaluate_and_judge(self) -> None:
+        begin = time.monotonic()
+        self._section("eval", self.progress.step)
+        figures = self.evaluate(self.eval_data, self.config.eval_batches)
+        self.progress.last_eval = figures
+        self.emit(eval_record(self.progress.step, figures, begin))
+        better = self.progress.best is None or figures["loss"] < self.progress.best
+        if better:
+            self.progress.best = figures["loss"]
+            self.progress.evals_since_best = 0
+            if self.manager is not None and self.config.best_metric == "eval_loss":
+                self._settle_saves(wait=True)
+                self.manager.mark_best(self.progress.step)
+        else:
+            self.progress.evals_since_best += 1
+        patience = self.config.early_stopping_patience
+        if patience and self.progress.evals_since_best >= patience:
+            raise Stop("finished", 0, f"no better eval_loss in {patience} evaluations (early_stopping_patience)")
+
+    def _obey(self, request: Request) -> None:
+        """Do what a command or signal asks for; the record that carries its id is the answer."""
+        step = self.progress.step
+        if request.cmd == "checkpoint":
+            self.save(blocking=False, id=request.id)
+        elif request.cmd == "set_lr":
+            self._set_lr(float(request.args["lr"]), by="user", id=request.id)
+        elif request.cmd == "pause":
+            self._pause(request)
+        elif request.cmd == "resume":
+            self.emit(rec.Note(message="already running", step=step, id=request.id))
+        elif request.cmd == "stop":
+            save = bool(request.args.get("save", True))
+            raise Stop("finished", 0, f"stopped by the user at step {step}", save=save, id=request.id)
+        elif request.cmd == "preempt":
+            raise Stop("preempted", 75, f"preempted at step {step}", id=request.id)
+        else:
+            self.emit(rec.Note(message=f"unknown command {request.cmd!r}", step=step, id=request.id))
+
+    def _pause(self, request: Request) -> None:
+        """Stand still until `resume` (or an end). Ranks meet every second, so no collective waits longer than that."""
+        self.emit(rec.Run(state="paused", reason=f"paused at step {self.progress.step}", id=request.id))
+        wait = time.sleep if self.channel is None else self.channel.wait
+        while True:
+            self._section("paused", self.progress.step)
+            wait(0.2)
+            for other in self.control.agree():
+                if other.cmd == "resume":
+                    self.emit(rec.Run(state="running", total_steps=self.total_steps, world=self.comm.world_size, id=other.id))
+                    return
+                if other.cmd == "pause":
+                    self.emit(rec.Note(message="already paused", step=self.progress.step, id=other.id))
+                else:
+                    self._obey(other)
+
+    def _end(self, stop: Stop) -> None:
+        """Save what a stop wants saved."""
+        if stop.state != "failed":
+            self.emit(rec.Run(state="stopping", reason=stop.reason))
+        if stop.save and self.progress.step:
+            self._settle_saves(wait=True)
+            self.save(blocking=True)
+
+    def adjust_learning_rate(self, new_lr: float) -> None:
+        """Give the next step the rate `new_lr`; later steps keep the schedule's shape. Recorded and saved."""
+        self._set_lr(new_lr, by="user")
+
+    def _set_lr(self, lr: float, by: str, id: str | None = None) -> None:
+        if self.schedule is None:
+            raise RuntimeError("adjust_learning_rate works while training; set learning_rate before")
+        step = self.progress.step + 1
+        before = self.schedule.lr(step)
+        self.schedule.set_lr(step, lr)
+        self.emit(rec.Change(what="learning_rate", step=step, before=before, after=lr, by=by, id=id))
+
+    # ---- checkpoints ----------------------------------------------------------------------------------------------------
+
+    def save(self, *, blocking: bool = False, id: str | None = None) -> None:
+        """Checkpoint the state at this boundary. A failure is recorded and alarms; training goes on."""
+        if self.manager is None:
+            return
+        from .state import payload
+
+        self._section("save", self.progress.step)
+        self._report(self.manager.save(payload(self), blocking=blocking or not self.config.async_save, id=id))
+
+    def _settle_saves(self, wait: bool = False) -> None:
+        if self.manager is not None:
+            self._report(self.manager.wait() if wait else self.manager.poll())
+
+    def _report(self, results: Any) -> None:
+        for result in results or []:
+            self.emit(
+                rec.Checkpoint(
+                    step=result.step,
+                    path=result.path.name if result.path else None,
+                    bytes=result.bytes,
+                    seconds=result.seconds,
+                    blocking=result.blocking_seconds,
+                    verified=result.verified,
+                    best=result.best,
+                    failed=result.failed,
+                    id=result.id,
+                )
+            )
+            if result.failed:
+                message = f"checkpoint of step {result.step} failed: {result.failed}"
+                self.emit(rec.Alert(severity="critical", code="checkpoint_failed", message=message, step=result.step))
+
+    # ---- figures --------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, eval_dataset: Any, max_batches: int = 100) -> dict[str, float]:
+        """`loss`, `perplexity`, `bits_per_byte`, `accuracy`, `tokens` over at most `max_batches` global batches (0 = all)."""
+        store = getattr(eval_dataset, "store", eval_dataset)
+        if self.bytes_V is None:
+            self.bytes_V = token_bytes_V(self.tokenizer, self.model.config.vocab_size)
+        loader = EvalLoader(store, self.config, self.comm.rank, self.comm.world_size, self.config.batch_size, max_batches)
+        return evaluate(self.model, loader, self.comm, self.bytes_V, self.precision.context)
+
+    def get_memory_stats(self) -> dict[str, Any]:
+        """Bytes in use: `device` (allocated, reserved, peak, total), `host` (rss, available, total), `components`."""
+        return memory.memory_stats(self.model, self.engine.state_tensors(), self.comm.device)
+
+    def debug_training_setup(self) -> dict[str, Any]:
+        """How this rank is set up, as a dictionary that is also printed: devices, ranks, batch triangle, precision, versions."""
+        from .state import setup_report
+
+        report = setup_report(self)
+        for name, value in report.items():
+            print(f"{name:<28} {value}")
+        return report
+
+    def _section(self, name: str, step: int) -> None:
+        if self.channel is not None:
+            self.channel.report(step, name)
+
+
+def emitter(logger: Any, comm: Comm) -> Emit:
+    """A function that takes records: rank 0's go to the logger, the others' nowhere."""
+    if comm.rank != 0 or logger is None:
+        return lambda record: None
+    if isinstance(logger, logging.Logger):
+        return lambda record: logger.info("%s", rec.encode(record).decode().rstrip())
+    return logger.emit
+
+
+def resolved_for_training(config: Any, model: Any, tokenizer: Any, comm: Comm) -> Any:
+    """`config` with every `auto` replaced, and the shape taken from the model; what differs there is said once, as a warning."""
+    from ..config.resolve import resolve
+    from ..monitoring.hardware import detect
+
+    shape = {name: getattr(model.config, name) for name in type(model.config).model_fields}
+    given = {name: getattr(config, name) for name in shape}
+    other = [name for name, value in shape.items() if given[name] not in ("auto", value)]
+    if other:
+        logging.getLogger("lumina").warning("the model decides its shape; ignored in the config: %s", ", ".join(other))
+    merged = config.model_copy(update=shape)
+    return resolve(merged, detect(), tokenizer_vocab=tokenizer.get_vocab_size(), world=comm.world_size)
+
+
+def deepspeed_config(config: Any, comm: Comm) -> dict[str, Any] | None:
+    """What DeepSpeed is given; None without DeepSpeed."""
+    if not config.use_deepspeed:
+        return None
+    from ..config.deepspeed import to_deepspeed
+
+    return to_deepspeed(config, comm.world_size)

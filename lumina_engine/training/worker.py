@@ -1,0 +1,251 @@
+"""One rank of a run: `python -m lumina_engine.training.worker RUN_DIR`, started by the supervisor or a launcher.
+
+Order: data (tokenised before the process group exists, so that no rank waits in a collective for it), group, model, checkpoint,
+loop, and at the end of a run on the built-in corpus its examination. Rank 0 is the only writer of the metric log.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config.schema import Config
+from ..monitoring import record as rec
+from ..monitoring.hardware import HardwareThread
+from ..monitoring.log import MetricLog, read_records, surviving
+from ..run.directory import RunDirectory
+from ..run.rank import RankChannel
+from .comm import Comm
+
+REFUSED = 65
+
+
+class Worker:
+    """The life of one rank."""
+
+    def __init__(self, directory: RunDirectory, channel: RankChannel) -> None:
+        self.directory = directory
+        self.channel = channel
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.config = Config.load(directory.config_path)
+        self.log = MetricLog(directory.metrics_path, int(os.environ.get("LUMINA_INC", "1"))) if self.rank == 0 else None
+        self.resume = os.environ.get("LUMINA_RESUME") == "1"
+        self.trainer: Any = None
+        self.manager: Any = None
+
+    def emit(self, record: Any) -> None:
+        if self.log is not None:
+            self.log.emit(record)
+
+    def run(self) -> int:
+        """Train; return the exit code. The last record says how it ended."""
+        try:
+            summary = self._train()
+            if summary["state"] == "finished":
+                self._examine()
+        except Exception as error:
+            return self._failed(error)
+        self.emit(rec.Run(state=summary["state"], reason=summary["reason"], exit_code=summary["exit_code"], id=summary["id"]))
+        if self.log is not None:
+            self.log.close()
+        return summary["exit_code"]
+
+    def _train(self) -> dict[str, Any]:
+        from ..checkpoint.manager import CheckpointManager
+        from ..data.store import open_data
+        from ..data.tokenizer import ConversationTokenizer
+        from ..model.transformer import DeepSeekTransformer
+        from .trainer import EnhancedConversationTrainer
+
+        config = self.config
+        self.channel.report(0, "data")
+        tokenizer = ConversationTokenizer(config.tokenizer)
+        data = open_data(config, tokenizer)
+        for note in data.notes if self.rank == 0 else []:
+            self.emit(rec.Note(message=note))
+        comm = Comm.start(config.communication_backend)
+        if config.deterministic:
+            torch.use_deterministic_algorithms(True)
+        model = DeepSeekTransformer(config)
+        model.init_weights(config.seed)
+        torch.manual_seed(config.seed * 1_000_003 + comm.rank)  # dropout and jitter differ between ranks
+        self.manager = CheckpointManager(config, run_dir=self.directory.path, comm=comm)
+        self.tokenizer, self.is_sample = tokenizer, data.is_sample
+        trainer = EnhancedConversationTrainer(
+            model, tokenizer, config, self, comm=comm, manager=self.manager, channel=self.channel
+        )
+        self.trainer = trainer
+        trainer.control.install_signals()
+        if self.resume:
+            self._restore(data)
+        self._write_resolved(data)
+        hardware = HardwareThread(self.emit, config.hardware_interval_s, self.directory.path) if self.rank == 0 else None
+        if hardware is not None:
+            hardware.start()
+        try:
+            return trainer.train(data.train, data.eval)
+        finally:
+            if hardware is not None:
+                hardware.stop()
+            self.manager.close()
+
+    def _restore(self, data: Any) -> None:
+        """Go on from the newest checkpoint that passes its digests; without any checkpoint the run starts at step 0."""
+        from .state import restore
+
+        path = self.manager.recover()
+        if path is None:
+            if self.log is not None and self._logged_step() > 0:
+                self.emit(rec.Rewind(to_step=0, reason="no checkpoint yet: starting again at step 0"))
+            return
+        loaded = self.manager.load(path)
+        saved = loaded.global_state.get("data_fingerprint")
+        if saved != data.train.fingerprint:
+            raise Refused(
+                f"the training data changed since {path.name} was saved: fingerprint {str(saved)[:16]} then, "
+                f"{data.train.fingerprint[:16]} now; restore the data, or start a new run"
+            )
+        restore(self.trainer, loaded)
+        progress = self.trainer.progress
+        self.trainer.replay = self._changes_after(progress.step)
+        if self.log is not None:
+            self.emit(rec.Rewind(to_step=progress.step, reason=f"resumed from {path.name}"))
+            lr = self.trainer.schedule.lr(progress.step + 1)
+            self.emit(
+                rec.Note(
+                    step=progress.step,
+                    message=f"resumed at step {progress.step}: {progress.tokens:,} tokens, epoch {progress.epoch} row "
+                    f"{progress.index}, next lr {lr:.6g}, data {data.train.fingerprint[:16]}",
+                )
+            )
+
+    def _logged_step(self) -> int:
+        steps = [r.step for r in read_records(self.directory.metrics_path) if isinstance(r, rec.Step)]
+        return max(steps, default=0)
+
+    def _changes_after(self, step: int) -> dict[int, float]:
+        """Learning rates that the user set after the restored step: they are applied again at their own steps."""
+        changes: dict[int, float] = {}
+        if self.log is not None:
+            for item in surviving(read_records(self.directory.metrics_path)):
+                if isinstance(item, rec.Change) and item.what == "learning_rate" and item.by == "user" and item.step:
+                    if item.step > step:
+                        changes[item.step] = float(item.after)
+        shared = self.trainer.comm.broadcast({str(k): v for k, v in changes.items()})
+        return {int(k): v for k, v in shared.items()}
+
+    def _write_resolved(self, data: Any) -> None:
+        """The run's config.yaml and deepspeed.json say what is in force, also what only the data could decide."""
+        if self.rank != 0:
+            return
+        trainer = self.trainer
+        trainer.config.save(self.directory.config_path)
+        if trainer.ds_config is not None:
+            write_private(self.directory.deepspeed_path, json.dumps(trainer.ds_config, indent=2) + "\n")
+
+    def _examine(self) -> None:
+        """Ask the finished model the held-out questions of the built-in corpus, through the chat path."""
+        if self.rank != 0 or not self.is_sample or self.trainer.eval_data is None:
+            return
+        from ..chat.grade import grade_sample
+        from ..checkpoint.manager import load_model, resolve_checkpoint
+
+        begin = time.monotonic()
+        self.channel.report(self.trainer.progress.step, "examination")
+        path = resolve_checkpoint(f"{self.directory.path.name}@best", self.directory.path.parent)
+        model, tokenizer, _ = load_model(path)
+        result = grade_sample(model, tokenizer)
+        target = self.directory.reports / "sample_eval.json"
+        target.parent.mkdir(mode=0o700, exist_ok=True)
+        write_private(target, json.dumps(result, indent=2) + "\n")
+        skills = ", ".join(f"{name} {s['correct']}/{s['asked']}" for name, s in result["skills"].items())
+        seconds = time.monotonic() - begin
+        self.emit(
+            rec.Note(
+                step=self.trainer.progress.step,
+                message=f"held-out exact match {100 * result['overall']:.1f} % ({path.name}, {seconds:.0f} s): {skills}",
+            )
+        )
+
+    def _failed(self, error: Exception) -> int:
+        """Say why. Errors that a restart would meet again end the run; the others leave it to the supervisor to restart."""
+        traceback.print_exception(error)  # engine.log
+        sys.stderr.flush()
+        code = expected_exit_code(error)
+        if code is None:
+            self._emergency_save(error)
+        reason = str(error) if code is not None else f"{type(error).__name__}: {error}"
+        state = "crashed" if code is None else "failed"
+        self.emit(rec.Run(state=state, reason=reason.splitlines()[0] if reason else type(error).__name__, exit_code=code or 1))
+        if self.log is not None:
+            self.log.close()
+        return code or 1
+
+    def _emergency_save(self, error: Exception) -> None:
+        """Beside the checkpoints, never in place of one. Needs no other rank, since the others may be gone."""
+        trainer = self.trainer
+        usable = trainer is not None and trainer.schedule is not None and trainer.progress.step > 0
+        if not (usable and self.config.enable_emergency_save and trainer.comm.world_size == 1):
+            return
+        from .state import payload
+
+        try:
+            path = self.manager.emergency(payload(trainer))
+        except Exception as second:
+            self.emit(rec.Alert(severity="critical", code="emergency_save_failed", message=str(second)))
+            return
+        self.emit(rec.Note(step=trainer.progress.step, message=f"emergency save: {path}"))
+
+
+class Refused(Exception):
+    """Foreign or changed data: the run is not started."""
+
+    exit_code = REFUSED
+
+
+def expected_exit_code(error: BaseException) -> int | None:
+    """The exit code of an error that is the user's to mend; None for a defect or a fault of the machine."""
+    code = getattr(error, "exit_code", None)
+    if isinstance(code, int):
+        return code
+    named = {"ConfigError": 2, "DataError": REFUSED, "CheckpointError": REFUSED, "TokenizerError": 2, "MemoryError": 2}
+    return next((named[cls.__name__] for cls in type(error).__mro__ if cls.__name__ in named), None)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Replace a small file in one step, readable by its owner only."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def main() -> int:
+    faulthandler.enable()
+    faulthandler.register(signal.SIGQUIT, all_threads=True)
+    channel = RankChannel.from_environment()
+    try:
+        worker = Worker(RunDirectory(Path(sys.argv[-1])), channel)
+    except Exception as error:
+        traceback.print_exception(error)
+        return expected_exit_code(error) or 1
+    code = worker.run()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
