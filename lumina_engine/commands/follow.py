@@ -1,0 +1,122 @@
+"""The foreground side of `train`: a progress line from the metric log, signals passed on, the supervisor's exit code returned."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import time
+from types import FrameType
+from typing import Any
+
+from ..monitoring import record as rec
+from ..monitoring.log import LogReader
+from .common import safe
+
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
+
+
+def follow(directory: Any, *, quiet: bool, tty: bool) -> int:
+    """Show the run until it ends. The run does not notice if this process dies."""
+    started = directory.incarnation()
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        directory.signal_supervisor(number)
+
+    previous = {number: signal.signal(number, forward) for number in FORWARDED}
+    try:
+        return _Follower(directory, started, quiet, tty).run()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class _Follower:
+    def __init__(self, directory: Any, inc: int, quiet: bool, tty: bool) -> None:
+        self.directory, self.quiet, self.tty = directory, quiet, tty
+        self.reader = LogReader(directory.metrics_path)
+        self.inc = inc
+        self.total: int | None = None
+        self.average: float | None = None  # of tokens/s
+        self.step_time: float | None = None
+        self.last_line = 0.0
+        self.shown = ""
+
+    def run(self) -> int:
+        final: rec.Run | None = None
+        while True:
+            alive = self.directory.alive()
+            for item in self.reader.read_new():
+                if item.inc < self.inc:
+                    continue
+                final = item if isinstance(item, rec.Run) and item.state in rec.FINAL_STATES else final if not isinstance(item, rec.Run) else None
+                self.show(item)
+            if not alive and not self.reader.pending():
+                break
+            time.sleep(0.1)
+        self.clear()
+        if final is None:
+            self.say("the supervisor of this run died; its checkpoints are intact: --resume goes on")
+            return 1
+        return final.exit_code if final.exit_code is not None else 1
+
+    def show(self, item: Any) -> None:
+        if isinstance(item, rec.Run):
+            self.total = item.total_steps or self.total
+            self.say(item.state + (f": {item.reason}" if item.reason else ""))
+        elif isinstance(item, rec.Step):
+            self.progress(item)
+        elif isinstance(item, rec.Eval):
+            self.say(f"step {item.step:,}  eval loss {_number(item.loss)}  perplexity {_number(item.perplexity)}")
+        elif isinstance(item, rec.Checkpoint):
+            text = f"failed: {item.failed}" if item.failed else f"{item.path}, {(item.bytes or 0) / 1e6:.1f} MB"
+            self.say(f"step {item.step:,}  checkpoint {text}")
+        elif isinstance(item, rec.Alert):
+            self.say(f"{item.severity}: {item.message}" + (f" - {item.recommendation}" if item.recommendation else ""))
+        elif isinstance(item, rec.Change):
+            self.say(f"{item.what}: {item.before} -> {item.after} at step {item.step}")
+        elif isinstance(item, rec.Note):
+            self.say(item.message)
+
+    def progress(self, item: rec.Step) -> None:
+        if item.step_time:
+            self.step_time = item.step_time if self.step_time is None else 0.95 * self.step_time + 0.05 * item.step_time
+        if item.tokens_per_s:
+            self.average = item.tokens_per_s if self.average is None else 0.95 * self.average + 0.05 * item.tokens_per_s
+        now = time.monotonic()
+        if now - self.last_line < (0.2 if self.tty else 10.0):
+            return
+        self.last_line = now
+        parts = [f"step {item.step:,}" + (f"/{self.total:,}" if self.total else ""), f"loss {_number(item.loss)}"]
+        parts += [f"lr {item.lr:.3g}" if item.lr is not None else "", f"{self.average:,.0f} tokens/s" if self.average else ""]
+        if self.total and self.step_time:
+            parts.append(f"{_duration((self.total - item.step) * self.step_time)} left")
+        line = "  ".join(part for part in parts if part)
+        if self.quiet:
+            return
+        if self.tty:
+            sys.stderr.write("\r\x1b[2K" + line[:110])
+            sys.stderr.flush()
+            self.shown = line
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        if self.quiet:
+            return
+        self.clear()
+        print(safe(text), file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        if self.shown:
+            sys.stderr.write("\r\x1b[2K")
+            self.shown = ""
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} m" if hours else f"{minutes} m {rest:02d} s"

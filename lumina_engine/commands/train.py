@@ -1,0 +1,220 @@
+"""`lumina-engine train`: check, prepare, start a supervised run, and follow it with a progress line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import common
+
+if TYPE_CHECKING:
+    from ..config.schema import Config
+
+HELP = "train: start a run (default: preset debug on the built-in corpus)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    common.add_config_arguments(parser)
+    parser.add_argument("--run", metavar="NAME", help="name of the run (the same as experiment_name=NAME)")
+    parser.add_argument("--runs", metavar="DIR", help="folder of the runs (default ./runs or $LUMINA_RUNS)")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--resume", action="store_true", help="go on from the newest verified checkpoint; starts a new name")
+    mode.add_argument("--fresh", action="store_true", help="move a run of that name aside and start again")
+    parser.add_argument("--detach", action="store_true", help="return as soon as the run has started")
+    parser.add_argument("--dry-run", action="store_true", help="show findings, budget, command and deepspeed.json; start nothing")
+    common.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..run.directory import RunDirectory, runs_root
+
+    root = Path(args.runs) if args.runs else runs_root()
+    name = args.run or _override(args.overrides, "experiment_name")
+    existing = RunDirectory(root / name) if name and (root / name).exists() else None
+    if existing is not None and args.resume:
+        return _resume(args, existing)
+    plan = _plan(args, name)
+    if existing is not None and not args.fresh:
+        raise common.UserError(f"run {name!r} exists: add --resume to go on with it, --fresh to move it aside, or choose another --run")
+    if args.dry_run:
+        return _show(args, plan)
+    return _start(args, plan, root, existing)
+
+
+def _override(overrides: list[str], key: str) -> str | None:
+    values = [text.partition("=")[2] for text in overrides if text.partition("=")[0].strip().replace("-", "_") == key]
+    return values[-1] if values and values[-1] != "auto" else None
+
+
+class Plan:
+    """A checked and resolved configuration, and what would be started from it."""
+
+    def __init__(self, config: Config, findings: list[Any], machine: Any, world: int, preset: str | None) -> None:
+        from ..config.deepspeed import to_deepspeed
+
+        self.config, self.findings, self.machine, self.world, self.preset = config, findings, machine, world, preset
+        self.deepspeed = to_deepspeed(config, world) if config.use_deepspeed else None
+
+
+def _plan(args: argparse.Namespace, name: str | None) -> Plan:
+    """Merge, check and resolve; every problem at once.
+
+    Raises:
+        ConfigError: there are errors.
+    """
+    loaded = common.load_config(args, default_preset="debug")
+    config = loaded.config
+    if name:
+        config.experiment_name = name
+    return _checked(config, args.preset or (None if args.config else "debug"))
+
+
+def _checked(config: Config, preset: str | None) -> Plan:
+    from ..config.checks import check
+    from ..config.resolve import resolve
+    from ..config.schema import ConfigError
+    from ..data.tokenizer import ConversationTokenizer
+    from ..monitoring.hardware import detect
+
+    machine = detect()
+    findings = check(config, machine)
+    if any(f.severity == "error" for f in findings):
+        raise ConfigError([f for f in findings if f.severity == "error"])
+    check_data_paths(config)
+    world = world_size(config, machine)
+    tokenizer = ConversationTokenizer(config.tokenizer)
+    resolved = resolve(config, machine, tokenizer_vocab=tokenizer.get_vocab_size(), world=world)
+    return Plan(resolved, findings, machine, world, preset)
+
+
+def world_size(config: Config, machine: Any) -> int:
+    """Ranks on this node: `num_gpus`, or all GPUs, or one process without any."""
+    if config.num_gpus != "auto":
+        return int(config.num_gpus)
+    return max(1, len(machine.devices))
+
+
+def check_data_paths(config: Config) -> None:
+    """Refuse a data path that names nothing or an empty file, before anything is created.
+
+    Raises:
+        UserError: names the path and what to do.
+    """
+    import glob
+
+    for key in ("train_data_path", "eval_data_path"):
+        value = getattr(config, key)
+        for path in [value] if isinstance(value, str) else list(value or []):
+            found = sorted(glob.glob(path, recursive=True)) or ([path] if Path(path).exists() else [])
+            if not found:
+                raise common.UserError(f"{key}: {path}: no such file; give an existing file, folder or pattern")
+            files = [file for item in found for file in (sorted(Path(item).iterdir()) if Path(item).is_dir() else [Path(item)])]
+            if not any(file.is_file() and file.stat().st_size for file in files):
+                raise common.UserError(f"{key}: {path} is empty; it needs at least one conversation")
+
+
+def _show(args: argparse.Namespace, plan: Plan) -> int:
+    from ..config.budget import budget
+    from ..run.launch import rank_argv
+
+    argv = rank_argv(plan.config, Path("RUN"), plan.world)
+    figures = budget(plan.config, plan.machine)
+    if args.json:
+        findings = [{"code": f.code, "severity": f.severity, "keys": list(f.keys), "message": f.message, "fix": f.fix} for f in plan.findings]
+        common.print_json({"findings": findings, "budget": figures, "argv": argv, "deepspeed": plan.deepspeed})
+        return 0
+    for finding in plan.findings:
+        print(common.safe(finding.line()))
+    from .budget import describe
+
+    print(common.safe(describe(figures)))
+    print("ranks     " + " ".join(argv))
+    print("deepspeed " + json.dumps(plan.deepspeed))
+    return 0
+
+
+def _start(args: argparse.Namespace, plan: Plan, root: Path, existing: Any) -> int:
+    from ..run.directory import RunDirectory, require_free_space
+    from ..run.launch import start
+
+    for finding in plan.findings:
+        if finding.severity == "warning":
+            print(common.safe(finding.line()), file=sys.stderr)
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    require_free_space(root, _first_checkpoint_bytes(plan))
+    if existing is not None:
+        moved = existing.move_aside()
+        print(common.safe(f"the earlier run is now {moved}"), file=sys.stderr)
+    directory = RunDirectory.create(root, plan.config.experiment_name, preset=plan.preset, world=plan.world)
+    plan.config.save(directory.config_path)
+    if plan.deepspeed is not None:
+        directory.write_text(directory.deepspeed_path, json.dumps(plan.deepspeed, indent=2) + "\n")
+    start(directory.path)
+    return _after_start(args, directory)
+
+
+def _first_checkpoint_bytes(plan: Plan) -> int:
+    """Room that two checkpoints (weights, masters, two moments, at 4 bytes) need, and a little for the logs."""
+    from ..config.budget import parameter_counts
+    from ..config.schema import DeepSeekConfig
+
+    counts = parameter_counts(DeepSeekConfig.from_config(plan.config))
+    return 2 * 16 * (counts.total + counts.embeddings) + 16_000_000
+
+
+def _resume(args: argparse.Namespace, directory: Any) -> int:
+    """Go on with a run: its own configuration, plus the keys that a resumed run may change."""
+    from ..config.schema import Config, ConfigError, Finding, fields_info
+    from ..run.launch import start
+
+    if directory.alive():
+        raise common.UserError(
+            f"run {directory.path.name!r} is running (pid {directory.owner_pid()}): watch it with `lumina {directory.path.name}`", 65
+        )
+    config = Config.load(directory.config_path)
+    if args.preset or args.config or args.overrides:
+        config = _changed(config, args, {f.name: f for f in fields_info()}, ConfigError, Finding)
+    if args.dry_run:
+        return _show(args, _checked(config, None))
+    config.save(directory.config_path)
+    start(directory.path, resume=True)
+    return _after_start(args, directory)
+
+
+def _changed(config: Config, args: argparse.Namespace, fields: dict[str, Any], error: Any, finding: Any) -> Config:
+    from ..config.loading import merge
+
+    wanted = merge(args.preset, Path(args.config) if args.config else None, list(args.overrides))
+    given = [key for key, origin in wanted.origins.items() if origin != "default" and key != "experiment_name"]
+    refused = []
+    for key in given:
+        value = getattr(wanted.config, key)
+        if value == getattr(config, key) or (value == "auto"):
+            continue
+        if not fields[key].resume_may_change:
+            fix = f"leave it at {getattr(config, key)!r}, or start a new run"
+            refused.append(finding("resume_key", "error", (key,), f"{key} cannot change in a resumed run", fix))
+        else:
+            setattr(config, key, value)
+    if refused:
+        raise error(refused)
+    _checked(config, None)
+    return config
+
+
+def _after_start(args: argparse.Namespace, directory: Any) -> int:
+    facts = {"run": directory.path.name, "path": str(directory.path)}
+    if args.json:
+        common.print_json(facts, lines=True)
+    if args.detach:
+        if not args.json:
+            name = directory.path.name
+            print(common.safe(f"run {name} started: `lumina {name}` watches it, `lumina-engine runs stop {name}` ends it"))
+        return 0
+    from .follow import follow
+
+    return follow(directory, quiet=args.json, tty=sys.stderr.isatty() and os.environ.get("TERM") != "dumb")
