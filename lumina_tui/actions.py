@@ -1,0 +1,213 @@
+"""Every action of the program, declared once. Bindings, footer, palette, help and the printed key list come from here.
+
+An action `home.resume` belongs to scope `home` and calls `action_resume()` of the node that has that scope (a screen with
+`scope = "home"`, a panel with `scope = "chart"`, or the app for `app`). Scopes: `app`, one per screen, one per kind of panel.
+A node that cannot do it now says why in `why_not(action_id)`; the user sees the reason, in a notice and in the palette.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from textual.binding import Binding
+
+
+@dataclass(frozen=True)
+class Action:
+    """One thing a user can do.
+
+    `keys` are Textual key names or single characters; `footer` > 0 puts it in the last line (lowest first, at most 6);
+    `danger` makes the palette show it as such; `method` and `args` replace the default `action_<name>()`; `short` is the
+    footer's text where the title is too long.
+    """
+
+    id: str
+    title: str
+    help: str
+    keys: tuple[str, ...]
+    footer: int = 0
+    danger: bool = False
+    method: str = ""
+    args: tuple[object, ...] = ()
+    short: str = ""
+
+    @property
+    def scope(self) -> str:
+        return self.id.rpartition(".")[0]
+
+    @property
+    def call(self) -> str:
+        return "action_" + (self.method or self.id.rpartition(".")[2])
+
+
+APP = (
+    Action("app.back", "Back", "Leave the top layer, else go to the screen before", ("escape",)),
+    Action("app.help", "Help", "Keys and signs of this screen", ("?", "f1"), footer=99, short="help"),
+    Action("app.palette", "Palette", "Find any action, screen or run by name", ("ctrl+p", ":")),
+    Action("app.notices", "Notices", "What was said so far", ("!",)),
+    Action("app.next_panel", "Next panel", "Move to the next panel or field", ("tab",)),
+    Action("app.previous_panel", "Previous panel", "Move to the panel or field before", ("shift+tab",)),
+    Action("app.leave", "Quit", "Leave lumina; runs go on", ("q", "ctrl+q")),
+    Action("app.interrupt", "Quit", "Says how to leave: ctrl+c stops nothing here", ("ctrl+c",)),
+)
+
+# number, title and help of each screen; the key is the number
+SCREENS = (
+    (1, "Home", "All runs"),
+    (2, "Presets", "Built-in and own configurations"),
+    (3, "Config", "Edit a configuration"),
+    (4, "Launch", "Review and start a run"),
+    (5, "Monitor", "Watch a run"),
+    (6, "Compare", "Lay runs over each other"),
+    (7, "Chat", "Talk to a checkpoint"),
+    (8, "Data", "Sources, checks, preparation"),
+    (9, "Doctor", "Check this machine"),
+)
+NUMBERS = tuple(
+    Action(f"app.screen_{number}", title, help_, (str(number),), method="screen", args=(number,))
+    for number, title, help_ in SCREENS
+)
+
+TABLE = (
+    Action("table.down", "Down", "Next row", ("j", "down")),
+    Action("table.up", "Up", "Row before", ("k", "up")),
+    Action("table.top", "First", "First row", ("g", "home")),
+    Action("table.bottom", "Last", "Last row", ("G", "end")),
+    Action("table.page_down", "Page down", "A page further", ("ctrl+d", "pagedown")),
+    Action("table.page_up", "Page up", "A page back", ("ctrl+u", "pageup")),
+    Action("table.choose", "Open", "Open the chosen row", ("enter",), footer=1, short="open"),
+)
+
+CHART = (
+    Action("chart.crosshair", "Crosshair", "Values at one point; h and l move it", ("c",), footer=50, short="crosshair"),
+    Action("chart.left", "Left", "Crosshair one column left (without one: scroll)", ("h", "left")),
+    Action("chart.right", "Right", "Crosshair one column right (without one: scroll)", ("l", "right")),
+    Action("chart.far_left", "Far left", "Ten columns left", ("H", "shift+left")),
+    Action("chart.far_right", "Far right", "Ten columns right", ("L", "shift+right")),
+    Action("chart.first", "First", "To the first point", ("0", "home")),
+    Action("chart.last", "Last", "To the newest point", ("$", "end")),
+    Action("chart.event_back", "Event before", "Crosshair to the event before", ("{",)),
+    Action("chart.event_next", "Next event", "Crosshair to the next event", ("}",)),
+    Action("chart.zoom_in", "Zoom in", "Half the range, about the crosshair", ("+", "=")),
+    Action("chart.zoom_out", "Zoom out", "Twice the range", ("-",)),
+    Action("chart.follow", "Follow", "Whole range, following the newest point", ("f",)),
+    Action("chart.smoothing", "Smoothing", "Next weight of the smoothed line", ("s",)),
+    Action("chart.outliers", "5-95 range", "Y range of the middle 90 % or of everything", ("i",)),
+    Action("chart.log_y", "Log Y", "Logarithmic Y axis", ("v",)),
+    Action("chart.base", "X base", "X axis in steps, tokens or hours", ("b",)),
+    Action("chart.next_metric", "Next metric", "Show the next metric", ("]",)),
+    Action("chart.previous_metric", "Metric before", "Show the metric before", ("[",)),
+    Action("chart.abandoned", "Abandoned tails", "Show what a rewind cut off", ("~",)),
+)
+
+MAP = (
+    Action("map.down", "Down", "Next layer", ("j", "down")),
+    Action("map.up", "Up", "Layer before", ("k", "up")),
+    Action("map.left", "Left", "Expert before", ("h", "left")),
+    Action("map.right", "Right", "Next expert", ("l", "right")),
+)
+
+LOG = (
+    Action("log.down", "Down", "Next line", ("j", "down")),
+    Action("log.up", "Up", "Line before", ("k", "up")),
+    Action("log.top", "First", "First line", ("g", "home")),
+    Action("log.bottom", "Last", "Last line", ("G", "end")),
+    Action("log.page_down", "Page down", "A page further", ("ctrl+d", "pagedown")),
+    Action("log.page_up", "Page up", "A page back", ("ctrl+u", "pageup")),
+    Action("log.follow", "Follow", "Follow the newest line", ("f",)),
+    Action("log.filter", "Filter", "Only lines that contain a text", ("/",)),
+)
+
+HOME = (
+    Action("home.new", "New run", "Start a run from a preset", ("a",), footer=2, short="new"),
+    Action("home.resume", "Resume", "Continue the chosen run from its newest checkpoint", ("R",), footer=3, short="resume"),
+    Action("home.stop", "Stop", "Stop the chosen run", ("X",), footer=4, danger=True, short="stop"),
+    Action("home.chat", "Chat", "Talk to the best checkpoint of the chosen run", ("T",), footer=5, short="chat"),
+    Action("home.sort", "Sort", "Sort by age, name, state or loss", ("o",)),
+    Action("home.filter", "Filter", "Only runs with these words; state:failed, preset:b1", ("/",)),
+    Action("home.copy", "Copy path", "Copy the path of the chosen run", ("y",)),
+    Action("home.reload", "Reload", "Read the runs again", ("r",)),
+)
+
+MONITOR = (
+    Action("monitor.checkpoint", "Checkpoint now", "Save at the next step boundary", ("C",), footer=1, short="checkpoint"),
+    Action(
+        "monitor.pause", "Pause or resume", "Hold the run at a step boundary, or let it go on", ("P",), footer=2, short="pause"
+    ),
+    Action("monitor.stop", "Stop", "Save and stop, or stop without saving", ("X",), footer=3, danger=True, short="stop"),
+    Action(
+        "monitor.set_lr", "Set learning rate", "Change the learning rate from the next step", ("S",), footer=4, short="set lr"
+    ),
+    Action("monitor.maximise", "Maximise", "The focused panel alone, and back", ("m",), footer=5, short="maximise"),
+    Action("monitor.log", "Log", "Show or hide engine.log", ("t",), footer=6, short="log"),
+    Action("monitor.chat", "Chat", "Talk to the best checkpoint of this run", ("T",)),
+    Action("monitor.alerts", "Alerts", "All alerts with what to do", ("A",)),
+    Action("monitor.copy", "Copy path", "Copy the path of the run", ("y",)),
+    Action("monitor.reload", "Reload", "Read the run's files again", ("r",)),
+)
+
+# Append the block of your screen here: NAME = (Action("name.verb", …), …), then add it to ACTIONS.
+
+ACTIONS: tuple[Action, ...] = (*APP, *NUMBERS, *TABLE, *CHART, *MAP, *LOG, *HOME, *MONITOR)
+
+# kinds of panel that stand on a screen: their keys must not clash with the screen's
+PANELS: dict[str, tuple[str, ...]] = {"home": ("table",), "monitor": ("chart", "map", "log")}
+
+
+def by_id() -> Mapping[str, Action]:
+    """All actions by id."""
+    return {action.id: action for action in ACTIONS}
+
+
+def of_scope(scope: str) -> list[Action]:
+    """The actions of a scope in the order of their declaration."""
+    return [action for action in ACTIONS if action.scope == scope]
+
+
+def bindings(scope: str) -> list[Binding]:
+    """Textual bindings for a scope; each carries its action's id, so a user keymap can replace the keys."""
+    return [
+        Binding(
+            ",".join("comma" if key == "," else key for key in action.keys),
+            f"do('{action.id}')",
+            action.title,
+            show=False,
+            id=action.id,
+            system=True,
+        )
+        for action in of_scope(scope)
+    ]
+
+
+_KEY_NAMES = {
+    "escape": "Esc",
+    "enter": "Enter",
+    "space": "Space",
+    "tab": "Tab",
+    "up": "Up",
+    "down": "Down",
+    "left": "Left",
+    "right": "Right",
+    "home": "Home",
+    "end": "End",
+    "pageup": "PgUp",
+    "pagedown": "PgDn",
+    "f1": "F1",
+}
+
+
+def key_text(key: str) -> str:
+    """A key as a person writes it: Enter, ctrl+p, ?"""
+    return _KEY_NAMES.get(key, key)
+
+
+def key_table(scopes: Iterable[str] | None = None) -> list[tuple[str, str, str, str]]:
+    """Rows (scope, keys, title, help) for help screens and documentation."""
+    wanted = None if scopes is None else list(scopes)
+    rows = [
+        (action.scope, " ".join(key_text(key) for key in action.keys), action.title, action.help)
+        for action in ACTIONS
+        if wanted is None or action.scope in wanted
+    ]
+    return rows if wanted is None else sorted(rows, key=lambda row: wanted.index(row[0]))

@@ -1,0 +1,111 @@
+"""`lumina`: the command line of the full-screen program. Textual is imported only when a screen can be shown."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .application import LuminaApp, Start
+
+__all__ = ["LuminaApp", "main"]
+
+
+def __getattr__(name: str) -> object:
+    if name == "LuminaApp":
+        from .application import LuminaApp
+
+        return LuminaApp
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `lumina`."""
+    cli = argparse.ArgumentParser(
+        prog="lumina",
+        description="Train mixture-of-experts language models and talk to them, in the terminal.",
+        epilog="Without a terminal use lumina-engine.",
+    )
+    cli.add_argument("subject", nargs="?", metavar="RUN | FILE.yaml | CHECKPOINT", help="open its Monitor, Config or Chat")
+    cli.add_argument("--start", metavar="PRESET", help="start a run from a preset and watch it")
+    cli.add_argument("--readonly", action="store_true", help="change nothing: no commands to runs, no files written")
+    cli.add_argument("--runs", metavar="DIR", help="folder of the runs (default: $LUMINA_RUNS, else ./runs)")
+    cli.add_argument("--fps", type=float, metavar="N", help="panel repaints a second, 0.2-10 (default 4 over SSH, else 10)")
+    cli.add_argument("--slow", action="store_true", help="for slow lines: one repaint a second")
+    cli.add_argument("--ascii", action="store_true", help="only ASCII characters")
+    cli.add_argument("--no-mouse", action="store_true", help="leave the mouse to the terminal")
+    cli.add_argument("--print-keys", action="store_true", help="print all keys and leave")
+    return cli
+
+
+def start_from(subject: str | None, preset: str | None, runs_root: Path) -> Start | str:
+    """What to open for the command line's subject, or one line that says what is wrong with it."""
+    from .application import Start
+
+    if preset is not None:
+        return Start(preset=preset) if subject is None else "lumina: --start and a subject exclude each other; leave one out"
+    if subject is None:
+        return Start()
+    path = Path(subject)
+    if subject.endswith((".yaml", ".yml")):
+        return (
+            Start(config=path)
+            if path.is_file()
+            else f"lumina: {subject}: no such file; lumina-engine presets list names presets"
+        )
+    run = path if (path / "run.json").exists() else runs_root / subject
+    if (run / "run.json").exists():
+        return Start(run=run)
+    if "@" in subject or (path / "MANIFEST.json").exists():
+        return Start(checkpoint=path)
+    import difflib
+
+    try:
+        names = sorted(entry.name for entry in runs_root.iterdir() if entry.is_dir())
+    except OSError:
+        names = []
+    near = difflib.get_close_matches(subject, names, 1)
+    hint = f"did you mean {near[0]}?" if near else "lumina-engine runs list shows what there is"
+    return f"lumina: {subject}: no run in {runs_root}, no file, no checkpoint; {hint}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the `lumina` command. Returns the exit code."""
+    args = parser().parse_args(argv)
+    if args.print_keys:
+        from .actions import key_table
+
+        for scope, keys, title, help_ in key_table():
+            print(f"{scope:<9} {keys:<18} {title:<18} {help_}")
+        return 0
+    os.environ.setdefault("TEXTUAL_FPS", "15" if args.slow else "30")  # read when textual is imported
+    os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
+    if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM", "") in ("dumb", ""):
+        why = "TERM=dumb" if sys.stdout.isatty() and sys.stdin.isatty() else "no terminal"
+        print(
+            f"lumina: {why}, no full screen; use lumina-engine (runs list, runs tail RUN, train --preset debug)",
+            file=sys.stderr,
+        )
+        return 2
+    runs_root = Path(args.runs or os.environ.get("LUMINA_RUNS") or "runs")
+    from lumina_engine.text import safe_text
+
+    from .application import LuminaApp
+    from .terminal import detect
+
+    start = start_from(args.subject, args.start, runs_root)
+    if isinstance(start, str):
+        print(safe_text(start), file=sys.stderr)
+        return 2
+    look = detect(os.environ, ascii_only=args.ascii, slow=args.slow, hz=args.fps)
+    app = LuminaApp(runs_root, look=look, readonly=args.readonly, start=start)
+    app.run(mouse=not args.no_mouse)
+    return app.return_code or 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

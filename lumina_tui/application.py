@@ -1,0 +1,445 @@
+"""The application object: look, screens, routing, notices. Screens and feeds do the work."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import os
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from textual.app import App, SystemCommand
+from textual.filter import ANSIToTruecolor, LineFilter, NoColor
+from textual.screen import Screen
+from textual.theme import Theme
+
+from . import actions
+from .paint import clean
+from .terminal import AsciiFilter, ControlFilter, Look, detect
+from .widgets.acts import Acts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from .launching import Launched
+    from .screens.base import LuminaScreen
+    from .screens.dialogs import Choice
+
+Severity = Literal["information", "warning", "error"]
+
+# number -> module below lumina_tui.screens, class. A screen whose module is not there is not offered.
+SCREENS: Mapping[int, tuple[str, str]] = {
+    1: ("home", "HomeScreen"),
+    2: ("presets", "PresetsScreen"),
+    3: ("config", "ConfigScreen"),
+    4: ("launch", "LaunchScreen"),
+    5: ("monitor", "MonitorScreen"),
+    6: ("compare", "CompareScreen"),
+    7: ("chat", "ChatScreen"),
+    8: ("data", "DataScreen"),
+    9: ("doctor", "DoctorScreen"),
+}
+
+_EXTRA = {"line": "#4e4e4e", "focus": "#5fafd7", "bar": "#262626", "text-dim": "#8a8a8a"}
+_EXTRA_ANSI = {"line": "ansi_default", "focus": "ansi_cyan", "bar": "ansi_default", "text-dim": "ansi_default"}
+THEME = Theme(
+    name="lumina",
+    primary="#5fafd7",
+    secondary="#87afd7",
+    accent="#5fafd7",
+    warning="#d7af5f",
+    error="#d75f5f",
+    success="#87af5f",
+    foreground="#d0d0d0",
+    background="#121212",
+    surface="#1c1c1c",
+    panel="#262626",
+    dark=True,
+    variables={
+        "block-cursor-background": "#303030",
+        "block-cursor-foreground": "#d0d0d0",
+        "input-selection-background": "#005f87",
+        "scrollbar": "#4e4e4e",
+        "scrollbar-background": "#1c1c1c",
+    },
+)
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that was said to the user."""
+
+    t: float
+    severity: Severity
+    text: str
+
+
+@dataclass(frozen=True)
+class Start:
+    """What to open first. At most one of the fields is set; nothing set opens Home."""
+
+    run: Path | None = None
+    config: Path | None = None
+    checkpoint: Path | None = None
+    preset: str | None = None  # start a run from it, then open its monitor
+
+
+class LuminaApp(Acts, App[None], inherit_bindings=False):
+    """The full-screen program. Killing it at any moment changes no run.
+
+    Args:
+        runs_root: folder that holds the run directories.
+        look: what the terminal can show; detected from the environment if not given.
+        readonly: refuse every action that changes a run or writes a file.
+        start: what to open first.
+    """
+
+    CSS_PATH = "app.tcss"
+    TITLE = "lumina"
+    ENABLE_COMMAND_PALETTE = True
+    BINDINGS = list(actions.bindings("app"))
+    COMMANDS: ClassVar[set[Any]] = set()
+    NOTIFICATION_TIMEOUT = 6
+    scope = "app"
+
+    def __init__(
+        self, runs_root: str | Path = "runs", *, look: Look | None = None, readonly: bool = False, start: Start | None = None
+    ) -> None:
+        self.look = look or detect(os.environ)
+        super().__init__()
+        self.runs_root = Path(runs_root)
+        self.readonly = readonly
+        self.start = start or Start()
+        self.notices: deque[Notice] = deque(maxlen=500)
+        self._screens: dict[int, LuminaScreen] = {}
+        self._back: list[int] = []
+        self._ticking = False
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.animation_level = "none"
+        self.register_theme(THEME)
+        self.theme = "ansi-dark" if self.look.ansi else "lumina"
+        if self.look.ascii:
+            self.add_class("-ascii")
+        self._line_filters: list[LineFilter] = [ControlFilter()]
+        if self.look.ascii:
+            self._line_filters.append(AsciiFilter())
+        if not self.look.ansi:
+            self._line_filters.append(ANSIToTruecolor(self.ansi_theme))
+        elif self.no_color:
+            self._line_filters.append(NoColor())
+
+    # terminal
+
+    def get_line_filters(self) -> Sequence[LineFilter]:
+        """Filters over every line that leaves: control characters always, then ASCII and colour as the terminal needs."""
+        return self._line_filters
+
+    def get_theme_variable_defaults(self) -> dict[str, str]:
+        """Colours that our style sheets use beyond Textual's."""
+        return _EXTRA_ANSI if self.look.ansi else _EXTRA
+
+    # start and end
+
+    def get_default_screen(self) -> Screen[Any]:
+        """The first screen, chosen by the command line, so that nothing else is built before the first paint."""
+        start = self.start
+        if start.run is not None and self.has_screen(5):
+            return self._make(5, run=start.run)
+        if start.config is not None and self.has_screen(3):
+            return self._make(3, path=start.config)
+        if start.checkpoint is not None and self.has_screen(7):
+            return self._make(7, checkpoint=start.checkpoint)
+        return self._make(1)
+
+    def on_mount(self) -> None:
+        self.set_interval(1 / self.look.hz, self._tick)
+        self.set_interval(1.0, self._watch_terminal)
+        loop = asyncio.get_running_loop()
+        if not self.is_headless:
+            loop.add_signal_handler(signal.SIGHUP, self._hang_up)
+            loop.add_signal_handler(signal.SIGTERM, self._hang_up)
+        if self.start.preset is not None:
+            self.spawn(self._start_preset(self.start.preset))
+
+    def _hang_up(self) -> None:
+        self.exit(return_code=0)
+
+    def _watch_terminal(self) -> None:
+        """Leave when the terminal is gone: Textual itself would go on and spin."""
+        if self.is_headless:
+            return
+        import select
+        import sys
+
+        try:
+            poll = select.poll()
+            poll.register(sys.__stdin__.fileno(), 0)  # type: ignore[union-attr]
+            gone = any(event & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0))
+        except (OSError, ValueError):
+            gone = True
+        if gone:
+            self.exit(return_code=0)
+
+    def spawn(self, work: Any) -> asyncio.Task[Any]:
+        """Run a coroutine beside the screens. Its failure is shown as a notice, never lost."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+
+        def done(finished: asyncio.Task[Any]) -> None:
+            self._tasks.discard(finished)
+            if not finished.cancelled() and finished.exception() is not None and self.is_running:
+                self.notice(f"{type(finished.exception()).__name__}: {finished.exception()}", "error")
+
+        task.add_done_callback(done)
+        return task
+
+    async def on_unmount(self) -> None:
+        for task in list(self._tasks):
+            task.cancel()
+
+    def _tick(self) -> None:
+        if self._ticking:  # a slow tick drops the next one instead of piling up
+            return
+        self._ticking = True
+        try:
+            tick = getattr(self.screen, "tick", None)
+            if tick is not None:
+                tick()
+        finally:
+            self._ticking = False
+
+    # screens
+
+    def has_screen(self, number: int) -> bool:
+        """Whether screen `number` exists in this version."""
+        if number in self._screens:
+            return True
+        entry = SCREENS.get(number)
+        return entry is not None and importlib.util.find_spec(f"lumina_tui.screens.{entry[0]}") is not None
+
+    def _make(self, number: int, **arguments: Any) -> LuminaScreen:
+        module, name = SCREENS[number]
+        screen: LuminaScreen = getattr(importlib.import_module(f"lumina_tui.screens.{module}"), name)(**arguments)
+        self._screens[number] = screen
+        self.install_screen(screen, f"screen-{number}")
+        return screen
+
+    def open_screen(self, number: int, **arguments: Any) -> LuminaScreen | None:
+        """Show screen `number`; with `arguments`, show that subject in it. Layers above the current screen are closed."""
+        if not self.has_screen(number):
+            self.notice(f"this version has no screen {number}", "warning")
+            return None
+        while len(self.screen_stack) > 1:
+            self.pop_screen()
+        current = getattr(self.screen, "number", 0)
+        known = self._screens.get(number)
+        if known is not None and arguments and not known.retarget(**arguments):
+            self._drop(number)
+            known = None
+        screen = known or self._make(number, **arguments)
+        if screen is not self.screen:
+            if current and current != number:
+                self._back = [*(n for n in self._back if n not in (number, current)), current]
+            self.switch_screen(screen)
+        return screen
+
+    def _drop(self, number: int) -> None:
+        screen = self._screens.pop(number)
+        self.uninstall_screen(screen)
+        if screen is not self.screen and screen.is_attached:
+            screen.remove()
+
+    def open_home(self) -> None:
+        self.open_screen(1)
+
+    def open_presets(self, select: str | None = None) -> None:
+        self.open_screen(2, **({"select": select} if select else {}))
+
+    def open_config(
+        self,
+        *,
+        preset: str | None = None,
+        path: Path | None = None,
+        config: Any = None,
+        origins: Mapping[str, str] | None = None,
+    ) -> None:
+        """Edit a preset, a file, or a Config at hand (with the origin of each value)."""
+        given = {"preset": preset, "path": path, "config": config, "origins": origins}
+        self.open_screen(3, **{key: value for key, value in given.items() if value is not None})
+
+    def open_launch(
+        self,
+        *,
+        config: Any = None,
+        origins: Mapping[str, str] | None = None,
+        preset: str | None = None,
+        path: Path | None = None,
+    ) -> None:
+        """Review a configuration and start it."""
+        given = {"config": config, "origins": origins, "preset": preset, "path": path}
+        self.open_screen(4, **{key: value for key, value in given.items() if value is not None})
+
+    def open_monitor(self, run: str | Path) -> None:
+        """Watch a run (a name below the root, or a path)."""
+        self.open_screen(5, run=run)
+
+    def open_chat(self, checkpoint: str | Path) -> None:
+        """Talk to a checkpoint: RUN, RUN@best, RUN@step-000123 or a path."""
+        self.open_screen(7, checkpoint=checkpoint)
+
+    async def run_names(self) -> list[str]:
+        """Names of the runs below the root, newest first."""
+
+        def names() -> list[str]:
+            try:
+                found = [(entry.stat().st_mtime, entry.name) for entry in os.scandir(self.runs_root) if entry.is_dir()]
+            except OSError:
+                return []
+            return [name for _, name in sorted(found, reverse=True)]
+
+        return await asyncio.to_thread(names)
+
+    # starting runs
+
+    async def start_run(self, arguments: Sequence[str]) -> Launched:
+        """Start `lumina-engine train` with these arguments, detached.
+
+        Raises:
+            LaunchError: with the engine's reason.
+        """
+        from .launching import LaunchError, launch
+
+        if self.readonly:
+            raise LaunchError("--readonly: nothing is started")
+        return await launch(arguments, self.runs_root)
+
+    async def _start_preset(self, preset: str) -> None:
+        from .launching import LaunchError
+
+        self.notice(f"starting {preset} …")
+        try:
+            launched = await self.start_run(["--preset", preset])
+        except LaunchError as error:
+            self.notice(str(error), "error", timeout=20)
+            return
+        self.open_monitor(launched.path)
+
+    # talking to the user
+
+    def notice(self, text: str, severity: Severity = "information", *, timeout: float | None = None) -> None:
+        """A toast that is also kept in the notices list. Outside text may come as it is."""
+        text = clean(text)
+        self.notices.append(Notice(time.time(), severity, text))
+        shown = list(self._notifications)
+        for old in shown[:-2]:
+            self._unnotify(old, refresh=False)
+        self.notify(text, severity=severity, timeout=timeout, markup=False)
+
+    def ask(self, question: str, choices: Sequence[Choice], answer: Callable[[str], None], lines: Sequence[str] = ()) -> None:
+        """One question that names the thing; `answer(value)` is called with the choice, not at all for Esc."""
+        from .screens.dialogs import Question
+
+        def done(value: str | None) -> None:
+            if value is not None:
+                answer(value)
+
+        self.push_screen(Question(question, lines, choices), done)
+
+    def prompt(
+        self,
+        question: str,
+        answer: Callable[[str], None],
+        *,
+        value: str = "",
+        lines: Sequence[str] = (),
+        check: Callable[[str], str | None] = lambda text: None,
+    ) -> None:
+        """Ask for one line of text; `check` gives what is wrong with it, or None."""
+        from .screens.dialogs import Prompt
+
+        def done(text: str | None) -> None:
+            if text is not None:
+                answer(text)
+
+        self.push_screen(Prompt(question, value, lines, check), done)
+
+    def copy_text(self, text: str, name: str = "copied.txt") -> None:
+        """Copy by OSC 52 (at most 8 KiB; no terminal answers whether it worked) and also into a file that the notice names."""
+        if len(text.encode()) <= 8192:
+            self.copy_to_clipboard(text)
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lumina"
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path = folder / name
+            path.write_text(text)
+            path.chmod(0o600)
+        except OSError as error:
+            self.notice(f"copied, if the terminal allows it; the file copy failed: {error}", "warning")
+            return
+        self.notice(f"copied; also in {path}")
+
+    # actions
+
+    def why_not(self, action_id: str) -> str | None:
+        if action_id.startswith("app.screen_"):
+            number = int(action_id.rpartition("_")[2])
+            return None if self.has_screen(number) else "this version has no such screen"
+        return None
+
+    def action_screen(self, number: int) -> None:
+        if getattr(self.screen, "number", 0) != number:
+            self.open_screen(number)
+
+    async def action_back(self) -> None:
+        if len(self.screen_stack) > 1:
+            self.pop_screen()
+        elif self._back:
+            number = self._back.pop()
+            self.open_screen(number)
+            self._back = [n for n in self._back if n != number]
+
+    def action_help(self) -> None:
+        from .screens.dialogs import Sheet, help_text
+
+        screen: Any = self.screen
+        self.push_screen(Sheet(f"Help: {screen.heading}", help_text(screen)))
+
+    def action_notices(self) -> None:
+        from textual.content import Content
+
+        from .screens.dialogs import Sheet
+
+        lines = [
+            f"{time.strftime('%H:%M:%S', time.localtime(n.t))}  {n.severity:<11}  {n.text}" for n in reversed(self.notices)
+        ]
+        self.push_screen(Sheet("Notices", Content("\n".join(lines) or "Nothing was said yet.")))
+
+    def action_palette(self) -> None:
+        from textual.command import CommandPalette
+
+        from .commands import ActionProvider, RunProvider
+
+        if not isinstance(self.screen, CommandPalette):
+            self.push_screen(CommandPalette(providers=[ActionProvider, RunProvider], placeholder="action or run", id="palette"))
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        """None: the registry is the only source of actions."""
+        return ()
+
+    def action_next_panel(self) -> None:
+        self.screen.focus_next()
+
+    def action_previous_panel(self) -> None:
+        self.screen.focus_previous()
+
+    def action_leave(self) -> None:
+        self.exit(return_code=0)
+
+    def action_interrupt(self) -> None:
+        self.notice("q leaves lumina; runs go on")

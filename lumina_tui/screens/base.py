@@ -1,0 +1,150 @@
+"""What all screens share, and how they are opened.
+
+Screens are imported on first use. Their constructors take keyword arguments only, all optional, so that the number key alone
+opens an empty screen that says what fills it:
+
+    HomeScreen()                                                                    screens/home.py      1
+    PresetsScreen(*, select: str | None = None)                                     screens/presets.py   2
+    ConfigScreen(*, preset: str | None = None, path: Path | None = None,            screens/config.py    3
+                 config: Config | None = None, origins: dict[str, str] | None = None)
+    LaunchScreen(*, config: Config | None = None, origins: dict[str, str] | None = None,  screens/launch.py  4
+                 preset: str | None = None, path: Path | None = None)
+    MonitorScreen(*, run: str | Path | None = None)                                 screens/monitor.py   5
+    ChatScreen(*, checkpoint: str | Path | None = None)                             screens/chat.py      7
+
+The app keeps one instance of each. Opening it again with arguments calls `retarget(**arguments)`; if that returns False
+(the default) the old instance is dropped and a new one built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from textual.binding import BindingType
+from textual.content import Content
+from textual.screen import Screen
+from textual.widget import Widget
+
+from ..actions import bindings
+from ..widgets.acts import Acts
+from ..widgets.bars import KeyBar, TitleBar
+from ..widgets.panel import Drawn, Panel, State
+
+if TYPE_CHECKING:
+    from textual.app import ComposeResult
+
+    from ..application import LuminaApp
+    from ..terminal import Look, Palette
+
+__all__ = ["Drawn", "LuminaScreen", "Panel", "State"]
+
+
+class LuminaScreen(Acts, Screen[None], inherit_bindings=False):
+    """Title line, content, key line. Subclasses set `scope`, `number`, `heading` and yield their panels in `content()`."""
+
+    number: ClassVar[int] = 0
+    heading: ClassVar[str] = ""
+    smallest: ClassVar[tuple[int, int]] = (60, 15)  # below: one sentence says what the screen needs and has
+    BINDINGS: ClassVar[list[BindingType]] = []
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        if cls.scope and "BINDINGS" not in cls.__dict__:
+            cls.BINDINGS = list(bindings(cls.scope))
+        super().__init_subclass__(**kwargs)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.subject = ""
+        self.state_word = ""
+        self.badge = ""
+        self.badge_role = "dim"
+        self.alerts = 0
+        self.critical = False
+
+    # to override
+
+    def content(self) -> Iterable[Widget]:
+        """The widgets between first and last line."""
+        return ()
+
+    def retarget(self, **arguments: Any) -> bool:
+        """Show something else in this instance. False: build a new one."""
+        return False
+
+    def tick(self) -> None:
+        """Called `look.hz` times a second while this screen is on top: refresh what has changed, nothing else."""
+
+    # frame
+
+    @property
+    def lumina(self) -> LuminaApp:
+        app: Any = self.app
+        return app
+
+    @property
+    def look(self) -> Look:
+        return self.lumina.look
+
+    @property
+    def palette(self) -> Palette:
+        return self.look.palette
+
+    def compose(self) -> ComposeResult:
+        yield TitleBar()
+        yield from self.content()
+        yield TooSmall()
+        yield KeyBar()
+
+    def set_frame(
+        self,
+        *,
+        subject: str | None = None,
+        state: str | None = None,
+        badge: str | None = None,
+        badge_role: str | None = None,
+        alerts: int | None = None,
+        critical: bool | None = None,
+    ) -> None:
+        """Change parts of the first line; what is None stays. Outside text may come as it is."""
+        before = (self.subject, self.state_word, self.badge, self.badge_role, self.alerts, self.critical)
+        self.subject = self.subject if subject is None else subject
+        self.state_word = self.state_word if state is None else state
+        self.badge = self.badge if badge is None else badge
+        self.badge_role = self.badge_role if badge_role is None else badge_role
+        self.alerts = self.alerts if alerts is None else alerts
+        self.critical = self.critical if critical is None else critical
+        if before != (self.subject, self.state_word, self.badge, self.badge_role, self.alerts, self.critical):
+            for bar in self.query(TitleBar):
+                bar.refresh()
+
+    def refresh_keys(self) -> None:
+        """Repaint the key line, after something became possible or impossible."""
+        for bar in self.query(KeyBar):
+            bar.refresh()
+
+    def on_descendant_focus(self) -> None:
+        self.refresh_keys()
+
+    def on_screen_resume(self) -> None:
+        self.tick()
+
+    def on_resize(self) -> None:
+        width, height = self.size
+        self.set_class(width < 100 or height < 30, "-compact")
+        self.set_class(width >= 160 and height >= 45, "-wide")
+        self.set_class(width < self.smallest[0] or height < self.smallest[1], "-tiny")
+
+
+class TooSmall(Widget):
+    """Stands in for the content when the terminal is too small for it."""
+
+    DEFAULT_CSS = """
+    TooSmall { display: none; height: 1fr; }
+    .-tiny > TooSmall { display: block; }
+    .-tiny > Panel, .-tiny > .content { display: none; }
+    """
+
+    def render(self) -> Content:
+        needs = getattr(self.screen, "smallest", (60, 15))
+        return Content(f"needs {needs[0]}x{needs[1]}, has {self.screen.size.width}x{self.screen.size.height}")

@@ -1,0 +1,162 @@
+"""Small layers over a screen: a question, a value to enter, help, notices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from textual.binding import Binding
+from textual.containers import VerticalScroll
+from textual.content import Content
+from textual.screen import ModalScreen
+from textual.widgets import Input, Static
+
+from ..actions import key_table, key_text, of_scope
+from ..paint import clean
+
+if TYPE_CHECKING:
+    from textual.app import ComposeResult
+
+    from .base import LuminaScreen
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer: the key that gives it, its text, and the value handed back."""
+
+    key: str
+    text: str
+    value: str
+
+
+class Question(ModalScreen[str | None]):
+    """A question that names the thing, with one key per answer; Esc gives None. Enter answers nothing: no accident."""
+
+    BINDINGS = [Binding("escape", "answer('')", show=False)]
+
+    def __init__(self, question: str, lines: Sequence[str], choices: Sequence[Choice]) -> None:
+        super().__init__()
+        self.question, self.lines, self.choices = question, lines, choices
+
+    def compose(self) -> ComposeResult:
+        answers = [f" {key_text(choice.key):<3} {choice.text}" for choice in self.choices] + [" Esc back"]
+        body = [clean(line) for line in self.lines]
+        box = Static(Content("\n".join([*body, *([""] if body else []), *answers])), classes="dialog", markup=False)
+        box.border_title = Content(f" {clean(self.question)} ")
+        yield box
+
+    def on_key(self, event: Any) -> None:
+        for choice in self.choices:
+            if event.character == choice.key or event.key == choice.key:
+                event.stop()
+                self.dismiss(choice.value)
+
+    def action_answer(self, value: str) -> None:
+        self.dismiss(value or None)
+
+
+class Prompt(ModalScreen[str | None]):
+    """One line of input. `check(text)` gives what is wrong with it, or None; Enter is refused while something is wrong."""
+
+    BINDINGS = [Binding("escape", "leave", show=False)]
+
+    def __init__(
+        self,
+        question: str,
+        value: str = "",
+        lines: Sequence[str] = (),
+        check: Callable[[str], str | None] = lambda text: None,
+    ) -> None:
+        super().__init__()
+        self.question, self.value, self.lines, self.check = question, value, lines, check
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(classes="dialog", can_focus=False) as box:
+            if self.lines:
+                yield Static(Content("\n".join(clean(line) for line in self.lines)), markup=False)
+            yield Input(self.value, compact=True)
+            yield Static("", id="wrong", markup=False)
+            yield Static(Content("Enter ok  Esc back"), classes="hint", markup=False)
+        box.border_title = Content(f" {clean(self.question)} ")
+
+    def on_input_changed(self, event: Input.Changed) -> None:
+        self._show(self.check(event.value))
+
+    def on_input_submitted(self, event: Input.Submitted) -> None:
+        wrong = self.check(event.value)
+        if wrong is None:
+            self.dismiss(event.value)
+        else:
+            self._show(wrong)
+
+    def _show(self, wrong: str | None) -> None:
+        self.query_one("#wrong", Static).update(Content(clean(wrong or "")))
+
+    def action_leave(self) -> None:
+        self.dismiss(None)
+
+
+class Sheet(ModalScreen[None]):
+    """Text to read and leave: Esc, q or the key that opened it."""
+
+    BINDINGS = [
+        Binding("escape,q,question_mark,exclamation_mark,f1,enter", "leave", show=False),
+        Binding("j,down", "scroll(1)", show=False),
+        Binding("k,up", "scroll(-1)", show=False),
+        Binding("ctrl+d,pagedown,space", "scroll(10)", show=False),
+        Binding("ctrl+u,pageup", "scroll(-10)", show=False),
+    ]
+
+    def __init__(self, heading: str, text: Content) -> None:
+        super().__init__()
+        self.heading, self.text = heading, text
+
+    def compose(self) -> ComposeResult:
+        with VerticalScroll(classes="dialog sheet") as box:
+            yield Static(self.text, markup=False)
+        box.border_title = Content(f" {clean(self.heading)} ")
+        box.border_subtitle = Content(" j k scroll  Esc back ")
+
+    def action_leave(self) -> None:
+        self.dismiss(None)
+
+    def action_scroll(self, lines: int) -> None:
+        self.query_one(VerticalScroll).scroll_relative(y=lines, animate=False)
+
+
+SIGNS = """\
+LIVE 4 Hz     records arrive as they are written
+BUSY          compiling or saving: no records are expected
+QUIET 42 s    the supervisor lives, but nothing was written for long
+LOADING 63 %  the run's file is being read
+FILE          no live connection: the file is read each second
+DEAD          nobody holds the run although it never ended: it crashed
+C ! D < |     checkpoint, alert, change, rewind, restart on a chart's axis; a digit where they pile up
+o  x          evaluation; a value that is not a number
+-             not known"""
+
+
+def help_text(screen: LuminaScreen) -> Content:
+    """Keys of the focused panel first, then of the screen, then everywhere; what cannot be done now says why."""
+    focused: Any = screen.focused
+    scopes: list[tuple[str, str, Any]] = []
+    if focused is not None and getattr(focused, "scope", ""):
+        scopes.append((str(focused.scope), "This panel", focused))
+    if screen.scope:
+        scopes.append((screen.scope, screen.heading, screen))
+    scopes.append(("app", "Everywhere", screen.lumina))
+    by_scope = {scope: key_table([scope]) for scope, _, _ in scopes}
+    parts: list[Content | str | tuple[str, Any]] = []
+    for scope, heading, node in scopes:
+        parts.append((("\n" if parts else "") + heading + "\n", "bold"))
+        for action, (_, keys, _, help_) in zip(of_scope(scope), by_scope[scope], strict=True):
+            if action.method == "screen" and not screen.lumina.has_screen(int(str(action.args[0]))):
+                continue
+            reason = node.why_not(action.id)
+            parts.append(f"  {keys:<16} {action.title:<18} {help_}")
+            if reason:
+                parts.append((f"  (not now: {clean(reason)})", "dim"))
+            parts.append("\n")
+    parts += [("\nSigns\n", "bold"), "\n".join("  " + line for line in SIGNS.split("\n"))]
+    return Content.assemble(*parts)
