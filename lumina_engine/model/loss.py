@@ -1,0 +1,112 @@
+"""Cross-entropy over a large vocabulary without ever holding all logits.
+
+The gradients of hidden states and head are computed in the forward, chunk by chunk, so that no logits are kept for the backward
+(the idea of Apple's cut-cross-entropy and of Liger-Kernel's fused linear cross-entropy).
+
+Shapes: B batch, S sequence, D hidden size, V vocabulary, N trained labels, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED = -100
+
+
+def shifted_targets(labels_BS: Tensor, document_ids_BS: Tensor | None = None) -> Tensor:
+    """What each position predicts: the label of the next position (labels lie on their own token, this is the only shift).
+
+    The last position predicts nothing, and none predicts across a document border or into padding (document 0).
+    """
+    targets = torch.full_like(labels_BS, IGNORED)
+    targets[:, :-1] = labels_BS[:, 1:]
+    if document_ids_BS is not None:
+        border = (document_ids_BS[:, 1:] != document_ids_BS[:, :-1]) | (document_ids_BS[:, 1:] == 0)
+        targets[:, :-1].masked_fill_(border, IGNORED)
+    return targets
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of weights · cross-entropy over rows; rows of hidden states and head must have the same dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor | None, chunk: int
+    ) -> Tensor:
+        loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        grad_hidden = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
+        grad_head = torch.zeros(head_VD.shape, dtype=torch.float32, device=head_VD.device) if ctx.needs_input_grad[1] else None
+        rows = hidden_ND.shape[0]
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            for start in range(0, rows, chunk or max(rows, 1)):
+                part = slice(start, start + (chunk or rows))
+                loss_sum += _chunk(hidden_ND[part], head_VD, targets_N[part], weights_N, part, grad_hidden, grad_head)
+        kept = [grad_hidden, None if grad_head is None else grad_head.to(head_VD.dtype)]
+        ctx.save_for_backward(*kept)
+        return loss_sum
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+        grad_hidden, grad_head = ctx.saved_tensors
+        # Out of place: with retain_graph the saved gradients serve again.
+        scaled = [None if kept is None else kept * grad.to(kept.dtype) for kept in (grad_hidden, grad_head)]
+        return scaled[0], scaled[1], None, None, None
+
+
+def _chunk(
+    hidden_CD: Tensor,
+    head_VD: Tensor,
+    targets_C: Tensor,
+    weights_N: Tensor | None,
+    part: slice,
+    grad_hidden: Tensor | None,
+    grad_head: Tensor | None,
+) -> Tensor:
+    """Loss sum of one chunk; writes its rows of `grad_hidden` and adds to `grad_head`."""
+    valid_C = targets_C != IGNORED
+    scale_C = valid_C.float() if weights_N is None else valid_C * weights_N[part].float()
+    index_C1 = targets_C.clamp(min=0)[:, None]
+    log_probs_CV = F.log_softmax(torch.mm(hidden_CD, head_VD.t()), dim=-1, dtype=torch.float32)
+    loss = torch.dot(log_probs_CV.gather(1, index_C1).squeeze(1), -scale_C)
+    if grad_hidden is None and grad_head is None:
+        return loss
+    grad_CV = log_probs_CV.exp_()
+    grad_CV.scatter_add_(1, index_C1, torch.full_like(index_C1, -1, dtype=torch.float32))
+    grad_CV = grad_CV.mul_(scale_C[:, None]).to(head_VD.dtype)
+    if grad_hidden is not None:
+        torch.mm(grad_CV, head_VD, out=grad_hidden[part])
+    if grad_head is not None:
+        if grad_head.dtype == grad_CV.dtype:
+            grad_head.addmm_(grad_CV.t(), hidden_CD)
+        else:
+            grad_head.add_(torch.mm(grad_CV.t(), hidden_CD))
+    return loss
+
+
+def cross_entropy_sum(
+    hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor, weights_BS: Tensor | None = None, chunk: int = 2048
+) -> Tensor:
+    """Sum over the targets that are not -100 of weight · cross-entropy (nats), float32 scalar; differentiable once.
+
+    At most `chunk` rows of logits exist at a time (0 = all rows at once). `targets_BS` and `weights_BS` are aligned with the
+    hidden states: see `shifted_targets`. Softmax and sum run in float32; the head's gradient is accumulated in float32 over the
+    chunks. Under autocast hidden states and head are cast first, as autocast would do for a linear layer.
+    """
+    device = hidden_BSD.device.type
+    hidden_ND = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
+    targets_N = targets_BS.reshape(-1)
+    weights_N = None if weights_BS is None else weights_BS.reshape(-1)
+    if device == "cpu":  # elsewhere the size would have to be fetched from the device first
+        rows_N = (targets_N != IGNORED).nonzero().squeeze(1)
+        if len(rows_N) < len(targets_N):
+            hidden_ND, targets_N = hidden_ND.index_select(0, rows_N), targets_N.index_select(0, rows_N)
+            weights_N = None if weights_N is None else weights_N.index_select(0, rows_N)
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        hidden_ND, head_VD = hidden_ND.to(dtype), head_VD.to(dtype)
+    return _ChunkedCrossEntropy.apply(hidden_ND, head_VD, targets_N, weights_N, chunk)

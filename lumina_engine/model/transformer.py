@@ -1,0 +1,268 @@
+"""Decoder-only transformer with dense or mixture-of-experts blocks.
+
+Shapes: B batch, S new tokens, T cached and new tokens, D hidden size, V vocabulary, E experts, L expert layers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lumina_engine.config.schema import Config, DeepSeekConfig
+from lumina_engine.model.attention import Attention, AttentionPlan, KVCache, cached_mask, document_mask
+from lumina_engine.model.layers import RMSNorm, SwiGLU
+from lumina_engine.model.loss import IGNORED, cross_entropy_sum, shifted_targets
+from lumina_engine.model.moe import LayerStats, MoE, RouterStats
+from lumina_engine.model.rope import RotaryTables, inverse_frequencies
+
+
+@dataclass
+class ModelOutput:
+    """What `forward(..., return_aux=True)` gives. Without labels the loss fields are None, with labels `logits` is."""
+
+    logits: Tensor | None = None  # (B, S, V)
+    loss_sum: Tensor | None = None  # sum over trained labels of weight · cross-entropy, nats, float32 scalar
+    num_labels: Tensor | None = None  # trained labels, scalar
+    weight_sum: Tensor | None = None  # sum of their weights; equals num_labels without weights
+    router: RouterStats | None = None  # None for a dense model
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + ffn(norm(x)); dropout on both branches."""
+
+    def __init__(self, config: DeepSeekConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, layer)
+        self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.ffn: MoE | SwiGLU
+        if config.use_moe and layer >= config.num_dense_layers:
+            self.ffn = MoE(config)
+        else:
+            width = config.dense_width if config.use_moe else config.expert_width
+            self.ffn = SwiGLU(config.hidden_size, width)
+        self.dropout = config.dropout
+
+    def forward(
+        self, x_BSD: Tensor, plan: AttentionPlan, valid_BS: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor, LayerStats | None]:
+        x_BSD = x_BSD + self._drop(self.attention(self.attention_norm(x_BSD), plan, cache))
+        stats: LayerStats | None = None
+        branch = self.ffn_norm(x_BSD)
+        if isinstance(self.ffn, MoE):
+            branch, stats = self.ffn(branch, valid_BS)
+        else:
+            branch = self.ffn(branch)
+        return x_BSD + self._drop(branch), stats
+
+    def _drop(self, branch: Tensor) -> Tensor:
+        return F.dropout(branch, self.dropout, self.training) if self.dropout else branch
+
+
+class DeepSeekTransformer(nn.Module):
+    """The language model. `config` is a `DeepSeekConfig`, or a `Config` of which it takes the model sections and the seed.
+
+    `vocab_size` must be a number by then (ValueError otherwise). Weights are initialised from the seed (0 for a
+    DeepSeekConfig), except on the meta device: call `to_empty` and `init_weights(seed)`, or load a state dict, afterwards.
+    """
+
+    def __init__(self, config: DeepSeekConfig | Config) -> None:
+        super().__init__()
+        seed = config.seed if isinstance(config, Config) else 0
+        shape = DeepSeekConfig.from_config(config) if isinstance(config, Config) else config
+        self.config = shape.resolved()
+        self._check()
+        self.embedding = nn.Embedding(self.config.vocab_rows, self.config.hidden_size)
+        self.blocks = nn.ModuleList(Block(self.config, layer) for layer in range(self.config.num_layers))
+        self.norm = RMSNorm(self.config.hidden_size, self.config.norm_eps)
+        if not self.config.tie_word_embeddings:
+            self.head = nn.Linear(self.config.hidden_size, self.config.vocab_rows, bias=False)
+        frequencies, magnitude = inverse_frequencies(
+            self.config.head_size,
+            self.config.rope_theta,
+            self.config.rope_scaling,
+            self.config.rope_scaling_factor,
+            self.config.rope_original_length or round(self.config.seq_length / self.config.rope_scaling_factor),
+        )
+        self.rotary = RotaryTables(frequencies, magnitude, self.config.seq_length)
+        if not self.embedding.weight.is_meta:
+            self.init_weights(seed)
+
+    def _check(self) -> None:
+        config = self.config
+        for key, value in (("attention", "gqa"), ("sliding_window", None), ("expert_parallel_size", 1), ("compile", False)):
+            if getattr(config, key, value) != value:
+                raise ValueError(f"{key}={getattr(config, key)!r}: the model does not have it yet; set {key}={value!r}")
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Normal(0, init_std); projections that write to the residual stream are divided by sqrt(2 · layers); norms are 1.
+
+        Each tensor has its own random stream, from the seed and its name, drawn on the CPU in float32: the same seed gives the
+        same weights on any device, in any precision, and for a layer whatever stands around it.
+        """
+        for name, parameter in self.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+                continue
+            std = self.config.init_std
+            if name.endswith((".out.weight", ".down.weight", ".w2")):
+                std /= (2 * self.config.num_layers) ** 0.5
+            stream = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+            generator = torch.Generator("cpu").manual_seed(int.from_bytes(stream, "little") >> 1)
+            parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))
+        for name, buffer in self.named_buffers():
+            if name.endswith("router.bias"):
+                buffer.zero_()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output matrix (V, D): the embedding when tied."""
+        return self.embedding.weight if self.config.tie_word_embeddings else self.head.weight
+
+    @property
+    def expert_layers(self) -> list[MoE]:
+        """The expert layers, first layer first."""
+        return [block.ffn for block in self.blocks if isinstance(block, Block) and isinstance(block.ffn, MoE)]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        labels: Tensor | None = None,
+        weights: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+        return_aux: bool = False,
+    ) -> Tensor | ModelOutput:
+        """Logits (B, S, V); with `labels` the mean loss; with `return_aux` a `ModelOutput`.
+
+        `input_ids` (B, S). `attention_mask` (B, S): 0 marks padding, on either side; behind a cache it covers the new tokens.
+        `document_ids` (B, S): tokens attend within their document, 0 is padding. `position_ids` (B, S) default to counting the
+        real tokens of each document from 0, behind a cache onwards. `labels` (B, S) lie on their own token, -100 carries no
+        loss; `weights` (B, S) multiply them (the mean is then the weighted mean). `logits_to_keep` > 0 gives the logits of that
+        many last positions only. Evaluation mode never drops a token for capacity.
+        """
+        if document_ids is None and attention_mask is not None:
+            document_ids = attention_mask[:, -input_ids.shape[1] :].long()
+        hidden, stats, valid = self._hidden(input_ids, document_ids, position_ids, cache)
+        output = ModelOutput()
+        if labels is None:
+            if logits_to_keep:
+                hidden = hidden[:, -logits_to_keep:]
+            output.logits = F.linear(self.norm(hidden), self.head_weight)
+        else:
+            targets = shifted_targets(labels, document_ids)
+            if weights is not None:
+                weights = torch.cat((weights[:, 1:], weights.new_zeros(len(weights), 1)), dim=1)
+            normed = self.norm(hidden)
+            output.loss_sum = cross_entropy_sum(normed, self.head_weight, targets, weights, self.config.loss_chunk_size)
+            trained = targets != IGNORED
+            output.num_labels = trained.sum()
+            output.weight_sum = output.num_labels if weights is None else (weights * trained).sum()
+        if return_aux:
+            output.router = self._router_stats(stats, input_ids, valid)
+            return output
+        if output.logits is not None:
+            return output.logits
+        assert output.loss_sum is not None and output.weight_sum is not None
+        return output.loss_sum / output.weight_sum.clamp(min=1e-20)
+
+    def _hidden(
+        self, input_ids: Tensor, document_ids: Tensor | None, position_ids: Tensor | None, cache: KVCache | None
+    ) -> tuple[Tensor, list[LayerStats], Tensor | None]:
+        """Hidden states before the final norm, statistics of the expert layers, and which tokens are real (None = all)."""
+        valid = None if document_ids is None else document_ids > 0
+        if valid is not None and valid.device.type == "cpu" and bool(valid.all()):
+            valid = None
+        x = self.embedding(input_ids)
+        plan = self._plan(x, input_ids, document_ids, position_ids, cache)
+        stats: list[LayerStats] = []
+        recompute = self.config.gradient_checkpointing and torch.is_grad_enabled() and cache is None
+        for block in self.blocks:
+            if recompute:
+                x, layer_stats = checkpoint(block, x, plan, valid, cache, use_reentrant=False)
+            else:
+                x, layer_stats = block(x, plan, valid, cache)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        if cache is not None:
+            cache.length += input_ids.shape[1]
+        return x, stats, valid
+
+    def _plan(
+        self, x: Tensor, input_ids: Tensor, document_ids: Tensor | None, position_ids: Tensor | None, cache: KVCache | None
+    ) -> AttentionPlan:
+        batch, new = input_ids.shape
+        device = input_ids.device
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
+        past = 0
+        mask: Tensor | None = None
+        if cache is not None:
+            cache.reserve(batch, new)
+            past = cache.length
+            if document_ids is not None:
+                cache.mark(document_ids > 0)
+            if (past and new > 1) or cache.valid_BT is not None:
+                mask = cached_mask(cache, new, dtype)
+        elif document_ids is not None and not _one_document(document_ids):
+            mask = document_mask(document_ids, dtype)
+        is_causal = mask is None and new > 1
+        if position_ids is None and document_ids is not None:
+            position_ids = _positions(document_ids, cache)
+        elif position_ids is None and cache is not None and cache.valid_BT is not None:
+            position_ids = _positions(torch.ones_like(input_ids), cache)
+        if position_ids is None:
+            cos, sin = self.rotary.span(past, past + new, device)
+        else:
+            highest = int(position_ids.max()) if device.type == "cpu" else self.rotary.length
+            cos, sin = self.rotary.at(position_ids, highest)
+        return AttentionPlan(cos, sin, mask, is_causal)
+
+    def _router_stats(self, stats: list[LayerStats], input_ids: Tensor, valid: Tensor | None) -> RouterStats | None:
+        if not stats:
+            return None
+        tokens = torch.tensor(float(input_ids.numel())) if valid is None else valid.sum().float()
+        return RouterStats.stack(stats, tokens.to(input_ids.device))
+
+    @property
+    def router_bias_LE(self) -> Tensor | None:
+        """The selection biases of all expert layers; None for a dense model."""
+        return torch.stack([layer.router.bias for layer in self.expert_layers]) if self.expert_layers else None
+
+    @torch.no_grad()
+    def update_router_bias(self, counts_LE: Tensor, rate: float) -> None:
+        """Moves each router's bias by `rate` towards the experts that had fewer choices than the mean (arXiv:2408.15664).
+
+        `counts_LE` are the choices of the global batch, once per optimizer step; the change is centred, so the biases keep
+        their sum.
+        """
+        direction_LE = torch.sign(counts_LE.mean(-1, keepdim=True) - counts_LE) * rate
+        direction_LE -= direction_LE.mean(-1, keepdim=True)
+        for layer, direction_E in zip(self.expert_layers, direction_LE, strict=True):
+            layer.router.bias += direction_E.to(layer.router.bias)
+
+
+def _one_document(document_ids: Tensor) -> bool:
+    """Whether every row is one document without padding. Reads the tensor."""
+    return bool((document_ids == document_ids[:, :1]).all()) and bool((document_ids[:, 0] > 0).all())
+
+
+def _positions(document_ids: Tensor, cache: KVCache | None) -> Tensor:
+    """Positions that count the real tokens of each document from 0; behind a cache, on from the real tokens in it."""
+    valid = document_ids > 0
+    if cache is not None:
+        past = cache.length if cache.valid_BT is None else cache.valid_BT[:, : cache.length].sum(-1, keepdim=True)
+        return (valid.cumsum(-1) - 1 + past).clamp(min=0)
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    starts = torch.zeros_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(-1).values
