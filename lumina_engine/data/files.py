@@ -1,0 +1,343 @@
+"""From paths to records: which files, what is in them, one JSON object at a time with its line.
+
+Containers are told apart by content, not by name. JSON Lines is read line by line and a JSON list element by element, so
+memory holds one record, not the file.
+"""
+
+from __future__ import annotations
+
+import codecs
+import glob
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from .conversation import DataError, nearest
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+OnError = Callable[[DataError], None]
+
+# what a folder is searched for; a file named directly may have any name
+FOLDER_SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt")
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet", b"PK\x03\x04": "zip", b"BZh": "bzip2"}
+_CHUNK = 1 << 20  # characters read at a time from a JSON list
+_SPACE = " \t\r\n"
+_MAX_TEXT = 1 << 20  # characters of one plain-text document; longer files are cut at an empty line or a line end
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One JSON value and the line (from 1) where it begins."""
+
+    path: Path
+    line: int
+    value: object
+
+
+def expand(paths: Paths, key: str = "data path") -> list[Path]:
+    """The files that `paths` (files, folders, globs) name, each once: list order, sorted within a folder or a glob.
+
+    Raises `DataError` for what names nothing; `key` is the setting to blame.
+    """
+    entries = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    if not entries:
+        raise DataError(f"{key} is an empty list", fix=f"name at least one file, or set {key}=null", exit_code=2)
+    found: dict[Path, Path] = {}
+    for entry in entries:
+        for path in _expand_one(os.fspath(entry), key):
+            found.setdefault(path.resolve(), path)
+    return list(found.values())
+
+
+def _expand_one(entry: str, key: str) -> list[Path]:
+    path = Path(entry).expanduser()
+    try:
+        if path.is_dir():
+            inside = (p for p in path.rglob("*") if p.suffix.lower() in FOLDER_SUFFIXES and p.is_file())
+            files = sorted(p for p in inside if not _hidden(p, path))
+            if not files:
+                raise _unusable(f"{key}: the folder holds no {', '.join(FOLDER_SUFFIXES)} file", path, "name the files")
+            return files
+        if path.is_file():
+            return [path]
+        if path.exists():
+            raise _unusable(f"{key}: not a regular file", path, "name a file, a folder or a glob")
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise _unusable(f"{key}: cannot be read ({error.__class__.__name__})", entry, "check the name and rights") from None
+    if glob.has_magic(entry):
+        root = Path(path.anchor or ".")
+        files = sorted(p for p in root.glob(str(path.relative_to(path.anchor))) if p.is_file())
+        if files:
+            return files
+        raise _unusable(f"{key}: the pattern matches no file", entry, "check the pattern")
+    folder = path.parent
+    if not folder.is_dir():
+        raise _unusable(f"{key}: no such file; there is no folder {folder} either", entry, f"correct {key}")
+    like = nearest(path.name, sorted(p.name for p in folder.iterdir())[:10_000])
+    raise _unusable(f"{key}: no such file", entry, f"did you mean {folder / like}?" if like else f"correct {key}")
+
+
+def _unusable(message: str, path: object, fix: str) -> DataError:
+    return DataError(message, path=path, fix=fix, exit_code=2)
+
+
+def _hidden(path: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def total_bytes(files: Sequence[Path]) -> int:
+    """Bytes of all files."""
+    return sum(path.stat().st_size for path in files)
+
+
+def digest_files(files: Sequence[Path]) -> str:
+    """SHA-256 (hex) over the contents in order; names do not count, so a moved file keeps its digest."""
+    whole = hashlib.sha256()
+    for path in files:
+        try:
+            with path.open("rb") as handle:
+                one = hashlib.sha256()
+                while block := handle.read(1 << 20):
+                    one.update(block)
+        except OSError as error:
+            raise _unreadable(path, error) from None
+        whole.update(one.digest())
+    return whole.hexdigest()
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(f"cannot be read ({error.strerror or error})", path=path, fix="check the file and its rights")
+
+
+def container(path: Path) -> str:
+    """What the file is: "jsonl" (an object a line), "json" (a list, or objects over several lines) or "text".
+
+    Raises `DataError` for an empty file, an archive or binary content.
+    """
+    try:
+        with path.open("rb") as handle:
+            start = handle.read(65536)
+            if not start.strip(b" \t\r\n\x00\xef\xbb\xbf"):
+                raise DataError("the file is empty", path=path, fix="name a file with conversations", reason="empty file")
+            for magic, name in _PACKED.items():
+                if start.startswith(magic):
+                    raise DataError(f"{name} files are not available yet", path=path, fix="unpack it to JSON Lines first")
+            if b"\0" in start:
+                raise DataError("binary content (a zero byte)", path=path, fix="name a UTF-8 JSON, JSON Lines or text file")
+            handle.seek(0)
+            lines = _first_lines(handle)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    text = start.decode("utf-8", "ignore").lstrip("\ufeff").lstrip()
+    named_json = path.suffix.lower() in _JSON_SUFFIXES
+    if text.startswith("[") and (named_json or text[1:].lstrip()[:1] in ("{", "]", "")):
+        return "json"
+    objects = [_is_object(line) for line in lines]
+    if any(objects):  # with a broken first line the second one decides
+        return "jsonl"
+    if text.startswith("{"):
+        return "json"
+    return "jsonl" if named_json else "text"
+
+
+def _first_lines(handle: IO[bytes]) -> list[bytes]:
+    """The first two lines that are not blank."""
+    lines: list[bytes] = []
+    for line in handle:
+        if line.strip():
+            lines.append(line)
+        if len(lines) == 2:
+            break
+    return lines
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line.decode("utf-8-sig")), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def records(path: Path, kind: str, on_error: OnError | None = None) -> Iterator[Record]:
+    """Every record of a "jsonl" or "json" file.
+
+    A malformed one raises `DataError` with its line; with `on_error` it is reported there and, in JSON Lines, reading goes on.
+    """
+    try:
+        yield from _lines(path, on_error) if kind == "jsonl" else _values(path, on_error)
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _lines(path: Path, on_error: OnError | None) -> Iterator[Record]:
+    with path.open("rb") as handle:
+        for number, line in enumerate(handle, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                continue
+            try:
+                value = _loads(line, path, number)
+            except DataError as error:
+                if on_error is None:
+                    raise
+                on_error(error)
+                continue
+            yield Record(path, number, value)
+
+
+def _loads(line: bytes, path: Path, number: int) -> object:
+    try:
+        return json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        cause, fix = f"byte {error.start + 1} is not UTF-8", "save the file as UTF-8"
+    except json.JSONDecodeError as error:
+        cause, fix = f"not valid JSON: {error.msg} at column {error.colno}", "write one complete JSON object per line"
+    except ValueError as error:  # from _no_constant, or a number of more digits than int() takes
+        cause, fix = f"not valid JSON: {error}", "write one complete JSON object per line"
+    except RecursionError:
+        cause, fix = "not valid JSON: nested too deeply", "write one complete JSON object per line"
+    raise DataError(cause, path=path, line=number, fix=fix, reason="malformed JSON")
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is not JSON")
+
+
+class _Window:
+    """A sliding piece of a text file: what is still to parse, and the line it begins in."""
+
+    def __init__(self, handle: IO[bytes], path: Path) -> None:
+        self._handle, self._path = handle, path
+        self._decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        self.text, self.at, self.line, self.ended = "", 0, 1, False
+
+    def more(self, size: int = _CHUNK) -> bool:
+        """Read on, dropping what was parsed. False at the end of the file."""
+        if self.ended:
+            return False
+        block = self._handle.read(size)
+        try:
+            piece = self._decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            line = self.line + self.text.count("\n", self.at) + error.object[: error.start].count(b"\n")
+            raise DataError(
+                "not UTF-8", path=self._path, line=line, fix="save the file as UTF-8", reason="malformed JSON"
+            ) from None
+        self.text, self.at, self.ended = self.text[self.at :] + piece, 0, not block
+        return True
+
+    def skip(self, end: int) -> None:
+        """Move to position `end`, counting lines."""
+        self.line += self.text.count("\n", self.at, end)
+        self.at = end
+
+    def peek(self) -> str:
+        """The next character that is not white space, "" at the end of the file."""
+        while True:
+            end = self.at
+            while end < len(self.text) and self.text[end] in _SPACE:
+                end += 1
+            self.skip(end)
+            if end < len(self.text):
+                return self.text[end]
+            if not self.more():
+                return ""
+
+    def piece(self, limit: int) -> str:
+        """Up to `limit` characters, cut at an empty line, else after a line end, else anywhere; "" at the end of the file."""
+        while len(self.text) - self.at < limit and self.more():
+            pass
+        end = min(len(self.text), self.at + limit)
+        if end < len(self.text) or not self.ended:
+            for border in ("\n\n", "\n"):
+                found = self.text.rfind(border, self.at, end)
+                if found > self.at:
+                    end = found + len(border)
+                    break
+        return self.text[self.at : end]
+
+
+def _values(path: Path, on_error: OnError | None) -> Iterator[Record]:
+    """Elements of a JSON list, or objects that follow one another over several lines."""
+    decoder = json.JSONDecoder(parse_constant=_no_constant)
+    with path.open("rb") as handle:
+        window = _Window(handle, path)
+        try:
+            in_list = window.peek() == "["
+            if in_list:
+                window.skip(window.at + 1)
+            while window.peek() not in ("", "]" if in_list else ""):
+                line = window.line
+                yield Record(path, line, _next_value(decoder, window, path))
+                if in_list and window.peek() == ",":
+                    window.skip(window.at + 1)
+                    if window.peek() in ("]", ""):
+                        raise DataError(
+                            "a comma without a value after it", path=path, line=window.line, reason="malformed JSON"
+                        )
+                elif in_list and window.peek() not in ("]",):
+                    raise DataError(
+                        "the list is not closed or a comma is missing",
+                        path=path,
+                        line=window.line,
+                        fix="the file may be cut off",
+                        reason="malformed JSON",
+                    )
+            if in_list:
+                if not window.peek():
+                    raise DataError(
+                        "the list is not closed",
+                        path=path,
+                        line=window.line,
+                        fix="the file may be cut off",
+                        reason="malformed JSON",
+                    )
+                window.skip(window.at + 1)
+                if window.peek():
+                    raise DataError("text after the end of the list", path=path, line=window.line, reason="malformed JSON")
+        except DataError as error:
+            if on_error is None:
+                raise
+            on_error(error)  # what follows a fault inside a list cannot be told apart
+
+
+def _next_value(decoder: json.JSONDecoder, window: _Window, path: Path) -> object:
+    """The value at the window's position; reads on while it may be incomplete."""
+    size = _CHUNK
+    while True:
+        try:
+            value, end = decoder.raw_decode(window.text, window.at)
+        except json.JSONDecodeError as error:
+            if window.more(size):
+                size *= 2  # so that a long value is parsed a few times, not once per chunk
+                continue
+            line = window.line + window.text.count("\n", window.at, error.pos)
+            fix = "the file may be cut off, or a quote, comma or bracket is missing"
+            raise DataError(f"not valid JSON: {error.msg}", path=path, line=line, fix=fix, reason="malformed JSON") from None
+        except (ValueError, RecursionError) as error:
+            cause = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+            raise DataError(f"not valid JSON: {cause}", path=path, line=window.line, reason="malformed JSON") from None
+        if end == len(window.text) and not isinstance(value, (dict, list)) and window.more(size):
+            continue  # a number or word that may go on in the next chunk
+        window.skip(end)
+        return value
+
+
+def texts(path: Path) -> Iterator[Record]:
+    """A plain-text file as documents of at most about a million characters, cut at an empty line, else at a line end."""
+    try:
+        with path.open("rb") as handle:
+            window = _Window(handle, path)
+            while text := window.piece(_MAX_TEXT):
+                line = window.line
+                window.skip(window.at + len(text))
+                if text.strip():
+                    yield Record(path, line, {"text": text})
+    except OSError as error:
+        raise _unreadable(path, error) from None
