@@ -1,0 +1,67 @@
+"""Schedules against their formulas, from step 1 (C73, R04, R29)."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lumina_engine.training.schedule import Schedule
+
+KINDS = ["cosine", "wsd", "linear", "constant"]
+
+
+def schedule(kind: str, total: int = 100, warmup: int = 10, floor: float = 0.1, decay: float = 0.2) -> Schedule:
+    return Schedule(kind, 1e-3, total, warmup, floor, decay)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_r04_first_step_has_a_rate(kind: str) -> None:
+    assert schedule(kind).lr(1) == pytest.approx(1e-4)
+    assert schedule(kind, warmup=0).lr(1) > 0
+
+
+def test_c073_cosine_is_the_formula() -> None:
+    s = schedule("cosine")
+    for step in range(1, 101):
+        want = step / 10 if step <= 10 else 0.1 + 0.9 * (1 + math.cos(math.pi * (step - 10) / 90)) / 2
+        assert s.lr(step) == pytest.approx(1e-3 * want)
+
+
+def test_c073_wsd_is_flat_then_decays_to_the_floor() -> None:
+    s = schedule("wsd")
+    assert [s.shape(step) for step in (11, 50, 80)] == [1.0, 1.0, 1.0]
+    assert s.shape(90) == pytest.approx(0.55)
+    assert s.shape(100) == pytest.approx(0.1)
+
+
+def test_c073_linear_and_constant() -> None:
+    assert schedule("linear").shape(55) == pytest.approx(0.55)
+    assert schedule("linear").shape(100) == pytest.approx(0.1)
+    assert schedule("constant").shape(100) == 1.0
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    total=st.integers(1, 3000),
+    warmup=st.integers(0, 3000),
+    floor=st.floats(0, 1),
+    decay=st.floats(0, 1),
+)
+def test_rates_stay_between_floor_and_peak(kind: str, total: int, warmup: int, floor: float, decay: float) -> None:
+    s = schedule(kind, total, warmup, floor, decay)
+    shapes = [s.shape(step) for step in range(1, total + 3)]
+    assert all(0 <= x <= 1 + 1e-12 for x in shapes)
+    after = shapes[warmup:]
+    assert all(x >= floor - 1e-12 for x in after)
+    assert all(a >= b - 1e-12 for a, b in zip(after, after[1:], strict=False))  # never up again after the warm-up
+
+
+def test_r29_multiplier_scales_later_steps_and_survives_a_restart() -> None:
+    s, fresh = schedule("cosine"), schedule("cosine")
+    s.set_lr(40, 2e-4)
+    fresh.load_state_dict(s.state_dict())
+    assert fresh.lr(40) == pytest.approx(2e-4)
+    assert fresh.lr(70) / schedule("cosine").lr(70) == pytest.approx(2e-4 / schedule("cosine").lr(40))
