@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from rich.style import Style
 from textual.binding import BindingType
@@ -43,7 +44,7 @@ class Table(Drawn):
     """Rows with a cursor. Posts `Moved` when the cursor is on another row and `Chosen` for Enter or a second click."""
 
     scope = "table"
-    BINDINGS: list[BindingType] = list(bindings("table"))
+    BINDINGS: ClassVar[list[BindingType]] = list(bindings("table"))
 
     class Moved(Message):
         """The cursor is on another row (None: there is none)."""
