@@ -39,7 +39,6 @@ def evaluate(model: Any, batches: Iterable[Batch], comm: Comm, bytes_V: torch.Te
                     document_ids=batch.document_ids_BS,
                     position_ids=batch.position_ids_BS,
                     return_aux=True,
-                    count_correct=True,
                 )
             trained = batch.labels_BS[batch.labels_BS >= 0]
             size = bytes_V.to(comm.device)[trained].sum()

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..data.batch import Batch
+from ..model.moe import balance_loss, z_loss
 from .comm import Comm
 
 
@@ -56,7 +57,7 @@ class Objective:
     balance: torch.Tensor = field(init=False)
     z: torch.Tensor = field(init=False)
     _counts_LE: torch.Tensor | None = field(init=False, default=None)
-    _tokens: float = field(init=False, default=0.0)
+    _tokens: torch.Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         zero = torch.zeros((), dtype=torch.float64, device=self.comm.device)
@@ -69,24 +70,23 @@ class Objective:
         router = output.router
         if router is None:
             return loss
-        share_LE = self._global_shares(router.counts_LE, tokens)
-        experts = share_LE.shape[1]
-        mean_LE = router.prob_sum_LE / max(self.totals.tokens, 1)
-        balance = (experts / self.top_k) * (share_LE * mean_LE).sum(dim=1).mean()
-        z = (router.z_sum_L / max(self.totals.tokens, 1)).mean()
+        counts_LE, seen = self._global_counts(router.counts_LE, tokens)
+        all_tokens = counts_LE.new_tensor(float(self.totals.tokens))
+        balance = balance_loss(router.prob_sum_LE, counts_LE, seen, all_tokens, self.top_k)
+        z = z_loss(router.z_sum_L, all_tokens)
         self.balance += balance.detach()
         self.z += z.detach()
         return loss + self.balance_weight * balance + self.z_weight * z
 
-    def _global_shares(self, counts_LE: torch.Tensor, tokens: int) -> torch.Tensor:
-        """n_e / T over all ranks and the micro batches of this step so far."""
+    def _global_counts(self, counts_LE: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choices per expert and tokens over all ranks and the micro batches of this step so far."""
         counts = counts_LE.detach().to(torch.float32)
         summed = torch.cat([counts.reshape(-1), counts.new_tensor([float(tokens)])])
         self.comm.sum(summed)
         counts = summed[:-1].view_as(counts)
         self._counts_LE = counts if self._counts_LE is None else self._counts_LE + counts
-        self._tokens += float(summed[-1])
-        return self._counts_LE / max(self._tokens, 1.0)
+        self._tokens = summed[-1] if self._tokens is None else self._tokens + summed[-1]
+        return self._counts_LE, self._tokens
 
     @property
     def counts_LE(self) -> torch.Tensor | None:
