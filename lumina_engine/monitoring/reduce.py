@@ -1,0 +1,304 @@
+"""Reducing long series for a few columns without losing a spike: min-max pyramid, smoothing, percentile range. Pure numpy.
+
+Shape suffixes: N samples, B blocks, C columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+BLOCK = 64  # samples in a block of the lowest level
+FANOUT = 4  # blocks of one level in a block of the next
+_MAX_BLOCKS = 32_768  # blocks looked at for one picture; beyond, the next level is used
+_SAMPLE = 16_384  # values that a percentile is estimated from
+_SAVE_EVERY = 4096  # samples between two saved states of the smoothing
+
+
+class Buffer:
+    """A float32 or other array that grows by a quarter and can be cut."""
+
+    def __init__(self, dtype: type = np.float32) -> None:
+        self._data = np.empty(256, dtype)
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    @property
+    def values(self) -> np.ndarray:
+        """A view of the values; valid until the next change."""
+        return self._data[: self._size]
+
+    def extend(self, values: np.ndarray) -> None:
+        """Append values."""
+        need = self._size + len(values)
+        if need > len(self._data):
+            grown = np.empty(max(need, len(self._data) + len(self._data) // 4), self._data.dtype)
+            grown[: self._size] = self.values
+            self._data = grown
+        self._data[self._size : need] = values
+        self._size = need
+
+    def truncate(self, size: int) -> None:
+        """Keep the first `size` values."""
+        self._size = min(self._size, max(0, size))
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What a picture of C columns needs. NaN where a column has no finite value."""
+
+    low_C: Floats
+    high_C: Floats
+    mean_C: Floats
+    count_C: NDArray[np.int64]  # finite values in the column
+    missing_C: NDArray[np.int64]  # values that are not finite
+
+
+@dataclass
+class _Level:
+    block: int
+    low: Buffer
+    high: Buffer
+    total: Buffer
+    count: Buffer
+
+
+class Pyramid:
+    """A series with minima, maxima, sums and counts per block, so that any window costs its width, not its length.
+
+    Non-finite values are kept as NaN: they count as missing and never enter a bound or a mean.
+    """
+
+    def __init__(self) -> None:
+        self._raw = Buffer(np.float32)
+        self._levels: list[_Level] = []
+
+    def __len__(self) -> int:
+        return len(self._raw)
+
+    @property
+    def values(self) -> np.ndarray:
+        """All samples (float32); valid until the next change."""
+        return self._raw.values
+
+    def extend(self, values: np.ndarray) -> None:
+        """Append samples."""
+        values = np.asarray(values, np.float32)
+        self._raw.extend(np.where(np.isfinite(values), values, np.float32(np.nan)))
+        self._build()
+
+    def truncate(self, size: int) -> None:
+        """Keep the first `size` samples."""
+        self._raw.truncate(size)
+        for level in self._levels:
+            for buffer in (level.low, level.high, level.total, level.count):
+                buffer.truncate(len(self._raw) // level.block)
+
+    def _build(self) -> None:
+        block, index = BLOCK, 0
+        while len(self._raw) >= block:
+            if index == len(self._levels):
+                self._levels.append(_Level(block, Buffer(), Buffer(), Buffer(np.float64), Buffer(np.int64)))
+            level = self._levels[index]
+            done, whole = len(level.low), len(self._raw) // block
+            if whole > done:
+                self._fill(index, level, done, whole)
+            block, index = block * FANOUT, index + 1
+
+    def _fill(self, index: int, level: _Level, done: int, whole: int) -> None:
+        with np.errstate(invalid="ignore"):
+            if index == 0:
+                part_BN = self._raw.values[done * BLOCK : whole * BLOCK].reshape(-1, BLOCK)
+                finite_BN = np.isfinite(part_BN)
+                level.low.extend(np.fmin.reduce(part_BN, axis=1))
+                level.high.extend(np.fmax.reduce(part_BN, axis=1))
+                level.total.extend(np.where(finite_BN, part_BN, 0.0).sum(axis=1, dtype=np.float64))
+                level.count.extend(finite_BN.sum(axis=1))
+                return
+            below = self._levels[index - 1]
+            span = slice(done * FANOUT, whole * FANOUT)
+            level.low.extend(np.fmin.reduce(below.low.values[span].reshape(-1, FANOUT), axis=1))
+            level.high.extend(np.fmax.reduce(below.high.values[span].reshape(-1, FANOUT), axis=1))
+            level.total.extend(below.total.values[span].reshape(-1, FANOUT).sum(axis=1))
+            level.count.extend(below.count.values[span].reshape(-1, FANOUT).sum(axis=1))
+
+    def columns(self, edges: np.ndarray) -> Columns:
+        """Reduce the samples `edges[c]` to `edges[c+1]` (exclusive) of each column c; exact at every zoom.
+
+        Args:
+            edges: C+1 sample indices that never fall, each from 0 to len(self).
+        """
+        edges = np.asarray(edges, np.int64)
+        start_C, stop_C = edges[:-1], edges[1:]
+        level = self._level_for(int(edges[-1] - edges[0]) if len(edges) > 1 else 0)
+        if level is None:
+            low_C, high_C, total_C, count_C = _reduce_raw(self._raw.values, start_C, stop_C)
+        else:
+            low_C, high_C, total_C, count_C = self._reduce_blocks(level, start_C, stop_C)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean_C = np.where(count_C > 0, total_C / count_C, np.nan)
+        return Columns(low_C, high_C, mean_C, count_C, stop_C - start_C - count_C)
+
+    def _level_for(self, span: int) -> _Level | None:
+        if span <= _MAX_BLOCKS:
+            return None
+        for level in self._levels:
+            if span // level.block <= _MAX_BLOCKS:
+                return level
+        return self._levels[-1] if self._levels else None
+
+    def _reduce_blocks(
+        self, level: _Level, start_C: np.ndarray, stop_C: np.ndarray
+    ) -> tuple[Floats, Floats, Floats, NDArray[np.int64]]:
+        block = level.block
+        first_C = np.minimum(-(-start_C // block), len(level.low))  # whole blocks inside the column
+        last_C = np.maximum(first_C, np.minimum(stop_C // block, len(level.low)))
+        inside_C = last_C > first_C
+        left_C = np.where(inside_C, np.minimum(first_C * block, stop_C), stop_C)  # samples before and after those blocks
+        right_C = np.where(inside_C, last_C * block, stop_C)
+        parts = [
+            _reduce_blocks(level, first_C, last_C),
+            _reduce_raw(self._raw.values, start_C, left_C),
+            _reduce_raw(self._raw.values, right_C, stop_C),
+        ]
+        low_C, high_C, total_C, count_C = parts[0]
+        for low, high, total, count in parts[1:]:
+            low_C, high_C = np.fmin(low_C, low), np.fmax(high_C, high)
+            total_C, count_C = total_C + total, count_C + count
+        return low_C, high_C, total_C, count_C
+
+
+def _spans(data: np.ndarray, start_C: np.ndarray, stop_C: np.ndarray, ufunc: np.ufunc, empty: float) -> np.ndarray:
+    """`ufunc` over data[start:stop] of each column; `empty` where nothing is inside. Columns may not overlap."""
+    result_C = np.full(len(start_C), empty, np.float64)
+    filled_C = stop_C > start_C
+    if not filled_C.any():
+        return result_C
+    lo, hi = int(start_C[filled_C].min()), int(stop_C[filled_C].max())
+    pairs = np.empty(2 * int(filled_C.sum()), np.int64)
+    pairs[0::2], pairs[1::2] = start_C[filled_C] - lo, stop_C[filled_C] - lo
+    if pairs[-1] == hi - lo:  # reduceat needs indices inside the data: the last stop is the end anyway
+        pairs = pairs[:-1]
+    result_C[filled_C] = ufunc.reduceat(data[lo:hi], pairs)[0::2]
+    return result_C
+
+
+def _reduce_raw(raw_N: np.ndarray, start_C: np.ndarray, stop_C: np.ndarray) -> tuple[Floats, Floats, Floats, NDArray[np.int64]]:
+    if not len(start_C) or stop_C.max() <= start_C.min():
+        nothing = np.full(len(start_C), np.nan)
+        return nothing, nothing.copy(), np.zeros(len(start_C)), np.zeros(len(start_C), np.int64)
+    finite_N = np.isfinite(raw_N)
+    low_C = _spans(raw_N, start_C, stop_C, np.fmin, np.nan)
+    high_C = _spans(raw_N, start_C, stop_C, np.fmax, np.nan)
+    total_C = _spans(np.where(finite_N, raw_N, 0.0).astype(np.float64), start_C, stop_C, np.add, 0.0)
+    count_C = _spans(finite_N.astype(np.int64), start_C, stop_C, np.add, 0).astype(np.int64)
+    return low_C, high_C, total_C, count_C
+
+
+def _reduce_blocks(level: _Level, first_C: np.ndarray, last_C: np.ndarray) -> tuple[Floats, Floats, Floats, NDArray[np.int64]]:
+    return (
+        _spans(level.low.values, first_C, last_C, np.fmin, np.nan),
+        _spans(level.high.values, first_C, last_C, np.fmax, np.nan),
+        _spans(level.total.values, first_C, last_C, np.add, 0.0),
+        _spans(level.count.values, first_C, last_C, np.add, 0).astype(np.int64),
+    )
+
+
+class Smooth:
+    """Debiased exponential moving average of a growing series, kept for every sample.
+
+    `m = w*m + (1-w)*y` over the finite samples, shown as `m / (1 - w**n)` with n finite samples so far (the first sample is
+    shown as it is; Kingma & Ba 2015 use the same correction). NaN samples leave a gap and do not count.
+    """
+
+    def __init__(self, weight: float) -> None:
+        if not 0.0 <= weight < 1.0:
+            raise ValueError(f"smoothing weight {weight} is not in [0, 1)")
+        self.weight = weight
+        self._shown = Pyramid()
+        self._states: list[tuple[float, int]] = [(0.0, 0)]  # (m, n) before sample k * _SAVE_EVERY
+        self._m, self._n = 0.0, 0
+
+    @property
+    def pyramid(self) -> Pyramid:
+        """The smoothed series."""
+        return self._shown
+
+    def catch_up(self, values_N: np.ndarray) -> None:
+        """Continue over a series whose first `len(self.pyramid)` samples have been seen (after `truncate`, if it was cut)."""
+        at = len(self._shown)
+        while at < len(values_N):
+            stop = min(len(values_N), (at // _SAVE_EVERY + 1) * _SAVE_EVERY)
+            shown, self._m, self._n = smooth_chunk(values_N[at:stop], self.weight, self._m, self._n)
+            self._shown.extend(shown)
+            at = stop
+            if at % _SAVE_EVERY == 0:
+                self._states.append((self._m, self._n))
+
+    def truncate(self, size: int, values_N: np.ndarray) -> None:
+        """Forget the samples from `size` on; `values_N` are the raw samples, of which the first `size` still hold."""
+        if size >= len(self._shown):
+            return
+        block = size // _SAVE_EVERY
+        del self._states[block + 1 :]
+        self._m, self._n = self._states[block]
+        self._shown.truncate(block * _SAVE_EVERY)
+        self.catch_up(values_N[:size])
+
+
+def smooth_chunk(values_N: np.ndarray, weight: float, m: float, n: int) -> tuple[np.ndarray, float, int]:
+    """Smooth a piece that follows `n` finite samples with state `m`. Returns (shown_N, m, n).
+
+    The recurrence is summed by doubling: after the step of distance d each value holds its 2*d newest terms, so it costs
+    log2 of the memory's length in whole-array operations instead of one Python step a sample.
+    """
+    values_N = np.asarray(values_N, np.float64)
+    finite_N = np.isfinite(values_N)
+    y = values_N[finite_N]
+    shown_N = np.full(len(values_N), np.nan)
+    if not len(y):
+        return shown_N, m, n
+    if weight == 0.0:
+        shown_N[finite_N] = y
+        return shown_N, float(y[-1]), n + len(y)
+    state = (1.0 - weight) * y
+    distance = 1
+    while distance < len(state) and weight**distance > 1e-18:
+        state[distance:] = state[distance:] + weight**distance * state[:-distance]
+        distance *= 2
+    count = np.arange(1, len(y) + 1)
+    state += m * weight**count
+    shown_N[finite_N] = state / -np.expm1((n + count) * np.log(weight))
+    return shown_N, float(state[-1]), n + len(y)
+
+
+def smooth(values_N: np.ndarray, weight: float) -> np.ndarray:
+    """The debiased moving average of a whole series."""
+    return smooth_chunk(values_N, weight, 0.0, 0)[0]
+
+
+def percentile_range(values_N: np.ndarray, low: float = 5.0, high: float = 95.0) -> tuple[float, float] | None:
+    """The percentiles of the finite values, estimated from at most 16,384 evenly spread ones; None if there are none."""
+    step = max(1, -(-len(values_N) // _SAMPLE))
+    sample = np.asarray(values_N[::step], np.float64)
+    sample = sample[np.isfinite(sample)]
+    if not len(sample):
+        return None
+    a, b = np.percentile(sample, (low, high))
+    return float(a), float(b)
+
+
+def thin(values_N: np.ndarray, columns: int) -> np.ndarray:
+    """Evenly spread minima and maxima (two values a column) of a series: for plots that take a plain list of points."""
+    if len(values_N) <= 2 * columns:
+        return np.asarray(values_N, np.float64)
+    pyramid = Pyramid()
+    pyramid.extend(values_N)
+    reduced = pyramid.columns(np.linspace(0, len(values_N), columns + 1).astype(np.int64))
+    return np.stack([reduced.low_C, reduced.high_C], axis=1).reshape(-1)
