@@ -23,7 +23,7 @@ class Buffer:
     """A float32 or other array that grows by a quarter and can be cut."""
 
     def __init__(self, dtype: type = np.float32) -> None:
-        self._data = np.empty(256, dtype)
+        self._data: np.ndarray = np.empty(256, dtype)
         self._size = 0
 
     def __len__(self) -> int:
@@ -190,15 +190,18 @@ def _spans(data: np.ndarray, start_C: np.ndarray, stop_C: np.ndarray, ufunc: np.
 
 
 def _reduce_raw(raw_N: np.ndarray, start_C: np.ndarray, stop_C: np.ndarray) -> tuple[Floats, Floats, Floats, NDArray[np.int64]]:
-    if not len(start_C) or stop_C.max() <= start_C.min():
-        nothing = np.full(len(start_C), np.nan)
-        return nothing, nothing.copy(), np.zeros(len(start_C)), np.zeros(len(start_C), np.int64)
-    finite_N = np.isfinite(raw_N)
-    low_C = _spans(raw_N, start_C, stop_C, np.fmin, np.nan)
-    high_C = _spans(raw_N, start_C, stop_C, np.fmax, np.nan)
-    total_C = _spans(np.where(finite_N, raw_N, 0.0).astype(np.float64), start_C, stop_C, np.add, 0.0)
-    count_C = _spans(finite_N.astype(np.int64), start_C, stop_C, np.add, 0).astype(np.int64)
-    return low_C, high_C, total_C, count_C
+    length_C = np.maximum(0, stop_C - start_C)
+    end_C = np.cumsum(length_C)
+    begin_C = end_C - length_C
+    total = int(end_C[-1]) if len(end_C) else 0
+    picked = raw_N[np.arange(total) + np.repeat(start_C - begin_C, length_C)]  # only the samples that are needed
+    finite = np.isfinite(picked)
+    return (
+        _spans(picked, begin_C, end_C, np.fmin, np.nan),
+        _spans(picked, begin_C, end_C, np.fmax, np.nan),
+        _spans(np.where(finite, picked, 0.0).astype(np.float64), begin_C, end_C, np.add, 0.0),
+        _spans(finite.astype(np.int64), begin_C, end_C, np.add, 0).astype(np.int64),
+    )
 
 
 def _reduce_blocks(level: _Level, first_C: np.ndarray, last_C: np.ndarray) -> tuple[Floats, Floats, Floats, NDArray[np.int64]]:

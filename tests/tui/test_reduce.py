@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,7 +23,7 @@ def noisy(n: int, seed: int = 0) -> np.ndarray:
 
 def brute(values: np.ndarray, edges: np.ndarray) -> list[tuple[float, float, float, int, int]]:
     rows = []
-    for a, b in zip(edges[:-1], edges[1:], strict=True):
+    for a, b in itertools.pairwise(edges):
         part = values[a:b]
         good = part[np.isfinite(part)].astype(np.float64)
         rows.append(
