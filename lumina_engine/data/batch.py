@@ -1,0 +1,254 @@
+"""Rows as torch tensors, in the order of training and of evaluation.
+
+Shape letters: B rows of a micro batch, S tokens of a row.
+
+The rows of all epochs form one endless list; step k of a run takes the next `global_batch` of them (micro batch ×
+accumulation × world), whatever the split: micro batch m of rank r takes the rows from (m · world + r) · micro on. Epochs may
+meet inside a step. The last step of a run is filled up with rows of padding.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .rows import RowOptions, RowPlan, Rows
+from .token_store import TokenStore
+
+T = TypeVar("T")
+EVAL_SEED = 0  # the order of evaluation never depends on the run's seed: figures of two runs compare
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """Where the data stands: the next row of the global order, as (epoch from 0, index in the epoch)."""
+
+    epoch: int = 0
+    index: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One micro batch. `rows` are the planned rows it holds (-1: a row of padding)."""
+
+    input_ids_BS: Tensor  # int64
+    labels_BS: Tensor  # int64, each label on its own token; -100 = no loss
+    document_ids_BS: Tensor  # int64, 1, 2, … within a row; 0 = padding
+    position_ids_BS: Tensor  # int64, from 0 within each document
+    weights_BS: Tensor | None = None  # float32 weight of each label; None = all 1
+    rows: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int(torch.count_nonzero(self.document_ids_BS))
+
+    @property
+    def num_labels(self) -> int:
+        """Tokens that carry loss."""
+        return int((self.labels_BS >= 0).sum())
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The batch on `device`."""
+        return replace(
+            self,
+            **{
+                name: value.to(device, non_blocking=non_blocking)
+                for name in ("input_ids_BS", "labels_BS", "document_ids_BS", "position_ids_BS", "weights_BS")
+                if (value := getattr(self, name)) is not None
+            },
+        )
+
+
+def make_batch(plan: RowPlan, rows: list[int]) -> Batch:
+    """The planned `rows` (-1 = padding only) as a batch."""
+    built: Rows = plan.build(rows)
+    return Batch(
+        torch.from_numpy(built.input_ids),
+        torch.from_numpy(built.labels),
+        torch.from_numpy(built.document_ids),
+        torch.from_numpy(built.position_ids),
+        None if built.weights is None else torch.from_numpy(built.weights),
+        tuple(rows),
+    )
+
+
+class ConversationDataset(Dataset[dict[str, Tensor]]):
+    """Rows of packed conversations, map-style: item i is planned row i.
+
+    `config` needs only `seq_length`; `packing`, `train_on`, `seed`, `data_cache_dir` and the rest are used where it has them.
+    `data_path` None is the built-in corpus. Raises `DataError`. `notes` says what was dropped or cut.
+    """
+
+    def __init__(self, data_path: Any = None, tokenizer: Any = None, config: Any = None) -> None:
+        from .store import open_train  # here, since that reads every format
+
+        if tokenizer is None or config is None:
+            raise TypeError("ConversationDataset needs data_path=, tokenizer= and config=")
+        self.store, self.notes = open_train(data_path, tokenizer, config)
+        self.plan = RowPlan(self.store, RowOptions.from_config(config))
+
+    def __len__(self) -> int:
+        return self.plan.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        batch = make_batch(self.plan, [index % len(self)])
+        return {
+            "input_ids": batch.input_ids_BS[0],
+            "labels": batch.labels_BS[0],
+            "document_ids": batch.document_ids_BS[0],
+            "position_ids": batch.position_ids_BS[0],
+        }
+
+
+def ahead_of(make: Callable[[int], T], count: int, workers: int, prefetch: int) -> Iterator[T]:
+    """`make(0)` … `make(count − 1)` in order, up to `workers · prefetch` of them made ahead by `workers` threads.
+
+    Threads, not processes: a row is a few array copies, which release the interpreter lock where they are long; nothing is
+    forked beside an initialised process group, and no worker can outlive its rank.
+    """
+    if workers == 0:
+        yield from map(make, range(count))
+        return
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="lumina-data")
+    waiting: deque[Future[T]] = deque()
+    try:
+        for number in range(count):
+            waiting.append(pool.submit(make, number))
+            if len(waiting) > workers * prefetch:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+class TrainLoader:
+    """Steps of training: iterating gives, per optimizer step, the micro batches of this rank (`accumulation` of them).
+
+    Starts at `start` and ends with the last row of `config.num_epochs`. `position` is where the run stands after the step that
+    was yielded last: a loader started there goes on with the very next rows.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        config: Any,
+        *,
+        rank: int = 0,
+        world: int = 1,
+        micro_batch: int | None = None,
+        accumulation: int | None = None,
+        start: Position | None = None,
+    ) -> None:
+        self.plan = RowPlan(store, RowOptions.from_config(config))
+        self.rank, self.world = rank, world
+        self.micro_batch = micro_batch if micro_batch is not None else int(config.batch_size)
+        self.accumulation = accumulation if accumulation is not None else int(getattr(config, "gradient_accumulation_steps", 1))
+        if not 0 <= rank < world or self.micro_batch < 1 or self.accumulation < 1:
+            raise ValueError(f"rank {rank} of {world}, micro batch {self.micro_batch}, accumulation {self.accumulation}")
+        self.num_epochs = int(getattr(config, "num_epochs", 1))
+        self.num_workers = int(getattr(config, "num_workers", 0))
+        self.prefetch_batches = int(getattr(config, "prefetch_batches", 2))
+        self.position = self._position(self._row_number(start or Position()))
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of one epoch, of all ranks together."""
+        return self.plan.num_rows
+
+    @property
+    def global_batch(self) -> int:
+        """Rows of one optimizer step, of all ranks together."""
+        return self.micro_batch * self.accumulation * self.world
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Optimizer steps of one epoch; a step may lie across two epochs."""
+        return self.rows_per_epoch / self.global_batch
+
+    def total_steps(self, num_epochs: int | None = None) -> int:
+        """Optimizer steps of a whole run of `num_epochs` (default: the configured number), exactly."""
+        rows = self.rows_per_epoch * (self.num_epochs if num_epochs is None else num_epochs)
+        return -(-rows // self.global_batch)
+
+    def __len__(self) -> int:
+        """Steps from `position` to the end."""
+        left = self.rows_per_epoch * self.num_epochs - self._row_number(self.position)
+        return max(0, -(-left // self.global_batch))
+
+    def _row_number(self, position: Position) -> int:
+        return position.epoch * self.rows_per_epoch + position.index
+
+    def _position(self, number: int) -> Position:
+        return Position(*divmod(number, self.rows_per_epoch)) if self.rows_per_epoch else Position()
+
+    def _planned(self, first: int) -> list[int]:
+        """The planned rows from global row number `first` on, for one micro batch of this rank; -1 behind the end."""
+        end = self.rows_per_epoch * self.num_epochs
+        numbers = range(first, first + self.micro_batch)
+        return [self.plan.row(*divmod(number, self.rows_per_epoch)) if number < end else -1 for number in numbers]
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        begin, steps = self._row_number(self.position), len(self)
+
+        def micro_batch(number: int) -> Batch:
+            step, micro = divmod(number, self.accumulation)
+            first = begin + step * self.global_batch + (micro * self.world + self.rank) * self.micro_batch
+            return make_batch(self.plan, self._planned(first))
+
+        batches = ahead_of(micro_batch, steps * self.accumulation, self.num_workers, self.prefetch_batches)
+        try:
+            for step in range(1, steps + 1):
+                micro_batches = [next(batches) for _ in range(self.accumulation)]
+                done = min(begin + step * self.global_batch, self.rows_per_epoch * self.num_epochs)
+                self.position = self._position(done)
+                yield micro_batches
+        finally:
+            batches.close()  # type: ignore[attr-defined]
+
+
+class EvalLoader:
+    """Batches of evaluation: every row once in a fixed order, or the first rows of it; nothing is dropped.
+
+    `max_batches` counts batches of `config.batch_size` rows in all, not per rank, so the rows are the same for any `world` and
+    `micro_batch`; 0 is all. Each rank gets the same number of batches; rows of padding fill the last ones.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        config: Any,
+        rank: int = 0,
+        world: int = 1,
+        micro_batch: int | None = None,
+        max_batches: int = 0,
+    ) -> None:
+        self.plan = RowPlan(store, replace(RowOptions.from_config(config), seed=EVAL_SEED))
+        self.rank, self.world = rank, world
+        size = int(getattr(config, "batch_size", 1))
+        self.micro_batch = micro_batch if micro_batch is not None else size
+        self.num_rows = min(self.plan.num_rows, max_batches * size) if max_batches else self.plan.num_rows
+        self.num_workers = int(getattr(config, "num_workers", 0))
+        self.prefetch_batches = int(getattr(config, "prefetch_batches", 2))
+
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return -(-self.num_rows // (self.micro_batch * self.world))
+
+    def __iter__(self) -> Iterator[Batch]:
+        def batch(number: int) -> Batch:
+            first = (number * self.world + self.rank) * self.micro_batch
+            places = range(first, first + self.micro_batch)
+            return make_batch(self.plan, [self.plan.row(0, i) if i < self.num_rows else -1 for i in places])
+
+        yield from ahead_of(batch, len(self), self.num_workers, self.prefetch_batches)
