@@ -47,10 +47,9 @@ def problems(error: ValidationError, infos: Mapping[str, FieldInfo], where: Mapp
             found[name] = unknown_key(name, list(infos), places.get(name, ""))
             continue
         info = infos[name]
-        value = item["input"] if len(item["loc"]) < 2 or info.kind not in ("list", "mapping") else None
-        shown = f" = {show(value)}" if value is not None else ""
-        message = f"{name}{shown}: must be {info.requirement()}"
-        if value is None and len(item["loc"]) > 1:
+        value = item["input"]
+        message = f"{name} = {show(value)}: must be {info.requirement()}"
+        if len(item["loc"]) > 1 and info.kind in ("list", "mapping"):  # the place inside the value
             message = f"{name}, at {item['loc'][1]}: {item['msg'][0].lower()}{item['msg'][1:]}"
         found[name] = Finding("bad_value", "error", (name,), message, info.suggestion(value), places.get(name, ""))
     return list(found.values())
@@ -129,9 +128,9 @@ class Config(
 
     def save(self, path: str | Path) -> Path:
         """Write every key as YAML by section, atomically, and return the path. Folders are made."""
-        from lumina_engine.config.loading import write_yaml
+        from lumina_engine.config.loading import write_config
 
-        return write_yaml(Path(path), self.to_dict())
+        return write_config(self, Path(path))
 
     def validate(self) -> list[Finding]:  # type: ignore[override]
         """All findings of the rules between keys; raises `ConfigError` (with all findings) if one is an error."""

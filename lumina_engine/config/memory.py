@@ -1,0 +1,129 @@
+"""Device and host memory of training, from the shape alone.
+
+Activations are counted tensor by tensor as the model of `lumina_engine.model` keeps them for the backward pass; tests compare
+them with the tensors that autograd really saves. Bytes throughout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lumina_engine.config.counts import parameter_counts
+from lumina_engine.config.schema import DeepSeekConfig
+
+# bytes of one weight, one gradient, and one value in the arithmetic, by precision
+_BYTES = {"fp32": (4, 4, 4), "bf16": (2, 2, 2), "fp16": (2, 2, 2), "mixed_bf16": (4, 4, 2), "mixed_fp16": (4, 4, 2)}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a run is spread out: everything beside the model that decides memory. `precision` and `zero_stage` are resolved."""
+
+    batch_size: int
+    seq_length: int
+    precision: str
+    world: int = 1
+    zero_stage: int = 0
+    use_deepspeed: bool = True
+    offload_optimizer: bool = False
+    reduce_bucket_size: int = 200_000_000
+    overlap_comm: bool = True
+    on_cpu: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on one device while training at the worst shape; `host` is what offload moves to host memory, per rank."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    experts: int
+    buckets: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        """All that one device must hold. `experts` is a part of `weights`, not on top."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.buckets
+
+
+def training_memory(model: DeepSeekConfig, layout: Layout) -> Memory:
+    """Memory of one device. Raises `ConfigError` while `vocab_size` is auto."""
+    counts = parameter_counts(model)
+    weight_bytes, grad_bytes, value_bytes = _BYTES[layout.precision]
+    stage = layout.zero_stage if layout.use_deepspeed else 0
+    split = [1 if stage < at else layout.world for at in (1, 2, 3)]  # optimizer, gradients, weights
+    # two moments in fp32; a master copy too unless the weights themselves are fp32 and belong to no ZeRO partition
+    moments = 8 if weight_bytes == 4 and stage == 0 else 12
+    optimizer = counts.stored * moments // split[0]
+    offloaded = optimizer if layout.offload_optimizer else 0
+    return Memory(
+        weights=counts.stored * weight_bytes // split[2],
+        gradients=counts.stored * grad_bytes // split[1],
+        optimizer=optimizer - offloaded,
+        activations=activation_bytes(model, layout.batch_size, layout.seq_length, value_bytes),
+        logits=loss_bytes(model, layout.batch_size * layout.seq_length, value_bytes),
+        experts=counts.experts * weight_bytes // split[2],
+        buckets=_bucket_bytes(layout, stage, counts.stored, grad_bytes),
+        host=offloaded,
+    )
+
+
+def _bucket_bytes(layout: Layout, stage: int, parameters: int, grad_bytes: int) -> int:
+    """Buffers for reducing gradients. On CPU pages that are never touched cost nothing, so a small model pays its own size."""
+    if not layout.use_deepspeed:
+        return parameters * 4 if layout.world > 1 else 0
+    if stage == 0:
+        return min(parameters, 500_000_000) * grad_bytes if layout.world > 1 else 0
+    size = min(parameters, layout.reduce_bucket_size) if layout.on_cpu else layout.reduce_bucket_size
+    return size * grad_bytes * (2 if layout.overlap_comm else 1)
+
+
+def block_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
+    """Bytes that one block keeps for its backward pass, averaged over blocks with and without experts."""
+    hidden, d = model.hidden_size, model.head_size
+    heads, kv = model.num_heads * d, model.num_kv_heads * d
+    # input and normed input, fused q k v, rotated q and k, output of attention and its copy for the projection
+    attention = tokens * value_bytes * (2 * hidden + heads + 2 * kv + heads + kv + 2 * heads)
+    attention += tokens * 4 * (1 + model.num_heads)  # statistic of the norm, logsumexp of the scores
+    if model.qk_norm:
+        attention += tokens * (value_bytes * (heads + kv) + 4 * (model.num_heads + model.num_kv_heads))
+    before = tokens * (value_bytes * 2 * hidden + 4)  # input and normed input of the second half
+    with_experts = model.expert_layers
+    without = model.num_layers - with_experts
+    width = model.dense_width if model.use_moe else model.expert_width
+    dense = tokens * value_bytes * 3 * width
+    experts = expert_activation_bytes(model, tokens, value_bytes) if with_experts else 0
+    return attention + before + (with_experts * experts + without * dense) // model.num_layers
+
+
+def expert_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
+    """Bytes that the experts and the router of one block keep for the backward pass."""
+    chosen = tokens * model.moe_top_k
+    routed = chosen * value_bytes * (2 * model.hidden_size + 2 * model.expert_width)
+    shared = tokens * value_bytes * 3 * model.num_shared_experts * model.expert_width
+    router = tokens * 4 * (3 * model.num_experts) + chosen * (8 * 3 + 4 * 4)
+    router += tokens * 4 * model.hidden_size if value_bytes < 4 else 0  # the router works on a float32 copy
+    return routed + shared + router
+
+
+def activation_bytes(model: DeepSeekConfig, batch_size: int, seq_length: int, value_bytes: int) -> int:
+    """Bytes kept for the backward pass of one micro batch, and the mask of document borders."""
+    tokens = batch_size * seq_length
+    block = block_activation_bytes(model, tokens, value_bytes)
+    mask = batch_size * seq_length * seq_length * value_bytes
+    ends = tokens * value_bytes * 2 * model.hidden_size
+    if model.gradient_checkpointing:
+        return model.num_layers * tokens * value_bytes * model.hidden_size + block + mask + ends
+    return model.num_layers * block + mask + ends
+
+
+def loss_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
+    """Bytes of the loss at its peak: logits of one chunk, their log-probabilities, and the head's gradient in float32."""
+    rows = min(tokens, model.loss_chunk_size) if model.loss_chunk_size else tokens
+    logits = rows * model.vocab_rows * (value_bytes + 4)
+    head = model.vocab_rows * model.hidden_size * (4 if value_bytes == 4 else 4 + value_bytes)
+    return logits + head + tokens * model.hidden_size * value_bytes

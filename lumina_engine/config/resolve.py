@@ -1,0 +1,250 @@
+"""What `auto` means on a given machine. Derived values are computed here, at launch, and never earlier."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lumina_engine.config.finding import ConfigError, Finding
+from lumina_engine.config.machine import Machine, gb_text
+from lumina_engine.config.memory import Layout, training_memory
+from lumina_engine.config.schema import Config, DeepSeekConfig
+
+# Highest id + 1 of the tokenizers that ship with Lumina.
+TOKENIZER_IDS = {"gpt-4": 100_277, "gpt-4o": 200_019, "lumina-1k": 1_024}
+# ZeRO stages that training offers so far.
+STAGES = (0, 1, 2)
+
+
+def padded(ids: int) -> int:
+    """Embedding rows for that many ids: the next multiple of 128."""
+    return -(-ids // 128) * 128
+
+
+def model_config(config: Config, tokenizer_vocab: int | None = None) -> DeepSeekConfig:
+    """The model's part with every `auto` replaced.
+
+    `tokenizer_vocab` is the tokenizer's highest id + 1. Without it the shipped tokenizers are known, and a vocabulary file is
+    counted like gpt-4 (a guess, for budgets only).
+    """
+    model = DeepSeekConfig.from_config(config)
+    if model.vocab_size == "auto":
+        ids = tokenizer_vocab or TOKENIZER_IDS.get(config.tokenizer, TOKENIZER_IDS["gpt-4"])
+        model.vocab_size = padded(ids)
+    return model.resolved()
+
+
+def ranks_per_node(config: Config, machine: Machine) -> int:
+    """`num_gpus` as a number: all GPUs, or one process on a machine without."""
+    return max(1, len(machine.devices)) if config.num_gpus == "auto" else config.num_gpus
+
+
+def world_size(config: Config, machine: Machine) -> int:
+    """Ranks over all nodes."""
+    return ranks_per_node(config, machine) * config.num_nodes
+
+
+def resolved_precision(config: Config, machine: Machine) -> str:
+    """`precision` in force: auto is fp32 on CPU, bf16 where every GPU has it, else mixed_fp16."""
+    if config.precision != "auto":
+        return config.precision
+    if not machine.devices:
+        return "fp32"
+    return "bf16" if all(d.bf16 for d in machine.devices) else "mixed_fp16"
+
+
+def device_limit(config: Config, machine: Machine) -> tuple[int, int]:
+    """Bytes of one device (host memory shared by the ranks on CPU), and the part of them that may be planned for."""
+    if machine.devices:
+        memory = min(d.memory_bytes for d in machine.devices)
+    else:
+        memory = machine.host_memory_bytes // ranks_per_node(config, machine)
+    return memory, int(memory * config.target_memory_usage)
+
+
+@dataclass(frozen=True, slots=True)
+class StageChoice:
+    """A ZeRO stage, why it was taken, and whether its memory fits."""
+
+    stage: int
+    reason: str
+    fits: bool
+
+
+def layout_of(config: Config, machine: Machine, stage: int, world: int | None = None) -> Layout:
+    """The layout of a run at a given stage."""
+    return Layout(
+        batch_size=config.batch_size,
+        seq_length=config.seq_length,
+        precision=resolved_precision(config, machine),
+        world=world or world_size(config, machine),
+        zero_stage=stage,
+        use_deepspeed=config.use_deepspeed,
+        offload_optimizer=config.cpu_offload or config.cpu_offload_optimizer,
+        reduce_bucket_size=config.reduce_bucket_size,
+        overlap_comm=config.overlap_comm,
+        on_cpu=not machine.devices,
+    )
+
+
+def choose_stage(config: Config, machine: Machine, model: DeepSeekConfig, world: int | None = None) -> StageChoice:
+    """The ZeRO stage: the configured one, or for `auto` the smallest whose memory fits.
+
+    bf16 starts at stage 1, because DeepSpeed runs a phantom optimizer step with bf16 at stage 0. One rank has nothing to
+    split, so it takes the first stage that is allowed.
+    """
+    _, limit = device_limit(config, machine)
+    ranks = world or world_size(config, machine)
+    if not config.use_deepspeed:
+        fits = training_memory(model, layout_of(config, machine, 0, ranks)).total <= limit
+        return StageChoice(0, "plain torch splits nothing", fits)
+    if config.zero_stage != "auto":
+        fits = training_memory(model, layout_of(config, machine, config.zero_stage, ranks)).total <= limit
+        return StageChoice(config.zero_stage, "configured", fits)
+    short = resolved_precision(config, machine) in ("bf16", "fp16")
+    offload = config.cpu_offload or config.cpu_offload_optimizer
+    least = 1 if short or offload else 0
+    allowed = [s for s in STAGES if s >= least][: None if ranks > 1 else 1]
+    for stage in allowed:
+        layout = layout_of(config, machine, stage, ranks)
+        if training_memory(model, layout).total <= limit:
+            return StageChoice(stage, _reason(stage, least, ranks, short), True)
+    return StageChoice(allowed[-1], "nothing smaller fits, and it does not fit either", False)
+
+
+def _reason(stage: int, least: int, ranks: int, short: bool) -> str:
+    if stage > least:
+        return f"the smallest stage that fits {ranks} devices"
+    if stage == 1:
+        return "bf16 needs stage 1" if short else "optimizer offload needs stage 1"
+    return "one rank has nothing to split" if ranks == 1 else "fits without splitting"
+
+
+def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: int | None = None) -> Config:
+    """A copy of `config` in which every `auto` is the value in force.
+
+    Only `warmup_steps` and `experiment_name` stay: they need the length of the data and the moment of the start.
+
+    Raises:
+        ConfigError: the vocabulary is too small for the tokenizer, or the run does not fit the devices.
+    """
+    findings = vocabulary_findings(config, tokenizer_vocab)
+    if findings:
+        raise ConfigError(findings)
+    model = model_config(config, tokenizer_vocab)
+    ranks = world or world_size(config, machine)
+    choice = choose_stage(config, machine, model, ranks)
+    if not choice.fits:
+        raise ConfigError([does_not_fit(config, machine, model, choice, ranks)])
+    changes = {name: getattr(model, name) for name in _MODEL_AUTO}
+    changes |= {
+        "zero_stage": choice.stage,
+        "precision": resolved_precision(config, machine),
+        "num_gpus": max(1, ranks // config.num_nodes) if config.num_gpus == "auto" else config.num_gpus,
+        "launcher": _launcher(config, ranks),
+        "communication_backend": _backend(config, machine),
+        "master_addr": "127.0.0.1" if config.master_addr == "auto" and config.num_nodes == 1 else config.master_addr,
+        "max_seq_length": config.seq_length if config.max_seq_length == "auto" else config.max_seq_length,
+        "min_seq_length": min(config.seq_length, max(64, config.seq_length // 8))
+        if config.min_seq_length == "auto"
+        else config.min_seq_length,
+    }
+    return Config(**(config.to_dict(sectioned=False) | changes))
+
+
+_MODEL_AUTO = ("vocab_size", "head_dim", "intermediate_size", "dense_intermediate_size", "router_normalize")
+
+
+def _launcher(config: Config, ranks: int) -> str:
+    if config.launcher != "auto":
+        return config.launcher
+    return "none" if ranks == 1 else "torchrun"
+
+
+def _backend(config: Config, machine: Machine) -> str:
+    """nccl needs GPUs: without any it becomes gloo, which `checks` says once."""
+    if config.communication_backend == "gloo" or not machine.devices:
+        return "gloo"
+    return "nccl"
+
+
+def vocabulary_findings(config: Config, tokenizer_vocab: int) -> list[Finding]:
+    """The error that `vocab_size` has fewer rows than the tokenizer has ids."""
+    if config.vocab_size == "auto" or config.vocab_size >= tokenizer_vocab:
+        return []
+    message = f"vocab_size = {config.vocab_size:,}: {config.tokenizer} has {tokenizer_vocab:,} ids"
+    fix = f"set vocab_size=auto ({padded(tokenizer_vocab):,})"
+    return [Finding("vocab_too_small", "error", ("vocab_size", "tokenizer"), message, fix)]
+
+
+def does_not_fit(config: Config, machine: Machine, model: DeepSeekConfig, choice: StageChoice, ranks: int) -> Finding:
+    """The error for a run whose memory is larger than its devices, with the changes that would make it fit."""
+    need = training_memory(model, layout_of(config, machine, choice.stage, ranks)).total
+    memory, limit = device_limit(config, machine)
+    place = "device" if machine.devices else "process"
+    message = (
+        f"needs {gb_text(need)} per {place} at ZeRO-{choice.stage} (computed), but only {gb_text(limit)} of {gb_text(memory)} "
+        "may be planned for"
+    )
+    found = advice(config, machine, model, ranks)
+    return Finding("does_not_fit", "error", ("batch_size", "num_gpus"), message, "; or ".join(found))
+
+
+def advice(config: Config, machine: Machine, model: DeepSeekConfig, ranks: int) -> list[str]:
+    """At most three changes, each of which alone makes the run fit, as `key=value` with what they cost."""
+    _, limit = device_limit(config, machine)
+    found: list[str] = []
+
+    def fits(shape: DeepSeekConfig, layout: Layout) -> bool:
+        return training_memory(shape, layout).total <= limit
+
+    layout = layout_of(config, machine, choose_stage(config, machine, model, ranks).stage, ranks)
+    checkpointed = model.model_copy(update={"gradient_checkpointing": True})
+    if not model.gradient_checkpointing and fits(checkpointed, layout):
+        found.append("set gradient_checkpointing=true (a third more compute)")
+    if smaller := _smaller_batch(model, layout, limit):
+        steps = config.gradient_accumulation_steps * config.batch_size // smaller
+        found.append(f"set batch_size={smaller} gradient_accumulation_steps={steps} (same global batch)")
+    if machine.devices and (count := devices_needed(config, machine, model, STAGES[-1])):
+        found.append(f"use {count:,} such devices with zero_stage={STAGES[-1]}")
+    if not found and (shorter := _shorter_rows(checkpointed, layout, limit)):
+        found.append(f"set seq_length={shorter} gradient_checkpointing=true batch_size=1")
+    if found:
+        return found[:3]
+    text = "choose a smaller preset (`lumina-engine presets list`) or a machine with more memory"
+    if machine.devices and (count := devices_needed(config, machine, model, 3)):
+        text += f"; ZeRO-3 on {count:,} such devices would do, but is not available yet"
+    return [text]
+
+
+def _smaller_batch(model: DeepSeekConfig, layout: Layout, limit: int) -> int:
+    batch = layout.batch_size // 2
+    while batch >= 1:
+        if layout.batch_size % batch == 0 and training_memory(model, replace(layout, batch_size=batch)).total <= limit:
+            return batch
+        batch //= 2
+    return 0
+
+
+def _shorter_rows(model: DeepSeekConfig, layout: Layout, limit: int) -> int:
+    length = layout.seq_length // 2
+    while length >= 128:
+        if training_memory(model, replace(layout, batch_size=1, seq_length=length)).total <= limit:
+            return length
+        length //= 2
+    return 0
+
+
+def devices_needed(config: Config, machine: Machine, model: DeepSeekConfig, stage: int, most: int = 65_536) -> int:
+    """The least number of such devices on which the run fits at a ZeRO stage; 0 if `most` are not enough."""
+    _, limit = device_limit(config, machine)
+
+    def fits(count: int) -> bool:
+        return training_memory(model, layout_of(config, machine, stage, count)).total <= limit
+
+    if not fits(most):
+        return 0
+    low, high = 0, most  # low does not fit, high does
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle, high)
+    return high
