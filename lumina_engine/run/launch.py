@@ -1,0 +1,239 @@
+"""How a run is started: the ranks' argv and environment, and the supervisor as a process of its own.
+
+The supervisor is a session of its own with nothing of its starter's: no terminal, no descriptors, no pipe. It survives the
+program, the shell and the login that started it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import select
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .directory import RunDirectory, RunError, RunInfo
+from .output import last_lines
+
+if TYPE_CHECKING:
+    from ..config.schema import Config
+
+WORKER = "lumina_engine.training.worker"
+START_TIME = 60.0  # s until the supervisor must have reported
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}")
+_VERSIONS = ("lumina", "torch", "deepspeed", "numpy", "msgspec")
+# what a launcher around us may have set; each rank gets its own
+_RANK_KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def rank_argv(config: Config, run_dir: str | os.PathLike[str], world: int) -> list[str]:
+    """The command that runs all local ranks, as a list; no shell ever sees it.
+
+    One rank is the worker itself. More on this host are started by torchrun, which ends them all when one fails and never
+    restarts them itself: that is the supervisor's business.
+
+    Raises:
+        RunError: a launcher that cannot start this, or a host name that is none (exit code 2).
+    """
+    launcher = config.launcher if config.launcher != "auto" else ("none" if world == 1 else "torchrun")
+    worker = ["-m", WORKER, os.fspath(run_dir)]
+    if launcher == "none":
+        if world != 1:
+            raise RunError(f"launcher=none starts one rank, not {world}: set launcher=auto")
+        return [sys.executable, *worker]
+    if launcher != "torchrun":
+        raise RunError(f"launcher={launcher} is not available yet: set launcher=auto")
+    address = "127.0.0.1" if config.master_addr == "auto" else config.master_addr
+    if not _HOST.fullmatch(address):
+        raise RunError(f"master_addr={address!r} is no host name: use letters, digits, '.' and '-'")
+    options = {
+        "nnodes": "1",
+        "nproc-per-node": str(world),
+        "master-addr": address,
+        "master-port": str(free_port(config.master_port)),
+        "max-restarts": "0",
+        "signals-to-handle": "SIGTERM",  # HUP, INT and QUIT are not for the launcher to pass on
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    return [sys.executable, "-m", "torch.distributed.run", *flags, *worker]
+
+
+def free_port(preferred: int) -> int:
+    """`preferred` if nobody listens there on loopback, else a port that is free now."""
+    for port in (preferred, 0):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise RunError("no free port on 127.0.0.1 for the ranks to meet", 1)
+
+
+def environment(run: RunDirectory, base: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment of the supervisor and, with `rank_environment`, of its ranks: the caller's, without another run's marks.
+
+    The package is found again from the run's folder, also when it is used from a source tree.
+    """
+    base = os.environ if base is None else base
+    kept = {name: value for name, value in base.items() if name not in _RANK_KEYS and name not in _OWN}
+    package = str(Path(__file__).parents[2])
+    path = [entry for entry in kept.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != package]
+    kept["PYTHONPATH"] = os.pathsep.join([package, *path])
+    kept["PYTHONUNBUFFERED"] = "1"
+    kept["LUMINA_RUN_DIR"] = str(run.path)
+    return kept
+
+
+_OWN = (
+    "LUMINA_RUN_DIR",
+    "LUMINA_RANK_SOCKET",
+    "LUMINA_NONCE",
+    "LUMINA_INC",
+    "LUMINA_RESUME",
+    "LUMINA_SUPERVISOR",
+)
+
+
+def rank_environment(run: RunDirectory, *, channel: Path, nonce: str, inc: int, resume: bool, world: int) -> dict[str, str]:
+    """What the supervisor adds for the ranks of one incarnation."""
+    added = {
+        "LUMINA_RUN_DIR": str(run.path),
+        "LUMINA_RANK_SOCKET": str(channel),
+        "LUMINA_NONCE": nonce,
+        "LUMINA_INC": str(inc),
+        "LUMINA_SUPERVISOR": str(os.getpid()),
+    }
+    if resume:
+        added["LUMINA_RESUME"] = "1"
+    if world == 1:
+        added |= {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "LOCAL_WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port(0)),
+        }
+    return added
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run depends on, from the packages' metadata: nothing is imported."""
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for name in _VERSIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def start(
+    run: RunDirectory,
+    argv: Sequence[str],
+    *,
+    world: int = 1,
+    resume: bool = False,
+    settings: Mapping[str, Any] | None = None,
+    timeout: float = START_TIME,
+) -> RunInfo:
+    """Start the supervisor of a run and return when it owns the run, listens, and has started the ranks.
+
+    Args:
+        run: an existing folder (`RunDirectory.create`), with everything in it that the worker reads.
+        argv: the ranks' command (`rank_argv`).
+        world: number of ranks.
+        resume: the ranks must go on from the newest checkpoint (LUMINA_RESUME=1).
+        settings: fields of supervisor.Settings (max_restarts, preempt_grace_s, engine_log_mb).
+
+    Raises:
+        RunError: the run is running already (65), or could not be started: the reason, with the last lines of engine.log.
+    """
+    if run.alive:
+        run.lock().release()  # raises with the owner's pid, unless it ended this instant
+    order = {
+        "argv": list(argv),
+        "world": world,
+        "resume": resume,
+        "settings": dict(settings or {}),
+        "versions": versions(),
+        "host": socket.gethostname(),
+    }
+    log = os.open(run.log_path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    mark = os.fstat(log).st_size
+    ours, theirs = socket.socketpair()
+    with ours:
+        with theirs:
+            child = subprocess.Popen(
+                [sys.executable, "-m", "lumina_engine.run.supervisor", str(run.path), str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=run.path,
+                env=environment(run),
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+                umask=0o077,
+            )
+            os.close(log)
+        answer = _ask(ours, order, timeout)
+    child.wait()  # it forks and leaves at once
+    if answer.get("ok"):
+        return run.info()
+    reason = answer.get("error") or "the supervisor ended without a word"
+    tail = last_lines(run.log_path, mark)
+    raise RunError(
+        f"run {run.name} did not start: {reason}" + (f"; engine.log says: {tail}" if tail else ""), answer.get("code", 1)
+    )
+
+
+def _ask(link: socket.socket, order: Mapping[str, Any], timeout: float) -> dict[str, Any]:
+    """Send the order to the supervisor and return what it answers: {} if it ended first."""
+    link.settimeout(timeout)
+    data = b""
+    try:
+        link.sendall(json.dumps(order).encode() + b"\n")
+        while not data.endswith(b"\n"):
+            piece = link.recv(65_536)
+            if not piece:
+                return {}
+            data += piece
+    except TimeoutError:
+        return {"error": f"no answer from the supervisor within {timeout:.0f} s"}
+    except OSError:
+        return {}
+    return dict(json.loads(data))
+
+
+def wait(run: RunDirectory, timeout: float | None = None) -> int | None:
+    """Wait until the run's supervisor has ended; its exit code, None if it has not ended in `timeout` seconds.
+
+    A run that was killed has no exit code of its own: 1.
+    """
+    deadline = None if timeout is None else time.monotonic() + timeout
+    while run.alive:
+        owner = run.owner()
+        pause = 0.2 if deadline is None else min(0.2, max(0.0, deadline - time.monotonic()))
+        if owner is not None:
+            try:
+                descriptor = os.pidfd_open(owner.pid)
+            except ProcessLookupError:
+                continue
+            try:
+                select.select([descriptor], [], [], pause)
+            finally:
+                os.close(descriptor)
+        else:
+            select.select([], [], [], pause)
+        if deadline is not None and time.monotonic() >= deadline and run.alive:
+            return None
+    code = run.info().exit_code
+    return 1 if code is None else code

@@ -1,0 +1,92 @@
+"""Decisions of the supervisor that need no process: what an exit code means, when to start again, what to say about a death."""
+
+from __future__ import annotations
+
+import re
+import signal
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from .directory import RunError
+
+FINISHED, CRASHED, USAGE, REFUSED, PREEMPTED, NO_PROGRESS, INTERRUPTED = 0, 1, 2, 65, 75, 93, 130
+MAX_PAUSE = 60.0  # s between two starts
+
+_FINAL = {  # exit code of the worker -> state of the run; any other code is a crash
+    FINISHED: "finished",
+    USAGE: "failed",
+    REFUSED: "failed",
+    PREEMPTED: "preempted",
+    NO_PROGRESS: "failed",
+    INTERRUPTED: "finished",
+}
+_ERROR_LINE = re.compile(r"^[\w.]*(Error|Exception|Interrupt|Exit|Failure)\b.*")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What launch.start may set; the first three are config keys."""
+
+    max_restarts: int = 3
+    preempt_grace_s: float = 30.0
+    engine_log_mb: float = 64
+    restart_pause_s: float = 1.0  # first pause before a restart
+    rebind_s: float = 10.0  # how often the socket's place is looked at
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Settings:
+        """
+        Raises:
+            RunError: a name that is none.
+        """
+        unknown = set(values) - {item.name for item in fields(cls)}
+        if unknown:
+            raise RunError(f"unknown settings for the supervisor: {', '.join(sorted(unknown))}")
+        return cls(**values)
+
+
+def final_state(code: int) -> str | None:
+    """The state in which a worker with this exit code leaves the run, None for a crash."""
+    return _FINAL.get(code)
+
+
+@dataclass(slots=True)
+class RestartPolicy:
+    """How often a crashed run is started again: `limit` times in a row without a newer committed checkpoint.
+
+    Pauses are 1, 2, 4 … 60 times `unit` seconds; progress starts the count afresh.
+    """
+
+    limit: int
+    newest: int | None  # step of the newest checkpoint when the run was started; None is "there is none", not 0
+    unit: float = 1.0
+    failures: int = field(default=0, init=False)
+
+    def crashed(self, newest: int | None) -> float | None:
+        """Seconds until the next start, None if there must be none."""
+        if newest is not None and (self.newest is None or newest > self.newest):
+            self.newest = newest
+            self.failures = 0
+        self.failures += 1
+        return None if self.failures > self.limit else min(MAX_PAUSE, 2.0 ** min(self.failures - 1, 16)) * self.unit
+
+
+def cause(code: int, log_tail: str) -> str:
+    """Why a worker died, in one line for a person.
+
+    Args:
+        code: exit code, negative for a signal.
+        log_tail: the end of engine.log: the last line that looks like an exception is quoted.
+    """
+    if code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        text = f"the worker was killed by {name}"
+        if -code == signal.SIGKILL:
+            text += " (by hand, or by the kernel for want of memory)"
+        return text
+    text = f"the worker ended with exit code {code}"
+    lines = [line.strip() for line in log_tail.splitlines() if _ERROR_LINE.match(line.strip())]
+    return f"{text}: {lines[-1][:300]}" if lines else text

@@ -1,0 +1,413 @@
+"""The supervisor of one run: starts its ranks, watches and restarts them, serves its viewers. Never imports torch.
+
+`python -m lumina_engine.run.supervisor RUN_DIR FD` is started by launch.start and detaches itself. One thread, one selector:
+nothing here waits for a rank, a viewer or the disk for longer than a system call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from typing import Any
+
+from ..monitoring import record as rec
+from ..monitoring.log import Head, MetricLog, last_records
+from . import output, policy
+from .channel import RankServer
+from .directory import RunDirectory, RunError
+from .launch import rank_environment
+from .process import (
+    Process,
+    become_subreaper,
+    boot_id,
+    descendants,
+    leash,
+    marked,
+    myself,
+    send_all,
+    send_signal,
+    wait_gone,
+)
+from .rank import Command
+from .requests import RequestBook
+from .socket import ViewerServer, socket_folder
+from .tail import LogTail, command_ids
+
+TICK = 0.05  # s between two looks at the log
+LOG_CHECK_TIME = 0.5  # s between two looks at the size of engine.log
+SECOND_SIGNAL_TIME = 1.0  # s after which a second TERM or INT kills
+CLEAR_TIME = 5.0  # s that left-over processes of a finished worker get after TERM
+SLOW_SECTIONS = frozenset({"save", "eval", "compile"})  # a stop waits longer for a rank in one of these
+SLOW_TIME = 1_800.0  # s
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT, signal.SIGCHLD)
+
+
+class Supervisor:
+    """Owns a run from `open` to the end of `loop`.
+
+    Args:
+        run: the run's folder.
+        order: argv, world, resume, settings, versions, host (see launch.start).
+    """
+
+    def __init__(self, run: RunDirectory, order: dict[str, Any]) -> None:
+        self.run = run
+        self.settings = policy.Settings.of(order["settings"])
+        self.argv: list[str] = order["argv"]
+        self.world: int = order["world"]
+        self.resume: bool = order["resume"]
+        self.order = order
+        self.selector = selectors.DefaultSelector()
+        self.state = "preparing"  # of the run, as the log says
+        self.child: subprocess.Popen[bytes] | None = None
+        self.ended: int | None = None  # exit code of the worker, while what it left behind is cleared away
+        self.restart_at: float | None = None
+        self.code: int | None = None  # ours, once the run is over
+        self.intent: str | None = None  # stop, interrupt or preempt, once somebody wants the run to end
+        self.intent_at = 0.0
+        self.intent_id: str | None = None  # the command behind it
+        self.kill_at: float | None = None
+        self.killed = False
+        self.grown_at = 0.0  # when the log grew last
+        self.log_checked = 0.0
+        self._signals: list[int] = []
+
+    # --- start ---------------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Take the run over and start its ranks.
+
+        Raises:
+            RunError: somebody else owns it, or its sockets cannot be placed.
+            OSError: a file cannot be written, the ranks' program cannot be started.
+        """
+        become_subreaper()
+        self._catch_signals()
+        self.lock = self.run.lock()
+        before = self.run.identity()
+        if isinstance(before.get("nonce"), str):
+            self._end_leftovers(before["nonce"])
+        me = myself()
+        self.nonce = secrets.token_hex(16)
+        self.socket_path = socket_folder() / f"{before['id']}.sock"
+        with MetricLog(self.run.metrics_path, 0, sync_interval=0) as log:
+            self.tail = LogTail(self.run.metrics_path, log.offset, log.seq)
+        self.inc = max(int(before.get("inc") or 0), self._last_inc())
+        self.book = RequestBook(self._command, command_ids(self.run.metrics_path))
+        self.viewers = ViewerServer(
+            self.socket_path, self.selector, self._hello, self.book.answer, rebind_time=self.settings.rebind_s
+        )
+        self.viewers.head_seq = self.tail.head_seq
+        self.ranks = RankServer(self.socket_path.with_suffix(".rank"), self.selector, self.nonce, self.world)
+        self.policy = policy.RestartPolicy(
+            self.settings.max_restarts, self.run.newest_step(), unit=self.settings.restart_pause_s
+        )
+        self.run.update_identity(
+            **{key: self.order[key] for key in ("argv", "world", "settings", "versions", "host")},
+            pid=me.pid,
+            start_time=me.start,
+            boot_id=boot_id(),
+            nonce=self.nonce,
+            socket=str(self.socket_path),
+            state="preparing",
+            reason=None,
+            exit_code=None,
+        )
+        try:
+            self._spawn(resume=self.resume, reason=None)
+        except OSError as error:
+            self._finish("failed", policy.CRASHED, f"the worker cannot be started: {error}")
+            raise
+
+    def _catch_signals(self) -> None:
+        """Handlers only note the number; the selector wakes up through a socket pair."""
+        reader, writer = socket.socketpair()
+        reader.setblocking(False)
+        writer.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        for number in _SIGNALS:
+            signal.signal(number, lambda number, _: self._signals.append(number))
+        for number in (signal.SIGHUP, signal.SIGPIPE):
+            signal.signal(number, signal.SIG_IGN)
+        self._wakeup = (reader, writer)
+        self.selector.register(reader, selectors.EVENT_READ, lambda: reader.recv(4096))
+
+    def _end_leftovers(self, nonce: str) -> None:
+        """Processes of an earlier supervisor that was killed: they die with it, but perhaps not yet."""
+        left = marked(nonce)
+        send_all(left, signal.SIGKILL)
+        if not wait_gone(left, 15.0):
+            raise RunError(f"processes of the earlier start do not end: {', '.join(str(item.pid) for item in left)}", 1)
+
+    def _last_inc(self) -> int:
+        last = last_records(self.run.metrics_path, 1)
+        return last[0].inc if last else 0
+
+    def _spawn(self, *, resume: bool, reason: str | None) -> None:
+        """Start the ranks as a new incarnation. The main thread must do it: PR_SET_PDEATHSIG follows the starting thread."""
+        self.inc += 1
+        self.ranks.reset()
+        self._record(rec.Run(state="preparing", reason=reason, world=self.world))
+        environment = rank_environment(
+            self.run, channel=self.ranks.path, nonce=self.nonce, inc=self.inc, resume=resume, world=self.world
+        )
+        self.child = subprocess.Popen(
+            self.argv,
+            stdin=subprocess.DEVNULL,
+            cwd=self.run.path,
+            env={**os.environ, **environment},
+            preexec_fn=leash(os.getpid()),
+        )
+        self.grown_at = time.monotonic()
+
+    # --- the loop ------------------------------------------------------------------------------------------------------
+
+    def loop(self) -> int:
+        """Supervise until the run is over; the exit code."""
+        while self.code is None:
+            for key, _ in self.selector.select(TICK):
+                key.data()
+            now = time.monotonic()
+            self.viewers.now = self.ranks.now = now
+            self._read_log(now)
+            while self._signals:
+                self._signal(self._signals.pop(0), now)
+            self._reap(now)
+            self._advance(now)
+            self.viewers.tick(now)
+            self.ranks.tick(now)
+            if now - self.log_checked > LOG_CHECK_TIME:
+                self.log_checked = now
+                output.cap(self.run.log_path, int(self.settings.engine_log_mb * (1 << 20)))
+        self.viewers.close(f"the run is over: {self.state}")
+        self.ranks.close()
+        self.lock.release()
+        return self.code
+
+    def _hello(self) -> dict[str, Any]:
+        return {
+            "run": self.run.name,
+            "inc": self.inc,
+            "state": self.state,
+            "head_seq": self.tail.head_seq,
+            "offset": self.tail.offset,
+            "ranks": self.ranks.shown(),
+        }
+
+    def _read_log(self, now: float) -> None:
+        chunks, heads = self.tail.poll()
+        if chunks:
+            self.grown_at = now
+        for item in heads:
+            if item.id is not None:
+                self.book.note(item.id)
+            if item.type == "run" and item.state is not None:
+                self._follow(item)
+        self.viewers.publish(chunks)
+
+    def _follow(self, item: Head) -> None:
+        """The run's state changed: so does run.json."""
+        assert item.state is not None
+        self.state = item.state
+        changes: dict[str, Any] = {"state": item.state, "reason": item.reason, "exit_code": item.exit_code, "inc": item.inc}
+        if item.total_steps is not None:
+            changes["total_steps"] = item.total_steps
+        self._identify(changes)
+
+    def _identify(self, changes: dict[str, Any]) -> None:
+        """Change run.json; a full disk costs the change, not the run (readers then believe the log)."""
+        try:
+            self.run.update_identity(**changes)
+        except (OSError, RunError) as error:
+            print(f"lumina: run.json cannot be updated: {error}", file=sys.stderr, flush=True)
+
+    def _record(self, record: rec.Record) -> None:
+        """Write a record. Only while no rank 0 lives: the log has one writer at a time."""
+        with MetricLog(self.run.metrics_path, self.inc, sync_interval=0) as log:
+            log.emit(record)
+        self._read_log(time.monotonic())
+
+    # --- commands and signals ------------------------------------------------------------------------------------------
+
+    def _command(self, request: str, cmd: str, args: dict[str, Any]) -> str | None:
+        """A viewer's command; why it is refused, or None."""
+        if self.intent is not None:
+            return "the run is stopping already"
+        if cmd == "stop":
+            return self._want("stop", Command(request, cmd, {"save": args.get("save", True)}))
+        if self.child is None:
+            return "the run is between two starts: try again when it runs"
+        return self.ranks.send(Command(request, cmd, args))
+
+    def _want(self, intent: str, command: Command) -> str | None:
+        """Somebody wants the run to end, in an orderly way."""
+        error = self.ranks.send(command) if self.child is not None else None
+        if error is None:
+            self.intent, self.intent_at, self.intent_id = intent, time.monotonic(), command.id
+        return error
+
+    def _signal(self, number: int, now: float) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            if self.intent in ("preempt", "interrupt") and now - self.intent_at >= SECOND_SIGNAL_TIME:
+                self._kill("a second signal came")
+            elif self.intent not in ("preempt", "interrupt"):
+                self._end_by_signal(number, now)
+        elif number in (signal.SIGUSR1, signal.SIGUSR2):
+            if self.child is not None:
+                self.ranks.send(Command(uuid.uuid4().hex, "checkpoint"))
+        elif number == signal.SIGQUIT:
+            for state in self.ranks.ranks.values():
+                send_signal(state.process, signal.SIGQUIT)
+
+    def _end_by_signal(self, number: int, now: float) -> None:
+        grace = self.settings.preempt_grace_s
+        request = uuid.uuid4().hex
+        if number == signal.SIGINT:
+            self._want("interrupt", Command(request, "stop", {"save": True}))
+        else:
+            self._want("preempt", Command(request, "preempt", {"grace": grace}))
+            self.kill_at = now + grace
+        if self.child is not None and not self.ranks.connected:
+            send_all(self._tree(), signal.SIGTERM)  # still starting: nothing to save, nobody to take the command
+
+    def _tree(self) -> list[Process]:
+        return descendants(os.getpid())
+
+    def _kill(self, reason: str) -> None:
+        if self.child is not None:
+            print(f"lumina: {reason}: the run's processes are killed", file=sys.stderr, flush=True)
+            self.killed = True
+            send_all(self._tree(), signal.SIGKILL)
+
+    # --- the ranks' end ------------------------------------------------------------------------------------------------
+
+    def _reap(self, now: float) -> None:
+        """Collect ended children: the worker, and orphans that became ours."""
+        with contextlib.suppress(ChildProcessError):
+            while True:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+                if pid == 0:
+                    return
+                if self.child is not None and pid == self.child.pid:
+                    self.child.returncode = self.ended = os.waitstatus_to_exitcode(status)
+                    self.child = None
+                    self.kill_at = now + CLEAR_TIME
+                    send_all(self._tree(), signal.SIGTERM if policy.final_state(self.ended) else signal.SIGKILL)
+
+    def _advance(self, now: float) -> None:
+        if self.ended is not None:
+            if not self._tree():
+                self._judge(now)
+            elif policy.final_state(self.ended) is None or (self.kill_at is not None and now >= self.kill_at):
+                send_all(self._tree(), signal.SIGKILL)
+        elif self.child is not None:
+            self._press(now)
+        elif self.intent is not None:
+            self._finish_between()
+        elif self.restart_at is not None and now >= self.restart_at:
+            self.restart_at = None
+            try:
+                self._spawn(resume=True, reason=f"restart {self.policy.failures} of {self.policy.limit}")
+            except OSError as error:
+                self._finish("failed", policy.CRASHED, f"the worker cannot be started: {error}")
+
+    def _press(self, now: float) -> None:
+        """Somebody wants the run to end: make sure that it does."""
+        if self.intent == "preempt":
+            if self.kill_at is not None and now >= self.kill_at and not self.killed:
+                self._kill(f"the run did not leave within {self.settings.preempt_grace_s:g} s")
+        elif self.intent is not None:
+            states = [state for state in self.ranks.ranks.values() if state.connected]
+            moved = max([self.intent_at, self.grown_at, *(state.at for state in states)])
+            slow = any(state.section in SLOW_SECTIONS for state in states)
+            limit = SLOW_TIME if slow else self.settings.preempt_grace_s
+            if self.kill_at is None and now - moved > limit:
+                send_all(self._tree(), signal.SIGTERM)
+                self.kill_at = now + self.settings.preempt_grace_s
+            elif self.kill_at is not None and now >= self.kill_at and not self.killed:
+                self._kill("the run did not stop")
+
+    def _judge(self, now: float) -> None:
+        """The worker and everything it started are gone: what now?"""
+        self.ended, code = None, self.ended or 0
+        self.kill_at = None
+        self._read_log(now)
+        first = self.ranks.ranks.get(0)
+        if code != 0 and first is not None and first.exit_code is not None:
+            code = first.exit_code  # a launcher turns its ranks' codes into 1
+        reason = first.exit_reason if first is not None else None
+        state = policy.final_state(code)
+        if state is not None:
+            if self.intent == "interrupt" and code == policy.FINISHED:
+                code = policy.INTERRUPTED
+            self._finish(state, code, reason)
+            return
+        reason = reason or policy.cause(code, output.end_of(self.run.log_path))
+        if self.intent == "preempt":
+            self._finish("preempted", policy.PREEMPTED, "it was ended before a checkpoint: the newest one counts")
+        elif self.intent is not None:
+            code = policy.INTERRUPTED if self.intent == "interrupt" else policy.CRASHED
+            how = "it did not stop and was killed" if self.killed else reason
+            self._finish("failed", code, f"{how}; the newest checkpoint is whole")
+        else:
+            self._crashed(code, reason, now)
+
+    def _crashed(self, code: int, reason: str, now: float) -> None:
+        self._record(rec.Run(state="crashed", reason=reason, exit_code=code))
+        pause = self.policy.crashed(self.run.newest_step())
+        if pause is not None:
+            self.restart_at = now + pause
+        elif self.policy.limit == 0:
+            self._finish("failed", policy.CRASHED, reason)
+        else:
+            self._finish(
+                "failed", policy.NO_PROGRESS, f"{self.policy.limit} restarts without a newer checkpoint; last cause: {reason}"
+            )
+
+    def _finish_between(self) -> None:
+        """The end was asked for while no worker lived."""
+        if self.intent == "preempt":
+            self._finish("preempted", policy.PREEMPTED, "between two starts: the newest checkpoint counts")
+        else:
+            code = policy.INTERRUPTED if self.intent == "interrupt" else policy.FINISHED
+            self._finish("finished", code, "stopped between two starts: the newest checkpoint counts")
+
+    def _finish(self, state: str, code: int, reason: str | None) -> None:
+        """The run is over. The worker's own last word stands, if it is the same."""
+        if self.state != state:
+            self._record(rec.Run(state=state, reason=reason, exit_code=code, id=self.intent_id))
+        self.state = state
+        self._identify({"state": state, "exit_code": code, **({"reason": reason} if reason else {})})
+        self.code = code
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Detach, take the run over, report to the starter, supervise."""
+    folder, descriptor = sys.argv[1:] if argv is None else argv
+    if os.fork():
+        os._exit(0)
+    with socket.socket(fileno=int(descriptor)) as link:
+        with link.makefile("rb") as lines:
+            order = json.loads(lines.readline())
+        answer: dict[str, Any] = {"ok": True}
+        try:
+            supervisor = Supervisor(RunDirectory(folder), order)
+            supervisor.open()
+        except (RunError, OSError) as error:
+            answer = {"ok": False, "error": str(error), "code": getattr(error, "exit_code", 1)}
+        with contextlib.suppress(OSError):  # the starter may be gone; the run goes on
+            link.sendall(json.dumps(answer).encode() + b"\n")
+    return supervisor.loop() if answer["ok"] else int(answer["code"])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

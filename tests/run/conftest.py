@@ -1,0 +1,81 @@
+"""Runs with a fake worker, each in a folder of its own, and nothing of them left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lumina_engine.run import launch
+from lumina_engine.run.directory import RunDirectory
+from lumina_engine.run.process import marked, send_all
+
+WORKER = str(Path(__file__).with_name("fake_worker.py"))
+DEADLINE = 20.0  # s; a wait that needs longer has failed
+
+
+def until(condition: Callable[[], Any], what: str = "", deadline: float = DEADLINE) -> Any:
+    """Wait for a condition to hold; its value."""
+    end = time.monotonic() + deadline
+    while not (value := condition()):
+        assert time.monotonic() < end, f"waited in vain for {what or condition}"
+        select.select([], [], [], 0.01)
+    return value
+
+
+class Runs:
+    """Makes, starts and ends runs."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.made: list[RunDirectory] = []
+
+    def make(self, name: str = "r", **plan: Any) -> RunDirectory:
+        run = RunDirectory.create(self.root, name)
+        (run.path / "plan.json").write_text(json.dumps(plan))
+        self.made.append(run)
+        return run
+
+    def start(self, run: RunDirectory, resume: bool = False, **settings: Any) -> RunDirectory:
+        launch.start(run, [sys.executable, WORKER, str(run.path)], resume=resume, settings=settings)
+        return run
+
+    def running(self, name: str = "r", settings: dict[str, Any] | None = None, **plan: Any) -> RunDirectory:
+        run = self.start(self.make(name, **plan), **(settings or {}))
+        until(lambda: run.info().state == "running", "the run to run")
+        return run
+
+    def end(self) -> None:
+        for run in self.made:
+            owner = run.owner()
+            if owner is not None:
+                send_all([owner], signal.SIGKILL)
+            try:
+                nonce = run.identity().get("nonce")
+            except Exception:
+                continue
+            if nonce:
+                until(lambda nonce=nonce: send_all(marked(nonce), signal.SIGKILL) == 0, "the run's processes to end")
+
+
+@pytest.fixture
+def runs(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
+    """A factory of runs under tmp_path; sockets in a short folder of the test's own."""
+    sockets = Path(f"/tmp/lt-{os.getpid()}-{tmp_path_factory.mktemp('s').name}")
+    monkeypatch.setenv("LUMINA_SOCKETS", str(sockets))
+    monkeypatch.setenv("LUMINA_RUNS", str(tmp_path))
+    made = Runs(tmp_path)
+    yield made
+    made.end()
+    for left in sockets.glob("*") if sockets.is_dir() else ():
+        left.unlink()
+    if sockets.is_dir():
+        sockets.rmdir()

@@ -1,0 +1,117 @@
+"""A worker without torch: writes records, beats, obeys commands. What it does is set by plan.json in the run's folder.
+
+Keys: steps, pace (s per step), linger, crash (incarnation -> how), checkpoint_every, ignore (signals), grandchild, flood,
+code, late_stop. It is run by path, not as a module.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.log import MetricLog
+from lumina_engine.run.rank import Command, RankChannel
+
+
+def die(how: str) -> None:
+    if how == "abort":
+        os.abort()
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "raise":
+        raise RuntimeError("the fake worker was told to raise")
+    os._exit(int(how))
+
+
+class Worker:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.plan = json.loads((folder / "plan.json").read_text())
+        self.channel = RankChannel.from_environment()
+        self.inc = int(os.environ["LUMINA_INC"])
+        self.log = MetricLog(folder / "metrics.jsonl", self.inc)
+        self.wait = threading.Event().wait
+        self.paused = False
+        self.flags: list[int] = []
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, lambda number, _: self.flags.append(number))
+
+    def checkpoint(self, step: int, request: str | None = None) -> None:
+        self.channel.report(step, "save")
+        (self.folder / "checkpoints" / f"step-{step:06d}").mkdir(exist_ok=True)
+        self.log.emit(rec.Checkpoint(step=step, path=f"step-{step:06d}", id=request))
+
+    def end(self, state: str, code: int, request: str | None = None) -> int:
+        self.log.emit(rec.Run(state=state, exit_code=code, id=request))
+        self.log.close()
+        self.channel.leave(code)
+        return code
+
+    def obey(self, command: Command, step: int) -> int | None:
+        if self.plan.get("deaf"):
+            return None
+        if command.cmd == "stop":
+            self.log.emit(rec.Run(state="stopping", id=command.id))
+            if command.args["save"]:
+                self.checkpoint(step, command.id)
+            return self.end("finished", 0, command.id)
+        if command.cmd == "preempt":
+            self.checkpoint(step)
+            return self.end("preempted", 75)
+        if command.cmd == "checkpoint":
+            self.checkpoint(step, command.id)
+        elif command.cmd == "set_lr":
+            self.log.emit(rec.Change(what="learning_rate", step=step, after=command.args["lr"], by="user", id=command.id))
+        else:
+            self.paused = command.cmd == "pause"
+            self.log.emit(rec.Run(state="paused" if self.paused else "running", id=command.id))
+        return None
+
+    def main(self) -> int:
+        plan = self.plan
+        steps = plan.get("steps", 1_000_000)
+        if plan.get("grandchild"):  # leaves the session and closes everything: only the tree or the nonce finds it
+            child = subprocess.Popen(["sleep", "600"], start_new_session=True, stdout=subprocess.DEVNULL)
+            (self.folder / "grandchild").write_text(str(child.pid))
+        start = 0
+        if os.environ.get("LUMINA_RESUME"):
+            kept = sorted(self.folder.glob("checkpoints/step-*"))
+            start = int(kept[-1].name[5:]) if kept else 0
+            self.log.emit(rec.Rewind(to_step=start))
+        self.log.emit(rec.Run(state="running", total_steps=steps))
+        step = start
+        how = plan.get("crash", {}).get(str(self.inc), plan.get("crash", {}).get("*"))
+        while step < steps:
+            self.channel.report(step, "data")
+            for command in self.channel.poll():
+                code = self.obey(command, step)
+                if code is not None:
+                    return code
+            if self.paused:
+                self.wait(0.005)
+                continue
+            if plan.get("pace", 0.002):
+                self.wait(plan.get("pace", 0.002))
+            step += 1
+            self.channel.report(step, "step")
+            self.log.emit(rec.Step(step=step, loss=1.0 / step, tokens=step * 8, tokens_per_s=8.0, lr=1e-3))
+            if plan.get("flood"):
+                os.write(1, b"x" * 65_536)
+            if plan.get("checkpoint_every") and step % plan["checkpoint_every"] == 0:
+                self.checkpoint(step)
+            if how is not None and step >= start + plan.get("crash_after", 3):
+                die(how)
+        if plan.get("code"):
+            return self.end("failed", plan["code"])
+        self.checkpoint(step)
+        return self.end("finished", 0)
+
+
+if __name__ == "__main__":
+    sys.exit(Worker(Path(sys.argv[1])).main())
