@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -129,7 +129,7 @@ class ChatSession:
         head: list[Message] = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         return head + recent(self.history, self.max_history)
 
-    def send(self, text: str) -> Iterator[Event]:
+    def send(self, text: str) -> Generator[Event, None, None]:
         """Add a user's message and stream the reply; the history holds both once the reply has ended.
 
         A reply that was cancelled is kept as far as it came. If the backend fails, the message moves to `unsent`.
@@ -145,7 +145,7 @@ class ChatSession:
         self._stats.messages_sent += 1
         yield from self._reply()
 
-    def retry(self) -> Iterator[Event]:
+    def retry(self) -> Generator[Event, None, None]:
         """Answer the last message again: a message that failed is sent again, else the last reply is replaced.
 
         Raises:
@@ -183,7 +183,7 @@ class ChatSession:
     def _reply_seed(self) -> int:
         return secrets.randbits(31) if self.seed is None else self.seed + self._attempt
 
-    def _reply(self) -> Iterator[Event]:
+    def _reply(self) -> Generator[Event, None, None]:
         """Stream one answer to the last message of the history; see `send`."""
         self._busy = True
         started = self._clock()

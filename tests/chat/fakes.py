@@ -1,24 +1,41 @@
-"""Stand-ins without torch: a backend that answers from a script, and a character tokenizer with the template's shape."""
+"""Stand-ins without torch: a backend that answers from a script, a character tokenizer, and a chat server process."""
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Generator, Sequence
+from pathlib import Path
 
 from lumina_engine.chat.events import Done, Event, Message, ModelInfo, Start, Token
 from lumina_engine.chat.modes import ChatError, Sampling
+from lumina_engine.chat.server import ChatServer
 
 
 class FakeBackend:
-    """Answers with `reply(messages, seed)`, a word at a time; remembers what it was asked."""
+    """Answers a word at a time; remembers what it was asked. `gate` holds every word back until it is set."""
 
     def __init__(self, digest: str = "aa") -> None:
-        self.info = ModelInfo(path="runs/x/checkpoints/step-000100", run="x", step=100, digest=digest, context_limit=256)
+        self.info = ModelInfo(
+            path="runs/x/checkpoints/step-000100",
+            run="x",
+            step=100,
+            loss=1.5,
+            loss_name="eval_loss",
+            parameters=3_377_792,
+            digest=digest,
+            context_limit=256,
+            tokenizer="lumina-1k",
+        )
         self.asked: list[tuple[list[Message], Sampling, int]] = []
-        self.fail: ChatError | None = None
+        self.fail: Exception | None = None
         self.fail_after = 0
-        self.cancel_after: int | None = None
         self.cancelled = False
         self.closed = False
+        self.gate = threading.Event()
+        self.gate.set()
+        self.endless = False
+        self.reply: str | None = None
 
     def generate(
         self, messages: Sequence[Message], sampling: Sampling, seed: int, *, alternatives: int = 0
@@ -26,14 +43,23 @@ class FakeBackend:
         self.asked.append((list(messages), sampling, seed))
         self.cancelled = False
         yield Start(prompt_tokens=10 * len(messages), context_limit=256)
-        words = f"answer {len(self.asked)} to {messages[-1]['content']}".split(" ")
-        for number, word in enumerate(words):
+        last = messages[-1]["content"]
+        words = (self.reply or f"answer {len(self.asked)} to {last}").split(" ")
+        endless = self.endless or last.startswith("endless")
+        number = 0
+        while number < len(words) or endless:
             if self.fail is not None and number >= self.fail_after:
                 raise self.fail
-            if self.cancelled or number == self.cancel_after:
+            while not self.gate.wait(0.01) and not self.cancelled:
+                pass
+            if self.cancelled:
                 yield Done(reason="cancelled", tokens=number, seconds=0.5, first_token_s=0.25 if number else None, seed=seed)
                 return
-            yield Token(text=word + (" " if number < len(words) - 1 else ""), token=number)
+            word = words[number % len(words)]
+            yield Token(text=word if number == len(words) - 1 and not endless else word + " ", token=number)
+            number += 1
+            if endless:
+                threading.Event().wait(0.002)
         yield Done(reason="stop", tokens=len(words), seconds=0.5, first_token_s=0.25, seed=seed)
 
     def cancel(self) -> None:
@@ -51,3 +77,22 @@ class LetterTokenizer:
         for message in conversation:
             ids += [1, 2, *(ord(letter) for letter in message["content"]), 3, 4]
         return ids + ([1, 2] if add_generation_prompt else [])
+
+
+def main(path: str, what: str = "") -> None:
+    """A server process with the fake backend. `what`: fail (cannot load), slow (loads until a file called `go` appears)."""
+
+    def load(say: object) -> FakeBackend:
+        assert callable(say)
+        say("reading weights")
+        if what == "fail":
+            raise ChatError("the checkpoint is damaged: choose another", 65)
+        while what == "slow" and not Path(path).with_name("go").exists():
+            threading.Event().wait(0.01)
+        return FakeBackend()
+
+    ChatServer(Path(path), load).serve()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
