@@ -17,10 +17,10 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, sign
 
 def follow(directory: Any, *, quiet: bool, tty: bool) -> int:
     """Show the run until it ends. The run does not notice if this process dies."""
-    started = directory.incarnation()
+    started = directory.info().inc
 
     def forward(number: int, frame: FrameType | None) -> None:
-        directory.signal_supervisor(number)
+        directory.signal(number)
 
     previous = {number: signal.signal(number, forward) for number in FORWARDED}
     try:
@@ -44,13 +44,13 @@ class _Follower:
     def run(self) -> int:
         final: rec.Run | None = None
         while True:
-            alive = self.directory.alive()
+            alive = self.directory.alive
             for item in self.reader.read_new():
                 if item.inc < self.inc:
                     continue
                 final = item if isinstance(item, rec.Run) and item.state in rec.FINAL_STATES else final if not isinstance(item, rec.Run) else None
                 self.show(item)
-            if not alive and not self.reader.pending():
+            if not alive:  # looked at before the log was read, so nothing can have been written since
                 break
             time.sleep(0.1)
         self.clear()

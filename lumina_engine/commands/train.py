@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from . import common
 
 if TYPE_CHECKING:
     from ..config.schema import Config
+    from ..run.directory import RunDirectory
 
 HELP = "train: start a run (default: preset debug on the built-in corpus)"
 
@@ -75,7 +77,7 @@ def _plan(args: argparse.Namespace, name: str | None) -> Plan:
 
 def _checked(config: Config, preset: str | None) -> Plan:
     from ..config.checks import check
-    from ..config.resolve import resolve
+    from ..config.resolve import resolve, world_size
     from ..config.schema import ConfigError
     from ..data.tokenizer import ConversationTokenizer
     from ..monitoring.hardware import detect
@@ -89,13 +91,6 @@ def _checked(config: Config, preset: str | None) -> Plan:
     tokenizer = ConversationTokenizer(config.tokenizer)
     resolved = resolve(config, machine, tokenizer_vocab=tokenizer.get_vocab_size(), world=world)
     return Plan(resolved, findings, machine, world, preset)
-
-
-def world_size(config: Config, machine: Any) -> int:
-    """Ranks on this node: `num_gpus`, or all GPUs, or one process without any."""
-    if config.num_gpus != "auto":
-        return int(config.num_gpus)
-    return max(1, len(machine.devices))
 
 
 def check_data_paths(config: Config) -> None:
@@ -138,8 +133,7 @@ def _show(args: argparse.Namespace, plan: Plan) -> int:
 
 
 def _start(args: argparse.Namespace, plan: Plan, root: Path, existing: Any) -> int:
-    from ..run.directory import RunDirectory, require_free_space
-    from ..run.launch import start
+    from ..run.directory import RunDirectory, require_free_space, write_json
 
     for finding in plan.findings:
         if finding.severity == "warning":
@@ -147,14 +141,30 @@ def _start(args: argparse.Namespace, plan: Plan, root: Path, existing: Any) -> i
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     require_free_space(root, _first_checkpoint_bytes(plan))
     if existing is not None:
-        moved = existing.move_aside()
-        print(common.safe(f"the earlier run is now {moved}"), file=sys.stderr)
-    directory = RunDirectory.create(root, plan.config.experiment_name, preset=plan.preset, world=plan.world)
+        _move_aside(existing)
+    directory = RunDirectory.create(root, plan.config.experiment_name, preset=plan.preset)
     plan.config.save(directory.config_path)
     if plan.deepspeed is not None:
-        directory.write_text(directory.deepspeed_path, json.dumps(plan.deepspeed, indent=2) + "\n")
-    start(directory.path)
+        write_json(directory.deepspeed_path, plan.deepspeed)
+    _launch(directory, plan, resume=False)
     return _after_start(args, directory)
+
+
+def _launch(directory: RunDirectory, plan: Plan, *, resume: bool) -> None:
+    from ..run.launch import rank_argv, start
+
+    config = plan.config
+    settings = {name: getattr(config, name) for name in ("max_restarts", "preempt_grace_s", "engine_log_mb")}
+    start(directory, rank_argv(config, directory.path, plan.world), world=plan.world, resume=resume, settings=settings)
+
+
+def _move_aside(run: RunDirectory) -> None:
+    """Rename an ended run, so that its name is free; nothing of it is deleted."""
+    if run.alive:
+        raise common.UserError(f"run {run.name!r} is running: stop it first (`lumina-engine runs stop {run.name}`)", 65)
+    moved = run.path.with_name(f"{run.name[:40]}-until-{time.strftime('%Y%m%d-%H%M%S')}")
+    run.path.rename(moved)
+    print(common.safe(f"the earlier run is now {moved}"), file=sys.stderr)
 
 
 def _first_checkpoint_bytes(plan: Plan) -> int:
@@ -169,19 +179,20 @@ def _first_checkpoint_bytes(plan: Plan) -> int:
 def _resume(args: argparse.Namespace, directory: Any) -> int:
     """Go on with a run: its own configuration, plus the keys that a resumed run may change."""
     from ..config.schema import Config, ConfigError, Finding, fields_info
-    from ..run.launch import start
 
-    if directory.alive():
+    if directory.alive:
+        owner = directory.owner()
         raise common.UserError(
-            f"run {directory.path.name!r} is running (pid {directory.owner_pid()}): watch it with `lumina {directory.path.name}`", 65
+            f"run {directory.name!r} is running (pid {owner.pid if owner else '?'}): watch it with `lumina {directory.name}`", 65
         )
     config = Config.load(directory.config_path)
     if args.preset or args.config or args.overrides:
         config = _changed(config, args, {f.name: f for f in fields_info()}, ConfigError, Finding)
+    plan = _checked(config, None)
     if args.dry_run:
-        return _show(args, _checked(config, None))
+        return _show(args, plan)
     config.save(directory.config_path)
-    start(directory.path, resume=True)
+    _launch(directory, plan, resume=True)
     return _after_start(args, directory)
 
 
@@ -202,17 +213,16 @@ def _changed(config: Config, args: argparse.Namespace, fields: dict[str, Any], e
             setattr(config, key, value)
     if refused:
         raise error(refused)
-    _checked(config, None)
     return config
 
 
 def _after_start(args: argparse.Namespace, directory: Any) -> int:
-    facts = {"run": directory.path.name, "path": str(directory.path)}
+    facts = {"run": directory.name, "path": str(directory.path)}
     if args.json:
         common.print_json(facts, lines=True)
     if args.detach:
         if not args.json:
-            name = directory.path.name
+            name = directory.name
             print(common.safe(f"run {name} started: `lumina {name}` watches it, `lumina-engine runs stop {name}` ends it"))
         return 0
     from .follow import follow

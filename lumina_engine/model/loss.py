@@ -110,3 +110,16 @@ def cross_entropy_sum(
         dtype = torch.get_autocast_dtype(device)
         hidden_ND, head_VD = hidden_ND.to(dtype), head_VD.to(dtype)
     return _ChunkedCrossEntropy.apply(hidden_ND, head_VD, targets_N, weights_N, chunk)
+
+
+@torch.no_grad()
+def correct_count(hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor, chunk: int = 2048) -> Tensor:
+    """How many targets that are not -100 are the most probable token; int64 scalar. At most `chunk` rows of logits at a time."""
+    rows_N = (targets_BS.reshape(-1) != IGNORED).nonzero().squeeze(1)
+    hidden_ND = hidden_BSD.reshape(-1, hidden_BSD.shape[-1]).index_select(0, rows_N)
+    targets_N = targets_BS.reshape(-1).index_select(0, rows_N)
+    correct = torch.zeros((), dtype=torch.int64, device=hidden_BSD.device)
+    for start in range(0, len(rows_N), chunk or max(len(rows_N), 1)):
+        part = slice(start, start + (chunk or len(rows_N)))
+        correct += (F.linear(hidden_ND[part], head_VD).argmax(-1) == targets_N[part]).sum()
+    return correct

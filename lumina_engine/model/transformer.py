@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from lumina_engine.config.schema import Config, DeepSeekConfig
 from lumina_engine.model.attention import Attention, AttentionPlan, KVCache, cached_mask, document_mask
 from lumina_engine.model.layers import RMSNorm, SwiGLU
-from lumina_engine.model.loss import IGNORED, cross_entropy_sum, shifted_targets
+from lumina_engine.model.loss import IGNORED, correct_count, cross_entropy_sum, shifted_targets
 from lumina_engine.model.moe import LayerStats, MoE, RouterStats
 from lumina_engine.model.rope import RotaryTables, inverse_frequencies
 
@@ -29,6 +29,7 @@ class ModelOutput:
     loss_sum: Tensor | None = None  # sum over trained labels of weight · cross-entropy, nats, float32 scalar
     num_labels: Tensor | None = None  # trained labels, scalar
     weight_sum: Tensor | None = None  # sum of their weights; equals num_labels without weights
+    num_correct: Tensor | None = None  # labels that are the most probable token; only without gradients (evaluation)
     router: RouterStats | None = None  # None for a dense model
 
 
@@ -168,6 +169,8 @@ class DeepSeekTransformer(nn.Module):
             trained = targets != IGNORED
             output.num_labels = trained.sum()
             output.weight_sum = output.num_labels if weights is None else (weights * trained).sum()
+            if return_aux and not torch.is_grad_enabled():
+                output.num_correct = correct_count(normed, self.head_weight, targets, self.config.loss_chunk_size)
         if return_aux:
             output.router = self._router_stats(stats, input_ids, valid)
             return output

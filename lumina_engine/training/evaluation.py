@@ -16,7 +16,8 @@ from .comm import Comm
 
 def token_bytes_V(tokenizer: Any, size: int) -> torch.Tensor:
     """UTF-8 bytes of each id; 0 for specials and unused ids, which stand for no text."""
-    return torch.tensor([len(tokenizer.token_bytes(i)) if not tokenizer.is_special(i) else 0 for i in range(size)])
+    textless = tokenizer.special_ids | tokenizer.unused_ids
+    return torch.tensor([0 if i in textless else len(tokenizer.token_bytes(i)) for i in range(size)])
 
 
 @torch.no_grad()

@@ -58,16 +58,14 @@ def payload(trainer: EnhancedConversationTrainer) -> Payload:
 
 
 def restore(trainer: EnhancedConversationTrainer, loaded: Loaded) -> None:
-    """Put a checkpoint back into a fresh trainer: weights, optimizer, schedule, position, routing window, random state."""
-    from .schedule import Schedule
-
+    """Put a checkpoint back into a prepared trainer: weights, optimizer, schedule, position, routing window, random state."""
+    assert trainer.schedule is not None
     trainer.model.load_state_dict(loaded.model)
     trainer.engine.load_state_tensors(loaded.rank_tensors)
     if trainer.window is not None:
         trainer.window.load_state_tensors(loaded.rank_tensors)
     state = loaded.global_state
     trainer.progress = Progress.from_state_dict(state["progress"])
-    trainer.schedule = Schedule.from_config(trainer.config, int(state["total_steps"]))
     trainer.schedule.load_state_dict(state["schedule"])
     restore_rng(loaded.rank_state["rng"], loaded.rank_tensors)
 

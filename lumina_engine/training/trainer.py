@@ -114,6 +114,8 @@ class EnhancedConversationTrainer:
         self.window = RoutingWindow(layers, shape.num_experts, self.top_k, self.comm) if layers else None
         self.progress = Progress()
         self.schedule: Schedule | None = None
+        self.total_steps = 0
+        self.last_loss = math.nan
         self.bytes_V: torch.Tensor | None = None
         self.replay: dict[int, float] = {}  # step -> learning rate that the user set there before a restart
         self.extra_state: dict[str, Any] = {}  # what the caller wants in every checkpoint (fingerprint, versions)
@@ -132,17 +134,11 @@ class EnhancedConversationTrainer:
             evaluation), `seconds`.
         """
         started = time.monotonic()
-        self.train_data = getattr(train_dataset, "store", train_dataset)
-        self.eval_data = getattr(eval_dataset, "store", eval_dataset)
-        loader = self._loader()
-        self.total_steps = self._total_steps(loader)
-        multiplier = self.schedule.multiplier if self.schedule else 1.0
-        self.schedule = Schedule.from_config(self.config, self.total_steps)
-        self.schedule.multiplier = multiplier
-        self.last_loss = math.nan
+        if self.schedule is None:
+            self.prepare(train_dataset, eval_dataset)
         self.emit(rec.Run(state="running", total_steps=self.total_steps, world=self.comm.world_size))
         try:
-            self._loop(loader)
+            self._loop(self._loader())
             self._boundary_tasks(final=True)
             ending = Stop("finished", 0, f"all {self.total_steps} steps done")
         except Stop as stop:
@@ -161,6 +157,14 @@ class EnhancedConversationTrainer:
             "eval": dict(self.progress.last_eval),
             "seconds": time.monotonic() - started,
         }
+
+    def prepare(self, train_dataset: Any, eval_dataset: Any = None) -> None:
+        """Take the data and fix what depends on it: the number of steps, the schedule, `warmup_steps`. `train` calls it if need be."""
+        self.train_data = getattr(train_dataset, "store", train_dataset)
+        self.eval_data = getattr(eval_dataset, "store", eval_dataset)
+        self.total_steps = self._total_steps(self._loader())
+        self.schedule = Schedule.from_config(self.config, self.total_steps)
+        self.config = self.config.model_copy(update={"warmup_steps": self.schedule.warmup_steps})
 
     def _loader(self) -> TrainLoader:
         return TrainLoader(
@@ -313,8 +317,8 @@ class EnhancedConversationTrainer:
             self.progress.best = figures["loss"]
             self.progress.evals_since_best = 0
             if self.manager is not None and self.config.best_metric == "eval_loss":
-                self._settle_saves(wait=True)
                 self.manager.mark_best(self.progress.step)
+                self._settle_saves()
         else:
             self.progress.evals_since_best += 1
         patience = self.config.early_stopping_patience
@@ -341,12 +345,11 @@ class EnhancedConversationTrainer:
             self.emit(rec.Note(message=f"unknown command {request.cmd!r}", step=step, id=request.id))
 
     def _pause(self, request: Request) -> None:
-        """Stand still until `resume` (or an end). Ranks meet every second, so no collective waits longer than that."""
+        """Stand still until `resume` (or an end). Ranks meet many times a second, so no collective times out."""
         self.emit(rec.Run(state="paused", reason=f"paused at step {self.progress.step}", id=request.id))
-        wait = time.sleep if self.channel is None else self.channel.wait
         while True:
             self._section("paused", self.progress.step)
-            wait(0.2)
+            time.sleep(0.05)
             for other in self.control.agree():
                 if other.cmd == "resume":
                     self.emit(rec.Run(state="running", total_steps=self.total_steps, world=self.comm.world_size, id=other.id))
@@ -406,6 +409,8 @@ class EnhancedConversationTrainer:
                     id=result.id,
                 )
             )
+            for note in result.notes:
+                self.emit(rec.Note(step=result.step, message=note))
             if result.failed:
                 message = f"checkpoint of step {result.step} failed: {result.failed}"
                 self.emit(rec.Alert(severity="critical", code="checkpoint_failed", message=message, step=result.step))

@@ -23,7 +23,7 @@ from ..monitoring import record as rec
 from ..monitoring.hardware import HardwareThread
 from ..monitoring.log import MetricLog, read_records, surviving
 from ..run.directory import RunDirectory
-from ..run.rank import RankChannel
+from ..run.rank import NullChannel, RankChannel
 from .comm import Comm
 
 REFUSED = 65
@@ -32,7 +32,7 @@ REFUSED = 65
 class Worker:
     """The life of one rank."""
 
-    def __init__(self, directory: RunDirectory, channel: RankChannel) -> None:
+    def __init__(self, directory: RunDirectory, channel: NullChannel) -> None:
         self.directory = directory
         self.channel = channel
         self.rank = int(os.environ.get("RANK", "0"))
@@ -54,10 +54,15 @@ class Worker:
                 self._examine()
         except Exception as error:
             return self._failed(error)
-        self.emit(rec.Run(state=summary["state"], reason=summary["reason"], exit_code=summary["exit_code"], id=summary["id"]))
+        return self._leave(summary["state"], summary["exit_code"], summary["reason"], summary["id"])
+
+    def _leave(self, state: str, code: int, reason: str, id: str | None = None) -> int:
+        """The last record, and the last word to the supervisor."""
+        self.emit(rec.Run(state=state, reason=reason, exit_code=code, id=id))
         if self.log is not None:
             self.log.close()
-        return summary["exit_code"]
+        self.channel.leave(code, reason)
+        return code
 
     def _train(self) -> dict[str, Any]:
         from ..checkpoint.manager import CheckpointManager
@@ -78,16 +83,18 @@ class Worker:
         model = DeepSeekTransformer(config)
         model.init_weights(config.seed)
         torch.manual_seed(config.seed * 1_000_003 + comm.rank)  # dropout and jitter differ between ranks
-        self.manager = CheckpointManager(config, run_dir=self.directory.path, comm=comm)
+        sync = self.log.sync if self.log is not None else None
+        self.manager = CheckpointManager(config, run_dir=self.directory, comm=comm, sync_log=sync)
         self.tokenizer, self.is_sample = tokenizer, data.is_sample
         trainer = EnhancedConversationTrainer(
             model, tokenizer, config, self, comm=comm, manager=self.manager, channel=self.channel
         )
         self.trainer = trainer
         trainer.control.install_signals()
+        trainer.prepare(data.train, data.eval)
         if self.resume:
             self._restore(data)
-        self._write_resolved(data)
+        self._write_resolved()
         hardware = HardwareThread(self.emit, config.hardware_interval_s, self.directory.path) if self.rank == 0 else None
         if hardware is not None:
             hardware.start()
@@ -103,6 +110,8 @@ class Worker:
         from .state import restore
 
         path = self.manager.recover()
+        for note in self.manager.notes:
+            self.emit(rec.Alert(severity="critical", code="checkpoint_damaged", message=note))
         if path is None:
             if self.log is not None and self._logged_step() > 0:
                 self.emit(rec.Rewind(to_step=0, reason="no checkpoint yet: starting again at step 0"))
@@ -114,6 +123,7 @@ class Worker:
                 f"the training data changed since {path.name} was saved: fingerprint {str(saved)[:16]} then, "
                 f"{data.train.fingerprint[:16]} now; restore the data, or start a new run"
             )
+        self.manager.rewind(loaded.step)
         restore(self.trainer, loaded)
         progress = self.trainer.progress
         self.trainer.replay = self._changes_after(progress.step)
@@ -143,7 +153,7 @@ class Worker:
         shared = self.trainer.comm.broadcast({str(k): v for k, v in changes.items()})
         return {int(k): v for k, v in shared.items()}
 
-    def _write_resolved(self, data: Any) -> None:
+    def _write_resolved(self) -> None:
         """The run's config.yaml and deepspeed.json say what is in force, also what only the data could decide."""
         if self.rank != 0:
             return
@@ -184,11 +194,12 @@ class Worker:
         if code is None:
             self._emergency_save(error)
         reason = str(error) if code is not None else f"{type(error).__name__}: {error}"
-        state = "crashed" if code is None else "failed"
-        self.emit(rec.Run(state=state, reason=reason.splitlines()[0] if reason else type(error).__name__, exit_code=code or 1))
-        if self.log is not None:
-            self.log.close()
-        return code or 1
+        if code is None:  # the supervisor records the crash, and decides about a restart
+            if self.log is not None:
+                self.log.close()
+            self.channel.leave(1, reason)
+            return 1
+        return self._leave("failed", code, " ".join(reason.split()))
 
     def _emergency_save(self, error: Exception) -> None:
         """Beside the checkpoints, never in place of one. Needs no other rank, since the others may be gone."""
