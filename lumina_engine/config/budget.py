@@ -16,7 +16,7 @@ from lumina_engine.config.counts import (
     parameter_counts,
     training_flops_per_token,
 )
-from lumina_engine.config.machine import GB, Accelerator, Machine, count_text, gb_text, parse_devices
+from lumina_engine.config.machine import GB, Accelerator, Machine, count_text, flops_text, gb_text, parse_devices
 from lumina_engine.config.memory import Memory, training_memory
 from lumina_engine.config.resolve import (
     STAGES,
@@ -41,6 +41,7 @@ __all__ = [
     "budget",
     "count_text",
     "devices_needed",
+    "flops_text",
     "forward_flops",
     "gb_text",
     "kv_cache_bytes_per_token",
@@ -171,7 +172,7 @@ def _time(
     else:
         peak = _PEAK_CPU_CORE * machine.cpu_count
     speed = [peak * share / flops for share in _SHARE]
-    basis = f"guessed: {_SHARE[0]:.0%} (p50) or {_SHARE[1]:.0%} (p90) of {peak / 1e12:,.3g} TFLOP/s"
+    basis = f"guessed: {_SHARE[0]:.0%} (p50) or {_SHARE[1]:.0%} (p90) of {flops_text(peak)}/s"
     if steps is None:
         basis = "unknown: max_steps is null and the data has not been counted; " + basis
         return {"p50_h": None, "p90_h": None, "tokens_per_s": speed[0], "basis": basis}

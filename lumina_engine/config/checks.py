@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lumina_engine.config.declare import show
 from lumina_engine.config.deepspeed import check_overrides
-from lumina_engine.config.finding import ConfigError, Finding, Severity
+from lumina_engine.config.finding import ConfigError, Finding, Severity, nearest
 from lumina_engine.config.machine import Machine, gb_text
 from lumina_engine.config.resolve import TOKENIZER_IDS, resolved_precision, vocabulary_findings
 from lumina_engine.config.schema import Config, infos_of
@@ -172,9 +172,13 @@ def _round_up(value: float) -> str:
 
 
 def _tokenizer(config: Config) -> Iterator[Finding]:
-    ids = TOKENIZER_IDS.get(config.tokenizer)
-    if ids is not None:
-        yield from vocabulary_findings(config, ids)
+    name = config.tokenizer
+    if name in TOKENIZER_IDS:
+        yield from vocabulary_findings(config, TOKENIZER_IDS[name])
+    elif "/" not in name and "." not in name and not Path(name).is_file():
+        near = nearest(name, TOKENIZER_IDS)
+        fix = f"set {near}" if near else f"set one of {', '.join(TOKENIZER_IDS)} or the path of a .tiktoken file"
+        yield _error("tokenizer", "tokenizer", f"tokenizer = {name}: no such tokenizer", fix)
 
 
 def _schedule(config: Config) -> Iterator[Finding]:

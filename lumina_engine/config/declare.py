@@ -21,6 +21,7 @@ Kind = Literal["int", "float", "bool", "choice", "text", "list", "mapping"]
 
 _TRUE = frozenset({"true", "yes", "on", "y"})
 _FALSE = frozenset({"false", "no", "off", "n"})
+HINTS = ("write it in quotes", "control characters are not allowed")  # errors that the bounds of a key do not explain
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -37,13 +38,14 @@ def key(
     also: tuple[float, ...] = (),
     multiple_of: int | None = None,
     pattern: str | None = None,
+    form: str = "",
     resume: bool = False,
 ) -> Any:
     """Declare one configuration key.
 
     `minimum`/`maximum` include the bound, `above`/`below` exclude it; `also` are single values allowed outside the bounds;
-    `pattern` is a regular expression for the whole text; `resume` says whether a resumed run may change the key; `read_by` are
-    the modules that read it, relative to `lumina_engine/`.
+    `pattern` is a regular expression for the whole text and `form` says it in words; `resume` says whether a resumed run may
+    change the key; `read_by` are the modules that read it, relative to `lumina_engine/`.
     """
     extra: dict[str, Any] = {"unit": unit, "resume_may_change": resume, "read_by": read_by}
     bounds = {"minimum": minimum, "exclusiveMinimum": above, "maximum": maximum, "exclusiveMaximum": below}
@@ -53,7 +55,7 @@ def key(
     if multiple_of:
         extra["multipleOf"] = multiple_of
     if pattern:
-        extra["pattern"] = pattern
+        extra |= {"pattern": pattern, "form": form}
     if isinstance(default, dict | list):
         return Field(default_factory=default.copy, description=help, json_schema_extra=extra)
     return Field(default=default, description=help, json_schema_extra=extra)
@@ -76,6 +78,7 @@ class FieldInfo:
     also: tuple[float, ...]
     multiple_of: int | None
     pattern: str | None
+    form: str
     unit: str
     help: str
     default: Any
@@ -95,8 +98,8 @@ class FieldInfo:
         words = [str(show(c)) for c in self.choices]
         if self.kind == "choice":
             return "one of " + ", ".join(words)
-        if self.kind == "text" and self.pattern:
-            text = f"text like {self.pattern}"
+        if self.form:
+            text = self.form
         elif self.kind == "list" and "text" in self.type_text:
             text = "text or a list of texts"
         else:
@@ -201,6 +204,7 @@ def field_info(name: str, section: str, field: Any) -> FieldInfo:
         also=tuple(extra.get("also", ())),
         multiple_of=extra.get("multipleOf"),
         pattern=extra.get("pattern"),
+        form=extra.get("form", ""),
         unit=extra["unit"],
         help=field.description,
         default=default,
@@ -242,7 +246,7 @@ class Section(BaseModel):
         if isinstance(value, str):
             return _from_text(value, kind, choices)
         if isinstance(value, float) and kind in ("text", "list"):
-            raise ValueError("write it in quotes")
+            raise ValueError(HINTS[0])
         if isinstance(value, int) and kind in ("text", "list"):
             return str(value)
         if isinstance(value, tuple) and kind == "list":
@@ -258,7 +262,7 @@ class Section(BaseModel):
             _check_number(value, extra)
         for text in _texts(value):
             if _CONTROL.search(text):
-                raise ValueError("control characters are not allowed")
+                raise ValueError(HINTS[1])
         pattern = extra.get("pattern")
         if pattern and isinstance(value, str) and not re.fullmatch(str(pattern), value):
             raise ValueError("does not match")

@@ -13,7 +13,9 @@ _SUPERVISOR = "run/supervisor.py"
 _MANAGER = "checkpoint/manager.py"
 _ADAPTIVE = "training/adaptive.py"
 _HOST = r"auto|[A-Za-z0-9][A-Za-z0-9.-]{0,252}"
+_HOST_FORM = "auto, or a host name or address"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+_NAME_FORM = "at most 64 letters, digits, '.', '_' or '-', the first one a letter or digit"
 
 
 class DeepSpeedKeys(Section):
@@ -39,7 +41,9 @@ class DeepSpeedKeys(Section):
     cpu_offload_parameters: bool = key(False, "Weights in host memory; needs ZeRO-3.", resume=True, read_by=_DEEPSPEED)
     nvme_offload_optimizer: bool = key(False, "Optimizer state on a local disk; needs ZeRO-3.", resume=True, read_by=_DEEPSPEED)
     nvme_offload_parameters: bool = key(False, "Weights on a local disk; needs ZeRO-3.", resume=True, read_by=_DEEPSPEED)
-    nvme_path: str = key("/tmp/deepspeed_nvme", "Folder for offload to disk.", pattern=r".+", resume=True, read_by=_DEEPSPEED)
+    nvme_path: str = key(
+        "/tmp/deepspeed_nvme", "Folder for offload to disk.", pattern=r".+", form="a path", resume=True, read_by=_DEEPSPEED
+    )
     overlap_comm: bool = key(True, "Reduce gradients while the backward pass goes on.", resume=True, read_by=_DEEPSPEED)
     contiguous_gradients: bool = key(True, "Copy gradients into one buffer as they come.", resume=True, read_by=_DEEPSPEED)
     allgather_bucket_size: int = key(
@@ -101,6 +105,7 @@ class RunKeys(Section):
         "auto",
         "Name of the run's folder. auto is the preset and the time, fixed at launch.",
         pattern=_NAME,
+        form=_NAME_FORM,
         resume=True,
         read_by="run/directory.py",
     )
@@ -120,8 +125,12 @@ class RunKeys(Section):
     node_rank: int | None = key(
         None, "Number of this machine when each is started by hand.", minimum=0, maximum=100_000, resume=True, read_by=_LAUNCH
     )
-    hostfile: str | None = key(None, "File that lists the machines.", pattern=r".+", resume=True, read_by=_LAUNCH)
-    master_addr: str = key("auto", "Name or address of the first machine.", pattern=_HOST, resume=True, read_by=_LAUNCH)
+    hostfile: str | None = key(
+        None, "File that lists the machines.", pattern=r".+", form="a path", resume=True, read_by=_LAUNCH
+    )
+    master_addr: str = key(
+        "auto", "Name or address of the first machine.", pattern=_HOST, form=_HOST_FORM, resume=True, read_by=_LAUNCH
+    )
     master_port: int = key(29_500, "Port of the first machine.", minimum=1, maximum=65_535, resume=True, read_by=_LAUNCH)
     max_restarts: int = key(
         3,
@@ -187,7 +196,7 @@ class CheckpointKeys(Section):
     )
     max_backup_count: int = key(5, "Backups kept.", unit="backups", minimum=1, maximum=1_000, resume=True, read_by=_MANAGER)
     backup_path: str | None = key(
-        None, "Folder of backups; null is backups/ in the run.", pattern=r".+", resume=True, read_by=_MANAGER
+        None, "Folder of backups; null is backups/ in the run.", pattern=r".+", form="a path", resume=True, read_by=_MANAGER
     )
     enable_emergency_save: bool = key(
         True, "Save once more when the training fails at a safe point.", resume=True, read_by=_WORKER

@@ -97,7 +97,7 @@ class TrainingKeys(Section):
     dynamic_precision: bool = key(
         False, "Change precision when non-finite steps keep coming.", resume=True, read_by="training/precision.py"
     )
-    seed: int = key(0, "Source of all randomness.", minimum=0, maximum=2**63 - 1, read_by="data/order.py, training/worker.py")
+    seed: int = key(0, "Source of all randomness.", minimum=0, maximum=2**32 - 1, read_by="data/order.py, training/worker.py")
     deterministic: bool = key(
         True,
         "Only deterministic kernels. false may be faster on a GPU; then runs are not repeatable bit for bit.",
@@ -221,7 +221,9 @@ class DataKeys(Section):
     prefetch_batches: int = key(
         2, "Batches that each loader process keeps ready.", unit="batches", minimum=1, maximum=64, resume=True, read_by=_BATCH
     )
-    data_cache_dir: str = key("data/cache", "Folder of tokenised data.", pattern=r".+", resume=True, read_by="data/store.py")
+    data_cache_dir: str = key(
+        "data/cache", "Folder of tokenised data.", pattern=r".+", form="a path", resume=True, read_by="data/store.py"
+    )
     multi_task: bool = key(False, "Mix the tasks of task_weights.", read_by="data/order.py")
     task_weights: dict[str, float] = key(
         {}, "Sampling share of each task; shares are divided by their sum.", read_by="data/order.py"

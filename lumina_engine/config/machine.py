@@ -35,25 +35,29 @@ class Machine:
 
 
 def gb_text(count: float) -> str:
-    """Bytes for a person, 10-based: 6.8 MB, 120 GB, 1.5 TB."""
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if count >= size * 0.9995:
-            value = count / size
-            return (
-                f"{value:.0f} {unit}" if value >= 99.95 else f"{value:.1f} {unit}" if value >= 9.995 else f"{value:.2f} {unit}"
-            )
-    return f"{count:.0f} B"
+    """Bytes for a person, 10-based, three digits: 6.76 MB, 80 GB, 1.52 TB."""
+    return scaled(count, (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)), " B")
 
 
 def count_text(count: float) -> str:
-    """A number of parameters or tokens for a person: 494 K, 7.35 B, 1.66 T."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= size * 0.9995:
-            value = count / size
-            return (
-                f"{value:.0f} {unit}" if value >= 99.95 else f"{value:.1f} {unit}" if value >= 9.995 else f"{value:.2f} {unit}"
-            )
-    return f"{count:.0f}"
+    """A number of parameters or tokens for a person, three digits: 494 K, 7.35 B, 1.66 T."""
+    return scaled(count, (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)), "")
+
+
+def flops_text(count: float) -> str:
+    """Floating point operations for a person: 4.14 MFLOP, 2,400 TFLOP."""
+    return scaled(count, (("TFLOP", 1e12), ("GFLOP", 1e9), ("MFLOP", 1e6), ("KFLOP", 1e3)), " FLOP")
+
+
+def scaled(count: float, units: tuple[tuple[str, float], ...], last: str) -> str:
+    """A number in the largest unit that is at most as large, with three digits."""
+    for unit, size in units:
+        value = count / size
+        if value >= 0.9995:
+            digits = 0 if value >= 99.95 else 1 if value >= 9.995 else 2
+            text = f"{value:,.{digits}f}"
+            return f"{text.rstrip('0').rstrip('.') if '.' in text else text} {unit}"
+    return f"{count:.0f}{last}"
 
 
 def parse_devices(text: str) -> list[Accelerator]:

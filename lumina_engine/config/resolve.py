@@ -108,7 +108,7 @@ def choose_stage(config: Config, machine: Machine, model: DeepSeekConfig, world:
         layout = layout_of(config, machine, stage, ranks)
         if training_memory(model, layout).total <= limit:
             return StageChoice(stage, _reason(stage, least, ranks, short), True)
-    return StageChoice(allowed[-1], "nothing smaller fits, and it does not fit either", False)
+    return StageChoice(allowed[-1], "the highest there is, and still too large", False)
 
 
 def _reason(stage: int, least: int, ranks: int, short: bool) -> str:

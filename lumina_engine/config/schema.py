@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from lumina_engine.config.declare import FieldInfo, Section, show
+from lumina_engine.config.declare import HINTS, FieldInfo, Section, show
 from lumina_engine.config.finding import ConfigError, Finding, has_errors, unknown_key
 from lumina_engine.config.keys_model import ExpertKeys, ModelKeys
 from lumina_engine.config.keys_run import AdaptiveKeys, CheckpointKeys, DeepSpeedKeys, MonitoringKeys, RunKeys
@@ -49,6 +49,8 @@ def problems(error: ValidationError, infos: Mapping[str, FieldInfo], where: Mapp
         info = infos[name]
         value = item["input"]
         message = f"{name} = {show(value)}: must be {info.requirement()}"
+        if item["type"] == "value_error" and (hint := item["ctx"]["error"].args[0]) in HINTS:
+            message += f" ({hint})"
         if len(item["loc"]) > 1 and info.kind in ("list", "mapping"):  # the place inside the value
             message = f"{name}, at {item['loc'][1]}: {item['msg'][0].lower()}{item['msg'][1:]}"
         found[name] = Finding("bad_value", "error", (name,), message, info.suggestion(value), places.get(name, ""))

@@ -164,7 +164,7 @@ def _value(node: Node, budget: Iterator[int], depth: int) -> Any:
         return [plain(_value(child, budget, depth + 1)) for child in node.value]
     if isinstance(node, MappingNode) and tag == "map":
         return _mapping(node, budget, depth)
-    raise YamlError(f"the tag {node.tag} is not allowed", line, "write plain values only")
+    raise YamlError(f"the tag {node.tag.replace(_PREFIX, '!!')} is not allowed", line, "write plain values only")
 
 
 def _mapping(node: MappingNode, budget: Iterator[int], depth: int) -> Entries:
