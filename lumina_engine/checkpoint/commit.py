@@ -1,0 +1,173 @@
+"""The commit protocol: a checkpoint is either whole and named `step-N`, or it does not exist (standard library only).
+
+    checkpoints/.tmp-step-000123-<nonce>/   staging: every rank writes and fsyncs its files here
+    checkpoints/step-000123/                committed by one rename, immutable from then on
+    checkpoints/latest, best                hints: the bare name of a step, never trusted and never needed
+
+Order of a commit: files (fsynced), MANIFEST.json and MANIFEST.sha256 (fsynced), every folder fsynced, rename, `checkpoints/`
+fsynced. Whatever instant a process dies or the power fails, the folder under the committed name is complete, or the one before
+it still is. What happens to committed folders later is in keep.py; what "whole" means, in verify.py.
+"""
+
+# ruff: noqa: PTH104  os.* calls on purpose: the fault rig counts them (pathlib of 3.10 binds its own)
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .files import (
+    CHUNK_BYTES,
+    CheckpointError,
+    FileEntry,
+    dump_json,
+    make_folder,
+    make_folders,
+    nonce,
+    open_folder,
+    remove_tree,
+    require_space,
+    sync_folder,
+    write_file,
+)
+from .keep import (
+    Found,
+    clean_stale,
+    leased,
+    list_steps,
+    newest_step,
+    newest_valid,
+    pointer,
+    quarantine,
+    retain,
+    rewind,
+    set_aside,
+    set_pointer,
+)
+from .verify import (
+    ALGORITHM,
+    FORMAT,
+    LEASE,
+    MANIFEST,
+    MANIFEST_DIGEST,
+    Problem,
+    Report,
+    digest_line,
+    read_manifest,
+    require,
+    step_name,
+    step_of,
+    verify,
+)
+
+__all__ = [
+    "CheckpointError", "FileEntry", "Found", "Problem", "Report", "Staging", "clean_stale", "commit", "leased", "list_steps",
+    "newest_step", "newest_valid", "pointer", "quarantine", "read_manifest", "require", "retain", "rewind", "set_aside",
+    "set_pointer", "step_name", "step_of", "verify",
+]  # fmt: skip
+
+FOLDERS = ("model", "state")
+
+
+class Staging:
+    """A folder that will become `step-N`. Rank 0 creates it, the other ranks join it by name; all write into it.
+
+    Raises:
+        CheckpointError: the step is committed already, or there is no room for `expected_bytes`.
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(self, checkpoints: Path, step: int, expected_bytes: int = 0) -> None:
+        if os.path.lexists(checkpoints / step_name(step)):
+            raise CheckpointError(f"{checkpoints / step_name(step)} exists already and is never overwritten")
+        make_folders(checkpoints)
+        require_space(checkpoints, expected_bytes)
+        self.checkpoints, self.step = checkpoints, step
+        self.name = f".tmp-{step_name(step)}-{nonce()}"
+        make_folder(self.path)
+        for folder in FOLDERS:
+            make_folder(self.path / folder)
+
+    @classmethod
+    def join(cls, checkpoints: Path, step: int, name: str) -> Staging:
+        """The staging folder that rank 0 made."""
+        if not name.startswith(f".tmp-{step_name(step)}-") or "/" in name:
+            raise CheckpointError(f"{name!r} is no staging folder of step {step}")
+        staging = cls.__new__(cls)
+        staging.checkpoints, staging.step, staging.name = checkpoints, step, name
+        return staging
+
+    @property
+    def path(self) -> Path:
+        return self.checkpoints / self.name
+
+    def write(self, relpath: str, pieces: Iterable[Any], size: int | None = None) -> FileEntry:
+        """Write and fsync one new file; see `files.write_file`. After a failure the staging can only be dropped."""
+        folder = open_folder(self.path)
+        try:
+            return write_file(folder, relpath, pieces, size)
+        finally:
+            os.close(folder)
+
+    def drop(self) -> str | None:
+        """Remove everything written so far. Returns why that failed, if it did: the start-up clean-up will find the rest."""
+        try:
+            parent = open_folder(self.checkpoints)
+            try:
+                remove_tree(parent, self.name)
+            finally:
+                os.close(parent)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            return f"{self.path} could not be removed: {error.strerror}"
+        return None
+
+
+def commit(
+    staging: Staging, entries: Sequence[FileEntry], manifest: dict[str, Any], before_rename: Callable[[str], None] | None = None
+) -> Path:
+    """Turn a complete staging folder into the committed checkpoint.
+
+    Args:
+        entries: every file that the ranks wrote and fsynced.
+        manifest: what stands in MANIFEST.json beside format, step, algorithm and files.
+        before_rename: called with the SHA-256 of MANIFEST.json when only the rename is left.
+
+    Raises:
+        CheckpointError: the step is committed already.
+        OSError: a write or fsync failed: nothing is committed, drop the staging.
+    """
+    final = staging.checkpoints / step_name(staging.step)
+    files = sorted([*entries, staging.write(LEASE, ())], key=lambda entry: entry.path)
+    body = dump_json(
+        {
+            **manifest,
+            "format": FORMAT,
+            "step": staging.step,
+            "algorithm": ALGORITHM,
+            "chunk_bytes": CHUNK_BYTES,
+            "files": [entry.to_json() for entry in files],
+        }
+    )
+    staging.write(MANIFEST, [body])
+    digest = hashlib.sha256(body).hexdigest()
+    staging.write(MANIFEST_DIGEST, [digest_line(digest)])
+    for folder in FOLDERS:
+        sync_folder(staging.path / folder)
+    sync_folder(staging.path)
+    if before_rename is not None:
+        before_rename(digest)
+    if os.path.lexists(final):
+        raise CheckpointError(f"{final} exists already and is never overwritten")
+    os.rename(staging.path, final)
+    try:
+        sync_folder(staging.checkpoints)
+    except OSError:
+        # the rename may not outlive a power cut, so this is no checkpoint: take the name back before anyone relies on it
+        os.rename(final, staging.path)
+        raise
+    return final

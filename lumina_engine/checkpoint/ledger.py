@@ -1,0 +1,58 @@
+"""What this user's own runs have committed: run id, step, manifest digest, kept outside the run (standard library only).
+
+Someone who can replace a checkpoint and its manifest cannot also make the digest agree with this list
+(`${XDG_STATE_HOME:-~/.local/state}/lumina/checkpoints.jsonl`, 0600). A run that was copied from another machine has no entry.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from .files import FILE_MODE, make_folders
+
+
+def ledger_path() -> Path:
+    """Where the list lies for this user."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "lumina" / "checkpoints.jsonl"
+
+
+def record(run: str, step: int, digest: str) -> None:
+    """Append one entry with one write; a torn last line is closed first.
+
+    Raises:
+        OSError: the list cannot be written.
+    """
+    path = ledger_path()
+    make_folders(path.parent)
+    fd = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
+    try:
+        os.fchmod(fd, FILE_MODE)
+        size = os.fstat(fd).st_size
+        torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
+        line = json.dumps({"run": run, "step": step, "digest": digest}).encode() + b"\n"
+        os.write(fd, b"\n" * torn + line)
+    finally:
+        os.close(fd)
+
+
+def recorded(run: str, step: int) -> set[str]:
+    """Digests of every commit of this step of this run (several after a rollback); empty if the run is unknown here.
+
+    Raises:
+        OSError: the list is there and cannot be read.
+    """
+    try:
+        lines = ledger_path().read_bytes().splitlines()
+    except FileNotFoundError:
+        return set()
+    found = set()
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # torn by a power cut: that one commit counts as unknown
+        if isinstance(entry, dict) and entry.get("run") == run and entry.get("step") == step:
+            found.add(str(entry.get("digest")))
+    return found

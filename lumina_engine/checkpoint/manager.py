@@ -1,0 +1,371 @@
+"""CheckpointManager: the checkpoints of one run, saved, found, loaded.
+
+All ranks call every method at the same step boundary; collectives happen only inside these calls, on the caller's thread. An
+asynchronous save copies to host memory in `save` and writes in one thread; a later `poll` collects the votes of the ranks, and
+rank 0 commits. A save that fails is a result, never an exception: training goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .files import CheckpointError
+from .keep import (
+    clean_stale,
+    drop_pointer,
+    leased,
+    list_steps,
+    newest_valid,
+    pointer,
+    quarantine,
+    rewind,
+    set_aside,
+    set_pointer,
+)
+from .loading import load_model
+from .payload import Loaded, Payload, belongs_to, read_loaded
+from .plain import LoadedEpoch, apply, payload_of, tokenizer_of
+from .resolve import resolve_checkpoint
+from .resume import check_config, check_ledger
+from .saving import Comm, LocalComm, Saver, SaveResult, first_error, why
+from .tensors import capture_rng, pack, restore_rng, unpack
+from .verify import Report, read_manifest, require, step_name, verify
+
+__all__ = [
+    "CheckpointError", "CheckpointManager", "Comm", "Loaded", "LoadedEpoch", "LocalComm", "Payload", "SaveResult",
+    "capture_rng", "load_model", "pack", "resolve_checkpoint", "restore_rng", "unpack",
+]  # fmt: skip
+
+
+class CheckpointManager:
+    """Owns `checkpoints/`, `backups/` and `emergency/` of one run directory. Constructing it touches no file.
+
+    Args:
+        config: a Config (reads keep_checkpoints, async_save, best_metric, enable_emergency_save, experiment_name).
+        run_dir: path of the run directory, or an object with `.path`. None: `<runs root>/<experiment_name>`.
+        comm: the process group; one process if left out.
+        run_id: what manifests and the ledger call this run; by default `id` of run.json, else the run directory's path.
+        sync_log: called on rank 0 before each commit, so that a checkpoint is never ahead of its log.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        run_dir: Any = None,
+        comm: Comm | None = None,
+        *,
+        run_id: str | None = None,
+        sync_log: Callable[[], None] | None = None,
+    ) -> None:
+        self.config = config
+        self.comm: Comm = comm if comm is not None else LocalComm()
+        self.run_dir = _run_path(run_dir, config)
+        self.checkpoints, self.backups, self.emergency_dir = (
+            self.run_dir / name for name in ("checkpoints", "backups", "emergency")
+        )
+        self.notes: list[str] = []  # what `recover` met: checkpoints set aside, a pointer mended
+        self._run_id = run_id
+        self._tokenizer: dict[str, str] | None = None
+        self._saver = Saver(config, self.checkpoints, self.comm, lambda: self.run_id, sync_log)
+
+    @property
+    def run_id(self) -> str:
+        """Name of this run in manifests and in the ledger."""
+        if self._run_id is None:
+            self._run_id = _read_run_id(self.run_dir)
+        return self._run_id
+
+    # ---- save ----------------------------------------------------------------------------------------------------------------
+
+    def save(
+        self, payload: Payload, blocking: bool = True, *, best: bool | None = None, id: str | None = None
+    ) -> list[SaveResult]:
+        """Save this step boundary.
+
+        Args:
+            blocking: True writes and commits before returning; False copies to host memory and returns
+                (`async_save: false` makes every save blocking). One save is in flight at a time: a second one waits for it.
+            best: True moves `best` here, False does not; None moves it for a lower loss when `best_metric` is loss (for
+                eval_loss `mark_best` decides, after the evaluation).
+            id: of the command that asked for it; stands in the result.
+
+        Returns:
+            results that no call has returned yet: each save is told exactly once, by `save`, `poll`, `wait` or `close`.
+        """
+        self._saver.start(self.checkpoints, payload, blocking or not self.config.async_save, best, id)
+        return self._saver.take()
+
+    def poll(self) -> list[SaveResult]:
+        """Call at every step boundary: drives a save in flight; returns the results since the last call."""
+        return self._saver.poll()
+
+    def wait(self) -> list[SaveResult]:
+        """As `poll`, after waiting for the save in flight."""
+        self._saver.drain()
+        return self._saver.poll()
+
+    def close(self) -> list[SaveResult]:
+        """Finish the save in flight and return what `poll` has not. The manager holds nothing else open."""
+        return self.wait()
+
+    def mark_best(self, step: int) -> bool:
+        """Let `best` point to the committed checkpoint of that step (waits for its save). False: there is none."""
+        return self._saver.mark_best(step)
+
+    def emergency(self, payload: Payload) -> Path:
+        """Save to `emergency/` in the same format; touches no other checkpoint. A step that is safe already is not saved twice.
+
+        Raises:
+            CheckpointError: it could not be saved.
+        """
+        name = step_name(payload.step)
+        self._saver.drain()
+        if name in self._saver.verified and (self.checkpoints / name).is_dir():
+            return self.checkpoints / name
+        path = self.emergency_dir / name
+        if path.is_dir():
+            if verify(path).ok:
+                return path
+            quarantine(path)
+        return self._save_now(self.emergency_dir, payload, best=False)
+
+    def emergency_save(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        global_step: int = 0,
+        current_epoch: int = 0,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> Path | None:
+        """`emergency` for plain torch objects.
+
+        Returns:
+            the path; None when `enable_emergency_save` is off.
+
+        Raises:
+            CheckpointError: it could not be saved.
+        """
+        if not self.config.enable_emergency_save:
+            return None
+        return self.emergency(self._plain(model, optimizer, scheduler, global_step, current_epoch, metrics))
+
+    def _save_now(self, folder: Path, payload: Payload, best: bool) -> Path:
+        """Save, and raise instead of returning a failed result. Results of earlier saves stay for `poll`."""
+        self._saver.drain()
+        earlier = self._saver.take()
+        self._saver.start(folder, payload, True, best, None)
+        *_, result = self._saver.take()
+        self._saver.put_back(earlier)
+        if result.failed is not None or result.path is None:
+            raise CheckpointError(f"step {payload.step} was not saved: {result.failed}")
+        return result.path
+
+    # ---- plain torch ---------------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        global_step: int,
+        current_epoch: int = 0,
+        metrics: Mapping[str, Any] | None = None,
+        is_best: bool = False,
+    ) -> Path:
+        """Commit plain torch objects and the random state; returns the path. `is_best` moves the pointer `best`.
+
+        Raises:
+            CheckpointError: nothing was committed, and why.
+        """
+        payload = self._plain(model, optimizer, scheduler, global_step, current_epoch, metrics)
+        return self._save_now(self.checkpoints, payload, best=is_best)
+
+    def _plain(self, model: nn.Module, optimizer: Any, scheduler: Any, step: int, epoch: int, metrics: Any) -> Payload:
+        if self._tokenizer is None:
+            self._tokenizer = tokenizer_of(self.config, model)
+        return payload_of(model, optimizer, scheduler, step, epoch, dict(metrics or {}), self._tokenizer)
+
+    def load_checkpoint(
+        self,
+        *,
+        checkpoint_path: str | Path | None = None,
+        model: nn.Module,
+        optimizer: Any = None,
+        scheduler: Any = None,
+        strict: bool = False,
+    ) -> LoadedEpoch:
+        """Load into plain torch objects and restore the random state; None takes the newest valid checkpoint of this run.
+
+        Nothing is changed unless every weight fits. `strict=False` may leave out optimizer and scheduler state that the
+        checkpoint does not have; `.report` says what was restored and what was not.
+
+        Returns:
+            the epoch, an int with `.step .tokens .metrics .report`.
+
+        Raises:
+            CheckpointError: no such checkpoint (the run's best one is named), damaged, or of another architecture (the
+                differences are named).
+        """
+        if checkpoint_path is None:
+            path = self.recover(clean=False)
+            if path is None:
+                raise CheckpointError(f"no checkpoint in {self.checkpoints} yet")
+        else:
+            path = resolve_checkpoint(str(checkpoint_path), self.run_dir.parent)
+        loaded = self.load(path, same_config=False)
+        return apply(loaded, model, optimizer, scheduler, strict)
+
+    # ---- start-up ------------------------------------------------------------------------------------------------------------
+
+    def recover(self, clean: bool = True) -> Path | None:
+        """Find the checkpoint to go on from: the newest one whose every digest is right, in checkpoints/ or emergency/.
+
+        Damaged ones on the way are renamed `*.corrupt` and told in `notes`. None: this run never committed one.
+
+        Args:
+            clean: also delete stale staging and trash; only for the holder of the run's lock.
+
+        Raises:
+            CheckpointError: there is something like a checkpoint, but none is valid (nothing was changed), or a newer format.
+        """
+        self._saver.drain()
+        return self._on_rank_0(lambda: self._recover(clean))
+
+    def _recover(self, clean: bool) -> Path | None:
+        found = newest_valid(self.checkpoints, self.emergency_dir)
+        self.notes = [f"{name} is damaged and was set aside as {name}.corrupt: {reason}" for name, reason in found.rejected]
+        if clean:
+            for folder in (self.checkpoints, self.emergency_dir, self.backups):
+                clean_stale(folder)
+        if found.path is not None and found.path.parent == self.checkpoints:
+            self._saver.verified.add(found.path.name)
+        if found.report is not None:
+            self._restore_best(found.report)
+        return found.path
+
+    def _restore_best(self, newest: Report) -> None:
+        """The value that a new best has to beat: told by the newest manifest, else by the manifest that `best` points to."""
+        name = pointer(self.checkpoints, "best")
+        if name is None and os.path.lexists(self.checkpoints / "best"):
+            name = self._mend_best()
+        if name is None:
+            return
+        told = newest.manifest.get("best")
+        if isinstance(told, dict) and told.get("name") == name and told.get("metric") == self.config.best_metric:
+            self._saver.best_value = self._saver.metric({self.config.best_metric: told.get("value")})
+        else:
+            self._saver.best_value = self._measured(name)
+
+    def _mend_best(self) -> str | None:
+        values = {name: self._measured(name) for name in list_steps(self.checkpoints)}
+        ranked = sorted((value, name) for name, value in values.items() if value is not None)
+        name = ranked[0][1] if ranked else None
+        if name is None:
+            drop_pointer(self.checkpoints, "best")
+        else:
+            set_pointer(self.checkpoints, "best", name)
+        self.notes.append(f"the pointer best named no checkpoint; it names {name or 'none'} now")
+        return name
+
+    def _measured(self, name: str) -> float | None:
+        metrics = unpack(read_manifest(self.checkpoints / name).manifest.get("metrics"))
+        return self._saver.metric(metrics) if isinstance(metrics, dict) else None
+
+    def rewind(self, step: int) -> None:
+        """Give up every checkpoint after `step`, before training goes on from it.
+
+        Raises:
+            CheckpointError: a folder could not be renamed.
+        """
+        self._saver.drain()
+
+        def give_up() -> Path | None:
+            self._saver.verified.difference_update(rewind(self.checkpoints, step))
+            if pointer(self.checkpoints, "best") is None and os.path.lexists(self.checkpoints / "best"):
+                self._mend_best()
+            return None
+
+        self._on_rank_0(give_up)
+
+    def set_aside(self) -> Path | None:
+        """Move all of checkpoints/ into backups/, for a start from the beginning (--fresh). Returns where it went."""
+        self._saver.drain()
+        return self._on_rank_0(lambda: set_aside(self.checkpoints, self.backups))
+
+    def _on_rank_0(self, action: Callable[[], Path | None]) -> Path | None:
+        """Run on rank 0; every rank gets its result or its error."""
+        answer: dict[str, Any] = {}
+        if self.comm.rank == 0:
+            try:
+                answer = {"path": str(action() or ""), "notes": self.notes}
+            except (CheckpointError, OSError) as problem:
+                answer = {"error": why(problem)}
+        answer = self.comm.all_gather(answer)[0]
+        if "error" in answer:
+            raise CheckpointError(answer["error"])
+        self.notes = list(answer["notes"])
+        return Path(answer["path"]) if answer["path"] else None
+
+    # ---- load ----------------------------------------------------------------------------------------------------------------
+
+    def load_latest(self) -> Loaded | None:
+        """The newest valid checkpoint, or None if there never was one. Raises as `recover` and `load`."""
+        path = self.recover(clean=False)
+        return None if path is None else self.load(path)
+
+    def load(self, path: str | Path, *, same_config: bool = True) -> Loaded:
+        """Read a checkpoint for this rank, after comparing every digest of what this rank reads.
+
+        Args:
+            same_config: refuse a checkpoint whose shapes, data or tokenizer settings differ from this configuration's.
+
+        Raises:
+            CheckpointError: damaged, replaced, of another world size or configuration; on every rank alike.
+        """
+        loaded, error = None, None
+        try:
+            loaded = self._load(Path(path).resolve(), same_config)
+        except (CheckpointError, OSError) as problem:
+            error = why(problem)
+        error = first_error(self.comm.all_gather({"error": error}))
+        if error is not None or loaded is None:
+            raise CheckpointError(error or f"{path} could not be read")
+        return loaded
+
+    def _load(self, path: Path, same_config: bool) -> Loaded:
+        with leased(path) as folder:
+            report = require(verify(path, select=belongs_to(self.comm.rank)))
+            notes = check_ledger(report)
+            loaded = read_loaded(folder, report, self.comm.rank, self.comm.world_size)
+        if same_config:
+            check_config(loaded.config, self.config, path)
+        loaded.notes.extend(notes)
+        return loaded
+
+
+def _run_path(run_dir: Any, config: Any) -> Path:
+    """The run directory with links on the way resolved; nothing below it is followed."""
+    if run_dir is None:
+        name = getattr(config, "experiment_name", "auto")
+        from ..run.directory import runs_root
+
+        run_dir = runs_root() / (time.strftime("script-%Y%m%d-%H%M%S") if name == "auto" else name)
+    return Path(getattr(run_dir, "path", run_dir)).resolve()
+
+
+def _read_run_id(run_dir: Path) -> str:
+    try:
+        identity = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return str(run_dir)  # a plain script has no run.json; its path is what tells its checkpoints from others
+    return str(identity["id"]) if isinstance(identity, dict) and identity.get("id") else str(run_dir)

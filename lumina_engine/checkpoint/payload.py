@@ -1,0 +1,177 @@
+"""What a checkpoint holds, as the trainer gives it and gets it back, and how it becomes files.
+
+model/model.safetensors, config.json, tokenizer.json      rank 0; all that chat and export read
+state/trainer.json, config.json                           rank 0; global state and the configuration in force
+state/rank-00000.json, rank-00000.safetensors             every rank its own
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .files import CheckpointError, FileEntry, dump_json, load_json, read_file
+from .tensors import first_non_finite, host_copy, pack, read_tensors, tensor_file, unpack
+from .verify import Report
+
+MODEL, MODEL_CONFIG, TOKENIZER = "model/model.safetensors", "model/config.json", "model/tokenizer.json"
+TRAINER, CONFIG = "state/trainer.json", "state/config.json"
+
+
+@dataclass(slots=True)
+class Payload:
+    """One step boundary of one rank. `model` is the whole model on rank 0 (other ranks may leave it empty).
+
+    global_state, rank_state, metrics and flags hold numbers, texts, lists, tuples and mappings; tensors belong into
+    rank_tensors. The manifest repeats `inc`, `log_seq` and `data_fingerprint` of global_state, `metrics` and `flags`
+    (`suspect`: taken while a spike was open).
+    """
+
+    step: int
+    epoch: int
+    tokens: int
+    model: dict[str, Tensor]
+    model_config: dict[str, Any]
+    tokenizer: dict[str, Any]
+    global_state: dict[str, Any] = field(default_factory=dict)
+    rank_state: dict[str, Any] = field(default_factory=dict)
+    rank_tensors: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Loaded(Payload):
+    """A verified checkpoint, read for one rank. `notes` are for the user; tensors are privately mapped from the files."""
+
+    path: Path = Path()
+    manifest: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """A file to write: path in the checkpoint, size in bytes, and a function that yields its content."""
+
+    path: str
+    size: int
+    pieces: Callable[[], Iterable[Any]]
+
+
+def rank_files(rank: int) -> tuple[str, str]:
+    """JSON and tensor file of a rank."""
+    return f"state/rank-{rank:05d}.json", f"state/rank-{rank:05d}.safetensors"
+
+
+def required_files(world: int) -> set[str]:
+    """What every committed checkpoint of that many ranks holds."""
+    own = {path for rank in range(world) for path in rank_files(rank)}
+    return {MODEL, MODEL_CONFIG, TOKENIZER, TRAINER, *own}
+
+
+def plan_files(payload: Payload, rank: int, world: int, config: dict[str, Any] | None, copy: bool) -> list[PlannedFile]:
+    """The files of this rank. With `copy` the tensors are copied to host memory now, so that training may go on.
+
+    Raises:
+        CheckpointError: a parameter is not finite, or a value has no form in a checkpoint.
+    """
+    files = []
+    if rank == 0:
+        if not payload.model:
+            raise CheckpointError("the model has no tensors to save")
+        culprit = first_non_finite(payload.model)
+        if culprit is not None:
+            raise CheckpointError(f"parameter {culprit} is not finite, so this step is not worth keeping")
+        files.append(_tensors(MODEL, payload.model, copy, {"format": "pt"}))
+        files.append(_json(MODEL_CONFIG, pack(payload.model_config, "model_config")))
+        files.append(_json(TOKENIZER, pack(payload.tokenizer, "tokenizer")))
+        head = {name: getattr(payload, name) for name in ("step", "epoch", "tokens", "metrics", "flags", "global_state")}
+        files.append(_json(TRAINER, pack(head, "trainer")))
+        if config is not None:
+            files.append(_json(CONFIG, pack(config, "config")))
+    state, tensors = rank_files(rank)
+    files.append(_json(state, pack({"rank": rank, "world": world, "state": payload.rank_state}, "rank_state")))
+    files.append(_tensors(tensors, payload.rank_tensors, copy))
+    return files
+
+
+def _json(path: str, value: Any) -> PlannedFile:
+    body = dump_json(value)
+    return PlannedFile(path, len(body), lambda: [body])
+
+
+def _tensors(path: str, tensors: dict[str, Tensor], copy: bool, metadata: dict[str, str] | None = None) -> PlannedFile:
+    size, pieces = tensor_file(host_copy(tensors) if copy else dict(tensors), metadata)
+    return PlannedFile(path, size, pieces)
+
+
+def write_files(plan: Iterable[PlannedFile], write: Callable[[str, Iterable[Any], int], FileEntry]) -> list[FileEntry]:
+    """Write every planned file.
+
+    Raises:
+        CheckpointError: one failed; it is named.
+    """
+    entries = []
+    for file in plan:
+        try:
+            entries.append(write(file.path, file.pieces(), file.size))
+        except OSError as error:
+            raise CheckpointError(f"{file.path}: {error.strerror or error}") from error
+    return entries
+
+
+def belongs_to(rank: int) -> Callable[[str], bool]:
+    """Which files a rank reads, and therefore verifies."""
+    own = {MODEL, MODEL_CONFIG, TOKENIZER, TRAINER, CONFIG, *rank_files(rank)}
+    return lambda path: path in own or path.startswith("model/")
+
+
+def read_loaded(folder: int, report: Report, rank: int, world: int) -> Loaded:
+    """Read a verified checkpoint for one rank.
+
+    Raises:
+        CheckpointError: saved by another number of ranks, or a file that every checkpoint has is not listed.
+    """
+    saved_world = report.manifest.get("world")
+    if saved_world != world:
+        raise CheckpointError(
+            f"{report.path} was saved by {saved_world} ranks and this run has {world}; resume with num_gpus={saved_world} "
+            "(another number of ranks is not supported yet)"
+        )
+    listed = {entry.path for entry in report.files}
+    missing = sorted(required_files(world) - listed)
+    if missing:
+        raise CheckpointError(f"{report.path} does not hold {', '.join(missing)}: it was not written by a run")
+    state, tensors = rank_files(rank)
+    trainer, own = read_json(folder, TRAINER), read_json(folder, state)
+    head: dict[str, Any] = {name: trainer[name] for name in ("step", "epoch", "tokens", "metrics", "flags", "global_state")}
+    return Loaded(
+        **head,
+        model=read_tensors(folder, MODEL),
+        model_config=read_json(folder, MODEL_CONFIG),
+        tokenizer=read_json(folder, TOKENIZER),
+        rank_state=own["state"],
+        rank_tensors=read_tensors(folder, tensors),
+        path=report.path,
+        manifest=report.manifest,
+        config=read_json(folder, CONFIG) if CONFIG in listed else None,
+        notes=[f"{name} is not part of the checkpoint and was not read" for name in report.strays],
+    )
+
+
+def read_json(folder: int, relpath: str) -> dict[str, Any]:
+    """A JSON object of a checkpoint, with tuples and numbers as they were given.
+
+    Raises:
+        CheckpointError: no JSON object.
+    """
+    value = unpack(load_json(read_file(folder, relpath), relpath))
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{os.fspath(relpath)} holds no object")
+    return value

@@ -1,0 +1,385 @@
+"""One save at a time: preflight, host copy, writing, vote, commit, read back, pointers, retention.
+
+Collectives happen only on the caller's thread (`start`, `poll`, `drain`, `mark_best`), in the same order on every rank. The
+writer thread only writes files, and on rank 0 commits. A save that fails is a result, never an exception: training goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import platform
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from .. import __version__
+from . import ledger
+from .commit import Staging, commit
+from .files import CheckpointError, FileEntry, dump_json
+from .keep import drop_rewound, list_steps, pointer, quarantine, retain, set_pointer
+from .payload import Payload, PlannedFile, plan_files, required_files, write_files
+from .tensors import pack
+from .verify import read_manifest, step_name, verify
+
+KEEP_EMERGENCY = 2
+
+
+class Comm(Protocol):
+    """What checkpoints ask of the process group. Objects are JSON values; every rank gets the list in rank order."""
+
+    rank: int
+    world_size: int
+
+    def all_gather(self, value: Any) -> list[Any]: ...
+
+    def barrier(self) -> None: ...
+
+
+class LocalComm:
+    """One process."""
+
+    rank = 0
+    world_size = 1
+
+    def all_gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def barrier(self) -> None:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class SaveResult:
+    """How a save ended, the same on every rank. `failed` says why there is no checkpoint; all else stays as it was.
+
+    seconds: from the call to its end; blocking_seconds: for which training stood still. `notes` tell of trouble after the
+    commit (retention, pointers), which costs nothing but should be shown. `id` is the command's, as given to `save`.
+    """
+
+    step: int
+    path: Path | None = None
+    bytes: int = 0
+    seconds: float = 0.0
+    blocking_seconds: float = 0.0
+    verified: bool = False
+    failed: str | None = None
+    best: bool = False
+    id: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Save:
+    """A save in flight. The writer thread fills `entries`, `error`, `outcome`; the others read them once it has ended."""
+
+    payload: Payload  # without its tensors
+    folder: Path
+    plan: list[PlannedFile]
+    manifest: dict[str, Any]
+    staging: Staging
+    best: bool | None
+    inline: bool
+    id: str | None
+    started: float
+    blocking: float = 0.0
+    committing: bool = False
+    thread: threading.Thread | None = None
+    entries: list[FileEntry] | None = None
+    error: str | None = None
+    outcome: dict[str, Any] | None = None
+
+    @property
+    def step(self) -> int:
+        return self.payload.step
+
+    @property
+    def busy(self) -> bool:
+        return self.thread is not None and self.thread.is_alive()
+
+
+class Saver:
+    """Saves into `checkpoints` (and other folders) for all ranks; see `manager.CheckpointManager` for the arguments."""
+
+    def __init__(
+        self, config: Any, checkpoints: Path, comm: Comm, run_id: Callable[[], str], sync_log: Callable[[], None] | None
+    ) -> None:
+        self.config, self.checkpoints, self.comm = config, checkpoints, comm
+        self.verified: set[str] = set()  # names whose digests this process has compared
+        self.best_value: float | None = None
+        self._run_id, self._sync_log = run_id, sync_log
+        self._job: _Save | None = None
+        self._results: list[SaveResult] = []
+
+    # ---- from the call to the writer -----------------------------------------------------------------------------------------
+
+    def start(self, folder: Path, payload: Payload, inline: bool, best: bool | None, id: str | None) -> None:
+        """Begin a save; with `inline` also finish it. All ranks."""
+        started = time.monotonic()
+        self.drain()
+        job = self._begin(folder, payload, inline, best, id, started)
+        if job is None:
+            return
+        self._job = job
+        if inline:
+            self._write(job)
+            self.drain()
+            return
+        job.thread = threading.Thread(target=self._write, args=(job,), name="checkpoint-writer")
+        job.thread.start()
+        job.blocking = time.monotonic() - started
+
+    def _begin(
+        self, folder: Path, payload: Payload, inline: bool, best: bool | None, id: str | None, started: float
+    ) -> _Save | None:
+        """Preflight of all ranks and the staging folder; None: it ended here, with a result."""
+        rank, step = self.comm.rank, payload.step
+        plan: list[PlannedFile] = []
+        manifest: dict[str, Any] = {}
+        error = None
+        try:
+            config = config_dict(self.config)
+            plan = plan_files(payload, rank, self.comm.world_size, config, copy=not inline)
+            manifest = self._manifest(payload, config) if rank == 0 else {}
+        except Exception as problem:  # any failure of one rank must reach the vote, or the others wait for ever
+            error = why(problem)
+        votes = self.comm.all_gather({"error": error, "step": step, "bytes": sum(file.size for file in plan)})
+        error = first_error(votes)
+        if error is None and any(vote["step"] != step for vote in votes):
+            error = f"the ranks are at different steps: {[vote['step'] for vote in votes]}"
+        staging = known = None
+        if rank == 0 and error is None:
+            try:
+                known = self._known(folder, payload, best)
+                staging = Staging(folder, step, sum(vote["bytes"] for vote in votes)) if known is None else None
+            except (CheckpointError, OSError) as problem:
+                error = why(problem)
+        answer = self.comm.all_gather({"error": error, "staging": staging and staging.name, "known": known})[0]
+        if answer["staging"] is None:
+            seconds = time.monotonic() - started
+            self._report(step, id, answer["known"] or {"failed": answer["error"]}, seconds, seconds)
+            return None
+        staging = staging or Staging.join(folder, step, answer["staging"])
+        head = Payload(
+            step, payload.epoch, payload.tokens, {}, {}, {}, metrics=dict(payload.metrics), flags=dict(payload.flags)
+        )
+        return _Save(head, folder, plan, manifest, staging, best, inline, id, started)
+
+    def _known(self, folder: Path, payload: Payload, best: bool | None) -> dict[str, Any] | None:
+        """The outcome for a step that this process has committed or verified already: saving it twice is no fault."""
+        name = step_name(payload.step)
+        if folder != self.checkpoints or name not in self.verified or not (folder / name).is_dir():
+            return None
+        if best:
+            self.point_best(payload.step, self.metric(payload.metrics), always=True)
+        size = read_manifest(folder / name).bytes
+        return {"path": str(folder / name), "bytes": size, "verified": True, "best": pointer(folder, "best") == name}
+
+    # ---- writer thread (or the caller, inline) -------------------------------------------------------------------------------
+
+    def _write(self, job: _Save) -> None:
+        """This rank's files; alone in the world, the commit too."""
+        try:
+            job.entries = write_files(job.plan, job.staging.write)
+        except BaseException as problem:  # a thread that dies silently would leave the save in flight for ever
+            job.error = why(problem)
+        job.plan = []  # the host copies are not needed any more
+        if self.comm.world_size == 1 and job.error is None:
+            self._commit(job, job.entries or [])
+
+    def _commit(self, job: _Save, entries: list[FileEntry]) -> None:
+        """Rank 0: commit, read back, pointers, retention. Never raises: the outcome says what happened."""
+        notes: list[str] = []
+        try:
+            missing = sorted(required_files(self.comm.world_size) - {entry.path for entry in entries})
+            if missing:
+                raise CheckpointError(f"the ranks did not write {', '.join(missing)}")
+            if self._sync_log is not None:
+                self._sync_log()
+            path = commit(job.staging, entries, job.manifest, lambda digest: self._record(job.step, digest, notes))
+            report = verify(path)
+            if not report.ok:
+                moved = quarantine(path)
+                raise CheckpointError(f"read back and found damaged ({report.line()}); kept as {moved.name}")
+        except BaseException as problem:
+            job.outcome = {"failed": why(problem)}
+            return
+        job.outcome = {"path": str(path), "bytes": report.bytes, "verified": True, "notes": notes}
+        try:
+            self._keep(job, job.outcome)
+        except (OSError, CheckpointError) as problem:
+            notes.append(f"after the commit: {why(problem)}")
+
+    def _record(self, step: int, digest: str, notes: list[str]) -> None:
+        try:
+            ledger.record(self._run_id(), step, digest)
+        except OSError as problem:
+            notes.append(f"the commit could not be recorded in {ledger.ledger_path()}: {problem.strerror}")
+
+    def _keep(self, job: _Save, outcome: dict[str, Any]) -> None:
+        """Pointers first, then retention: a checkpoint that `best` has just moved to must not be the one deleted."""
+        if job.folder != self.checkpoints:
+            retain(job.folder, KEEP_EMERGENCY, list_steps(job.folder))
+            return
+        name = step_name(job.step)
+        self.verified.add(name)
+        set_pointer(self.checkpoints, "latest", name)
+        # an eval_loss among the metrics is an earlier step's, since a step is saved before it is evaluated: `mark_best` decides
+        value = self.metric(job.payload.metrics) if self.config.best_metric == "loss" else None
+        if job.best is not False and not job.payload.flags.get("suspect"):
+            outcome["best"] = self.point_best(job.step, value, always=bool(job.best))
+        drop_rewound(self.checkpoints)
+        best = pointer(self.checkpoints, "best")
+        _, busy = retain(self.checkpoints, self.config.keep_checkpoints, self.verified, [best] if best else [])
+        outcome["notes"].extend(f"{name} is being read and stays for now" for name in busy)
+
+    # ---- from the writer to the result ---------------------------------------------------------------------------------------
+
+    def poll(self) -> list[SaveResult]:
+        """Drive the save in flight and return the results since the last call. All ranks, at the same boundaries."""
+        job = self._job
+        if job is not None:
+            started = time.monotonic()
+            outcome = self._advance(job)
+            job.blocking += time.monotonic() - started
+            if outcome is not None:
+                self._job = None
+                seconds = time.monotonic() - job.started
+                self._report(job.step, job.id, outcome, seconds, seconds if job.inline else job.blocking)
+        return self.take()
+
+    def take(self) -> list[SaveResult]:
+        """Results that are there already, without looking at the save in flight. No collective."""
+        results, self._results = self._results, []
+        return results
+
+    def _report(self, step: int, id: str | None, outcome: dict[str, Any], seconds: float, blocking: float) -> None:
+        path, notes = outcome.get("path"), tuple(outcome.get("notes", ()))
+        rest = {name: value for name, value in outcome.items() if name not in ("path", "notes")}
+        self._results.append(
+            SaveResult(
+                step, Path(path) if path else None, **rest, notes=notes, seconds=seconds, blocking_seconds=blocking, id=id
+            )
+        )
+
+    def put_back(self, results: list[SaveResult]) -> None:
+        """Let the next `poll` return these first."""
+        self._results[:0] = results
+
+    def drain(self) -> None:
+        """Wait for the save in flight; its result stays for `poll`. All ranks."""
+        while self._job is not None:
+            if self._job.thread is not None:
+                self._job.thread.join()
+            self._results = self.poll()
+
+    def _advance(self, job: _Save) -> dict[str, Any] | None:
+        """One look at the save in flight; all ranks take the same branch, since each decision follows a gathered vote."""
+        if any(self.comm.all_gather(job.busy)):
+            return None
+        if self.comm.world_size > 1 and not job.committing:
+            votes = self.comm.all_gather({"error": job.error, "entries": [entry.to_json() for entry in job.entries or []]})
+            job.error = first_error(votes)
+            if job.error is None:
+                self._begin_commit(job, [FileEntry.from_json(entry) for vote in votes for entry in vote["entries"]])
+                return None
+        if job.error is not None:
+            job.outcome = {"failed": job.error}
+        if self.comm.rank == 0:
+            job.outcome = self._settle(job, job.outcome or {"failed": "the writer ended without a result"})
+        return self.comm.all_gather(job.outcome)[0]
+
+    def _begin_commit(self, job: _Save, entries: list[FileEntry]) -> None:
+        job.committing, job.thread = True, None
+        if self.comm.rank != 0:
+            return
+        if job.inline:
+            self._commit(job, entries)
+            return
+        job.thread = threading.Thread(target=self._commit, args=(job, entries), name="checkpoint-commit")
+        job.thread.start()
+
+    def _settle(self, job: _Save, outcome: dict[str, Any]) -> dict[str, Any]:
+        """Rank 0, once the writer has ended: drop what failed."""
+        left = job.staging.drop() if outcome.get("failed") else None
+        return {**outcome, "notes": [*outcome.get("notes", ()), left]} if left else outcome
+
+    # ---- best ----------------------------------------------------------------------------------------------------------------
+
+    def mark_best(self, step: int) -> bool:
+        """See `manager.CheckpointManager.mark_best`."""
+        if self._job is not None and self._job.step == step:
+            self.drain()
+        moved = self.comm.rank == 0 and step_name(step) in self.verified and self.point_best(step, None, always=True)
+        return bool(self.comm.all_gather(moved)[0])
+
+    def metric(self, metrics: dict[str, Any]) -> float | None:
+        """The value of `best_metric`, if it was measured and is finite."""
+        value = metrics.get(self.config.best_metric)
+        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+    def point_best(self, step: int, value: float | None, always: bool) -> bool:
+        """Rank 0: move `best` here if the value is lower than the best one so far, or always."""
+        better = value is not None and (self.best_value is None or value < self.best_value)
+        if not (always or better):
+            return False
+        set_pointer(self.checkpoints, "best", step_name(step))
+        self.best_value = value
+        return True
+
+    def _manifest(self, payload: Payload, config: dict[str, Any] | None) -> dict[str, Any]:
+        name = pointer(self.checkpoints, "best")
+        state = payload.global_state
+        return {
+            "run": self._run_id(),
+            "epoch": payload.epoch,
+            "tokens": payload.tokens,
+            "created": time.time(),
+            "inc": state.get("inc"),
+            "log_seq": state.get("log_seq"),
+            "data_fingerprint": state.get("data_fingerprint"),
+            "world": self.comm.world_size,
+            "layout": {"zero_stage": (config or {}).get("zero_stage"), "data_parallel": self.comm.world_size},
+            "config_digest": hashlib.sha256(dump_json(pack(config, "config"), sort=True)).hexdigest() if config is not None else None,
+            "tokenizer": pack(payload.tokenizer, "tokenizer"),
+            "versions": versions(),
+            "metrics": pack(payload.metrics, "metrics"),
+            "flags": pack(payload.flags, "flags"),
+            "best": {"name": name, "metric": self.config.best_metric, "value": self.best_value} if name else None,
+        }
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide what a resumed run computes."""
+    found = {"lumina": __version__, "python": platform.python_version(), "torch": str(torch.__version__)}
+    if "deepspeed" in sys.modules:
+        found["deepspeed"] = str(sys.modules["deepspeed"].__version__)
+    return found
+
+
+def config_dict(config: Any) -> dict[str, Any] | None:
+    """Every field of a Config with the value in force, flat; None for an object that is no Config."""
+    return config.to_dict(sectioned=False) if hasattr(config, "to_dict") else None
+
+
+def why(problem: BaseException) -> str:
+    """One line that says what went wrong."""
+    if isinstance(problem, CheckpointError):
+        return str(problem)
+    if isinstance(problem, OSError) and problem.strerror:
+        return f"{problem.filename}: {problem.strerror}" if problem.filename else problem.strerror
+    return f"{type(problem).__name__}: {problem}"
+
+
+def first_error(votes: list[dict[str, Any]]) -> str | None:
+    """The first rank's error among gathered votes, with its rank where there are several."""
+    for rank, vote in enumerate(votes):
+        if vote["error"] is not None:
+            return vote["error"] if len(votes) == 1 else f"rank {rank}: {vote['error']}"
+    return None

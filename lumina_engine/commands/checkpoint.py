@@ -1,0 +1,134 @@
+"""`lumina-engine checkpoint`: list the checkpoints of a run, check their digests."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import UserError, add_json, print_json, safe, table
+
+if TYPE_CHECKING:
+    from ..checkpoint.commit import Report
+
+HELP = "list checkpoints and verify their digests"
+COLUMNS = ("name", "step", "bytes", "verified", "best", "suspect", "created")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    listing = actions.add_parser("list", help="checkpoints of a run or a folder, newest first")
+    listing.add_argument("target", metavar="RUN|DIR", help="name of a run, its directory, or a folder of checkpoints")
+    listing.add_argument("--quick", action="store_true", help="check presence and sizes only; verified is then unknown")
+    checking = actions.add_parser("verify", help="compare every digest of a checkpoint, or of all of a run")
+    checking.add_argument("target", metavar="PATH|RUN", help="a checkpoint (also RUN@best, RUN@step-000123), a run, or a folder")
+    for sub in (listing, checking):
+        add_json(sub)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Exit code: 0 all good, 1 problems found, 2 nothing there to look at."""
+    if args.action == "list":
+        return _list(args)
+    return _verify(args)
+
+
+def _list(args: argparse.Namespace) -> int:
+    from ..checkpoint.commit import verify
+
+    paths = _targets(args.target)
+    reports = [verify(path, full=not args.quick) for path in paths]
+    rows = [_row(report, args.quick) for report in reports]
+    if args.json:
+        print_json(rows)
+    else:
+        print(safe(table([_cells(row) for row in rows], COLUMNS, right=(1, 2))))
+        _print_problems(reports)
+    return 0 if all(report.ok for report in reports) else 1
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from ..checkpoint.commit import verify
+
+    paths = _targets(args.target)
+    reports = []
+    rows = []
+    for path in paths:
+        begin = time.monotonic()
+        report = verify(path, every=True)
+        seconds = time.monotonic() - begin
+        reports.append(report)
+        problems = [{"file": item.file, "reason": item.reason, "tensors": list(item.tensors)} for item in report.problems]
+        rows.append({**_row(report, False), "path": str(path), "seconds": seconds, "problems": problems, "strays": report.strays})
+        if not args.json:
+            verdict = "ok" if report.ok else "DAMAGED"
+            size = f"{report.bytes / 1e6:.1f} MB in {len(report.files)} files, {seconds:.1f} s"
+            print(safe(f"{report.path.name}: {verdict} ({size})"))
+            _print_problems([report])
+    if args.json:
+        print_json(rows)
+    return 0 if all(report.ok for report in reports) else 1
+
+
+def _print_problems(reports: list[Report]) -> None:
+    for report in reports:
+        for problem in report.problems:
+            print(safe(f"  {report.path.name}: {problem}"))
+        for stray in report.strays:
+            print(safe(f"  {report.path.name}: {stray} is not part of the checkpoint (ignored)"))
+
+
+def _row(report: Report, quick: bool) -> dict[str, Any]:
+    from ..checkpoint.commit import pointer
+
+    flags = report.manifest.get("flags")
+    return {
+        "name": report.path.name,
+        "step": report.step,
+        "bytes": report.bytes,
+        "verified": None if quick and report.ok else report.ok,
+        "best": pointer(report.path.parent, "best") == report.path.name,
+        "suspect": bool(isinstance(flags, dict) and flags.get("suspect")),
+        "created": report.manifest.get("created"),
+    }
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    created = row["created"]
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(created)) if isinstance(created, int | float) else "-"
+    verified = {True: "yes", False: "NO", None: "-"}[row["verified"]]
+    step = "-" if row["step"] is None else str(row["step"])
+    return [row["name"], step, f"{row['bytes']:,}", verified, _yes(row["best"]), _yes(row["suspect"]), when]
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else ""
+
+
+def _targets(text: str) -> list[Path]:
+    """Checkpoint folders that the text stands for: one, or all of a run or folder, newest first.
+
+    Raises:
+        UserError: nothing there (exit code 2).
+    """
+    from ..checkpoint.files import CheckpointError
+    from ..checkpoint.keep import list_steps
+    from ..checkpoint.resolve import resolve_checkpoint
+    from ..checkpoint.verify import MANIFEST, step_of
+    from ..run.directory import runs_root
+
+    path = Path(text).expanduser()
+    if not path.is_dir() and os.sep not in text and "@" not in text:
+        path = runs_root() / text
+    if path.is_dir() and step_of(path.name) is None and not (path / MANIFEST).is_file():
+        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        names = list_steps(folder)
+        if not names:
+            raise UserError(f"{text}: no committed checkpoint in {folder}")
+        return [folder.resolve() / name for name in names]
+    try:
+        return [resolve_checkpoint(text, runs_root())]
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
