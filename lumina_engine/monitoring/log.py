@@ -85,6 +85,18 @@ def whole_end(descriptor: int) -> int:
     return 0
 
 
+def whole_length(path: str | os.PathLike[str]) -> int:
+    """Bytes of whole lines in the file; 0 if it is not there."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return 0
+    try:
+        return whole_end(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def _to_stderr(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
@@ -338,13 +350,19 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[rec.Record]:
 
 
 def last_records(
-    path: str | os.PathLike[str], count: int | None = None, types: Iterable[str] = (), within: int | None = None
+    path: str | os.PathLike[str],
+    count: int | None = None,
+    types: Iterable[str] = (),
+    *,
+    within: int | None = None,
+    end: int | None = None,
 ) -> list[rec.Record]:
     """The last `count` records (None: all), oldest first; a missing file has none.
 
     Args:
         types: only records of these types, if any are named.
         within: look at no more than about this many bytes before the end.
+        end: take this byte, which must follow a newline, for the end.
     """
     wanted = [b'{"type":"%s"' % name.encode() for name in types]
     found: list[rec.Record] = []
@@ -353,7 +371,7 @@ def last_records(
     except FileNotFoundError:
         return []
     try:
-        end = whole_end(descriptor)
+        end = whole_end(descriptor) if end is None else end
         for start, line in lines_backward(descriptor, end):
             if (count is not None and len(found) >= count) or (within is not None and end - start > within):
                 break

@@ -1,0 +1,257 @@
+"""`lumina-engine runs`: list, show, tail, stop."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from . import common
+
+if TYPE_CHECKING:
+    from ..monitoring import record as rec
+    from ..run.directory import RunDirectory, RunInfo
+
+HELP = "runs: list, show, tail, stop"
+POLL_TIME = 0.2  # s between two looks at a log that is followed
+_COLUMNS = ("name", "state", "step", "loss", "tokens/s", "age", "path")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+
+    def action(name: str, text: str) -> argparse.ArgumentParser:
+        sub = actions.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.add_argument("--runs", metavar="DIR", help="folder of the runs (default ./runs or $LUMINA_RUNS)")
+        common.add_json(sub)
+        if name != "list":
+            sub.add_argument("run", metavar="RUN", help="name of a run, or its folder")
+        return sub
+
+    action("list", "every run, the most recently active first")
+    action("show", "one run in detail")
+    tail = action("tail", "the last records of a run, then each new one until the run ends")
+    tail.add_argument("--type", metavar="LIST", help="only these record types, e.g. step,alert")
+    tail.add_argument("--lines", metavar="N", default="10", help="records to begin with (default 10), or all")
+    tail.add_argument("--no-follow", action="store_true", help="print what is there and leave")
+    stop = action("stop", "stop a run after a checkpoint, and wait for its end")
+    stop.add_argument("--no-save", action="store_true", help="stop at the next step without a checkpoint")
+    stop.add_argument("--no-wait", action="store_true", help="return when the run has accepted the command")
+
+
+def run(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from ..run.directory import find, runs_root
+
+    root = Path(args.runs) if args.runs else runs_root()
+    if args.action == "list":
+        return _list(args, root)
+    return {"show": _show, "tail": _tail, "stop": _stop}[args.action](args, find(args.run, root))
+
+
+def _row(info: RunInfo) -> dict[str, Any]:
+    import dataclasses
+
+    row = {name: value for name, value in dataclasses.asdict(info).items() if name not in ("pid", "socket")}
+    return {**row, "path": str(info.path)}
+
+
+def _out(text: str) -> None:
+    """Text for a person: safe for a terminal; a pipe or file gets the data with every control character escaped."""
+    if sys.stdout.isatty():
+        print(common.safe(text))
+    else:
+        print("".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text))
+
+
+def _list(args: argparse.Namespace, root: Any) -> int:
+    from ..run.directory import list_runs
+
+    rows = list_runs(root)
+    if args.json:
+        common.print_json([_row(info) for info in rows])
+        return 0
+    if not rows:
+        _out(f"no runs in {root}; `lumina-engine train` starts one")
+        return 0
+    cells = [
+        (
+            _one_line(info.name),
+            info.state,
+            _steps(info),
+            _figure(info.loss),
+            f"{info.tokens_per_s:,.0f}" if info.tokens_per_s is not None else "-",
+            duration(info.age_s),
+            _one_line(info.reason if info.state == "unreadable" and info.reason else str(info.path)),
+        )
+        for info in rows
+    ]
+    _out(common.table(cells, _COLUMNS, right=(2, 3, 4, 5)))
+    return 0
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "␊").replace("\t", "␉")
+
+
+def _steps(info: RunInfo) -> str:
+    if info.step is None:
+        return "-"
+    return f"{info.step:,}" + (f"/{info.total_steps:,}" if info.total_steps else "")
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as the largest fitting unit: 12 s, 5 m, 3 h, 2 d."""
+    if seconds is None:
+        return "-"
+    for size, unit in ((86_400, "d"), (3_600, "h"), (60, "m")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _show(args: argparse.Namespace, directory: RunDirectory) -> int:
+    from ..monitoring.log import last_records
+
+    info = directory.info()
+    if info.state == "unreadable":
+        raise common.UserError(info.reason or "unreadable", 65)
+    identity = directory.identity()
+    alerts = last_records(directory.metrics_path, 3, ["alert"], within=8 << 20)
+    evals = last_records(directory.metrics_path, 1, ["eval"], within=8 << 20)
+    saved = sorted(entry.name for entry in directory.checkpoints.glob("step-*")) if directory.checkpoints.is_dir() else []
+    if args.json:
+        details = {key: identity.get(key) for key in ("world", "argv", "versions", "host", "settings")}
+        common.print_json(
+            {**_row(info), "pid": info.pid, "socket": info.socket, **details, "checkpoints": saved, "alerts": _plain(alerts)}
+        )
+        return 0
+    lines = [
+        ("run", info.name),
+        (
+            "state",
+            info.state
+            + (f": {info.reason}" if info.reason else "")
+            + (f" (exit code {info.exit_code})" if info.exit_code else ""),
+        ),
+        ("step", _steps(info)),
+        ("loss", _figure(info.loss)),
+        ("tokens/s", f"{info.tokens_per_s:,.0f}" if info.tokens_per_s is not None else "-"),
+        ("eval loss", _figure(getattr(evals[0], "loss", None)) if evals else "-"),
+        ("last record", f"{duration(info.age_s)} ago" if info.age_s is not None else "-"),
+        ("started", f"{info.inc} times" if info.inc != 1 else "once"),
+        ("preset", info.preset or "-"),
+        ("ranks", str(identity.get("world", "-"))),
+        ("checkpoints", ", ".join(saved) or "none"),
+        ("folder", str(info.path)),
+        ("process", f"{info.pid}, socket {info.socket}" if info.alive else "none"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in (identity.get("versions") or {}).items()) or "-"),
+    ]
+    for name, value in lines:
+        _out(f"{name:<12} {_one_line(value)}")
+    for alert in alerts:
+        _out("alert        " + describe(alert))
+    return 0
+
+
+def _plain(records: list[rec.Record]) -> list[Any]:
+    import msgspec
+
+    from ..monitoring import record
+
+    return [msgspec.json.decode(record.encode(item)) for item in records]
+
+
+def _stop(args: argparse.Namespace, directory: RunDirectory) -> int:
+    from ..run.client import send_command
+    from ..run.launch import wait
+
+    send_command(directory, "stop", {"save": not args.no_save})
+    if not args.no_wait:
+        if not args.json:
+            print(common.safe(f"run {directory.name} stops (Ctrl-C leaves; it stops all the same)"), file=sys.stderr)
+        wait(directory)
+    info = directory.info()
+    if args.json:
+        common.print_json(_row(info))
+    else:
+        _out(f"run {info.name}: {info.state}, step {_steps(info)}")
+    return 0 if args.no_wait or info.state == "finished" else 1
+
+
+def _tail(args: argparse.Namespace, directory: RunDirectory) -> int:
+    from ..monitoring.record import RECORD_TYPES, encode
+
+    types = [name.strip() for name in args.type.split(",")] if args.type else []
+    for name in types:
+        if name not in RECORD_TYPES:
+            raise common.UserError(f"--type {name}: there is no such record; types: {', '.join(sorted(RECORD_TYPES))}")
+    if args.lines != "all" and not args.lines.isdigit():
+        raise common.UserError(f"--lines {args.lines}: give a number, or all")
+    for item in _records(directory, types, None if args.lines == "all" else int(args.lines), not args.no_follow):
+        if args.json:
+            sys.stdout.write(_ascii(encode(item)))
+            sys.stdout.flush()
+        else:
+            _out(describe(item))
+    return 0
+
+
+def _ascii(line: bytes) -> str:
+    import json
+
+    return json.dumps(json.loads(line), ensure_ascii=True) + "\n"
+
+
+def _records(directory: RunDirectory, types: list[str], count: int | None, follow: bool) -> Iterator[rec.Record]:
+    """The last `count` records of these types, then those that come, until the run is over."""
+    import time
+
+    from ..monitoring.log import LogReader, last_records, whole_length
+
+    reader = LogReader(directory.metrics_path, whole_length(directory.metrics_path))
+    yield from last_records(directory.metrics_path, count, types, end=reader.offset)
+    while follow:
+        alive = directory.alive  # looked at before the log: what is written until then is read below
+        while batch := reader.read_new():
+            for item in batch:
+                if not types or item.__struct_config__.tag in types:
+                    yield item
+        if not alive:
+            return
+        time.sleep(POLL_TIME)
+
+
+def describe(item: rec.Record) -> str:
+    """A record as one line for a person: time, type, and each field that is set."""
+    import time
+
+    import msgspec
+
+    fields = msgspec.structs.asdict(item)
+    defaults = {field.name: field.default for field in msgspec.structs.fields(item)}
+    skip = ("seq", "t", "inc")
+    shown = [
+        f"{name} {_short(value)}"
+        for name, value in fields.items()
+        if name not in skip and value not in (defaults[name], None, [])
+    ]
+    clock = time.strftime("%H:%M:%S", time.localtime(item.t))
+    return _one_line(f"{clock} {item.__struct_config__.tag!s:<10} {'  '.join(shown)}")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, list):
+        text = "[" + ", ".join(_short(entry) for entry in value[:8]) + (", …]" if len(value) > 8 else "]")
+        return text if len(text) <= 120 else text[:119] + "…"
+    return str(value)
