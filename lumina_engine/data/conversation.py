@@ -268,8 +268,9 @@ def parse_message(value: object, number: int, place: Place) -> Message:
     for key in ("role", "content"):
         if key not in value:
             like = nearest(key, [name for name in value if isinstance(name, str)])
-            also = ' (for {"from", "value"} use data_format=sharegpt)' if "from" in value else ""
-            fix = f"rename {like!r} to {key!r}" if like else f"add {key!r}{also}"
+            fix = f"rename {like!r} to {key!r}" if like else f"add {key!r}"
+            if "from" in value:
+                fix = "turns of from and value are converted by `lumina-engine data convert`"
             raise place.error(f"{what} has no {key!r}", fix, f"message without {key}")
     role = value["role"]
     if role not in ROLES:

@@ -52,7 +52,7 @@ def cut_conversation(ids: np.ndarray, limit: int, template: Template) -> tuple[R
                 return ([(0, prompt)] if prompt else []) + [(at, end)], done
     question = starts[-1]
     done = [TURNS] * (question > head)
-    if end - answer < limit:
+    if end - answer <= limit:
         kept = _tail(rest, ids, question, answer, limit - (end - answer), template)
         return [*kept, (answer, end)], [*done, *[PROMPT] * (head > 0), QUESTION]
     return _cut_answer(rest, ids, head, question, answer, limit, template, done)

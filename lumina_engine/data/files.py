@@ -27,7 +27,7 @@ _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet", b"PK\x03\x04": "zip", b"BZh": "bzip2"}
 _CHUNK = 1 << 20  # characters read at a time from a JSON list
 _SPACE = " \t\r\n"
-_MAX_TEXT = 1 << 20  # characters of one plain-text document; longer files are cut at an empty line or a line end
+_MAX_TEXT = 1 << 15  # characters of one plain-text document; longer files are cut at an empty line or a line end
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +77,9 @@ def _expand_one(entry: str, key: str) -> list[Path]:
         raise _unusable(f"{key}: the pattern matches no file", entry, "check the pattern")
     folder = path.parent
     if not folder.is_dir():
-        raise _unusable(f"{key}: no such file; there is no folder {folder} either", entry, f"correct {key}")
+        raise _unusable(f"{key}: no such file; there is no folder {folder} either", entry, "check the name")
     like = nearest(path.name, sorted(p.name for p in folder.iterdir())[:10_000])
-    raise _unusable(f"{key}: no such file", entry, f"did you mean {folder / like}?" if like else f"correct {key}")
+    raise _unusable(f"{key}: no such file", entry, f"did you mean {folder / like}?" if like else "check the name")
 
 
 def _unusable(message: str, path: object, fix: str) -> DataError:
@@ -330,7 +330,7 @@ def _next_value(decoder: json.JSONDecoder, window: _Window, path: Path) -> objec
 
 
 def texts(path: Path) -> Iterator[Record]:
-    """A plain-text file as documents of at most about a million characters, cut at an empty line, else at a line end."""
+    """A plain-text file as documents of at most 32,768 characters, cut at an empty line, else at a line end."""
     try:
         with path.open("rb") as handle:
             window = _Window(handle, path)

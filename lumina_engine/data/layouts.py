@@ -68,22 +68,24 @@ class Tally:
         """Conversations that came through."""
         return self.read - self.dropped.total()
 
-    def drop(self, reason: str, place: Place) -> None:
+    def drop(self, reason: str, place: Place, detail: str = "") -> None:
         """Count a conversation that is left out."""
         if self.strict:
-            raise place.error(reason, "correct the record, or convert without --strict to drop and count it", reason)
+            fix = "correct the record, or let `lumina-engine data convert` drop and count it"
+            raise place.error(detail or reason, fix, reason)
         self.dropped[reason] += 1
 
-    def change(self, reason: str, place: Place) -> None:
-        """Count a conversation that loses turns."""
+    def change(self, reason: str, place: Place, detail: str) -> None:
+        """Count a conversation that loses turns; `detail` says what is wrong with it."""
         if self.strict:
-            raise place.error(reason, "correct the record, or convert without --strict to cut and count it", reason)
+            fix = "correct the record, or let `lumina-engine data convert` cut and count it"
+            raise place.error(detail, fix, reason)
         self.changed[reason] += 1
 
     def lines(self) -> list[str]:
         """One line per kind of loss, for people."""
-        out = [f"{n:,} of {self.read:,} conversations dropped: {reason}" for reason, n in sorted(self.dropped.items())]
-        return out + [f"{n:,} conversations changed: {reason}" for reason, n in sorted(self.changed.items())]
+        lost = [f"{n:,} of {self.read:,} conversations dropped: {reason}" for reason, n in sorted(self.dropped.items())]
+        return lost + [f"{n:,} of {self.read:,} conversations changed: {reason}" for reason, n in sorted(self.changed.items())]
 
 
 def layout_of(value: object) -> str | None:
@@ -153,6 +155,7 @@ def _turns(value: Mapping[str, object], key: str, place: Place, roles: Mapping[s
                     f"rename {like!r} to {name!r}" if like else f"add {name!r}",
                     f"turn without {name}",
                 )
+        roles = _SHAREGPT_ROLES if role_key == "from" else roles
         role = roles.get(entry[role_key]) if isinstance(entry[role_key], str) else None
         if role is None:
             name = entry[role_key]
@@ -175,7 +178,7 @@ def _tidied(turns: list[Message], value: Mapping[str, object], place: Place, tal
     if not any(turn.role == "assistant" for turn in turns):
         return tally.drop("no assistant turn", place)
     if turns[0].role == "system" and not turns[0].content.strip():
-        tally.change("empty system prompt removed", place)
+        tally.change("empty system prompt removed", place, "the system prompt is empty")
         turns = turns[1:]
     exchanges: list[list[Message]] = [[]]
     for turn in turns:
@@ -186,15 +189,16 @@ def _tidied(turns: list[Message], value: Mapping[str, object], place: Place, tal
     if len(whole) < len(exchanges):
         if not any(turn.role == "assistant" for exchange in whole for turn in exchange):
             return tally.drop("nothing but empty turns", place)
-        tally.change("exchange with an empty turn removed", place)
+        number = next(n for n, t in enumerate(turns, 1) if t.role in ("user", "assistant") and not t.content.strip())
+        tally.change("exchange with an empty turn removed", place, f"turn {number} ({turns[number - 1].role}) is empty")
     turns = [turn for exchange in whole for turn in exchange]
     end = max(index for index, turn in enumerate(turns) if turn.role == "assistant") + 1
     if end < len(turns):
-        tally.change("unanswered turns at the end removed", place)
+        tally.change("unanswered turns at the end removed", place, f"the last turn ({turns[-1].role}) has no answer")
         turns = turns[:end]
     fault = order_fault([turn.role for turn in turns])
     if fault:
-        return tally.drop(fault[2], place)
+        return tally.drop(fault[2], place, fault[0])
     if all(turn.weight == 0 for turn in turns if turn.role == "assistant"):
         return tally.drop("no trained turn", place)
     yield Conversation(tuple(turns), parse_label(value.get("id"), "id", place), parse_label(value.get("task"), "task", place))

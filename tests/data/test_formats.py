@@ -1,0 +1,333 @@
+"""C28: files of any known layout to conversations."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+
+import pytest
+
+from lumina_engine.data.conversation import Conversation, DataError, Message, TextDocument
+from lumina_engine.data.files import container, digest_files, expand
+from lumina_engine.data.formats import convert, convert_to_conversation_format, detect_format, read_conversations
+from lumina_engine.data.layouts import Tally
+
+ALPACA = {"instruction": "add", "input": "1 1", "output": "2"}
+SHAREGPT = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}
+MESSAGES = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}
+
+
+def turns(conversation):
+    return [(x.role, x.content) for x in conversation.messages]
+
+
+def read(path, format="auto", **more):
+    return list(read_conversations(path, format, **more))
+
+
+def sharegpt(*pairs, **more):
+    return {"conversations": [{"from": role, "value": text} for role, text in pairs], **more}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "layout"),
+    [
+        ("a.json", [ALPACA, ALPACA], "json", "alpaca"),
+        ("a.jsonl", [ALPACA, ALPACA], "jsonl", "alpaca"),
+        ("s.json", [SHAREGPT], "json", "sharegpt"),
+        ("s.jsonl", [SHAREGPT], "jsonl", "sharegpt"),
+        ("one.json", json.dumps(SHAREGPT, indent=2), "json", "sharegpt"),
+        ("oneline", json.dumps(SHAREGPT), "jsonl", "sharegpt"),
+        ("jsonl-called.json", json.dumps(SHAREGPT) + "\n" + json.dumps(SHAREGPT), "jsonl", "sharegpt"),
+        ("list-called.jsonl", json.dumps([SHAREGPT]), "json", "sharegpt"),
+        ("m.txt", [MESSAGES], "jsonl", "messages"),
+        ("bom.jsonl", "\ufeff\n \n" + json.dumps(MESSAGES), "jsonl", "messages"),
+        ("crlf.jsonl", json.dumps(MESSAGES) + "\r\n\r\n" + json.dumps(MESSAGES) + "\r\n", "jsonl", "messages"),
+        ("t.jsonl", [{"text": "once"}], "jsonl", "text"),
+        ("book.txt", "Once upon a time.\n", "text", "text"),
+        ("bracket.txt", "[Chapter 1]\nOnce.\n", "text", "text"),
+    ],
+)
+def test_c028_layout_is_told_by_content(write, name, content, kind, layout):
+    path = write(name, content)
+    assert (container(path), detect_format(path)) == (kind, layout)
+    assert read(path)
+
+
+def test_c028_three_layouts_give_equal_conversations(write):
+    """One set of conversations as messages, sharegpt (list and lines) and alpaca."""
+    pairs = [("one?", "1"), ("two?\nreally", "2 é")]
+    files = [
+        write(
+            "m.jsonl", [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in pairs]
+        ),
+        write("s.json", [sharegpt(("human", q), ("gpt", a)) for q, a in pairs]),
+        write("s.jsonl", [sharegpt(("user", q), ("assistant", a)) for q, a in pairs]),
+        write("a.json", [{"instruction": q, "input": "", "output": a} for q, a in pairs]),
+        write("a.jsonl", [{"instruction": q, "output": a} for q, a in pairs]),
+    ]
+    first = read(files[0])
+    assert [turns(c) for c in first] == [[("user", q), ("assistant", a)] for q, a in pairs]
+    assert all(read(path) == first for path in files)
+    assert read([str(path) for path in files]) == first * 5
+
+
+def test_c028_alpaca_input_history_system_instances(write):
+    path = write(
+        "a.json",
+        [
+            ALPACA,
+            {"instruction": "", "input": "only input", "output": "x"},
+            {"instruction": "now", "output": "b", "system": "be brief", "history": [["before", "a"]], "id": 4, "task": "t"},
+            {"id": "s", "instruction": "i", "instances": [{"input": "1", "output": "one"}, {"input": "", "output": "none"}]},
+        ],
+    )
+    found = read(path)
+    assert [turns(c) for c in found] == [
+        [("user", "add\n\n1 1"), ("assistant", "2")],
+        [("user", "only input"), ("assistant", "x")],
+        [("system", "be brief"), ("user", "before"), ("assistant", "a"), ("user", "now"), ("assistant", "b")],
+        [("user", "i\n\n1"), ("assistant", "one")],
+        [("user", "i"), ("assistant", "none")],
+    ]
+    assert (found[2].id, found[2].task, found[3].id) == ("4", "t", "s")
+
+
+def test_c028_sharegpt_tools_become_calls_results_and_system_prompt(write):
+    row = sharegpt(
+        ("human", "q"), ("function_call", '{"f": 1}'), ("observation", "42"), ("gpt", "it is 42"), tools='[{"name": "f"}]'
+    )
+    (found,) = read(write("s.json", [row]))
+    assert turns(found) == [
+        ("system", 'Tools:\n[{"name": "f"}]'),
+        ("user", "q"),
+        ("assistant", '{"f": 1}'),
+        ("tool", "42"),
+        ("assistant", "it is 42"),
+    ]
+    (plain,) = read(write("t.json", [sharegpt(("system", "s"), ("human", "q"), ("gpt", "a"), tools="[]")]))
+    assert turns(plain) == [("system", "s"), ("user", "q"), ("assistant", "a")]
+
+
+EMPTY = "exchange with an empty turn removed"
+END = "unanswered turns at the end removed"
+
+
+@pytest.mark.parametrize(
+    ("row", "kept", "dropped", "changed"),
+    [
+        (sharegpt(("human", "a"), ("gpt", "b"), ("human", "c")), "ab", None, END),
+        (sharegpt(("human", "a"), ("gpt", ""), ("human", "c"), ("gpt", "d")), "cd", None, EMPTY),
+        (sharegpt(("human", "a"), ("gpt", " \n"), ("human", "c"), ("gpt", "d")), "cd", None, EMPTY),
+        (sharegpt(("human", "a"), ("gpt", None), ("human", "c"), ("gpt", "d")), "cd", None, EMPTY),
+        (sharegpt(("human", ""), ("gpt", "b"), ("human", "c"), ("gpt", "d")), "cd", None, EMPTY),
+        (sharegpt(("system", ""), ("human", "a"), ("gpt", "b")), "ab", None, "empty system prompt removed"),
+        (sharegpt(("human", "a"), ("gpt", "")), None, "nothing but empty turns", None),
+        (sharegpt(("human", "a")), None, "no assistant turn", None),
+        (sharegpt(), None, "no turns", None),
+        (sharegpt(("human", "a"), ("human", "b"), ("gpt", "c")), None, "wrong role order", None),
+        (sharegpt(("gpt", "a"), ("human", "b"), ("gpt", "c")), "abc", None, None),
+    ],
+)
+def test_c028_tidying_is_counted_and_an_empty_answer_is_never_a_target(write, row, kept, dropped, changed):
+    tally = Tally()
+    found = read(write("s.json", [row]), tally=tally)
+    assert ["".join(x.content for x in c.messages) for c in found] == ([kept] if kept else [])
+    assert dict(tally.dropped) == ({dropped: 1} if dropped else {})
+    assert dict(tally.changed) == ({changed: 1} if changed else {})
+    assert tally.read == 1 == tally.kept + tally.dropped.total()
+    if dropped or changed:
+        with pytest.raises(DataError, match=r"s\.json:2: "):
+            read(write("s.json", [row]), tally=Tally(strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("a.jsonl", json.dumps(MESSAGES) + "\n{broken\n", "a.jsonl:2: not valid JSON"),
+        ("a.jsonl", '{"messages": [\n' + json.dumps(MESSAGES) + "\n", "a.jsonl:1: not valid JSON"),
+        ("a.jsonl", "hello\n" + json.dumps(MESSAGES) + "\n", "a.jsonl:1: not valid JSON"),
+        ("a.jsonl", "hello\nworld\n", "a.jsonl:1: not valid JSON"),
+        ("a.jsonl", json.dumps(MESSAGES) + '\n{"a": NaN}\n', "a.jsonl:2: not valid JSON: NaN"),
+        ("a.jsonl", json.dumps(MESSAGES) + "\n" + "[" * 100_000 + "\n", "a.jsonl:2: not valid JSON: nested too deeply"),
+        ("a.jsonl", json.dumps(MESSAGES).encode() + b'\n{"messages": "\xff"}\n', "a.jsonl:2: byte 15 is not UTF-8"),
+        ("a.jsonl", json.dumps(MESSAGES) + "\n\n[1]\n", "a.jsonl:3: the record is list, not an object"),
+        ("a.jsonl", json.dumps(MESSAGES) + "\n" + json.dumps(ALPACA), "a.jsonl:2: the record has no 'messages'"),
+        ("a.json", "[\n" + json.dumps(ALPACA) + ",\n{broken}\n]", "a.json:3: not valid JSON"),
+        ("a.json", "[\n" + json.dumps(ALPACA) + ",\n", "a.json:3: a comma without a value"),
+        (
+            "a.json",
+            "[\n" + json.dumps(ALPACA) + "\n" + json.dumps(ALPACA) + "\n]",
+            "a.json:3: the list is not closed or a comma",
+        ),
+        ("a.json", "[\n" + json.dumps(ALPACA) + "\n] x", "a.json:3: text after the end"),
+        ("a.json", ("[\n" + json.dumps(ALPACA) + ',\n"').encode() + b"\xff", "a.json:3: not UTF-8"),
+        ("a.json", [ALPACA, {"instruction": "x"}], "a.json:7: the record has no 'output'"),
+        ("a.json", [ALPACA, SHAREGPT], "a.json:7: the record has the sharegpt layout among alpaca records"),
+        ("a.json", [{**ALPACA, "output": 5}], "a.json:2: 'output' is 5, not text"),
+        (
+            "s.json",
+            [sharegpt(("humna", "q"), ("gpt", "a"))],
+            "s.json:2: turn 1 has unknown role 'humna'; did you mean 'human'?",
+        ),
+        ("s.json", [{"conversations": [{"from": "human", "text": "q"}]}], "s.json:2: turn 1 has no 'value'"),
+        ("s.json", [{"conversations": "q"}], "s.json:2: 'conversations' is 'q', not a list"),
+        ("s.json", [sharegpt(("human", "q"), ("gpt", 3))], "s.json:2: the content of turn 2 is 3, not text"),
+        ("x.jsonl", [{"question": "q", "answer": "a"}], "x.jsonl:1: no known layout (found: 'answer, question')"),
+        ("x.json", "[]", "x.json: the list is empty"),
+        ("x.json", "[1, 2]", "x.json:1: no known layout (found: '1')"),
+        ("empty.jsonl", "", "empty.jsonl: the file is empty"),
+        ("blank.jsonl", "\n \n", "blank.jsonl: the file is empty"),
+        ("x.gz", b"\x1f\x8b\x08\x00rest", "x.gz: gzip files are not available yet; unpack it"),
+        ("x.bin", b"ab\x00cd", "x.bin: binary content"),
+        ("o.jsonl", [{"message_tree_id": "a", "prompt": {"message_id": "a"}}], "the oasst layout is not available yet"),
+        ("o.jsonl", [{"message_id": "a", "parent_id": None, "text": "q"}], "the oasst layout is not available yet"),
+        ("o.jsonl", [{"conversation_id": "a", "messages": []}], "the oasst layout is not available yet"),
+    ],
+)
+def test_c028_malformed_input_is_an_error_with_file_and_line(write, name, content, text):
+    with pytest.raises(DataError) as caught:
+        read(write(name, content))
+    assert text in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_c028_errors_can_be_collected(write):
+    path = write("a.jsonl", json.dumps(MESSAGES) + "\n{broken\n" + json.dumps({"messages": []}) + "\n" + json.dumps(MESSAGES))
+    errors: list[DataError] = []
+    assert len(read(path, on_error=errors.append)) == 2
+    assert [e.line for e in errors] == [2, 3]
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1 << 20])
+def test_c028_a_json_list_is_read_in_pieces(write, monkeypatch, size):
+    """Any chunk size gives the same records and lines, also inside escapes and characters of several bytes."""
+    rows = [sharegpt(("human", f'q{i} é🫠 \\ " ]'), ("gpt", "a" * i + "b")) for i in range(6)]
+    path = write("s.json", json.dumps(rows, indent=2, ensure_ascii=False))
+    monkeypatch.setattr("lumina_engine.data.files._CHUNK", size)
+    monkeypatch.setattr("lumina_engine.data.files._Window.more.__defaults__", (size,))
+    assert [turns(c)[0][1] for c in read(path)] == [row["conversations"][0]["value"] for row in rows]
+
+
+def test_c028_json_lines_are_not_loaded_whole(write):
+    line = json.dumps({"messages": [{"role": "user", "content": "x" * 2000}, {"role": "assistant", "content": "y"}]}) + "\n"
+    for name, text in (("big.jsonl", line * 4000), ("big.json", "[" + ",".join([line] * 4000) + "]")):
+        path = write(name, text)
+        tracemalloc.start()
+        count = sum(1 for _ in read_conversations(path))
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert count == 4000 and path.stat().st_size > 8_000_000
+        assert peak < 6_000_000
+
+
+def test_text_files_are_cut_at_empty_lines_and_lose_nothing(write):
+    text = "".join(f"Paragraph {i}. " + "word " * 100 + "\n\n" for i in range(300))
+    found = read(write("book.txt", text))
+    assert len(found) > 2 and all(isinstance(d, TextDocument) for d in found)
+    assert "".join(d.text for d in found) == text
+    assert all(d.text.startswith("Paragraph") for d in found)
+
+
+# convert
+
+
+def test_c028_convert_writes_what_it_counts(write, tmp_path):
+    source = write(
+        "s.json", [SHAREGPT, sharegpt(("human", "q")), sharegpt(("human", "a"), ("gpt", "b"), ("human", "c"), id="7")]
+    )
+    out = tmp_path / "new" / "out.jsonl"
+    result = convert(source, out)
+    assert result.to_dict() == {"read": 3, "written": 2, "dropped": {"no assistant turn": 1}, "changed": {END: 1}}
+    assert read(out) == [
+        Conversation((Message("user", "hi"), Message("assistant", "yo"))),
+        Conversation((Message("user", "a"), Message("assistant", "b")), "7"),
+    ]
+    assert [p.name for p in out.parent.iterdir()] == ["out.jsonl"]
+
+
+def test_c028_public_name_returns_the_number_and_logs_losses(write, tmp_path, caplog):
+    import lumina_engine
+
+    source = write("s.json", [SHAREGPT, sharegpt(("human", "q"))])
+    number = lumina_engine.convert_to_conversation_format(
+        input_file=str(source), output_file=str(tmp_path / "o.jsonl"), format_type="sharegpt"
+    )
+    assert number == 1 and "1 of 2 conversations dropped: no assistant turn" in caplog.text
+
+
+def test_c028_convert_is_all_or_nothing(write, tmp_path):
+    out = write("out.jsonl", "old\n")
+    for content in ([SHAREGPT, {"conversations": 1}], [sharegpt(("human", "q"))]):
+        with pytest.raises(DataError):
+            convert(write("s.json", content), out)
+    with pytest.raises(DataError, match="no assistant turn"):
+        convert(write("s.json", [SHAREGPT, sharegpt(("human", "q"))]), out, strict=True)
+    assert out.read_text() == "old\n"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "s.json"]
+
+
+def test_c028_convert_does_not_overwrite_its_input(write):
+    path = write("m.jsonl", [MESSAGES])
+    with pytest.raises(DataError, match="the output is one of the inputs"):
+        convert(path, path)
+
+
+def test_c028_convert_messages_with_from_and_value(write, tmp_path):
+    source = write("m.jsonl", [{"messages": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "weight": 0.5}])
+    convert(source, tmp_path / "o.jsonl")
+    assert read(tmp_path / "o.jsonl") == [Conversation((Message("user", "q"), Message("assistant", "a", 0.5)))]
+
+
+def test_c028_text_keeps_its_layout(write, tmp_path):
+    source = write("t.jsonl", [{"text": "once", "id": "a"}, {"text": " "}])
+    assert convert(source, tmp_path / "o.jsonl").to_dict()["dropped"] == {"empty text": 1}
+    assert read(tmp_path / "o.jsonl") == [TextDocument("once", "a")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("oasst", "not available yet"), ("sharegtp", "did you mean sharegpt"), ("x", "formats: auto")]
+)
+def test_c028_format_names(write, tmp_path, name, text):
+    with pytest.raises(DataError, match=text) as caught:
+        convert_to_conversation_format(write("m.jsonl", [MESSAGES]), tmp_path / "o", name)
+    assert caught.value.exit_code == 2
+
+
+# paths
+
+
+def test_c038_files_folders_globs_and_lists(write, tmp_path, monkeypatch):
+    a, b, c = write("d/a.jsonl", [MESSAGES]), write("d/sub/b.json", [SHAREGPT]), write("d/c.jsonl", [MESSAGES])
+    write("d/README.md", "no data")
+    write("d/.hidden/x.jsonl", [MESSAGES])
+    assert expand(str(a)) == [a]
+    assert expand(tmp_path / "d") == [a, c, b]
+    assert expand(str(tmp_path / "d" / "*.jsonl")) == [a, c]
+    assert expand([str(c), str(tmp_path / "d")]) == [c, a, b]  # each file once, the first place counts
+    assert expand(str(tmp_path / "**" / "b.json")) == [b]
+    monkeypatch.chdir(tmp_path)
+    assert [str(p) for p in expand("d/*.jsonl")] == ["d/a.jsonl", "d/c.jsonl"]
+
+
+def test_c038_paths_that_name_nothing(write, tmp_path):
+    write("d/train.jsonl", [MESSAGES])
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (tmp_path / "d" / "trian.jsonl", "did you mean"),
+        (tmp_path / "no" / "x.jsonl", "there is no folder"),
+        (tmp_path / "d" / "*.txt", "the pattern matches no file"),
+        (tmp_path / "empty", "the folder holds no"),
+        ([], "is an empty list"),
+        ("a\0b", "no such file"),
+        ("/dev/null", "not a regular file"),
+    ]
+    for path, text in cases:
+        with pytest.raises(DataError, match=text) as caught:
+            expand(path, "train_data_path")
+        assert caught.value.exit_code == 2 and "train_data_path" in str(caught.value)
+
+
+def test_digest_is_of_contents_in_order(write):
+    a, b, copy = write("a", "x"), write("b", "y"), write("c", "x")
+    assert digest_files([a, b]) == digest_files([copy, b])
+    assert len({digest_files([a, b]), digest_files([b, a]), digest_files([a]), digest_files([a, b, copy])}) == 4
