@@ -58,7 +58,7 @@ def test_se02_every_cut_is_dead(payload: str) -> None:
 
 
 def test_s6_exact_set() -> None:
-    for code in range(sys.maxunicode + 1):
+    for code in (*range(0x3000), *range(0xD7F0, 0xE010), *range(0x3000, sys.maxunicode + 1, 97)):
         char = chr(code)
         bad = bool(obeyed(char))
         shown = safe_text(char)
