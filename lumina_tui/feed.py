@@ -1,0 +1,394 @@
+"""Keeps a `RunStore` up to date: the file is the truth, the socket only makes it fresh (wire: one JSON object a line).
+
+One asyncio task per attached run, no thread of its own; the file is read in slices in a worker thread. The feed calls no
+widget. A run without a live supervisor, or one that refuses the socket, is polled from its file each second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.log import LogReader
+from lumina_engine.run.directory import RunDirectory, RunError
+
+from .paint import duration
+from .series import RunStore
+
+PROTO = 1
+SLICE = 1 << 20  # bytes of the file decoded at once
+YIELD_S = 0.05
+POLL_S = 1.0  # of the file, without a connection
+LOCK_S = 0.5  # between two looks at the lock
+RETRY_S = 1.0  # before the socket is tried again
+HELLO_S = 2.0
+QUIET_S = 20.0  # at least, before a silent run is called quiet
+WAITS_S = 10.0  # after which a command says what it waits for
+LINE_LIMIT = 1 << 20
+RESYNC = 5_000  # live records after which the place in the file is brought up to date
+
+
+class Mode(Enum):
+    """Where the records come from."""
+
+    LOADING = "loading"
+    LIVE = "live"
+    FILE = "file"
+    DEAD = "dead"
+
+
+class Phase(Enum):
+    """How far a command has come."""
+
+    SENT = "sent"
+    ACCEPTED = "accepted"
+    APPLIED = "applied"
+    REFUSED = "refused"
+
+
+@dataclass
+class Request:
+    """A command to the run. `text` is what it does, for a person; `note` how it ended or what it waits for."""
+
+    id: str
+    cmd: str
+    args: dict[str, Any]
+    text: str
+    sent: float
+    phase: Phase = Phase.SENT
+    note: str = ""
+
+    @property
+    def open(self) -> bool:
+        return self.phase in (Phase.SENT, Phase.ACCEPTED)
+
+    def line(self, now: float) -> str:
+        """One line for the screen."""
+        if self.phase is Phase.REFUSED:
+            return f"{self.text}: refused: {self.note}"
+        if self.phase is Phase.APPLIED:
+            return f"{self.text}: {self.note}"
+        waits = f", waits for a step boundary ({duration(now - self.sent)})" if now - self.sent >= WAITS_S else ""
+        return f"{self.text}: {self.phase.value}{waits}"
+
+
+@dataclass(frozen=True)
+class Badge:
+    """What the first line says about the feed; `why` is the longer story behind it."""
+
+    text: str
+    role: str
+    why: str = ""
+
+
+@dataclass
+class Feed:
+    """Attached to one run. `start()` it inside a running loop, `await close()` it; look at `store`, `badge()`, `requests`."""
+
+    run: RunDirectory
+    hz: float = 4.0
+    clock: Callable[[], float] = time.time
+    store: RunStore = field(default_factory=RunStore)
+    mode: Mode = Mode.LOADING
+    progress: float = 0.0  # of the first reading, 0-1
+    why: str = ""  # why there is no live connection
+    error: str = ""  # why nothing can be shown at all
+    requests: list[Request] = field(default_factory=list)
+    alive: bool = False
+    attachments: int = 0
+    gaps: int = 0
+
+    def __post_init__(self) -> None:
+        self.reader = LogReader(self.run.metrics_path)
+        self._task: asyncio.Task[None] | None = None
+        self._lock_task: asyncio.Task[None] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+        self._wake = asyncio.Event()
+        self._since_file = 0
+        self._restarts = 0
+        self.arrived = self.clock()  # when the newest record came
+
+    # life
+
+    def start(self) -> None:
+        """Begin reading."""
+        self._task = asyncio.create_task(self._run(), name=f"feed {self.run.name}")
+        self._lock_task = asyncio.create_task(self._watch_lock(), name=f"lock {self.run.name}")
+
+    async def close(self) -> None:
+        """Let go of the run. The run does not notice."""
+        for task in (self._task, self._lock_task):
+            while task is not None and not task.done():  # wait_for of Python 3.10 and 3.11 can swallow a cancellation
+                task.cancel()
+                await asyncio.wait([task], timeout=0.2)
+        self._hang_up()
+
+    def wake(self) -> None:
+        """Read the file and try the socket now."""
+        self._wake.set()
+
+    async def _pause(self, seconds: float) -> None:
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._wake.wait(), seconds)
+        self._wake.clear()
+
+    # the file
+
+    async def _read_file(self, upto: int | None = None) -> None:
+        """Take everything the file has now, in slices, yielding between them."""
+        while upto is None or self.reader.offset < upto:
+            try:
+                records = await asyncio.to_thread(self.reader.read_new, SLICE)
+            except OSError as error:
+                self.error = f"{self.reader.path}: {error.strerror or error}"
+                return
+            self.error = ""
+            if self.reader.restarts != self._restarts:  # the file was replaced: begin again with what it has
+                self._restarts = self.reader.restarts
+                self.store.__init__()  # type: ignore[misc]
+            if not records:
+                break
+            self._apply(records)
+            if self.mode is Mode.LOADING:
+                self.progress = min(1.0, self.reader.offset / max(1, _length(self.reader)))
+            await asyncio.sleep(0)
+        self._since_file = 0
+
+    def _apply(self, records: list[rec.Record]) -> None:
+        before = self.store.seq
+        self.store.apply(records)
+        if self.store.seq != before:
+            self.arrived = self.clock()
+        self._answer()
+
+    # the socket
+
+    async def _run(self) -> None:
+        await self._read_file()
+        self.alive = await asyncio.to_thread(lambda: self.run.alive)
+        self._settle()
+        while True:
+            if self.alive:
+                try:
+                    await self._attached()
+                except (OSError, EOFError, ValueError, asyncio.TimeoutError) as error:
+                    self.why = self.why or f"the supervisor's socket does not answer: {error or type(error).__name__}"
+                finally:
+                    self._hang_up()
+            await self._read_file()
+            self._settle()
+            await self._pause(RETRY_S if self.alive else POLL_S)
+
+    def _settle(self) -> None:
+        """The mode while there is no connection."""
+        if self.alive or self.store.final or not self.store.seq:
+            self.mode = Mode.FILE
+        else:
+            self.mode = Mode.DEAD
+
+    async def _watch_lock(self) -> None:
+        while True:
+            await asyncio.sleep(LOCK_S)
+            alive = await asyncio.to_thread(lambda: self.run.alive)
+            if alive != self.alive:
+                self.alive = alive
+                if not alive:
+                    self._hang_up()
+                self.wake()
+            if self.mode in (Mode.FILE, Mode.DEAD):
+                self._settle()
+
+    def _socket_path(self) -> str:
+        try:
+            path = self.run.identity().get("socket")
+        except RunError as error:
+            raise OSError(str(error)) from error
+        if not isinstance(path, str) or not path:
+            raise OSError("run.json names no socket")
+        return path
+
+    async def _attached(self) -> None:
+        """One connection, from hello to its end. Returns when the other side says bye.
+
+        Raises:
+            OSError, EOFError, ValueError, TimeoutError: no connection, or it broke.
+        """
+        path = await asyncio.to_thread(self._socket_path)
+        reader, self._writer = await asyncio.open_unix_connection(path, limit=LINE_LIMIT)
+        self._send({"op": "hello", "proto": PROTO, "client": "lumina"})
+        first = json.loads(await asyncio.wait_for(reader.readline(), HELLO_S) or b"{}")
+        if not isinstance(first, dict) or first.get("op") != "hello":
+            reason = first.get("reason") if isinstance(first, dict) else None
+            self.why = f"refused: {reason or 'no hello'}"
+            raise EOFError(self.why)
+        if first.get("proto") != PROTO:
+            self.why = f"the run speaks protocol {first.get('proto')}, this program {PROTO}"
+            raise EOFError(self.why)
+        await self._read_file(int(first.get("offset", 0)))
+        self.why, self.mode = "", Mode.LIVE
+        self.attachments += 1
+        pending = b""
+        began = time.monotonic()
+        while data := await reader.read(1 << 16):
+            *lines, pending = (pending + data).split(b"\n")
+            await self._take(lines)
+            if len(pending) > LINE_LIMIT:
+                raise ValueError("a line of more than 1 MiB")
+            if time.monotonic() - began > YIELD_S:
+                await asyncio.sleep(0)
+                began = time.monotonic()
+        raise EOFError("the supervisor closed the connection")
+
+    async def _take(self, lines: list[bytes]) -> None:
+        records: list[rec.Record] = []
+        expected = self.store.seq + 1
+        for line in lines:
+            if not line:
+                continue
+            if b'"op"' in line[:32] or not line.startswith(b'{"type"'):
+                message = json.loads(line)
+                if isinstance(message, dict) and "seq" not in message:
+                    self._apply(records)
+                    records = []
+                    await self._control(message)
+                    expected = self.store.seq + 1
+                    continue
+            try:
+                record = rec.decode(line)
+            except rec.RecordError:
+                continue  # the file's reader names damaged lines; the next record shows the jump
+            if record.seq < expected:
+                continue
+            if record.seq > expected:  # a jump: what lies between is in the file
+                self._apply(records)
+                records = []
+                self.gaps += 1
+                await self._read_file()
+                expected = self.store.seq + 1
+                if record.seq < expected:
+                    continue
+            records.append(record)
+            expected = record.seq + 1
+        self._apply(records)
+        self._since_file += len(records)
+        if self._since_file > RESYNC:
+            await self._read_file()
+
+    async def _control(self, message: dict[str, Any]) -> None:
+        match message.get("op"):
+            case "gap":
+                self.gaps += 1
+                await self._read_file()
+            case "reply":
+                self._reply(message)
+            case "bye":
+                self.why = f"the supervisor closed the connection: {message.get('reason', 'no reason given')}"
+                raise EOFError(self.why)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        assert self._writer is not None
+        self._writer.write(json.dumps(message).encode() + b"\n")
+
+    def _hang_up(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+        for request in self.requests:
+            if request.phase is Phase.SENT:
+                request.phase, request.note = (
+                    Phase.REFUSED,
+                    "the connection was lost before the run answered; look, then repeat",
+                )
+
+    # commands
+
+    def why_no_commands(self) -> str | None:
+        """Why a command cannot be sent now; None if it can."""
+        if self.mode is Mode.LIVE and self._writer is not None:
+            return None
+        if self.mode is Mode.LOADING:
+            return "the run's file is still being read"
+        if self.mode is Mode.DEAD:
+            return "the run is dead: its supervisor is gone; R on Home resumes it"
+        if self.store.final:
+            return f"the run is {self.store.state}; R on Home resumes it"
+        return self.why or "no connection to the run's supervisor"
+
+    def command(self, cmd: str, text: str, **args: Any) -> Request:
+        """Send a command; its effect is a record. Refused at once without a connection."""
+        request = Request(str(uuid.uuid4()), cmd, args, text, self.clock())
+        self.requests = [*[old for old in self.requests if old.open], request]
+        reason = self.why_no_commands()
+        if reason is not None:
+            request.phase, request.note = Phase.REFUSED, reason
+        else:
+            self._send({"op": "cmd", "id": request.id, "cmd": cmd, "args": args})
+        return request
+
+    def _reply(self, message: dict[str, Any]) -> None:
+        for request in self.requests:
+            if request.id == message.get("id") and request.phase is Phase.SENT:
+                if message.get("ok"):
+                    request.phase = Phase.ACCEPTED
+                else:
+                    request.phase, request.note = Phase.REFUSED, str(message.get("error", "no reason given"))
+        self._answer()
+
+    def _answer(self) -> None:
+        for request in self.requests:
+            record = self.store.answers.get(request.id) if request.open else None
+            if record is None:
+                continue
+            request.phase = Phase.APPLIED
+            step = getattr(record, "step", None)
+            step = step if step is not None else self.store.step
+            request.note = f"applied at step {step:,}" if step is not None else "applied"
+            if isinstance(record, rec.Checkpoint) and record.failed:
+                request.phase, request.note = Phase.REFUSED, record.failed
+            elif isinstance(record, rec.Note):
+                request.note += f": {record.message}"
+
+    # badge
+
+    def silence(self) -> float:
+        """Seconds since the newest record arrived here."""
+        return max(0.0, self.clock() - self.arrived)
+
+    def quiet_after(self) -> float:
+        """Seconds of silence that are more than this run's habit."""
+        step = self.store.median_step_time() or 0.0
+        return max(QUIET_S, 5 * step, 2 * self.store.longest_save())
+
+    def badge(self) -> Badge:
+        """The state of the feed in a few words."""
+        store = self.store
+        now = self.clock()
+        if self.mode is Mode.LOADING:
+            return Badge(f"LOADING {100 * self.progress:.0f} %", "accent", f"reading {self.reader.path}")
+        if self.mode is Mode.DEAD:
+            return Badge("DEAD", "bad", "nobody holds the run's lock although it never ended: it was killed")
+        if self.mode is Mode.FILE:
+            why = f"the run is {store.state}" if store.final else self.why or "no connection to the run's supervisor"
+            return Badge("FILE", "dim", why + "; the file is read each second")
+        if store.state in ("preparing", "compiling", "stopping"):
+            since = now - store.state_since if store.state_since else self.silence()
+            return Badge(f"BUSY {store.state} {duration(max(0.0, since))}", "accent", store.reason or "")
+        silence = self.silence()
+        if store.state == "running" and silence > self.quiet_after():
+            return Badge(f"QUIET {duration(silence)}", "warn", f"the supervisor lives, but record {store.seq} was the last")
+        return Badge(f"LIVE {self.hz:g} Hz", "good", "records arrive as they are written")
+
+
+def _length(reader: LogReader) -> int:
+    try:
+        return reader.path.stat().st_size
+    except OSError:
+        return 0
