@@ -65,6 +65,24 @@ def server_sockets() -> list[Path]:
         return []
 
 
+def probe(path: Path) -> ServerHello | None:
+    """What the server at `path` says of itself, loading or ready; None if nobody answers there."""
+    if not path.exists():
+        return None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(CONNECT_TIME)
+        try:
+            connection.connect(str(path))
+            if not peer_is_me(connection):
+                return None
+            connection.sendall(encode_line(ClientHello(PROTO, "probe")))
+            with connection.makefile("rb") as lines:
+                answer = decode_answer(lines.readline(_SERVER_LINE))
+        except (OSError, WireError):
+            return None
+    return answer if isinstance(answer, ServerHello) else None
+
+
 class ServerBackend:
     """Answers through a chat server; a `Backend`.
 

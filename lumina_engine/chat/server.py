@@ -136,8 +136,8 @@ class ChatServer:
         Raises:
             BaseException: whatever `load` raised, after every client was told.
         """
-        answering = threading.Thread(target=self._answer_all, name="chat-answers", daemon=True)
-        answering.start()
+        self._answering = threading.Thread(target=self._answer_all, name="chat-answers", daemon=True)
+        self._answering.start()
         announced = False
         try:
             while self._stop is None and self._failure is None:
@@ -154,8 +154,13 @@ class ChatServer:
             self._leave(self._stop or (str(self._failure) if self._failure is not None else "interrupted"))
         if self._failure is not None:
             raise self._failure
-        answering.join(timeout=5.0)
+        self._answering.join(timeout=5.0)
         return self._stop or ""
+
+    @property
+    def still_loading(self) -> bool:
+        """Whether the answering thread lives on after `serve`: it is inside a call that cannot be interrupted."""
+        return self._answering.is_alive()
 
     def stop(self, reason: str) -> None:
         """End `serve` soon. Safe from a signal handler and from any thread."""

@@ -1,0 +1,112 @@
+"""Committed checkpoints that one can talk to, over all runs. Reads manifests only: no weights, no torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.files import CheckpointError
+from ..checkpoint.keep import list_steps, pointer
+from ..checkpoint.verify import read_manifest, step_of
+
+METRICS = ("eval_loss", "loss")  # what a checkpoint is judged by, first known one
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One committed checkpoint. `problem` says why it cannot be used; unknown numbers are None."""
+
+    run: str
+    path: Path
+    step: int
+    best: bool = False
+    latest: bool = False
+    suspect: bool = False
+    weights_bytes: int | None = None
+    loss: float | None = None
+    loss_name: str | None = None
+    created: float | None = None
+    digest: str | None = None
+    problem: str | None = None
+
+    @property
+    def reference(self) -> str:
+        """How to name it on the command line."""
+        return f"{self.run}@{self.path.name}"
+
+
+def updated(run: Path) -> float:
+    """When a run last wrote something (unix seconds), 0 if it never did."""
+    times = []
+    for name in ("metrics.jsonl", "checkpoints"):
+        try:
+            times.append((run / name).stat().st_mtime)
+        except OSError:
+            continue
+    return max(times, default=0.0)
+
+
+def list_entries(runs_root: Path) -> list[Entry]:
+    """All committed checkpoints: most recently updated run first, in a run its best first, then the newest."""
+    try:
+        with os.scandir(runs_root) as found:
+            runs = [Path(entry.path) for entry in found if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+    entries: list[Entry] = []
+    for run in sorted(runs, key=lambda run: (-updated(run), run.name)):
+        of_run = run_entries(run)
+        entries += sorted(of_run, key=lambda entry: (not entry.best, -entry.step))
+    return entries
+
+
+def run_entries(run: Path) -> list[Entry]:
+    """Committed checkpoints of one run, newest first."""
+    checkpoints = run / "checkpoints"
+    names = list_steps(checkpoints)
+    best, latest = _pointer(checkpoints, "best"), names[0] if names else None
+    return [_entry(run.name, checkpoints / name, best == name, latest == name) for name in names]
+
+
+def _pointer(checkpoints: Path, name: str) -> str | None:
+    try:
+        return pointer(checkpoints, name)
+    except (OSError, CheckpointError):
+        return None
+
+
+def _entry(run: str, path: Path, best: bool, latest: bool) -> Entry:
+    step = step_of(path.name) or 0
+    try:
+        report = read_manifest(path)
+    except OSError as error:
+        return Entry(run, path, step, best, latest, problem=error.strerror or str(error))
+    if not report.ok:
+        return Entry(run, path, step, best, latest, problem=report.line())
+    loss, name = loss_of(report.manifest.get("metrics"))
+    created = report.manifest.get("created")
+    flags = report.manifest.get("flags")
+    return Entry(
+        run,
+        path,
+        report.step or step,
+        best,
+        latest,
+        suspect=isinstance(flags, dict) and bool(flags.get("suspect")),
+        weights_bytes=sum(entry.size for entry in report.files if entry.path.startswith("model/")),
+        loss=loss,
+        loss_name=name,
+        created=float(created) if isinstance(created, int | float) else None,
+        digest=report.digest or None,
+    )
+
+
+def loss_of(metrics: Any) -> tuple[float | None, str | None]:
+    """The loss among a checkpoint's metrics (nats per token) and which metric it is."""
+    for name in METRICS:
+        value = metrics.get(name) if isinstance(metrics, dict) else None
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value), name
+    return None, None
