@@ -74,7 +74,7 @@ class StoreWriter:
         self._buffers["mask.u8"].frombytes(mask)
         self.documents += 1
         self.tokens += len(ids)
-        self.trained += len(mask) - mask.count(CONTEXT)
+        self.trained += len(mask) - mask.count(CONTEXT) - (mask.count(self._codes[0.0]) if 0.0 in self._codes else 0)
         self.longest = max(self.longest, len(ids))
         self._buffers["offsets.u64"].append(self.tokens)
         self._buffers["digests.u64"].append(int.from_bytes(document.digest()[:8], "big"))
