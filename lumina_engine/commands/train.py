@@ -70,9 +70,12 @@ def _plan(args: argparse.Namespace, name: str | None) -> Plan:
     """
     loaded = common.load_config(args, default_preset="debug")
     config = loaded.config
+    preset = args.preset or (None if args.config else "debug")
     if name:
         config.experiment_name = name
-    return _checked(config, args.preset or (None if args.config else "debug"))
+    elif config.experiment_name == "auto":
+        config.experiment_name = f"{preset or Path(args.config).stem[:40]}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return _checked(config, preset)
 
 
 def _checked(config: Config, preset: str | None) -> Plan:

@@ -143,10 +143,6 @@ def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: in
         "launcher": _launcher(config, ranks),
         "communication_backend": _backend(config, machine),
         "master_addr": "127.0.0.1" if config.master_addr == "auto" and config.num_nodes == 1 else config.master_addr,
-        "max_seq_length": config.seq_length if config.max_seq_length == "auto" else config.max_seq_length,
-        "min_seq_length": min(config.seq_length, max(64, config.seq_length // 8))
-        if config.min_seq_length == "auto"
-        else config.min_seq_length,
     }
     return Config(**(config.to_dict(sectioned=False) | changes))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -67,6 +68,8 @@ def restore(trainer: EnhancedConversationTrainer, loaded: Loaded) -> None:
     state = loaded.global_state
     trainer.progress = Progress.from_state_dict(state["progress"])
     trainer.schedule.load_state_dict(state["schedule"])
+    trainer.saved_step = loaded.step
+    trainer.last_loss = float(loaded.metrics.get("loss", math.nan))
     restore_rng(loaded.rank_state["rng"], loaded.rank_tensors)
 
 

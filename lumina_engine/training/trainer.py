@@ -116,6 +116,7 @@ class EnhancedConversationTrainer:
         self.schedule: Schedule | None = None
         self.total_steps = 0
         self.last_loss = math.nan
+        self.saved_step = 0  # of the newest checkpoint that was taken or restored
         self.bytes_V: torch.Tensor | None = None
         self.replay: dict[int, float] = {}  # step -> learning rate that the user set there before a restart
         self.extra_state: dict[str, Any] = {}  # what the caller wants in every checkpoint (fingerprint, versions)
@@ -301,7 +302,7 @@ class EnhancedConversationTrainer:
 
         if self.window is not None and due(cfg.expert_log_interval):
             self.emit(self.window.record(step, getattr(self.model, "router_bias_LE", None)))
-        if due(cfg.save_interval):
+        if due(cfg.save_interval) and self.saved_step != step:
             self.save(blocking=final)
         if self.eval_data is not None and due(cfg.eval_interval):
             self._evaluate_and_judge()
@@ -363,7 +364,7 @@ class EnhancedConversationTrainer:
         """Save what a stop wants saved."""
         if stop.state != "failed":
             self.emit(rec.Run(state="stopping", reason=stop.reason))
-        if stop.save and self.progress.step:
+        if stop.save and self.progress.step and self.saved_step != self.progress.step:
             self._settle_saves(wait=True)
             self.save(blocking=True)
 
@@ -388,6 +389,7 @@ class EnhancedConversationTrainer:
         from .state import payload
 
         self._section("save", self.progress.step)
+        self.saved_step = self.progress.step
         self._report(self.manager.save(payload(self), blocking=blocking or not self.config.async_save, id=id))
 
     def _settle_saves(self, wait: bool = False) -> None:
@@ -412,6 +414,7 @@ class EnhancedConversationTrainer:
             for note in result.notes:
                 self.emit(rec.Note(step=result.step, message=note))
             if result.failed:
+                self.saved_step = 0
                 message = f"checkpoint of step {result.step} failed: {result.failed}"
                 self.emit(rec.Alert(severity="critical", code="checkpoint_failed", message=message, step=result.step))
 

@@ -50,10 +50,10 @@ class Worker:
         """Train; return the exit code. The last record says how it ended."""
         try:
             summary = self._train()
-            if summary["state"] == "finished":
-                self._examine()
         except Exception as error:
             return self._failed(error)
+        if summary["state"] == "finished" and self.rank == 0 and self.is_sample:
+            self._examine_safely()
         return self._leave(summary["state"], summary["exit_code"], summary["reason"], summary["id"])
 
     def _leave(self, state: str, code: int, reason: str, id: str | None = None) -> int:
@@ -162,10 +162,17 @@ class Worker:
         if trainer.ds_config is not None:
             write_private(self.directory.deepspeed_path, json.dumps(trainer.ds_config, indent=2) + "\n")
 
+    def _examine_safely(self) -> None:
+        """The run is finished and saved, whatever happens in its examination."""
+        try:
+            self._examine()
+        except Exception as error:
+            traceback.print_exception(error)  # engine.log
+            message = f"the held-out questions could not be asked: {type(error).__name__}: {error}"
+            self.emit(rec.Alert(severity="warning", code="examination_failed", message=message))
+
     def _examine(self) -> None:
         """Ask the finished model the held-out questions of the built-in corpus, through the chat path."""
-        if self.rank != 0 or not self.is_sample or self.trainer.eval_data is None:
-            return
         from ..chat.grade import grade_sample
         from ..checkpoint.manager import load_model, resolve_checkpoint
 
