@@ -86,16 +86,16 @@ def block_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int)
     """Bytes that one block keeps for its backward pass, averaged over blocks with and without experts."""
     hidden, d = model.hidden_size, model.head_size
     heads, kv = model.num_heads * d, model.num_kv_heads * d
-    # input and normed input, fused q k v, rotated q and k, output of attention and its copy for the projection
-    attention = tokens * value_bytes * (2 * hidden + heads + 2 * kv + heads + kv + 2 * heads)
+    # input and normed input, fused q k v, rotated q and k, output of attention
+    attention = tokens * value_bytes * (2 * hidden + heads + 2 * kv + heads + kv + heads)
     attention += tokens * 4 * (1 + model.num_heads)  # statistic of the norm, logsumexp of the scores
     if model.qk_norm:
-        attention += tokens * (value_bytes * (heads + kv) + 4 * (model.num_heads + model.num_kv_heads))
-    before = tokens * (value_bytes * 2 * hidden + 4)  # input and normed input of the second half
+        attention += tokens * 4 * (model.num_heads + model.num_kv_heads)
+    before = tokens * (value_bytes * hidden + 4)  # input of the second half and the statistic of its norm
     with_experts = model.expert_layers
     without = model.num_layers - with_experts
     width = model.dense_width if model.use_moe else model.expert_width
-    dense = tokens * value_bytes * 3 * width
+    dense = tokens * value_bytes * (hidden + 3 * width)
     experts = expert_activation_bytes(model, tokens, value_bytes) if with_experts else 0
     return attention + before + (with_experts * experts + without * dense) // model.num_layers
 
@@ -104,9 +104,10 @@ def expert_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int
     """Bytes that the experts and the router of one block keep for the backward pass."""
     chosen = tokens * model.moe_top_k
     routed = chosen * value_bytes * (2 * model.hidden_size + 2 * model.expert_width)
-    shared = tokens * value_bytes * 3 * model.num_shared_experts * model.expert_width
-    router = tokens * 4 * (3 * model.num_experts) + chosen * (8 * 3 + 4 * 4)
-    router += tokens * 4 * model.hidden_size if value_bytes < 4 else 0  # the router works on a float32 copy
+    shared = tokens * value_bytes * model.num_shared_experts * 3 * model.expert_width
+    shared += tokens * value_bytes * model.hidden_size if model.num_shared_experts and value_bytes < 4 else 0
+    # the router works on the normed input in float32, and keeps scores and their logsumexp, choices and gates
+    router = tokens * 4 * (model.hidden_size + 2 * model.num_experts) + chosen * 36
     return routed + shared + router
 
 

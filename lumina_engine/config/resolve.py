@@ -122,7 +122,8 @@ def _reason(stage: int, least: int, ranks: int, short: bool) -> str:
 def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: int | None = None) -> Config:
     """A copy of `config` in which every `auto` is the value in force.
 
-    Only `warmup_steps` and `experiment_name` stay: they need the length of the data and the moment of the start.
+    `warmup_steps` and `experiment_name` stay: they need the length of the data and the moment of the start. So do
+    `data_format`, which is found out for each file, and the lengths of a curriculum, which does not exist yet.
 
     Raises:
         ConfigError: the vocabulary is too small for the tokenizer, or the run does not fit the devices.

@@ -1,0 +1,156 @@
+"""The rules between keys: each gives its finding with a fix, and the fix works."""
+
+from __future__ import annotations
+
+import pytest
+
+from lumina_engine.config.checks import NOT_YET, check, resume_findings
+from lumina_engine.config.machine import GB, Accelerator, Machine
+from lumina_engine.config.presets import ConfigPresets
+from lumina_engine.config.schema import Config, ConfigError, fields_info
+
+LAPTOP = Machine([], 16 * GB, 4, 100 * GB)
+# changes, code, severity, words of the line, changes that mend it
+CASES = [
+    (
+        {"hidden_size": 500, "num_heads": 8},
+        "heads",
+        "error",
+        "hidden_size = 500: not a multiple of num_heads",
+        {"hidden_size": 496},
+    ),
+    (
+        {"hidden_size": 72, "num_heads": 8},
+        "head_dim",
+        "error",
+        "rotary positions need an even",
+        {"num_heads": 1, "num_kv_heads": 1},
+    ),
+    (
+        {"num_kv_heads": 3},
+        "kv_heads",
+        "error",
+        "num_kv_heads = 3: does not divide num_heads = 8; set num_kv_heads=2",
+        {"num_kv_heads": 2},
+    ),
+    ({"moe_top_k": 9}, "top_k", "error", "moe_top_k = 9: more than num_experts = 8", {"moe_top_k": 8}),
+    ({"num_dense_layers": 9}, "dense_layers", "error", "more than num_layers", {"num_dense_layers": 8}),
+    ({"router_normalize": True}, "normalize_top1", "error", "would never learn", {"router_normalize": "auto"}),
+    (
+        {"moe_dropless": True, "capacity_factor": 2.0},
+        "dropless",
+        "info",
+        "has no effect with moe_dropless",
+        {"moe_dropless": False},
+    ),
+    ({"rope_scaling_factor": 4}, "rope_factor", "error", "no effect with rope_scaling = none", {"rope_scaling": "yarn"}),
+    ({"rope_original_length": 512}, "rope_length", "error", "rope_original_length", {"rope_original_length": None}),
+    ({"rope_scaling": "linear"}, "rope_factor", "warning", "stretches nothing", {"rope_scaling": "none"}),
+    ({"seq_length": 100_000, "rope_theta": 1e4}, "rope_theta", "warning", "set rope_theta=6e6", {"rope_theta": 6e6}),
+    ({"vocab_size": 50_304}, "vocab_too_small", "error", "set vocab_size=auto (100,352)", {"vocab_size": "auto"}),
+    ({"tokenizer": "gpt-5"}, "tokenizer", "error", "no such tokenizer", {"tokenizer": "gpt-4"}),
+    ({"max_steps": 50, "warmup_steps": 50}, "warmup", "warning", "before the peak", {"warmup_steps": "auto"}),
+    (
+        {"early_stopping_patience": 3, "eval_interval": 0},
+        "early_stopping",
+        "error",
+        "needs evaluations",
+        {"eval_interval": 200},
+    ),
+    ({"min_batch_size": 64}, "batch_bounds", "error", "more than max_batch_size", {"min_batch_size": 32}),
+    ({"min_seq_length": 4096}, "curriculum", "error", "longer than seq_length", {"min_seq_length": "auto"}),
+    (
+        {"train_data_path": "a", "eval_data_path": ["b", "a"]},
+        "eval_is_train",
+        "warning",
+        "will flatter",
+        {"eval_data_path": "b"},
+    ),
+    ({"eval_data_path": "a"}, "eval_only", "warning", "built-in corpus", {"train_data_path": "b"}),
+    ({"train_data_path": "a", "eval_split": 0}, "no_eval", "warning", "nothing is held back", {"best_metric": "loss"}),
+    ({"assistant_loss_weight": 2.0}, "loss_weight", "warning", "no effect with train_on = assistant", {"train_on": "all"}),
+    ({"use_deepspeed": False, "zero_stage": 1}, "zero_off", "error", "needs DeepSpeed", {"use_deepspeed": True}),
+    ({"zero_stage": 0, "precision": "bf16"}, "bf16_stage0", "error", "phantom optimizer step", {"zero_stage": 1}),
+    ({"zero_stage": 0}, "zero_stage_0", "info", "earlier versions read 0 as automatic", {"zero_stage": "auto"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "severity", "words", "mend"), CASES, ids=[f"{c[1]}-{i}" for i, c in enumerate(CASES)]
+)
+def test_c129_each_rule_and_its_fix(changes: dict, code: str, severity: str, words: str, mend: dict) -> None:
+    config = Config(**changes)
+    found = [f for f in check(config) if f.code == code]
+    assert len(found) == 1 and found[0].severity == severity and words in found[0].line(), check(config)
+    assert found[0].fix and set(found[0].keys) <= {i.name for i in fields_info()}
+    for name, value in mend.items():
+        setattr(config, name, value)
+    assert code not in {f.code for f in check(config)}
+
+
+OTHER = {
+    "bool": lambda i: not i.default,
+    "int": lambda i: 96,
+    "float": lambda i: 3.0,
+    "text": lambda i: "x.y",
+    "list": lambda i: ["wandb"],
+}
+
+
+def unbuilt_value(info) -> object:
+    """A valid value of a key that its feature would need."""
+    if info.choices:
+        return next((c for c in reversed(info.choices) if c not in (NOT_YET[info.name] or (info.default,))), 128)
+    if info.kind == "mapping":
+        return {"code": 1.0} if info.name == "task_weights" else {"code": "x"}
+    return OTHER[info.kind](info)
+
+
+@pytest.mark.parametrize("name", NOT_YET)
+def test_not_yet_keys_are_refused_never_ignored(name: str) -> None:
+    info = next(i for i in fields_info() if i.name == name)
+    config = Config(**{name: unbuilt_value(info)})
+    found = [f for f in check(config) if f.code == "not_yet" and f.keys == (name,)]
+    assert len(found) == 1 and found[0].severity == "error" and ": not available yet; set " in found[0].line()
+    with pytest.raises(ConfigError, match="not available yet"):
+        config.validate()
+
+
+def test_not_yet_keys_accept_what_exists() -> None:
+    for name, allowed in NOT_YET.items():
+        for value in allowed or ():
+            assert not [f for f in check(Config(**{name: value})) if f.code == "not_yet"], (name, value)
+
+
+def test_c046_validate_gives_all_findings_or_raises_with_all() -> None:
+    config = Config(rope_theta=100, zero_stage=0)
+    assert [f.code for f in config.validate()] == ["rope_theta", "zero_stage_0"]
+    config.num_kv_heads, config.moe_top_k = 3, 9
+    with pytest.raises(ConfigError) as caught:
+        config.validate()
+    assert [f.code for f in caught.value.findings] == ["kv_heads", "top_k", "rope_theta", "zero_stage_0"]
+    assert str(caught.value).startswith("2 problems")
+
+
+def test_c139_what_depends_on_the_machine(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert check(ConfigPresets.debug(), LAPTOP) == []
+    lines = [f.line() for f in check(ConfigPresets.b7(), LAPTOP) if f.severity == "error"]
+    assert lines[0].startswith("does not fit: ") and "choose a smaller preset" in lines[0]
+    gpus = Machine([Accelerator("H100", 80 * GB)] * 2, 1000 * GB, 32, None)
+    found = check(Config(num_gpus=4, train_data_path="missing.jsonl"), gpus)
+    assert {f.code for f in found} == {"num_gpus", "no_data"}
+    (tmp_path / "d.jsonl").write_text("{}")
+    assert check(Config(num_gpus=2, train_data_path=["d.jsonl", "*.jsonl"]), gpus) == []
+    assert [f.code for f in check(Config(communication_backend="nccl"), LAPTOP)] == ["nccl"]
+    assert [f.code for f in check(Config(), Machine([], 16 * GB, 4, GB))] == ["disk"]
+    assert [f.code for f in check(Config(zero_stage=0), gpus)] == ["bf16_stage0", "zero_stage_0"]
+
+
+def test_c085_resume_findings() -> None:
+    old = ConfigPresets.debug()
+    new = ConfigPresets.debug()
+    new.max_steps, new.batch_size, new.gradient_accumulation_steps = 5, 4, 2
+    assert resume_findings(old, new, 1, 1) == [] and resume_findings(old, old, 2, 2) == []
+    new.hidden_size, new.tokenizer = 256, "gpt-4"
+    assert [f.keys[0] for f in resume_findings(old, new, 1, 2)] == ["hidden_size", "tokenizer", "batch_size"]

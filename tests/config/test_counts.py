@@ -1,0 +1,190 @@
+"""C8, C9, C47, C48, R06: one counting function, equal to the module; operations and activations as the model has them."""
+
+from __future__ import annotations
+
+import pytest
+
+from lumina_engine.config.counts import forward_flops, kv_cache_bytes_per_token, parameter_counts, training_flops_per_token
+from lumina_engine.config.memory import Layout, block_activation_bytes, training_memory
+from lumina_engine.config.presets import NAMES, ConfigPresets
+from lumina_engine.config.resolve import model_config
+from lumina_engine.config.schema import ConfigError, DeepSeekConfig
+
+# capabilities 4.1: active, active at k = 2, total, embeddings; exact for debug, four digits for the others
+PRESETS = {
+    "debug": (494_208, 887_424, 3_246_720, 131_072),
+    "b1": (1.007e9, 1.913e9, 7.349e9, 0.154e9),
+    "b7": (6.981e9, 12.62e9, 46.44e9, 0.411e9),
+    "b14": (14.00e9, 25.48e9, 94.37e9, 0.514e9),
+    "b50": (49.93e9, 90.20e9, 331.8e9, 0.822e9),
+    "b100": (100.2e9, 174.2e9, 618.1e9, 1.233e9),
+    "b200": (200.5e9, 343.9e9, 1.205e12, 1.644e9),
+    "b300": (300.1e9, 494.5e9, 1.661e12, 2.055e9),
+}
+SHAPES = {
+    "dense": {"use_moe": False, "intermediate_size": 176},
+    "untied": {"tie_word_embeddings": False},
+    "mixed": {"num_layers": 4, "num_dense_layers": 2, "moe_top_k": 2, "num_shared_experts": 1, "qk_norm": True},
+    "wide heads": {"head_dim": 48, "num_heads": 4, "num_kv_heads": 1, "num_experts": 3, "intermediate_size": 40},
+}
+
+
+def small(**changes) -> DeepSeekConfig:
+    base = {"vocab_size": 512, "hidden_size": 128, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 64}
+    return DeepSeekConfig(**(base | {"seq_length": 64} | changes)).resolved()
+
+
+def agrees(value: float, printed: float) -> bool:
+    """Whether a value rounds to the printed one (the table has at most four digits, three after the point)."""
+    return abs(value - printed) <= max(0.0006 * printed, 0.0006e9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_c048_preset_numbers_as_in_the_table(name: str) -> None:
+    model = model_config(ConfigPresets.get(name))
+    counts = parameter_counts(model)
+    top2 = parameter_counts(model.model_copy(update={"moe_top_k": 2}))
+    got = (counts.active, top2.active, counts.total, counts.embeddings)
+    if name == "debug":
+        assert got == PRESETS[name]
+    else:
+        assert all(agrees(a, b) for a, b in zip(got, PRESETS[name], strict=True)), got
+        assert counts.active == pytest.approx(float(name[1:]) * 1e9, rel=0.02)
+
+
+def test_r05_mixtral_8x7b_by_the_same_formula() -> None:
+    shape = {"hidden_size": 4096, "num_layers": 32, "num_heads": 32, "num_kv_heads": 8, "intermediate_size": 14336}
+    counts = parameter_counts(DeepSeekConfig(vocab_size=32_000, tie_word_embeddings=False, moe_top_k=2, **shape))
+    assert round(counts.stored / 1e9, 2) == 46.70
+    assert round((counts.active + counts.embeddings) / 1e9, 2) == 12.88
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_r06_counts_equal_the_module_of_each_preset(name: str) -> None:
+    torch = pytest.importorskip("torch")
+    from lumina_engine.model.transformer import DeepSeekTransformer
+
+    model = model_config(ConfigPresets.get(name))
+    with torch.device("meta"):
+        module = DeepSeekTransformer(model)
+    assert sum(p.numel() for p in module.parameters()) == parameter_counts(model).stored
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_r06_counts_equal_the_module_of_other_shapes(shape: dict) -> None:
+    torch = pytest.importorskip("torch")
+    from lumina_engine.model.transformer import DeepSeekTransformer
+
+    model = small(**shape)
+    with torch.device("meta"):
+        module = DeepSeekTransformer(model)
+    counts = parameter_counts(model)
+    assert sum(p.numel() for p in module.parameters()) == counts.stored
+    assert counts.active <= counts.total and min(counts.to_dict().values()) >= 0
+    parts = (counts.attention, counts.experts, counts.shared, counts.router, counts.dense, counts.norms)
+    assert sum(parts) == counts.total
+
+
+@pytest.mark.parametrize("shape", [{}, *SHAPES.values()], ids=["plain", *SHAPES])
+def test_c009_forward_flops_equal_those_counted(shape: dict) -> None:
+    torch = pytest.importorskip("torch")
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from lumina_engine.model.transformer import DeepSeekTransformer
+
+    model = small(moe_dropless=True, use_flash_attention=False, **shape)
+    module = DeepSeekTransformer(model).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        module(torch.zeros(2, 64, dtype=torch.long))
+    ours = forward_flops(model, 64, 2)
+    # the reference attention computes all of S x S; a causal kernel skips half of it
+    assert counter.get_total_flops() == pytest.approx(ours["total"] + ours["attention"], rel=0.01)
+    parts = ("projections", "attention", "experts", "router", "head")
+    assert sum(ours[part] for part in parts) == ours["total"] and ours["per_token"] == ours["total"] // 128
+
+
+def saved_bytes(module, ids) -> int:
+    """Bytes of the distinct storages that autograd keeps for the backward pass, parameters not counted."""
+    import torch
+
+    own = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept: dict[int, int] = {}
+    alive = []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and tensor.numel() > 1:
+            kept[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)  # an address must not be used twice while we count
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        out = module(ids, labels=ids, document_ids=torch.ones_like(ids), return_aux=True)
+        loss = out.loss_sum if out.router is None else out.loss_sum + out.router.prob_sum_LE.sum() + out.router.z_sum_L.sum()
+    assert loss.requires_grad
+    return sum(kept.values())
+
+
+KEPT = {
+    "plain": {},
+    "full heads": {"num_kv_heads": 2},
+    "top-2": {"num_experts": 4, "moe_top_k": 2, "intermediate_size": 256},
+    "dense": {"use_moe": False, "intermediate_size": 352},
+    "qk_norm": {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 4, "qk_norm": True},
+    "shared": {"num_shared_experts": 1},
+    "many": {"num_experts": 64},
+}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", KEPT.values(), ids=KEPT)
+def test_c008_activations_are_those_that_autograd_keeps(shape: dict, precision: str) -> None:
+    """Two blocks more keep what two blocks are said to keep, within 5 %."""
+    torch = pytest.importorskip("torch")
+    from lumina_engine.model.transformer import DeepSeekTransformer
+
+    dtype, value = (torch.float32, 4) if precision == "fp32" else (torch.bfloat16, 2)
+    ids = torch.arange(256).reshape(4, 64)
+    kept = []
+    for layers in (2, 4):
+        model = small(moe_dropless=True, num_layers=layers, **shape)
+        kept.append(saved_bytes(DeepSeekTransformer(model).to(dtype).train(), ids))
+    assert kept[1] - kept[0] == pytest.approx(2 * block_activation_bytes(model, 256, value), rel=0.05)
+
+
+def test_c004_kv_cache_bytes() -> None:
+    assert kv_cache_bytes_per_token(model_config(ConfigPresets.b7()), 2) == 128 * 1024
+    assert kv_cache_bytes_per_token(model_config(ConfigPresets.debug()), 2) == 512
+
+
+def test_c009_training_flops_formula() -> None:
+    model = model_config(ConfigPresets.debug())
+    assert training_flops_per_token(model) == 6 * (494_208 + 1024 * 128) + 6 * 2 * 2 * 64 * 256
+    again = model.model_copy(update={"gradient_checkpointing": True})
+    assert training_flops_per_token(again) == pytest.approx(training_flops_per_token(model) * 4 / 3)
+
+
+def test_c063_bytes_per_parameter_by_stage() -> None:
+    """16; 4 + 12/N; 2 + 14/N; 16/N bytes a parameter in bf16 on N ranks; the optimizer's share moves to the host."""
+    model = model_config(ConfigPresets.b1())
+    count = parameter_counts(model).stored
+    for stage, expected in ((0, 16), (1, 4 + 12 / 4), (2, 2 + 14 / 4), (3, 16 / 4)):
+        memory = training_memory(model, Layout(1, 2048, "bf16", world=4, zero_stage=stage))
+        assert memory.weights + memory.gradients + memory.optimizer == pytest.approx(count * expected, rel=1e-6)
+    moved = training_memory(model, Layout(1, 2048, "bf16", world=4, zero_stage=2, offload_optimizer=True))
+    assert moved.optimizer == 0 and moved.host == pytest.approx(count * 3, rel=1e-6)
+
+
+def test_c139_memory_falls_with_checkpointing_batch_and_chunks() -> None:
+    model = model_config(ConfigPresets.b1())
+    layout = Layout(4, 2048, "bf16", world=2, zero_stage=2)
+    plain = training_memory(model, layout)
+    less = training_memory(model.model_copy(update={"gradient_checkpointing": True}), layout)
+    small_chunk = training_memory(model.model_copy(update={"loss_chunk_size": 128}), layout)
+    assert less.activations < plain.activations / 3 and less.logits == plain.logits
+    assert small_chunk.logits < plain.logits and plain.experts < plain.weights
+
+
+def test_c140_unbuilt_attention_is_refused_not_miscounted() -> None:
+    with pytest.raises(ConfigError, match="attention = mla: not available yet"):
+        parameter_counts(small(attention="mla"))

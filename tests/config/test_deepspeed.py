@@ -1,0 +1,163 @@
+"""C58, C59, R02, R19, R22: the generated JSON, what DeepSpeed makes of it, and the check of every key."""
+
+from __future__ import annotations
+
+import pytest
+
+from lumina_engine.config.checks import check
+from lumina_engine.config.deepspeed import ANY, COVERED, KNOWN, REFUSED, to_deepspeed
+from lumina_engine.config.schema import Config, ConfigError
+
+
+def generate(world: int = 1, **changes) -> dict:
+    return to_deepspeed(Config(**({"zero_stage": 0, "precision": "fp32"} | changes)), world)
+
+
+def errors(overrides: dict, **changes) -> list[str]:
+    config = Config(deepspeed_overrides=overrides, **changes)
+    return [f.line() for f in check(config) if f.severity == "error"]
+
+
+def test_c059_json_of_stage_0() -> None:
+    assert generate(world=2, batch_size=4, gradient_accumulation_steps=3, max_grad_norm=0) == {
+        "train_batch_size": 24,
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 3,
+        "gradient_clipping": 0,
+        "steps_per_print": 1_000_000_000,
+        "wall_clock_breakdown": False,
+        "zero_optimization": {"stage": 0},
+    }
+
+
+def test_c058_bucket_keys_from_stage_1_on() -> None:
+    zero = generate(zero_stage=2, overlap_comm=False, reduce_bucket_size=10**6)["zero_optimization"]
+    assert zero == {
+        "stage": 2,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "allgather_bucket_size": 200_000_000,
+        "reduce_bucket_size": 1_000_000,
+    }
+
+
+def test_r25_precision_blocks() -> None:
+    assert generate(zero_stage=1, precision="bf16")["bf16"] == {"enabled": True}
+    mixed = generate(precision="mixed_bf16")
+    assert mixed["torch_autocast"]["dtype"] == "bfloat16" and "bf16" not in mixed
+    assert not {"bf16", "fp16", "torch_autocast", "optimizer"} & set(generate())
+
+
+def test_c059_overrides_are_merged() -> None:
+    out = generate(zero_stage=1, deepspeed_overrides={"zero_optimization": {"round_robin_gradients": True}, "dump_state": True})
+    assert out["zero_optimization"]["round_robin_gradients"] and out["zero_optimization"]["stage"] == 1 and out["dump_state"]
+
+
+def test_c059_unresolved_is_refused() -> None:
+    with pytest.raises(ConfigError, match="zero_stage = auto"):
+        to_deepspeed(Config(), 1)
+
+
+def paths(known: dict, prefix: tuple[str, ...] = ()) -> list[tuple[str, ...]]:
+    found = []
+    for name, inner in known.items():
+        found.append((*prefix, name))
+        if isinstance(inner, dict):
+            found += paths(inner, (*prefix, name))
+    return found
+
+
+def nested(path: tuple[str, ...], value: object) -> dict:
+    for name in reversed(path):
+        value = {name: value}
+    assert isinstance(value, dict)
+    return value
+
+
+@pytest.mark.parametrize("path", [p for p in paths(KNOWN) if p[0] not in REFUSED], ids=".".join)
+def test_r19_each_key_misspelt_is_refused_with_the_nearest_name(path: tuple[str, ...]) -> None:
+    typo = (*path[:-1], path[-1][0] + path[-1][2:])
+    found = errors(nested(typo, 1))
+    assert any(f"{'.'.join(typo)}: DeepSpeed has no such key" in line and "did you mean" in line for line in found), found
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_r19_refused_blocks_say_what_to_set(name: str) -> None:
+    found = errors({name: {}})
+    assert len(found) == 1 and f"{name} is refused; " in found[0]
+
+
+@pytest.mark.parametrize("path", COVERED)
+def test_r22_contradiction_with_a_key_is_an_error(path: str) -> None:
+    wrong = {"bf16.enabled": True, "fp16.enabled": True, "torch_autocast.enabled": True, "torch_autocast.dtype": "float16"}
+    value = wrong.get(path, 7)
+    world = 1 if path == "train_batch_size" else None
+    from lumina_engine.config.deepspeed import check_overrides
+
+    config = Config(zero_stage=1, precision="fp32", deepspeed_overrides=nested(tuple(path.split(".")), value))
+    found = [f for f in check_overrides(config, world) if f.code == "deepspeed_contradiction"]
+    assert len(found) == 1 and found[0].keys == ("deepspeed_overrides", COVERED[path]) and COVERED[path] in found[0].fix
+
+
+def test_r22_agreement_is_accepted() -> None:
+    same = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": 1, "overlap_comm": True},
+    }
+    assert errors(same | {"bf16": {"enabled": False}}, zero_stage=1, precision="fp32") == []
+    assert "contradicts zero_stage = auto" in errors(same)[0]
+
+
+def test_c054_overrides_without_deepspeed_are_refused() -> None:
+    assert "use_deepspeed is false" in errors({"dump_state": True}, use_deepspeed=False)[0]
+    assert "must be a block of keys" in errors({"zero_optimization": 3})[0]
+
+
+@pytest.fixture(scope="module")
+def ds():
+    pytest.importorskip("deepspeed")
+    from deepspeed.runtime import config, precision_config
+    from deepspeed.runtime.zero import config as zero
+    from deepspeed.runtime.zero import offload_config
+
+    return {"config": config, "precision": precision_config, "zero": zero, "offload": offload_config}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "mixed_bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_c059_deepspeed_accepts_the_json(ds, precision: str, stage: int) -> None:
+    if precision == "bf16" and stage == 0:
+        with pytest.raises(ConfigError, match="phantom"):
+            Config(zero_stage=0, precision="bf16").validate()
+        return
+    parsed = ds["config"].DeepSpeedConfig(generate(zero_stage=stage, precision=precision, max_grad_norm=0.5))
+    assert (parsed.zero_optimization_stage, parsed.gradient_clipping, parsed.train_batch_size) == (stage, 0.5, 2)
+    assert parsed.bfloat16_config.enabled == (precision == "bf16") and parsed.optimizer_name is None
+    assert parsed.torch_autocast_enabled == (precision == "mixed_bf16")
+    if stage:
+        assert parsed.zero_config.reduce_bucket_size == 200_000_000 and parsed.zero_config.overlap_comm is True
+
+
+def names_of(model) -> set[str]:
+    return {field.alias or name for name, field in model.model_fields.items()}
+
+
+def test_r19_key_lists_are_those_of_the_installed_deepspeed(ds) -> None:
+    zero = KNOWN["zero_optimization"]
+    assert set(zero) == names_of(ds["zero"].DeepSpeedZeroConfig)
+    assert set(zero["offload_optimizer"]) == names_of(ds["offload"].DeepSpeedZeroOffloadOptimizerConfig)
+    assert set(zero["offload_param"]) == names_of(ds["offload"].DeepSpeedZeroOffloadParamConfig)
+    assert set(KNOWN["bf16"]) == names_of(ds["precision"].DeepSpeedBF16Config)
+    assert set(KNOWN["fp16"]) == names_of(ds["precision"].DeepSpeedFP16Config)
+    import inspect
+    import re
+
+    from deepspeed.runtime import constants
+
+    source = inspect.getsource(ds["config"])
+    read = {getattr(constants, c) for c in re.findall(r"\bparam_dict, ([A-Z][A-Z_]+)\b", source)}
+    read = {name for name in read if isinstance(name, str)} - set(REFUSED)
+    assert read and read <= set(KNOWN) | {"seq_parallel_communication_data_type"}
+    assert set(ds["config"]._REMOVED_TOP_LEVEL_CONFIG_KEYS) <= set(REFUSED)
+    assert all(value is None or value == ANY or isinstance(value, dict) for value in KNOWN.values())

@@ -1,0 +1,172 @@
+"""C54, C58, R24, R25, R38, R39: every auto becomes the value in force, and the budget says what is computed and guessed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from lumina_engine.config.budget import budget, parse_devices, stage_table
+from lumina_engine.config.machine import GB, Accelerator, Machine, count_text, gb_text
+from lumina_engine.config.presets import NAMES, ConfigPresets
+from lumina_engine.config.resolve import advice, choose_stage, layout_of, model_config, resolve
+from lumina_engine.config.schema import Config, ConfigError, fields_info
+
+LAPTOP = Machine([], 16 * GB, 4, 100 * GB)
+
+
+def gpus(count: int, gb: float = 80, bf16: bool = True) -> Machine:
+    return Machine([Accelerator("GPU", int(gb * GB), bf16)] * count, 4000 * GB, 64, None)
+
+
+def stage(config: Config, machine: Machine) -> tuple[int, bool]:
+    choice = choose_stage(config, machine, model_config(config))
+    assert choice.reason
+    return choice.stage, choice.fits
+
+
+def test_c054_resolve_leaves_no_auto_but_two() -> None:
+    config = resolve(ConfigPresets.debug(), LAPTOP, tokenizer_vocab=1024)
+    auto = {i.name for i in fields_info() if getattr(config, i.name) == "auto"}
+    # data_format: each file is looked into; the lengths of the curriculum: it does not exist yet
+    assert auto == {"warmup_steps", "experiment_name", "data_format", "min_seq_length", "max_seq_length"}
+    assert (config.vocab_size, config.precision, config.zero_stage, config.num_gpus) == (1024, "fp32", 0, 1)
+    assert (config.launcher, config.communication_backend, config.master_addr) == ("none", "gloo", "127.0.0.1")
+    assert (config.head_dim, config.dense_intermediate_size, config.router_normalize) == (64, 512, False)
+    assert resolve(config, LAPTOP, tokenizer_vocab=1024) == config
+    assert config.validate() is not None
+
+
+def test_c054_resolved_configs_still_pass_their_own_checks() -> None:
+    for config in (ConfigPresets.debug(), Config(num_gpus=2, seq_length=512), Config(precision="bf16")):
+        again = resolve(config, LAPTOP, tokenizer_vocab=100_277 if config.tokenizer == "gpt-4" else 1024)
+        assert [f for f in again.validate() if f.severity != "info"] == []
+
+
+def test_r24_auto_stage() -> None:
+    b1 = ConfigPresets.b1()
+    assert stage(ConfigPresets.debug(), LAPTOP) == (0, True)
+    assert stage(Config(num_gpus=2, seq_length=512), LAPTOP) == (0, True)
+    assert stage(b1, gpus(1)) == (1, False)
+    assert stage(b1, gpus(8)) == (1, True)
+    assert stage(b1, gpus(4, 64)) == (2, True)
+    assert stage(ConfigPresets.b7(), gpus(8)) == (2, False)
+    assert stage(Config(precision="bf16"), LAPTOP) == (1, True)
+    assert stage(Config(precision="mixed_bf16"), LAPTOP) == (0, True)
+    assert stage(Config(use_deepspeed=False), LAPTOP) == (0, True)
+    assert stage(Config(zero_stage=2), LAPTOP) == (2, True)
+
+
+def test_r25_auto_precision() -> None:
+    def in_force(machine: Machine) -> str:
+        return resolve(Config(), machine, tokenizer_vocab=100_277).precision
+
+    assert (in_force(LAPTOP), in_force(gpus(1)), in_force(gpus(1, bf16=False))) == ("fp32", "bf16", "mixed_fp16")
+
+
+def test_c058_backend_and_launcher() -> None:
+    config = resolve(Config(num_gpus=2, communication_backend="nccl"), LAPTOP, tokenizer_vocab=100_277)
+    assert (config.communication_backend, config.launcher, config.num_gpus) == ("gloo", "torchrun", 2)
+    config = resolve(Config(), gpus(4), tokenizer_vocab=100_277)
+    assert (config.communication_backend, config.launcher, config.num_gpus) == ("nccl", "torchrun", 4)
+
+
+def test_r07_vocabulary_smaller_than_the_tokenizer() -> None:
+    with pytest.raises(ConfigError, match=r"vocab_size = 50,304: gpt-4 has 100,277 ids; set vocab_size=auto \(100,352\)"):
+        resolve(Config(vocab_size=50_304), LAPTOP, tokenizer_vocab=100_277)
+    assert resolve(Config(tokenizer="x.tiktoken"), LAPTOP, tokenizer_vocab=5_000).vocab_size == 5_120
+
+
+def test_r24_nothing_fits_is_an_error_with_advice() -> None:
+    with pytest.raises(ConfigError, match="choose a smaller preset") as caught:
+        resolve(ConfigPresets.b7(), gpus(8), tokenizer_vocab=100_277)
+    assert "ZeRO-3 on 16 such devices would do, but is not available yet" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "machine"),
+    [
+        (ConfigPresets.b1(), gpus(1)),
+        (ConfigPresets.b1(), gpus(4, 40)),
+        (Config(batch_size=64), Machine([], 8 * GB, 4, None)),
+        (Config(batch_size=512, seq_length=512), Machine([], 16 * GB, 4, None)),
+        (Config(seq_length=32_768, rope_theta=1e7, batch_size=1), gpus(1, 12)),
+    ],
+)
+def test_c077_advice_applied_fits(config: Config, machine: Machine) -> None:
+    model = model_config(config)
+    assert not choose_stage(config, machine, model).fits
+    found = advice(config, machine, model, max(1, len(machine.devices)))
+    assert 1 <= len(found) <= 3
+    for text in found:
+        again, where = config.model_copy(deep=True), machine
+        words = text.split()
+        if words[0] == "use":
+            where = gpus(int(words[1].replace(",", "")), machine.devices[0].memory_bytes / GB)
+        pairs = [w.split("=") for w in words if "=" in w]
+        assert pairs
+        for name, value in pairs:
+            setattr(again, name, value)
+        assert choose_stage(again, where, model_config(again)).fits, text
+        rows = again.batch_size * again.gradient_accumulation_steps
+        assert "same global batch" not in text or rows == config.batch_size * config.gradient_accumulation_steps
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("machine", [LAPTOP, gpus(1, 24), gpus(64)], ids=["cpu", "one", "many"])
+def test_c139_budget_keys_for_every_preset(name: str, machine: Machine) -> None:
+    figures = budget(ConfigPresets.get(name), machine, train_tokens=10**9, tokens_basis="guessed")
+    json.dumps(figures, allow_nan=False)
+    expected = "parameters device host disk flops_per_token tokens_per_step steps time resolved fits advice basis"
+    assert list(figures) == expected.split()
+    parts = "weights gradients optimizer activations logits experts buckets total available"
+    device = figures["device"]
+    assert set(parts.split()) <= set(device) and set(figures["time"]) >= {"p50_h", "p90_h", "basis"}
+    total = sum(device[n] for n in ("weights", "gradients", "optimizer", "activations", "logits", "buckets"))
+    assert device["total"] == total and figures["time"]["p50_h"] < figures["time"]["p90_h"]
+    assert figures["fits"] == (not figures["advice"] and figures["host"]["total"] <= figures["host"]["available"]
+                               and (machine.disk_free_bytes or 10**18) >= figures["disk"]["total"])  # fmt: skip
+    assert all("computed" in text or "guessed" in text for text in figures["basis"].values())
+
+
+def test_c113_time_grows_with_data_and_is_unknown_without() -> None:
+    config = ConfigPresets.debug()
+    none = budget(config, LAPTOP)
+    assert none["steps"] is None and none["time"]["p50_h"] is None and none["time"]["basis"].startswith("unknown")
+    hours = [budget(config, LAPTOP, train_tokens=n)["time"]["p50_h"] for n in (10**6, 10**7, 10**8)]
+    assert hours == sorted(hours) and hours[0] < hours[2]
+    config.max_steps = 10
+    assert budget(config, LAPTOP, train_tokens=10**9)["steps"] == 10
+    assert budget(config, LAPTOP)["steps"] == 10
+    config.num_epochs, config.max_steps = 1, None
+    assert budget(config, LAPTOP, train_tokens=20_480)["steps"] == 10
+
+
+def test_c139_tokens_per_step_and_world() -> None:
+    assert budget(Config(num_gpus=2, gradient_accumulation_steps=4), LAPTOP)["tokens_per_step"] == 2 * 4 * 2 * 2048
+    two = layout_of(Config(num_gpus=2), LAPTOP, 0)
+    assert two.world == 2 and two.on_cpu
+
+
+def test_c128_stage_table_falls_with_the_stage() -> None:
+    totals = [row["total"] for row in stage_table(ConfigPresets.b1(), gpus(8))]
+    assert totals == sorted(totals, reverse=True) and len(totals) == 4
+
+
+def test_c139_devices_in_words() -> None:
+    assert len(parse_devices("8x80GB")) == 8 and parse_devices("2 x H100 80GB")[0].name == "H100"
+    assert parse_devices("cpu") == [] and parse_devices("1x1.5gb")[0].memory_bytes == 1_500_000_000
+    for bad in ("8", "x80GB", "0x80GB", "8x0GB", "8x80", "-1x80GB", ""):
+        with pytest.raises(ValueError, match="8x80GB"):
+            parse_devices(bad)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1 KB"), (80e9, "80 GB"), (6.7556e6, "6.76 MB"), (999.96e9, "1 TB")]
+)
+def test_c139_bytes_in_words(count: float, text: str) -> None:
+    assert gb_text(count) == text
+
+
+def test_c139_counts_in_words() -> None:
+    assert [count_text(c) for c in (12, 494_208, 7.349e9, 1.661e12)] == ["12", "494 K", "7.35 B", "1.66 T"]
