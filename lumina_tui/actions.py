@@ -89,6 +89,7 @@ CHART = (
     Action("chart.last", "Last", "To the newest point", ("$", "end")),
     Action("chart.event_back", "Event before", "Crosshair to the event before", ("{",)),
     Action("chart.event_next", "Next event", "Crosshair to the next event", ("}",)),
+    Action("chart.pin", "Pin", "Keep this point and show the difference to it", ("enter",)),
     Action("chart.zoom_in", "Zoom in", "Half the range, about the crosshair", ("+", "=")),
     Action("chart.zoom_out", "Zoom out", "Twice the range", ("-",)),
     Action("chart.follow", "Follow", "Whole range, following the newest point", ("f",)),

@@ -29,6 +29,8 @@ class Palette:
     good: Style
     warn: Style
     bad: Style
+    raw: Style  # a noisy series
+    curve: Style  # the same, smoothed
     second: Style  # a second series: evaluation
     title: Style
     cursor: Style  # the chosen row
@@ -55,7 +57,9 @@ COLOURS = Palette(
     good=_style("#87af5f"),
     warn=_style("#d7af5f"),
     bad=_style("#d75f5f", bold=True),
-    second=_style("#d787af"),
+    raw=_style("#5f87af"),
+    curve=_style("#87d7ff", bold=True),
+    second=_style("#ffaf5f", bold=True),
     title=_style("#d0d0d0", bold=True),
     cursor=Style(bgcolor="#303030", bold=True),
     heat=(_style("#5f87d7"), _style("#87afd7"), _style("#767676"), _style("#d7af5f"), _style("#ff8700")),
@@ -70,7 +74,9 @@ NAMED = Palette(
     good=_style("green"),
     warn=_style("yellow"),
     bad=_style("red", bold=True),
-    second=_style("magenta"),
+    raw=_style("blue"),
+    curve=_style("cyan", bold=True),
+    second=_style("magenta", bold=True),
     title=_style(bold=True),
     cursor=_style(reverse=True),
     heat=(_style("blue"), _style("cyan"), _style(), _style("yellow"), _style("red", bold=True)),

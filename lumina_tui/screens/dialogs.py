@@ -141,7 +141,7 @@ def help_text(screen: LuminaScreen) -> Content:
     """Keys of the focused panel first, then of the screen, then everywhere; what cannot be done now says why."""
     focused: Any = screen.focused
     scopes: list[tuple[str, str, Any]] = []
-    if focused is not None and getattr(focused, "scope", ""):
+    if getattr(focused, "scope", ""):
         scopes.append((str(focused.scope), "This panel", focused))
     if screen.scope:
         scopes.append((screen.scope, screen.heading, screen))
