@@ -6,6 +6,7 @@ import hmac
 import json
 import selectors
 import socket
+import time
 from collections import deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,7 +47,6 @@ class RankServer:
     def __init__(self, path: Path, selector: selectors.BaseSelector, nonce: str, world: int) -> None:
         self.path = path
         self.ranks: dict[int, RankState] = {}
-        self.now = 0.0
         self._nonce = nonce
         self._world = world
         self._selector = selector
@@ -74,8 +74,9 @@ class RankServer:
 
     def shown(self) -> list[dict[str, Any]]:
         """The ranks for a viewer: rank, pid, step, section, seconds in it."""
+        now = time.monotonic()
         return [
-            {"rank": rank, "pid": state.process.pid, "step": state.step, "section": state.section, "age_s": self.now - state.at}
+            {"rank": rank, "pid": state.process.pid, "step": state.step, "section": state.section, "age_s": now - state.at}
             for rank, state in sorted(self.ranks.items())
         ]
 
@@ -86,9 +87,9 @@ class RankServer:
         self.ranks.clear()
         self._waiting.clear()
 
-    def tick(self, now: float) -> None:
-        """Call every turn with the monotonic time."""
-        self.now = now
+    def tick(self) -> None:
+        """Time limits. Call every turn."""
+        now = time.monotonic()
         for connection, since in list(self._since.items()):
             if now - since > HELLO_TIME:
                 self._drop(connection)
@@ -117,7 +118,7 @@ class RankServer:
             return
         connection.setblocking(False)
         self._connections[connection] = None
-        self._since[connection] = self.now
+        self._since[connection] = time.monotonic()
         self._selector.register(connection, selectors.EVENT_READ, lambda: self._ready(connection))
 
     def _ready(self, connection: socket.socket) -> None:
@@ -144,7 +145,7 @@ class RankServer:
             return self._greet(connection, content)
         state = self.ranks[rank]
         if content.get("op") == "beat" and isinstance(content.get("step"), int):
-            state.step, state.section, state.at = content["step"], str(content.get("section"))[:32], self.now
+            state.step, state.section, state.at = content["step"], str(content.get("section"))[:32], time.monotonic()
         elif content.get("op") == "exit" and isinstance(content.get("code"), int):
             state.exit_code = content["code"]
             state.exit_reason = str(content["reason"])[:1000] if content.get("reason") else None
@@ -165,7 +166,7 @@ class RankServer:
             return False
         del self._since[connection]
         self._connections[connection] = rank
-        self.ranks[rank] = RankState(found, at=self.now)
+        self.ranks[rank] = RankState(found, at=time.monotonic())
         while rank == 0 and self._waiting and self._deliver(connection, self._waiting[0]):
             self._waiting.popleft()
         return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 import uuid
 from collections.abc import Iterator
 from typing import Any
@@ -43,7 +44,7 @@ class RunClient:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._socket.settimeout(timeout)
         try:
-            self._socket.connect(path)
+            self._connect(path)
             self._send({"op": "hello", "proto": PROTO, "client": name})
             self.hello = self.read()
         except OSError as error:
@@ -52,6 +53,17 @@ class RunClient:
         if self.hello is None or self.hello.get("op") != "hello":
             self._socket.close()
             raise RunError(f"run {run.name} refused: {(self.hello or {}).get('reason', 'it closed the connection')}", 1)
+
+    def _connect(self, path: str) -> None:
+        """Connect; while the queue of connections is full the kernel says "try again", so do, for a second."""
+        deadline = time.monotonic() + 1.0
+        while True:
+            try:
+                return self._socket.connect(path)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.01)
 
     def fileno(self) -> int:
         """The socket, for a selector."""

@@ -14,6 +14,7 @@ import socket
 import stat
 import struct
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -46,7 +47,7 @@ def socket_folder() -> Path:
 
 
 def prepare_folder(folder: Path) -> None:
-    """Make the folder (0700), or make sure that it is one, this user's, and closed to everybody else.
+    """Make the folder (0700), or make sure that it is one, of this user, closed to everybody else.
 
     Raises:
         RunError: it is something else; the reason and what to do (exit code 65).
@@ -97,7 +98,7 @@ def bind_socket(path: Path, kind: int = socket.SOCK_STREAM) -> socket.socket:
         raise
     finally:
         os.umask(before)
-    listener.listen(64)
+    listener.listen(128)
     return listener
 
 
@@ -160,6 +161,11 @@ class _Client:
         self.sent = 0  # bytes of the first piece that are out
         self.queued = 0
         self.gap: tuple[int, int] | None = None
+
+    @property
+    def pending(self) -> bool:
+        """Whether there is something to send: pieces, or the news of a gap."""
+        return bool(self.output) or self.gap is not None
 
     def put(self, data: bytes, chunk: Chunk | None = None) -> None:
         self.output.append((data, chunk))
@@ -228,10 +234,11 @@ class ViewerServer:
         answer: Callable[[str, object, object], dict[str, Any]],
         *,
         rebind_time: float = REBIND_TIME,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.path = path
         self.head_seq = 0  # of the last record published
-        self.now = 0.0
+        self._clock = clock
         self._selector = selector
         self._hello = hello
         self._answer = answer
@@ -259,16 +266,16 @@ class ViewerServer:
                 if client.ready:
                     client.put_chunk(chunk)
         for client in list(self._clients.values()):
-            if client.output:
+            if client.pending:
                 self._flush(client)
 
-    def tick(self, now: float) -> None:
-        """Time limits, and the socket's place. Call every turn with the monotonic time."""
-        self.now = now
+    def tick(self) -> None:
+        """Time limits, and the socket's place. Call every turn."""
+        now = self._clock()
         for client in list(self._clients.values()):
             if not client.ready and now - client.since > HELLO_TIME:
                 self._bye(client, "no hello came")
-            elif not client.output:
+            elif not client.pending:
                 client.drained = now
             elif now - client.drained > STALL_TIME:
                 self._drop(client)
@@ -306,7 +313,7 @@ class ViewerServer:
             except OSError:
                 return  # nobody waits any more, or the client left again at once
             connection.setblocking(False)
-            client = _Client(connection, self.now)
+            client = _Client(connection, self._clock())
             reason = None
             if not peer_is_me(connection):
                 reason = "another user's process"
@@ -316,11 +323,13 @@ class ViewerServer:
             self._selector.register(connection, selectors.EVENT_READ, lambda client=client: self._ready(client))
             if reason is not None:
                 self._bye(client, reason)
+            else:
+                self._ready(client)  # its hello may be there, or it may be gone already and must not take up a place
 
     def _ready(self, client: _Client) -> None:
         if client.connection.fileno() not in self._clients:
             return  # dropped earlier in this turn
-        if client.output:
+        if client.pending:
             self._flush(client)
         try:
             data = client.connection.recv(LINE_LIMIT)
@@ -341,7 +350,7 @@ class ViewerServer:
                 return
         if len(client.input) >= LINE_LIMIT:
             self._bye(client, "a line is too long")
-        elif client.output:
+        elif client.pending:
             self._flush(client)
 
     def _take(self, client: _Client, line: bytes) -> str | None:
@@ -372,11 +381,11 @@ class ViewerServer:
 
     def _flush(self, client: _Client) -> None:
         try:
-            client.flush(self.head_seq, self.now)
+            client.flush(self.head_seq, self._clock())
         except OSError:
             self._drop(client)
             return
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.output else 0)
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.pending else 0)
         if self._selector.get_key(client.connection).events != wanted:
             self._selector.modify(client.connection, wanted, lambda: self._ready(client))
 
@@ -384,7 +393,7 @@ class ViewerServer:
         """Say why, as far as the kernel takes it, and close."""
         client.put(_line({"op": "bye", "reason": reason}))
         with contextlib.suppress(OSError):
-            client.flush(self.head_seq, self.now)
+            client.flush(self.head_seq, self._clock())
         self._drop(client)
 
     def _drop(self, client: _Client) -> None:

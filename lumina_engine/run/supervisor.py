@@ -177,14 +177,13 @@ class Supervisor:
             for key, _ in self.selector.select(TICK):
                 key.data()
             now = time.monotonic()
-            self.viewers.now = self.ranks.now = now
             self._read_log(now)
             while self._signals:
                 self._signal(self._signals.pop(0), now)
             self._reap(now)
             self._advance(now)
-            self.viewers.tick(now)
-            self.ranks.tick(now)
+            self.viewers.tick()
+            self.ranks.tick()
             if now - self.log_checked > LOG_CHECK_TIME:
                 self.log_checked = now
                 output.cap(self.run.log_path, int(self.settings.engine_log_mb * (1 << 20)))

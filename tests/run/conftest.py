@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,12 @@ class Runs:
             except Exception:
                 continue
             if nonce:
-                until(lambda nonce=nonce: send_all(marked(nonce), signal.SIGKILL) == 0, "the run's processes to end")
+                until(partial(nothing_left, nonce), "the run's processes to end")
+
+
+def nothing_left(nonce: str) -> bool:
+    """Kill what a run left behind; whether there was nothing."""
+    return send_all(marked(nonce), signal.SIGKILL) == 0
 
 
 @pytest.fixture
