@@ -28,7 +28,18 @@ BANNED = {
 }
 # Rooms of ours, lowest first; a room may import itself and those before it. Rooms on one rung may not import each other
 # unless named together.
-RANK = {"config": 0, "text": 0, "commit": 1, "monitoring": 2, "run": 3, "data": 4, "model": 4, "checkpoint": 5, "chat": 6, "training": 7}
+RANK = {
+    "config": 0,
+    "text": 0,
+    "commit": 1,
+    "monitoring": 2,
+    "run": 3,
+    "data": 4,
+    "model": 4,
+    "checkpoint": 5,
+    "chat": 6,
+    "training": 7,
+}
 
 
 def module_name(path: Path) -> str:

@@ -102,7 +102,10 @@ def table(rows: Iterable[Sequence[object]], columns: Sequence[str], right: Itera
     aligned = set(right)
 
     def line(row: Sequence[str]) -> str:
-        parts = [cell.rjust(width) if i in aligned else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        parts = [
+            cell.rjust(width) if i in aligned else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
         return "  ".join(parts).rstrip()
 
     return "\n".join(line(row) for row in [list(columns), *cells])

@@ -48,7 +48,13 @@ class _Follower:
             for item in self.reader.read_new():
                 if item.inc < self.inc:
                     continue
-                final = item if isinstance(item, rec.Run) and item.state in rec.FINAL_STATES else final if not isinstance(item, rec.Run) else None
+                final = (
+                    item
+                    if isinstance(item, rec.Run) and item.state in rec.FINAL_STATES
+                    else final
+                    if not isinstance(item, rec.Run)
+                    else None
+                )
                 self.show(item)
             if not alive:  # looked at before the log was read, so nothing can have been written since
                 break

@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mode.add_argument("--resume", action="store_true", help="go on from the newest verified checkpoint; starts a new name")
     mode.add_argument("--fresh", action="store_true", help="move a run of that name aside and start again")
     parser.add_argument("--detach", action="store_true", help="return as soon as the run has started")
-    parser.add_argument("--dry-run", action="store_true", help="show findings, budget, command and deepspeed.json; start nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show findings, budget, command and deepspeed.json; start nothing"
+    )
     common.add_json(parser)
 
 
@@ -41,7 +43,9 @@ def run(args: argparse.Namespace) -> int:
         return _resume(args, existing)
     plan = _plan(args, name)
     if existing is not None and not args.fresh:
-        raise common.UserError(f"run {name!r} exists: add --resume to go on with it, --fresh to move it aside, or choose another --run")
+        raise common.UserError(
+            f"run {name!r} exists: add --resume to go on with it, --fresh to move it aside, or choose another --run"
+        )
     if args.dry_run:
         return _show(args, plan)
     return _start(args, plan, root, existing)
@@ -122,7 +126,10 @@ def _show(args: argparse.Namespace, plan: Plan) -> int:
     argv = rank_argv(plan.config, Path("RUN"), plan.world)
     figures = budget(plan.config, plan.machine)
     if args.json:
-        findings = [{"code": f.code, "severity": f.severity, "keys": list(f.keys), "message": f.message, "fix": f.fix} for f in plan.findings]
+        findings = [
+            {"code": f.code, "severity": f.severity, "keys": list(f.keys), "message": f.message, "fix": f.fix}
+            for f in plan.findings
+        ]
         common.print_json({"findings": findings, "budget": figures, "argv": argv, "deepspeed": plan.deepspeed})
         return 0
     for finding in plan.findings:
@@ -186,7 +193,8 @@ def _resume(args: argparse.Namespace, directory: Any) -> int:
     if directory.alive:
         owner = directory.owner()
         raise common.UserError(
-            f"run {directory.name!r} is running (pid {owner.pid if owner else '?'}): watch it with `lumina {directory.name}`", 65
+            f"run {directory.name!r} is running (pid {owner.pid if owner else '?'}): watch it with `lumina {directory.name}`",
+            65,
         )
     config = Config.load(directory.config_path)
     if args.preset or args.config or args.overrides:

@@ -46,7 +46,9 @@ class Control:
 
     def agree(self) -> list[Request]:
         """All requests since the last call, the same on every rank. A collective when there are several ranks."""
-        mine = [{"cmd": c.cmd, "args": dict(c.args), "id": c.id} for c in self.channel.poll()] if self.channel is not None else []
+        mine = (
+            [{"cmd": c.cmd, "args": dict(c.args), "id": c.id} for c in self.channel.poll()] if self.channel is not None else []
+        )
         names = sorted(self._flags)
         # one swap, then read: a signal in between lands in the old dictionary (read now) or in the new one (read next time)
         taken, self._flags = self._flags, dict.fromkeys(names, False)

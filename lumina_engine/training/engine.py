@@ -66,7 +66,9 @@ class SkippableAdamW(torch.optim.AdamW):
         return None if self.skip else super().step(closure)
 
 
-def adamw(groups: Iterable[dict[str, Any]], config: Any, kind: type[torch.optim.AdamW] = torch.optim.AdamW) -> torch.optim.AdamW:
+def adamw(
+    groups: Iterable[dict[str, Any]], config: Any, kind: type[torch.optim.AdamW] = torch.optim.AdamW
+) -> torch.optim.AdamW:
     """AdamW, fused where the device has it (CPU and CUDA do)."""
     return kind(
         list(groups), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, fused=True
@@ -80,7 +82,9 @@ def _named_state(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str
                 yield f"optimizer.{key}.{names[parameter]}", torch.as_tensor(value)
 
 
-def _load_named_state(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], tensors: dict[str, torch.Tensor]) -> None:
+def _load_named_state(
+    optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], tensors: dict[str, torch.Tensor]
+) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = {}

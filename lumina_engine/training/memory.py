@@ -26,8 +26,14 @@ def memory_stats(model: Any, optimizer_tensors: dict[str, torch.Tensor], device:
             "free": free,
         }
     else:
-        peak = getattr(process, "peak_wset", None) or _peak_rss()
-        on_device = {"allocated": process.rss, "reserved": process.rss, "peak": peak, "total": host.total, "free": host.available}
+        peak = max(process.rss, _peak_rss())  # the kernel updates the peak with a delay
+        on_device = {
+            "allocated": process.rss,
+            "reserved": process.rss,
+            "peak": peak,
+            "total": host.total,
+            "free": host.available,
+        }
     return {
         "device": {"type": device.type, **on_device},
         "host": {"rss": process.rss, "available": host.available, "total": host.total},

@@ -49,7 +49,9 @@ class RoutingWindow:
             shares = [n / total for n in row if n > 0] if total > 0 else []
             record.imbalance.append(max(row) * len(row) / total if total > 0 else math.nan)
             entropy = -sum(s * math.log(s) for s in shares)
-            record.entropy.append(entropy / math.log(len(row)) if len(row) > 1 and total > 0 else 1.0 if total > 0 else math.nan)
+            record.entropy.append(
+                entropy / math.log(len(row)) if len(row) > 1 and total > 0 else 1.0 if total > 0 else math.nan
+            )
             record.dead.append(sum(1 for n in row if n == 0))
         record.dropped = [n / choices for n in dropped_L.tolist()]
         record.confidence = [score / max(float(tokens), 1.0) for score in top_L.tolist()]

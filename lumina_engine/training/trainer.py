@@ -279,7 +279,9 @@ class EnhancedConversationTrainer:
             )
         )
         if self.progress.nonfinite_in_row >= limit:
-            raise Stop("failed", 93, f"{limit} steps in a row were not finite, the last is {step}: lower learning_rate", save=False)
+            raise Stop(
+                "failed", 93, f"{limit} steps in a row were not finite, the last is {step}: lower learning_rate", save=False
+            )
 
     # ---- the boundary ---------------------------------------------------------------------------------------------------
 

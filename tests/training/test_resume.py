@@ -21,7 +21,15 @@ from lumina_engine.run.directory import RunDirectory
 from lumina_engine.run.launch import wait
 
 KEYS = [
-    *("hidden_size=64", "num_layers=2", "num_heads=2", "num_kv_heads=1", "intermediate_size=96", "num_experts=4", "moe_top_k=2"),
+    *(
+        "hidden_size=64",
+        "num_layers=2",
+        "num_heads=2",
+        "num_kv_heads=1",
+        "intermediate_size=96",
+        "num_experts=4",
+        "moe_top_k=2",
+    ),
     *("tokenizer=lumina-1k", "seq_length=64", "rope_theta=10000", "batch_size=4", "num_workers=0", "learning_rate=3e-3"),
     *("max_steps=30", "save_interval=5", "eval_interval=10", "eval_batches=2", "warmup_steps=4", "max_restarts=0"),
     *("dropout=0.1", "router_jitter_noise=0.01", "router_bias_rate=0.001", "expert_log_interval=3"),
@@ -117,7 +125,18 @@ def test_rs07_changed_data_is_refused(unbroken: tuple[Path, Path, RunDirectory])
 
 def test_resume_refuses_a_key_that_must_not_change(unbroken: tuple[Path, Path, RunDirectory]) -> None:
     root, _, run = unbroken
-    words = [sys.executable, "-m", "lumina_engine.cli", "train", "--runs", str(root), "--run", run.name, "--resume", "hidden_size=128"]
+    words = [
+        sys.executable,
+        "-m",
+        "lumina_engine.cli",
+        "train",
+        "--runs",
+        str(root),
+        "--run",
+        run.name,
+        "--resume",
+        "hidden_size=128",
+    ]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2
     assert "hidden_size" in done.stderr and "Traceback" not in done.stderr

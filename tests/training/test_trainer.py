@@ -1,0 +1,208 @@
+"""The trainer in a plain script: overfitting and talking back, evaluation, guards, figures (C1, C64-C68, FT04, R13)."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lumina_engine.chat.events import ModelInfo
+from lumina_engine.chat.generate import LocalBackend
+from lumina_engine.chat.session import ChatSession
+from lumina_engine.checkpoint.manager import CheckpointManager, load_model
+from lumina_engine.config.schema import Config
+from lumina_engine.data.batch import ConversationDataset
+from lumina_engine.data.tokenizer import ConversationTokenizer
+from lumina_engine.model.transformer import DeepSeekTransformer
+from lumina_engine.monitoring import record as rec
+from lumina_engine.training.comm import Comm
+from lumina_engine.training.memory import dry_run
+from lumina_engine.training.state import payload
+from lumina_engine.training.trainer import EnhancedConversationTrainer
+
+from .losses import TINY, Records
+
+CHATS = [
+    ("What is the capital of the moon?", "There is none, but the craters have lovely names."),
+    ("Say three colours.", "Teal, ochre and violet."),
+    ("Count down from five", "5, 4, 3, 2, 1 \N{ROCKET}"),
+    ("Who are you?", "I am Lumina, a very small model."),
+]
+
+
+def setup(
+    tmp_path: Path, manager: bool = False, **overrides: Any
+) -> tuple[EnhancedConversationTrainer, ConversationDataset, Records]:
+    """A trainer on four conversations, and what it needs."""
+    path = tmp_path / "train.jsonl"
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in CHATS]
+    path.write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
+    values = {
+        **TINY,
+        "data_cache_dir": str(tmp_path / "cache"),
+        "train_data_path": str(path),
+        "use_deepspeed": False,
+        **overrides,
+    }
+    config = Config(**values)
+    tokenizer = ConversationTokenizer(config.tokenizer)
+    dataset = ConversationDataset(data_path=str(path), tokenizer=tokenizer, config=config)
+    model = DeepSeekTransformer(config)
+    records = Records()
+    keeper = CheckpointManager(config, run_dir=tmp_path / "run") if manager else None
+    trainer = EnhancedConversationTrainer(
+        model, tokenizer, config, records, comm=Comm.start("gloo") if config.use_deepspeed else Comm(), manager=keeper
+    )
+    return trainer, dataset, records
+
+
+def test_c001_one_batch_is_learned_by_heart_and_said_back_through_chat(tmp_path: Path) -> None:
+    keys = {
+        "batch_size": 4,
+        "seq_length": 128,
+        "max_steps": 250,
+        "num_epochs": 1000,
+        "packing": "none",
+        "moe_top_k": 1,
+        "save_interval": 0,
+    }
+    trainer, dataset, _ = setup(tmp_path, manager=True, **keys)
+    summary = trainer.train(dataset)
+    assert summary["loss"] < 0.01
+    checkpoint = max((tmp_path / "run" / "checkpoints").glob("step-*"))
+    model, tokenizer, info = load_model(checkpoint)
+    backend = LocalBackend(model, tokenizer, ModelInfo(path=str(checkpoint), context_limit=128))
+    for question, answer in CHATS:
+        session = ChatSession(backend, overrides={"temperature": 0.0}, seed=0, chats_dir=tmp_path)
+        events = list(session.send(question))
+        spoken = [e.token for e in events if type(e).__name__ == "Token"]
+        assert session.messages()[-1]["content"] == answer
+        assert [i for i in spoken if i not in tokenizer.special_ids] == tokenizer.encode(answer)
+
+
+def test_c066_evaluation_is_the_same_for_any_batch_and_leaves_training_alone(tmp_path: Path) -> None:
+    trainer, dataset, _ = setup(tmp_path, batch_size=4, dropout=0.1, router_jitter_noise=0.1)
+    before = torch.get_rng_state()
+    whole = trainer.evaluate(dataset)
+    trainer.config = trainer.config.model_copy(update={"batch_size": 1})
+    single = trainer.evaluate(dataset, max_batches=0)
+    assert torch.equal(before, torch.get_rng_state())
+    assert trainer.model.training
+    for name in ("loss", "perplexity", "bits_per_byte", "accuracy", "tokens"):
+        assert single[name] == pytest.approx(whole[name], rel=1e-5)
+    assert whole["loss"] == pytest.approx(math.log(whole["perplexity"]))
+    text_bytes = sum(len(answer.encode()) for _, answer in CHATS)
+    assert whole["bits_per_byte"] == pytest.approx(whole["loss"] * whole["tokens"] / math.log(2) / text_bytes)
+
+
+def test_r15_evaluation_without_data_says_so(tmp_path: Path) -> None:
+    from lumina_engine.training.evaluation import evaluate
+
+    trainer, _, _ = setup(tmp_path)
+    figures = evaluate(trainer.model, [], Comm(), torch.zeros(1), trainer.precision.context)
+    assert figures["tokens"] == 0 and math.isnan(figures["loss"])
+
+
+@pytest.mark.parametrize("deepspeed", [False, True])
+def test_ft04_one_nan_costs_exactly_one_step(tmp_path: Path, deepspeed: bool) -> None:
+    trainer, dataset, records = setup(
+        tmp_path, batch_size=4, max_steps=6, num_epochs=100, use_deepspeed=deepspeed, zero_stage=1 if deepspeed else "auto"
+    )
+    weights: list[dict[str, torch.Tensor]] = []
+    forward = trainer.engine.forward
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        weights.append({name: t.detach().clone() for name, t in trainer.model.state_dict().items()})
+        if len(weights) == 3:
+            out.loss_sum = out.loss_sum * math.nan
+        return out
+
+    trainer.engine.forward = poisoned  # type: ignore[method-assign]
+    trainer.train(dataset)
+    steps = [r for r in records if isinstance(r, rec.Step)]
+    assert [r.skipped for r in steps] == [False, False, True, False, False, False]
+    assert math.isnan(steps[2].loss or 0.0)
+    assert all(torch.equal(weights[2][name], weights[3][name]) for name in weights[2])  # bitwise unchanged
+    assert not all(torch.equal(weights[3][name], weights[4][name]) for name in weights[3])
+    assert [r.code for r in records if isinstance(r, rec.Alert)] == ["nonfinite_step"]
+
+
+def test_ft05_endless_nan_ends_the_run_with_93(tmp_path: Path) -> None:
+    trainer, dataset, _ = setup(tmp_path, batch_size=4, max_steps=20, num_epochs=100, max_nonfinite_in_row=3)
+    forward = trainer.engine.forward
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        out.loss_sum = out.loss_sum * math.inf
+        return out
+
+    trainer.engine.forward = poisoned  # type: ignore[method-assign]
+    summary = trainer.train(dataset)
+    assert (summary["state"], summary["exit_code"], summary["step"]) == ("failed", 93, 3)
+
+
+def test_c068_learning_rate_can_be_changed_while_training(tmp_path: Path) -> None:
+    trainer, dataset, records = setup(
+        tmp_path, batch_size=4, max_steps=8, num_epochs=100, lr_schedule="constant", warmup_steps=0
+    )
+    trainer.prepare(dataset)
+    trainer.adjust_learning_rate(1e-4)
+    trainer.train(dataset)
+    assert [r.lr for r in records if isinstance(r, rec.Step)] == pytest.approx([1e-4] * 8)
+    change = next(r for r in records if isinstance(r, rec.Change))
+    assert (change.what, change.before, change.after, change.by) == ("learning_rate", 3e-3, 1e-4, "user")
+    assert payload(trainer).global_state["schedule"]["multiplier"] == pytest.approx(1e-4 / 3e-3)
+
+
+def test_c067_memory_stats_are_measured(tmp_path: Path) -> None:
+    trainer, dataset, _ = setup(tmp_path, batch_size=4, max_steps=1)
+    trainer.train(dataset)
+    stats = trainer.get_memory_stats()
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    assert stats["components"]["parameters"] == 4 * parameters
+    assert 8 * parameters <= stats["components"]["optimizer"] <= 8 * parameters + 4096  # two moments and the counters
+    assert stats["host"]["rss"] > 8 * parameters and stats["device"]["peak"] >= stats["device"]["allocated"] > 0
+
+
+def test_c062_debug_training_setup_tells_the_truth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer, dataset, _ = setup(tmp_path, batch_size=2, gradient_accumulation_steps=3)
+    trainer.prepare(dataset)
+    report = trainer.debug_training_setup()
+    assert "2 micro x 3 accumulation x 1 ranks = 6 rows" in report["batch"]
+    assert sum(g["parameters"] for g in report["parameter_groups"]) == report["parameters"]
+    assert {g["weight_decay"] for g in report["parameter_groups"]} == {0.01, 0.0}
+    assert any(answer in report["first_row_trained"] for _, answer in CHATS)
+    assert "parameter_groups" in capsys.readouterr().out
+
+
+def test_c076_dry_run_leaves_no_trace(tmp_path: Path) -> None:
+    trainer, _, _ = setup(tmp_path, router_jitter_noise=0.1, dropout=0.1)
+    before = torch.get_rng_state()
+    dry_run(trainer.model, trainer.config, torch.device("cpu"), trainer.precision.context)
+    assert all(p.grad is None for p in trainer.model.parameters())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_c110_a_micro_batch_that_does_not_fit_is_told_with_advice(tmp_path: Path) -> None:
+    trainer, _, _ = setup(tmp_path)
+
+    def no_memory(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    trainer.model.forward = no_memory
+    with pytest.raises(MemoryError, match="lower batch_size"):
+        dry_run(trainer.model, trainer.config, torch.device("cpu"), trainer.precision.context)
+
+
+def test_c076_save_comes_before_evaluate(tmp_path: Path) -> None:
+    trainer, dataset, records = setup(
+        tmp_path, manager=True, batch_size=4, max_steps=4, num_epochs=100, save_interval=2, eval_interval=2, async_save=False
+    )
+    trainer.train(dataset, dataset)
+    order = [(type(r).__name__, r.step) for r in records if isinstance(r, rec.Checkpoint | rec.Eval)]
+    assert order == [("Checkpoint", 2), ("Eval", 2), ("Checkpoint", 4), ("Eval", 4)]
