@@ -114,7 +114,7 @@ def cross_entropy_sum(
 
 @torch.no_grad()
 def correct_count(hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor, chunk: int = 2048) -> Tensor:
-    """How many targets that are not -100 are the most probable token; int64 scalar. At most `chunk` rows of logits at a time."""
+    """How many targets that are not -100 are the most probable token (int64 scalar), from `chunk` rows of logits at a time."""
     rows_N = (targets_BS.reshape(-1) != IGNORED).nonzero().squeeze(1)
     hidden_ND = hidden_BSD.reshape(-1, hidden_BSD.shape[-1]).index_select(0, rows_N)
     targets_N = targets_BS.reshape(-1).index_select(0, rows_N)

@@ -51,13 +51,6 @@ class RouterStats:
         counts, prob_sums, z_sums, dropped, top_scores = (torch.stack(parts) for parts in zip(*layers, strict=True))
         return RouterStats(counts, prob_sums, z_sums, dropped, top_scores, tokens)
 
-    def detach(self) -> RouterStats:
-        return RouterStats(*(tensor.detach() for tensor in vars(self).values()))
-
-    def __add__(self, other: RouterStats) -> RouterStats:
-        """Statistics of both micro batches together."""
-        return RouterStats(*(mine + theirs for mine, theirs in zip(vars(self).values(), vars(other).values(), strict=True)))
-
 
 def balance_loss(prob_sum_LE: Tensor, counts_LE: Tensor, tokens: Tensor, prob_tokens: Tensor, top_k: int) -> Tensor:
     """Mean over expert layers of E/K · Σ_e (n_e/T)·P_e (Switch, arXiv:2101.03961); 1.0 = balanced.
