@@ -148,12 +148,33 @@ MONITOR = (
     Action("monitor.reload", "Reload", "Read the run's files again", ("r",)),
 )
 
+TRANSCRIPT = (
+    Action("transcript.down", "Down", "Next line", ("j", "down")),
+    Action("transcript.up", "Up", "Line before", ("k", "up")),
+    Action("transcript.top", "First", "First line", ("g", "home")),
+    Action("transcript.bottom", "Newest", "Newest line, and follow it", ("G", "end")),
+    Action("transcript.page_down", "Page down", "A page further", ("ctrl+d", "pagedown")),
+    Action("transcript.page_up", "Page up", "A page back", ("ctrl+u", "pageup")),
+)
+
+CHAT = (
+    Action("chat.write", "Write", "Go to the message field; Esc leaves it", ("i",), footer=1, short="write"),
+    Action("chat.again", "Again", "Answer the last message again", (".",), footer=2, short="again"),
+    Action("chat.mode", "Mode", "Next mode: standard, creative, analytical, precise", ("M",), footer=3, short="mode"),
+    Action("chat.new", "New conversation", "Forget this conversation, keep the system prompt", ("a",), footer=4, short="new"),
+    Action("chat.checkpoints", "Checkpoints", "Choose another checkpoint", ("o",), footer=5, short="checkpoints"),
+    Action("chat.settings", "Settings", "Temperature, top-p, top-k, penalty, length, seed", (",",)),
+    Action("chat.reload", "Reload", "Start the server again, load a newer checkpoint, or read the list again", ("r",)),
+    Action("chat.copy", "Copy reply", "Copy the last reply", ("y",)),
+    Action("chat.export", "Export", "Write the conversation as JSON or Markdown", ("e",)),
+)
+
 # Append the block of your screen here: NAME = (Action("name.verb", …), …), then add it to ACTIONS.
 
-ACTIONS: tuple[Action, ...] = (*APP, *NUMBERS, *TABLE, *CHART, *MAP, *LOG, *HOME, *MONITOR)
+ACTIONS: tuple[Action, ...] = (*APP, *NUMBERS, *TABLE, *CHART, *MAP, *LOG, *HOME, *MONITOR, *TRANSCRIPT, *CHAT)
 
 # kinds of panel that stand on a screen: their keys must not clash with the screen's
-PANELS: dict[str, tuple[str, ...]] = {"home": ("table",), "monitor": ("chart", "map", "log")}
+PANELS: dict[str, tuple[str, ...]] = {"home": ("table",), "monitor": ("chart", "map", "log"), "chat": ("table", "transcript")}
 
 
 def by_id() -> Mapping[str, Action]:

@@ -1,0 +1,270 @@
+"""The way from the Chat screen to a chat server: starting it, waiting for it, streaming replies. No widget, no torch.
+
+Blocking work runs in daemon threads that put updates into a queue; the screen takes them out when it repaints. A terminal that
+is frozen or gone never holds a reply up, and a reply never holds the terminal up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from lumina_engine.chat.client import ServerBackend, ServerGone, probe, socket_path
+from lumina_engine.chat.events import Event
+from lumina_engine.chat.modes import ChatError
+from lumina_engine.chat.session import ChatSession
+from lumina_engine.run.process import process, send_signal
+
+if TYPE_CHECKING:
+    from lumina_engine.chat.events import Backend
+
+START_TIME = 90.0  # s until `serve --detach` must have answered
+POLL = 0.05
+
+
+class Phase(Enum):
+    """What the link is doing."""
+
+    IDLE = "idle"  # no checkpoint chosen
+    CONNECTING = "connecting"
+    READY = "ready"
+    REPLYING = "replying"
+    GONE = "gone"  # no server; the conversation is kept
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What is being done while connecting, and since when (seconds)."""
+
+    detail: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Connected:
+    """A server answers; `notice` says why this checkpoint."""
+
+    backend: Backend
+    notice: str = ""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """No server: it could not be started, or it ended. The error is one line with its fix."""
+
+    error: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """This reply failed; the server goes on."""
+
+    error: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The conversation was written after a turn, or why not."""
+
+    path: Path | None
+    error: str = ""
+
+
+Update: TypeAlias = Progress | Connected | Lost | Refused | Saved | Event
+Starter: TypeAlias = Callable[[Path, Callable[[], bool]], int]  # (checkpoint, given up?) -> pid of the server
+
+
+@dataclass
+class _Attempt:
+    """One try to connect. `given_up` ends its thread."""
+
+    path: Path
+    given_up: threading.Event = field(default_factory=threading.Event)
+
+
+class ChatLink:
+    """One conversation's connection. Call everything from the screen's thread; `drain` gives what has happened.
+
+    Args:
+        starter: starts a detached server and returns its pid once it answers.
+        save: write the conversation after every turn.
+    """
+
+    def __init__(self, starter: Starter | None = None, *, save: bool = True) -> None:
+        self.phase = Phase.IDLE
+        self.session: ChatSession | None = None
+        self.path: Path | None = None
+        self._starter = starter or start_server
+        self._save = save
+        self._updates: deque[Update] = deque()
+        self._attempt: _Attempt | None = None
+        self._backend: Backend | None = None
+
+    def drain(self) -> list[Update]:
+        """Everything since the last call, in order; the phase follows it."""
+        updates = []
+        while self._updates:
+            update = self._updates.popleft()
+            self._follow(update)
+            updates.append(update)
+        return updates
+
+    def _follow(self, update: Update) -> None:
+        if isinstance(update, Connected):
+            self._backend = update.backend
+            if self.session is not None:
+                self.session.backend = update.backend
+            self.phase = Phase.READY
+        elif isinstance(update, Lost):
+            self.phase = Phase.GONE
+        elif isinstance(update, Refused | Saved):
+            self.phase = Phase.READY
+
+    # connecting
+
+    def connect(self, path: Path, notice: str = "") -> None:
+        """Attach to the server of a committed checkpoint, starting it if it does not run."""
+        self.disconnect()
+        self.path = path
+        self.phase = Phase.CONNECTING
+        attempt = self._attempt = _Attempt(path)
+        threading.Thread(target=self._connect, args=(attempt, notice, self._updates), name="chat-connect", daemon=True).start()
+
+    def disconnect(self) -> None:
+        """Leave the server, or stop waiting for it. It goes on for others until its idle time is over."""
+        if self._attempt is not None:
+            self._attempt.given_up.set()
+            self._attempt = None
+        if self._backend is not None:
+            self._backend.close()
+            self._backend = None
+        self._updates = deque()  # threads of the old connection keep the old queue
+        self.phase = Phase.IDLE
+
+    def _connect(self, attempt: _Attempt, notice: str, updates: deque[Update]) -> None:
+        began = time.monotonic()
+
+        def tell(update: Update) -> None:
+            if not attempt.given_up.is_set():
+                updates.append(update)
+
+        def loading(detail: str, _seconds: float) -> None:
+            tell(Progress(detail, time.monotonic() - began))
+
+        given_up = attempt.given_up.is_set
+        started = 0
+        try:
+            place = socket_path(attempt.path)
+            if probe(place) is None:
+                loading("starting the chat server", 0.0)
+                started = self._starter(attempt.path, given_up)
+            backend = ServerBackend(place, client="lumina", loading=loading, given_up=given_up)
+            if given_up():
+                backend.close()
+            tell(Connected(backend, notice))
+        except (ChatError, OSError) as error:
+            tell(Lost(str(error)))
+        if given_up() and started:
+            stop_server(started)  # nobody waits for its model any more
+
+    # replying
+
+    def send(self, text: str) -> None:
+        """Send a message; events come through `drain`."""
+        assert self.session is not None
+        self._reply(self.session.send(text))
+
+    def retry(self) -> None:
+        """Answer the last message again."""
+        assert self.session is not None
+        self._reply(self.session.retry())
+
+    def cancel(self) -> None:
+        """End the reply."""
+        if self.session is not None and self.phase is Phase.REPLYING:
+            self.session.cancel()
+
+    def _reply(self, stream: Generator[Event, None, None]) -> None:
+        self.phase = Phase.REPLYING
+        threading.Thread(target=self._pump, args=(stream, self._updates), name="chat-reply", daemon=True).start()
+
+    def _pump(self, stream: Generator[Event, None, None], updates: deque[Update]) -> None:
+        try:
+            for event in stream:
+                updates.append(event)
+        except ServerGone as error:
+            updates.append(Lost(str(error)))
+            return
+        except ChatError as error:
+            updates.append(Refused(str(error)))
+            return
+        updates.append(self._saved())
+
+    def _saved(self) -> Saved:
+        if not self._save or self.session is None:
+            return Saved(None)
+        try:
+            return Saved(self.session.save())
+        except ChatError as error:
+            return Saved(None, str(error))
+
+
+def serve_argv(path: Path) -> list[str]:
+    """The command that starts a detached chat server."""
+    return [sys.executable, "-m", "lumina_engine.cli", "serve", str(path), "--detach", "--json"]
+
+
+def start_server(path: Path, given_up: Callable[[], bool], argv: list[str] | None = None) -> int:
+    """Run `lumina-engine serve PATH --detach`, which returns once the server answers; its pid.
+
+    The short-lived child reads nothing, writes to files and leads its own session; the server is nobody's child.
+
+    Raises:
+        ChatError: refused, failed, given up, or not answered within START_TIME; the engine's own last line.
+    """
+    with tempfile.TemporaryDirectory(prefix="lumina-serve-") as folder:
+        out_path, err_path = Path(folder) / "out", Path(folder) / "err"
+        with out_path.open("wb") as out, err_path.open("wb") as err:
+            child = subprocess.Popen(
+                argv or serve_argv(path), stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+            )
+        end = time.monotonic() + START_TIME
+        while (code := _wait(child)) is None:
+            if given_up() or time.monotonic() > end:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGTERM)
+                child.wait()
+                raise ChatError("given up" if given_up() else f"the chat server did not answer in {START_TIME:.0f} s")
+        output, errors = out_path.read_text(errors="replace"), err_path.read_text(errors="replace").strip()
+    if code == 0:
+        for line in reversed(output.splitlines()):
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                return int(json.loads(line)["pid"])
+    last = errors.splitlines()[-1] if errors else f"lumina-engine serve ended with exit code {code}"
+    raise ChatError(last.removeprefix("lumina-engine: "))
+
+
+def _wait(child: subprocess.Popen[bytes]) -> int | None:
+    try:
+        return child.wait(POLL)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def stop_server(pid: int) -> None:
+    """TERM for a server that this program started."""
+    if found := process(pid):
+        send_signal(found, signal.SIGTERM)
