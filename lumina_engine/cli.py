@@ -41,7 +41,7 @@ def _parser(verb: str | None) -> argparse.ArgumentParser:
 
 def _dashes(argv: list[str]) -> list[str]:
     """Options may be written with `_` or `-`: `--max_history 3` is `--max-history 3`."""
-    out = []
+    out: list[str] = []
     for index, word in enumerate(argv):
         if word == "--":
             return out + argv[index:]

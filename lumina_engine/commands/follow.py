@@ -1,4 +1,4 @@
-"""The foreground side of `train`: a progress line from the metric log, signals passed on, the supervisor's exit code returned."""
+"""The foreground side of `train`: a progress line from the metric log, signals passed on, the supervisor's exit code."""
 
 from __future__ import annotations
 

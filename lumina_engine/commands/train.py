@@ -93,30 +93,30 @@ def _checked(config: Config, preset: str | None) -> Plan:
     findings = check(config, machine)
     if any(f.severity == "error" for f in findings):
         raise ConfigError([f for f in findings if f.severity == "error"])
-    check_data_paths(config)
+    fix_paths(config)
     world = world_size(config, machine)
     tokenizer = ConversationTokenizer(config.tokenizer)
     resolved = resolve(config, machine, tokenizer_vocab=tokenizer.get_vocab_size(), world=world)
     return Plan(resolved, findings, machine, world, preset)
 
 
-def check_data_paths(config: Config) -> None:
-    """Refuse a data path that names nothing or an empty file, before anything is created.
+def fix_paths(config: Config) -> None:
+    """Make relative paths absolute (the run works in its own folder), and refuse missing data before anything is made.
 
     Raises:
-        UserError: names the path and what to do.
+        DataError: a path that names nothing or only empty files; the key, the path and what to do (exit code 2).
     """
-    import glob
+    from ..data.files import container, expand
 
     for key in ("train_data_path", "eval_data_path"):
-        value = getattr(config, key)
-        for path in [value] if isinstance(value, str) else list(value or []):
-            found = sorted(glob.glob(path, recursive=True)) or ([path] if Path(path).exists() else [])
-            if not found:
-                raise common.UserError(f"{key}: {path}: no such file; give an existing file, folder or pattern")
-            files = [file for item in found for file in (sorted(Path(item).iterdir()) if Path(item).is_dir() else [Path(item)])]
-            if not any(file.is_file() and file.stat().st_size for file in files):
-                raise common.UserError(f"{key}: {path} is empty; it needs at least one conversation")
+        given = getattr(config, key)
+        if given is None:
+            continue
+        for path in expand(given, key):
+            container(path)
+        absolute = [os.path.abspath(Path(entry).expanduser()) for entry in ([given] if isinstance(given, str) else given)]  # noqa: PTH100
+        setattr(config, key, absolute[0] if isinstance(given, str) else absolute)
+    config.data_cache_dir = os.path.abspath(Path(config.data_cache_dir).expanduser())  # noqa: PTH100
 
 
 def _show(args: argparse.Namespace, plan: Plan) -> int:

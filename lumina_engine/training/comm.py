@@ -24,8 +24,8 @@ class Comm:
     def start(cls, backend: str = "auto", timeout_s: float = 1800.0) -> Comm:
         """Join the process group that is there, else make one from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 
-        Without these variables this is a run of one process. `auto` is nccl with GPUs and gloo without; nccl without a GPU becomes
-        gloo. Idempotent: a group that the caller (or DeepSpeed) made before is used as it is.
+        Without these variables this is a run of one process. `auto` is nccl with GPUs and gloo without; nccl without a GPU
+        becomes gloo. Idempotent: a group that the caller (or DeepSpeed) made before is used as it is.
         """
         rank = int(os.environ.get("RANK", "0"))
         world_size = int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,7 +1,8 @@
 """Two ways to turn losses into updates, behind one small interface: DeepSpeed, and plain PyTorch with the same numbers.
 
-Both take a loss that is this rank's *share* of the global objective: the sum over ranks and micro batches of what is passed to
-`backward` is the objective whose gradient is applied. What DeepSpeed divides by itself is multiplied back here, and nowhere else.
+Both take a loss that is this rank's *share* of the global objective: the sum over ranks and micro batches of what is passed
+to `backward` is the objective whose gradient is applied. What DeepSpeed divides by itself is
+multiplied back here, and nowhere else.
 
 A step whose gradient is not finite changes no parameter on any rank: `step` then returns `applied=False`.
 """
@@ -43,7 +44,8 @@ class Engine(Protocol):
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: matrices decay; norms, biases, embeddings and routers do not."""
-    decay, no_decay = [], []
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -56,8 +58,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 class SkippableAdamW(torch.optim.AdamW):
     """AdamW that leaves parameters and state alone while `skip` is set.
 
-    At stage 0 DeepSpeed counts micro steps inside the same call that runs the optimizer, so a step that must not be applied still
-    has to pass through it.
+    At stage 0 DeepSpeed counts micro steps inside the same call that runs the optimizer, so a step that must not be applied
+    still has to pass through it.
     """
 
     skip = False
@@ -238,7 +240,7 @@ class DeepSpeedEngine:
 
     def _state_names(self) -> dict[torch.Tensor, str]:
         if self.stage == 0:
-            return self.names  # type: ignore[return-value]
+            return self.names
         return {partition: f"group-{index}" for index, partition in self._partitions()}
 
     def state_tensors(self) -> dict[str, torch.Tensor]:

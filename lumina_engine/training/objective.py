@@ -5,8 +5,8 @@ Shape letters: L expert layers, E experts.
     objective = Σ token losses / N  +  w_balance · balance  +  w_z · mean logsumexp²
 
 N counts the trained tokens of the *global* batch: all micro batches on all ranks. The balance loss is
-`E/k · Σ_e (n_e/T) · P_e`, averaged over expert layers (Switch Transformers, arXiv:2101.03961, for k choices), with `n_e` and `P_e`
-over the global batch too. `n_e` carries no gradient; with gradient accumulation a micro batch knows the choices of its own and
+`E/k · Σ_e (n_e/T) · P_e`, averaged over expert layers (Switch Transformers, arXiv:2101.03961, for k choices), with
+`n_e` and `P_e` over the global batch too. `n_e` carries no gradient; with gradient accumulation a micro batch knows the choices of its own and
 the earlier micro batches of the step (of all ranks), not those that are yet to come.
 """
 

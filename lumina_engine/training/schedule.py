@@ -11,9 +11,10 @@ from typing import Any
 class Schedule:
     """Warm-up, then cosine, WSD, linear or constant.
 
-    Steps count from 1, and the rate of step 1 is never 0 (`peak / warmup_steps` while warming up). After `total_steps` the floor
-    holds. WSD (warm-up, stable, decay) follows MiniCPM, arXiv:2404.06395, with a linear decay over the last `decay_ratio` of all
-    steps. `multiplier` scales every rate; it is part of the saved state, so a change made at run time survives a restart.
+    Steps count from 1, and the rate of step 1 is never 0 (`peak / warmup_steps` while warming up). After `total_steps` the
+    floor holds. WSD (warm-up, stable, decay) follows MiniCPM, arXiv:2404.06395, with a linear decay over the last `decay_ratio`
+    of all steps. `multiplier` scales every rate; it is part of the saved state, so a change made at run time survives a
+    restart.
     """
 
     kind: str

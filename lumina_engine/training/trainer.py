@@ -1,6 +1,7 @@
 """The training loop: one for every mode.
 
-A step takes all micro batches of the global batch that fall to this rank, adds up their share of the objective, and updates once.
+A step takes all micro batches of the global batch that fall to this rank, adds up their share of the objective, and updates
+once.
 Between steps lies the *boundary*, the only place where anything else happens, always in this order: record, commands, save,
 evaluate. Saving comes before evaluating, so that a fault in evaluation costs nothing.
 """
@@ -67,8 +68,8 @@ Emit = Callable[[Any], None]
 class EnhancedConversationTrainer:
     """Trains a `DeepSeekTransformer` on conversations.
 
-    The shape comes from `model.config`; `config` says how to train. `logger` takes records: an object with `.emit(record)`, or a
-    `logging.Logger`, or None. In a plain script that is all; a supervised run adds a command channel and a checkpoint manager
+    The shape comes from `model.config`; `config` says how to train. `logger` takes records: an object with `.emit(record)`, or
+    a `logging.Logger`, or None. In a plain script that is all; a supervised run adds a command channel and a checkpoint manager
     (see `worker.py`).
 
     Args:
@@ -160,7 +161,7 @@ class EnhancedConversationTrainer:
         }
 
     def prepare(self, train_dataset: Any, eval_dataset: Any = None) -> None:
-        """Take the data and fix what depends on it: the number of steps, the schedule, `warmup_steps`. `train` calls it if need be."""
+        """Take the data and fix what depends on it: steps, schedule, `warmup_steps`. `train` calls it if need be."""
         self.train_data = getattr(train_dataset, "store", train_dataset)
         self.eval_data = getattr(eval_dataset, "store", eval_dataset)
         self.total_steps = self._total_steps(self._loader())
@@ -435,7 +436,7 @@ class EnhancedConversationTrainer:
         return memory.memory_stats(self.model, self.engine.state_tensors(), self.comm.device)
 
     def debug_training_setup(self) -> dict[str, Any]:
-        """How this rank is set up, as a dictionary that is also printed: devices, ranks, batch triangle, precision, versions."""
+        """How this rank is set up, as a dictionary that is also printed: device, ranks, batch, precision, versions."""
         from .state import setup_report
 
         report = setup_report(self)
@@ -458,7 +459,7 @@ def emitter(logger: Any, comm: Comm) -> Emit:
 
 
 def resolved_for_training(config: Any, model: Any, tokenizer: Any, comm: Comm) -> Any:
-    """`config` with every `auto` replaced, and the shape taken from the model; what differs there is said once, as a warning."""
+    """`config` with every `auto` replaced, and the shape taken from the model; what differs there is a warning."""
     from ..config.resolve import resolve
     from ..monitoring.hardware import detect
 

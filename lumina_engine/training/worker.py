@@ -74,7 +74,7 @@ class Worker:
         config = self.config
         self.channel.report(0, "data")
         tokenizer = ConversationTokenizer(config.tokenizer)
-        data = open_data(config, tokenizer)
+        data = open_data(config, tokenizer, lambda documents, tokens: self.channel.report(documents, "data"))
         for note in data.notes if self.rank == 0 else []:
             self.emit(rec.Note(message=note))
         comm = Comm.start(config.communication_backend)
@@ -147,9 +147,10 @@ class Worker:
         changes: dict[int, float] = {}
         if self.log is not None:
             for item in surviving(read_records(self.directory.metrics_path)):
-                if isinstance(item, rec.Change) and item.what == "learning_rate" and item.by == "user" and item.step:
-                    if item.step > step:
-                        changes[item.step] = float(item.after)
+                if not isinstance(item, rec.Change) or item.what != "learning_rate" or item.by != "user":
+                    continue
+                if item.step is not None and item.step > step:
+                    changes[item.step] = float(item.after)
         shared = self.trainer.comm.broadcast({str(k): v for k, v in changes.items()})
         return {int(k): v for k, v in shared.items()}
 

@@ -19,7 +19,7 @@ STAGES = (0, 1, 2)
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """120 short conversations of uneven length, so that padding differs between rows and ranks."""
     draw = random.Random(7)
-    words = "red green blue one two three sun moon river stone bird tree".split()
+    words = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "river", "stone", "bird", "tree"]
     path = tmp_path_factory.mktemp("parity") / "train.jsonl"
     with path.open("w") as stream:
         for _ in range(120):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -56,7 +57,7 @@ def test_rates_stay_between_floor_and_peak(kind: str, total: int, warmup: int, f
     assert all(0 <= x <= 1 + 1e-12 for x in shapes)
     after = shapes[warmup:]
     assert all(x >= floor - 1e-12 for x in after)
-    assert all(a >= b - 1e-12 for a, b in zip(after, after[1:], strict=False))  # never up again after the warm-up
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(after))  # never up again after the warm-up
 
 
 def test_r29_multiplier_scales_later_steps_and_survives_a_restart() -> None:

@@ -74,7 +74,7 @@ def test_c001_one_batch_is_learned_by_heart_and_said_back_through_chat(tmp_path:
     summary = trainer.train(dataset)
     assert summary["loss"] < 0.01
     checkpoint = max((tmp_path / "run" / "checkpoints").glob("step-*"))
-    model, tokenizer, info = load_model(checkpoint)
+    model, tokenizer, _ = load_model(checkpoint)
     backend = LocalBackend(model, tokenizer, ModelInfo(path=str(checkpoint), context_limit=128))
     for question, answer in CHATS:
         session = ChatSession(backend, overrides={"temperature": 0.0}, seed=0, chats_dir=tmp_path)
