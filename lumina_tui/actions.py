@@ -164,17 +164,110 @@ CHAT = (
     Action("chat.new", "New conversation", "Forget this conversation, keep the system prompt", ("a",), footer=4, short="new"),
     Action("chat.checkpoints", "Checkpoints", "Choose another checkpoint", ("o",), footer=5, short="checkpoints"),
     Action("chat.settings", "Settings", "Temperature, top-p, top-k, penalty, length, seed", (",",)),
-    Action("chat.reload", "Reload", "Start the server again, load a newer checkpoint, or read the list again", ("r",)),
+    Action(
+        "chat.reload",
+        "Reload",
+        "Start the server again, load a newer checkpoint, or read the list again",
+        ("r",),
+        footer=6,
+        short="reload",
+    ),
     Action("chat.copy", "Copy reply", "Copy the last reply", ("y",)),
     Action("chat.export", "Export", "Write the conversation as JSON or Markdown", ("e",)),
 )
 
+PRESETS = (
+    Action("presets.start", "Start", "Review and start the chosen one as it is", ("a",), footer=2, short="start"),
+    Action("presets.mark", "Mark", "Mark to compare with another", ("space",), footer=3, short="mark"),
+    Action("presets.diff", "Diff", "Keys in which two marked ones differ, or the chosen one and the marked", ("d",), footer=4),
+    Action("presets.pretend", "Pretend hardware", "Plan for other devices: 8x80GB", ("p",), footer=5, short="pretend hardware"),
+    Action("presets.sort", "Sort", "Sort by size or by name", ("o",)),
+    Action("presets.command", "Copy command", "Copy the command that starts the chosen one", ("Y",)),
+    Action("presets.reload", "Reload", "Read own files and this machine again", ("r",)),
+)
+
+FIELDS = (
+    Action("fields.down", "Down", "Next field", ("j", "down")),
+    Action("fields.up", "Up", "Field before", ("k", "up")),
+    Action("fields.top", "First", "First field", ("g", "home")),
+    Action("fields.bottom", "Last", "Last field", ("G", "end")),
+    Action("fields.page_down", "Page down", "A page further", ("ctrl+d", "pagedown")),
+    Action("fields.page_up", "Page up", "A page back", ("ctrl+u", "pageup")),
+    Action(
+        "fields.edit", "Edit", "Change the value; Enter takes it, Esc leaves it as it was", ("enter",), footer=1, short="edit"
+    ),
+    Action("fields.more", "Next choice", "The next of the possible values", ("l", "right", "space")),
+    Action("fields.less", "Choice before", "The possible value before", ("h", "left")),
+)
+
+FIELD = (Action("field.cancel", "Leave", "Leave the field, its value as it was", ("escape",)),)
+
+CONFIG = (
+    Action("config.undo", "Undo", "Take the last change back", ("u",), footer=2, short="undo"),
+    Action("config.redo", "Redo", "Make an undone change again", ("ctrl+r",)),
+    Action("config.diff", "Diff", "Everything that differs from the preset", ("d",), footer=3, short="diff"),
+    Action("config.write", "Write", "Write the configuration to a file", ("w",), footer=4, short="write"),
+    Action("config.start", "Start", "Review and start (the same as 4)", ("a",), footer=5, short="start"),
+    Action("config.reset", "Field back to preset", "The preset's value for this field", ("D",)),
+    Action("config.next_problem", "Next problem", "To the field of the next finding", ("]",)),
+    Action("config.previous_problem", "Problem before", "To the field of the finding before", ("[",)),
+    Action("config.search", "Search", "Find a field in all sections", ("/",)),
+    Action("config.yaml", "Edit as YAML", "The whole configuration as text, with the same checks", ("E",)),
+    Action("config.copy", "Copy command", "Copy the command that starts it", ("Y",)),
+    Action("config.reload", "Reload", "Read the file again", ("r",)),
+)
+
+YAML = (Action("yaml.leave", "Take over", "Take the text over and go back to the fields", ("escape",), footer=1),)
+
+SHEETS = (
+    Action("sheets.down", "Down", "Next line", ("j", "down")),
+    Action("sheets.up", "Up", "Line before", ("k", "up")),
+    Action("sheets.page_down", "Page down", "A page further", ("ctrl+d", "pagedown")),
+    Action("sheets.page_up", "Page up", "A page back", ("ctrl+u", "pageup")),
+)
+
+LAUNCH = (
+    Action("launch.start", "Launch", "Start the run as reviewed", ("enter",), footer=1, short="launch"),
+    Action("launch.diff", "Diff", "Everything that differs from the preset", ("d",), footer=2, short="diff"),
+    Action("launch.edit", "Edit", "Back to the fields", ("E",), footer=3, short="edit"),
+    Action("launch.copy", "Copy command", "Copy the command, for use without lumina", ("Y",), footer=4, short="copy command"),
+    Action("launch.write", "Write", "Write the configuration to a file", ("w",), footer=5, short="write"),
+    Action("launch.next_finding", "Next finding", "The next finding", ("]",)),
+    Action("launch.previous_finding", "Finding before", "The finding before", ("[",)),
+    Action("launch.reload", "Review again", "Check configuration, data and machine again", ("r",)),
+)
+
 # Append the block of your screen here: NAME = (Action("name.verb", …), …), then add it to ACTIONS.
 
-ACTIONS: tuple[Action, ...] = (*APP, *NUMBERS, *TABLE, *CHART, *MAP, *LOG, *HOME, *MONITOR, *TRANSCRIPT, *CHAT)
+ACTIONS: tuple[Action, ...] = (
+    *APP,
+    *NUMBERS,
+    *TABLE,
+    *CHART,
+    *MAP,
+    *LOG,
+    *HOME,
+    *MONITOR,
+    *TRANSCRIPT,
+    *CHAT,
+    *PRESETS,
+    *FIELDS,
+    *FIELD,
+    *CONFIG,
+    *YAML,
+    *SHEETS,
+    *LAUNCH,
+)
 
 # kinds of panel that stand on a screen: their keys must not clash with the screen's
-PANELS: dict[str, tuple[str, ...]] = {"home": ("table",), "monitor": ("chart", "map", "log"), "chat": ("table", "transcript")}
+PANELS: dict[str, tuple[str, ...]] = {
+    "home": ("table",),
+    "monitor": ("chart", "map", "log"),
+    "chat": ("table", "transcript"),
+    "presets": ("table",),
+    "config": ("fields", "table", "sheets"),
+    "launch": ("sheets",),
+}
 
 
 def by_id() -> Mapping[str, Action]:

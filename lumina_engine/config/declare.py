@@ -140,7 +140,7 @@ class FieldInfo:
 
 
 def show(value: Any) -> str:
-    """A value as a person writes it in YAML: true, null, 1e-4, 200,000,000 with separators from 10,000 on."""
+    """A value as a person writes it in YAML: true, null, 3e-4, 200,000,000 with separators from 10,000 on."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -148,15 +148,23 @@ def show(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
     if isinstance(value, float):
-        if value.is_integer() and abs(value) < 1e15:
-            return show(int(value))
-        text = f"{value:.10g}"
-        return re.sub(r"e([+-])0*(\d)", lambda m: "e" + m[1].replace("+", "") + m[2], text)
+        return _float_text(value)
     if isinstance(value, list):
         return "[" + ", ".join(show(v) for v in value) + "]"
     if isinstance(value, dict):
         return "{" + ", ".join(f"{k}: {show(v)}" for k, v in value.items()) + "}"
     return str(value)
+
+
+def _float_text(value: float) -> str:
+    """A float that reads back as the same number, without needless digits: 0.01, 3e-4, 500,000."""
+    if value.is_integer() and abs(value) < 1e15:
+        return show(int(value))
+    text = f"{value:.9g}"
+    if abs(value) < 1e-3:
+        mantissa, _, exponent = f"{value:.8e}".partition("e")
+        text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}"
+    return text if float(text) == value else repr(value)
 
 
 def _members(annotation: Any) -> list[Any]:

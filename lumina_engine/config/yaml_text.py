@@ -233,3 +233,9 @@ def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
+
+
+def flow(value: Any) -> str:
+    """A value on one line, as `key=value` words and the editor take it: 3.0e-04, [a, b], {code: 0.3}."""
+    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1 << 30, default_flow_style=True)
+    return text.removesuffix("...\n").strip()

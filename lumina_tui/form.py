@@ -1,0 +1,356 @@
+"""The form model of the config editor: values, origins, problems, undo. Plain Python, no widget.
+
+A value that its field refuses stays in the form as the text that was typed, with its problem, so that nothing typed is lost and
+a configuration with errors can be written. `changed` always means: other than the preset (or the defaults without one).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from lumina_engine.config import yaml_text
+from lumina_engine.config.checks import check
+from lumina_engine.config.declare import show
+from lumina_engine.config.finding import Finding
+from lumina_engine.config.loading import Layer, build, file_layer, merge, text_layer
+from lumina_engine.config.presets import NAMES
+from lumina_engine.config.schema import Config, ConfigError, FieldInfo, fields_info
+
+if TYPE_CHECKING:
+    from lumina_engine.config.machine import Machine
+
+UNDO_STEPS = 200
+SECTION_TITLES = {
+    "model": "Model",
+    "moe": "Experts",
+    "training": "Training",
+    "data": "Data",
+    "deepspeed": "DeepSpeed",
+    "run": "Run",
+    "checkpoint": "Checkpoints",
+    "monitoring": "Monitoring",
+    "adaptive": "Adaptive",
+}
+INFOS: Mapping[str, FieldInfo] = {info.name: info for info in fields_info()}
+_PRESET_MARK = "preset:"
+# findings of a file that the form cannot hold: they are mended in the YAML view
+TEXT_ONLY = frozenset({"yaml", "unknown_key", "wrong_section", "duplicate", "section"})
+
+
+@dataclass(frozen=True)
+class Content:
+    """One state of the form; undo keeps these. `values` has every key; refused ones hold the text that was typed."""
+
+    values: Mapping[str, Any]
+    origins: Mapping[str, str]
+    bad: Mapping[str, Finding] = field(default_factory=dict)
+    preset: str | None = None
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key that differs from the preset, both values as text."""
+
+    name: str
+    before: str
+    after: str
+
+
+def parse_value(info: FieldInfo, text: str) -> Any:
+    """What the text of a field means. Raises `yaml_text.YamlError` for bad flow YAML."""
+    word = text.strip()
+    if info.nullable and word.lower() in ("", "null", "~"):
+        return None
+    if info.kind == "text" or (info.kind == "list" and "text" in info.type_text and not word.startswith("[")):
+        return word
+    if info.kind in ("int", "float"):
+        try:
+            return int(word)
+        except ValueError:
+            return _number(word)
+    if info.kind in ("list", "mapping"):
+        return yaml_text.plain(yaml_text.parse(word)) if word else [] if info.kind == "list" else {}
+    return word
+
+
+def _number(word: str) -> float | str:
+    try:
+        return float(word)
+    except ValueError:
+        return word
+
+
+def edit_text(info: FieldInfo, value: Any) -> str:
+    """A value as the text that a person edits; `parse_value` reads it back."""
+    if isinstance(value, str):
+        return value
+    if value is None or isinstance(value, bool):
+        return show(value)
+    if isinstance(value, int | float):
+        return show(value).replace(",", "")
+    return yaml_text.flow(value)
+
+
+def check_value(info: FieldInfo, text: str) -> tuple[Any, Finding | None]:
+    """The value that a text means for one field, or the text itself with what is wrong with it."""
+    try:
+        value = parse_value(info, text)
+        return getattr(Config(**{info.name: value}), info.name), None
+    except yaml_text.YamlError as error:
+        return text, Finding(
+            "yaml", "error", (info.name,), f"{info.name} = {text}: {error}", error.fix or info.suggestion(None)
+        )
+    except ConfigError as error:
+        return text, replace(error.findings[0], where="")
+
+
+class Form:
+    """A configuration that is being edited. Every method leaves it in a sound state; none touches the disk but `save`."""
+
+    def __init__(self, content: Content, path: Path | None = None, text: str | None = None, findings: tuple[Finding, ...] = ()):
+        self._content = content
+        self._undo: list[Content] = []
+        self._redo: list[Content] = []
+        self._saved: Content = content
+        self.path = path
+        self.stamp = time.monotonic()  # of the newest edit
+        self.text = text  # of a file that the form cannot hold, until it is mended
+        self.text_findings = findings
+
+    # where it comes from
+
+    @classmethod
+    def from_preset(cls, preset: str) -> Form:
+        """A copy of a preset. Raises `ConfigError` for an unknown name."""
+        loaded = merge(preset, None, [])
+        return cls.from_config(loaded.config, loaded.origins, preset)
+
+    @classmethod
+    def from_config(cls, config: Config, origins: Mapping[str, str] | None = None, preset: str | None = None) -> Form:
+        """A Config at hand. Without origins, values other than the preset's count as the user's."""
+        values = config.to_dict(sectioned=False)
+        base = reference_values(preset)
+        default = "preset" if preset else "default"
+        given = origins or {name: default if _same(values[name], base[name]) else "you" for name in values}
+        return cls(Content(values, {name: given.get(name, "default") for name in values}, preset=preset))
+
+    @classmethod
+    def from_file(cls, path: Path) -> Form:
+        """A YAML file. Problems that a field can show are shown there; others leave the text in `text`, to be mended."""
+        layer = file_layer(path)
+        text: str | None = None
+        try:
+            text = yaml_text.read_text(path)
+        except yaml_text.YamlError:
+            raise ConfigError(layer.findings) from None
+        unfit = tuple(f for f in layer.findings if f.code in TEXT_ONLY)
+        form = cls(content_of(layer, named_preset(text)), path, text if unfit else None, unfit)
+        return form
+
+    # reading
+
+    @property
+    def preset(self) -> str | None:
+        return self._content.preset
+
+    @property
+    def bad(self) -> Mapping[str, Finding]:
+        """Problems of single values, by key."""
+        return self._content.bad
+
+    def value(self, name: str) -> Any:
+        """The value, or the text that was typed if it is refused."""
+        return self._content.values[name]
+
+    def edit_text(self, name: str) -> str:
+        return edit_text(INFOS[name], self.value(name))
+
+    def shown(self, name: str) -> str:
+        return show(self.value(name))
+
+    def origin(self, name: str) -> str:
+        """default, preset, file, cli or you."""
+        return self._content.origins[name]
+
+    def reference(self, name: str) -> Any:
+        """The preset's value, or the default."""
+        return reference_values(self.preset)[name]
+
+    def changed(self, name: str) -> bool:
+        return name in self.bad or self.value(name) != self.reference(name)
+
+    def changes(self) -> list[Change]:
+        """All keys that differ from the preset, in the order of the sections."""
+        return [Change(n, show(self.reference(n)), self.shown(n)) for n in INFOS if self.changed(n)]
+
+    @property
+    def dirty(self) -> bool:
+        """Whether it differs from what was loaded or last written."""
+        return self._content.values != self._saved.values
+
+    def config(self) -> Config:
+        """The Config of all values that are valid; those that are not stand at the preset's value."""
+        values = {n: v for n, v in self._content.values.items() if n not in self.bad}
+        return Config(**({n: self.reference(n) for n in self.bad} | values))
+
+    def findings(self, machine: Machine | None = None, trial: tuple[str, str] | None = None) -> list[Finding]:
+        """All problems: of single values first, then of the rules between keys. `trial` is a field's text not yet entered."""
+        form = self if trial is None else self._tried(*trial)
+        bad = list(form.bad.values())
+        rules = [f for f in check(form.config(), None if bad else machine) if not form.bad.keys() & set(f.keys)]
+        return [*self.text_findings, *bad, *rules]
+
+    def _tried(self, name: str, text: str) -> Form:
+        other = Form(self._content, self.path)
+        other.set_text(name, text)
+        return other
+
+    # changing
+
+    def set_text(self, name: str, text: str) -> Finding | None:
+        """Enter a text into a field; gives what is wrong with it. One undo step, none if nothing changes."""
+        value, problem = check_value(INFOS[name], text)
+        self._put(name, value, problem)
+        return problem
+
+    def set_value(self, name: str, value: Any) -> None:
+        """Enter a valid value."""
+        self._put(name, value, None)
+
+    def cycle(self, name: str, step: int) -> bool:
+        """The next choice of a field that has choices or is true or false. False: it has none."""
+        info = INFOS[name]
+        choices = [True, False] if info.kind == "bool" else list(info.choices) if info.kind == "choice" else []
+        if not choices:
+            return False
+        at = next((i for i, choice in enumerate(choices) if _same(choice, self.value(name))), -1)
+        self._put(name, choices[(at + step) % len(choices)], None)
+        return True
+
+    def reset(self, name: str) -> None:
+        """Back to the preset's value."""
+        origin = "default" if self.preset is None or self.reference(name) == INFOS[name].default else "preset"
+        self._put(name, self.reference(name), None, origin)
+
+    def load_preset(self, preset: str) -> None:
+        """Take over a preset. One undo step."""
+        self._push(Form.from_preset(preset)._content)
+
+    def apply_yaml(self, text: str) -> list[Finding]:
+        """Take over edited YAML: one undo step. Gives the problems that the form cannot hold; then nothing is taken over."""
+        layer = text_layer(text, "line")
+        unfit = [f for f in layer.findings if f.code in TEXT_ONLY]
+        if unfit:
+            return unfit
+        content = content_of(layer, self.preset)
+        origins = {n: self.origin(n) if _same(content.values[n], self.value(n)) else "you" for n in content.values}
+        if any(not _same(content.values[n], self.value(n)) for n in content.values):
+            self._push(replace(content, origins=origins))
+        self.text, self.text_findings = None, ()
+        return []
+
+    def _put(self, name: str, value: Any, problem: Finding | None, origin: str = "you") -> None:
+        if _same(value, self.value(name)) and self.bad.get(name) == problem:
+            return
+        content = self._content
+        bad = {n: f for n, f in content.bad.items() if n != name} | ({name: problem} if problem else {})
+        self._push(replace(content, values={**content.values, name: value}, origins={**content.origins, name: origin}, bad=bad))
+
+    def _push(self, content: Content) -> None:
+        self._undo = [*self._undo[1 - UNDO_STEPS :], self._content]
+        self._redo = []
+        self._take(content)
+
+    def _take(self, content: Content) -> None:
+        self._content = content
+        self.stamp = time.monotonic()
+
+    def undo(self) -> str | None:
+        """One step back; gives the key that changed (or "everything"), None if there is nothing to undo."""
+        return self._step(self._undo, self._redo)
+
+    def redo(self) -> str | None:
+        """One undone step forward again."""
+        return self._step(self._redo, self._undo)
+
+    def _step(self, source: list[Content], target: list[Content]) -> str | None:
+        if not source:
+            return None
+        before = self._content
+        target.append(before)
+        self._take(source.pop())
+        names = [n for n in INFOS if not _same(before.values[n], self.value(n))]
+        return names[0] if len(names) == 1 else "everything"
+
+    # out of it
+
+    def to_yaml(self, full: bool = False) -> str:
+        """YAML by section with the preset's name in the first line: the keys that differ from the defaults, or all."""
+        sections: dict[str, dict[str, Any]] = {}
+        for name, info in INFOS.items():
+            if full or name in self.bad or self.value(name) != info.default:
+                sections.setdefault(info.section, {})[name] = self.value(name)
+        head = f"# {_PRESET_MARK} {self.preset}\n" if self.preset else ""
+        return head + (yaml_text.dump(sections) if sections else "")
+
+    def save(self, path: Path) -> Path:
+        """Write the YAML, problems included, and remember it as saved. Raises OSError."""
+        text = self.text if self.text is not None else self.to_yaml()
+        yaml_text.write_atomic(path, text)
+        self.path, self._saved = path, self._content
+        return path
+
+    def arguments(self) -> list[str]:
+        """The words of `lumina-engine train` that give exactly this configuration (without a name for the run)."""
+        words: list[str] = []
+        base: Mapping[str, Any] = reference_values(None)
+        if self.path is not None and self.path.exists():
+            words, base = ["--config", str(self.path)], merge(None, self.path, []).config.to_dict(sectioned=False)
+        elif self.preset is not None:
+            words, base = ["--preset", self.preset], reference_values(self.preset)
+        config = self.config().to_dict(sectioned=False)
+        return words + [f"{n}={_word(v)}" for n, v in config.items() if not _same(v, base[n])]
+
+
+def _word(value: Any) -> str:
+    """A value as the command line takes it."""
+    return show(value).replace(",", "") if isinstance(value, int | float) else yaml_text.flow(value)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal and of the same type: true is not 1, and the text "3" is not the number 3."""
+    return type(one) is type(other) and one == other
+
+
+@cache
+def reference_values(preset: str | None) -> Mapping[str, Any]:
+    """Every key's value in a preset, or by default."""
+    config = Config() if preset is None else merge(preset, None, []).config
+    return MappingProxyType(config.to_dict(sectioned=False))
+
+
+def named_preset(text: str) -> str | None:
+    """The preset that a written configuration names in its first line."""
+    first = text.split("\n", 1)[0]
+    name = first.removeprefix("#").strip().removeprefix(_PRESET_MARK).strip()
+    return name if first.startswith("#") and _PRESET_MARK in first and name in NAMES else None
+
+
+def content_of(layer: Layer, preset: str | None) -> Content:
+    """The form's content for the keys of a file; values that a field refuses stay as text with their problem."""
+    config, findings = build(layer.values, layer.where)
+    values = config.to_dict(sectioned=False)
+    bad: dict[str, Finding] = {}
+    for finding in findings:
+        name = finding.keys[0]
+        bad[name] = finding
+        given = layer.values[name]
+        values[name] = given if isinstance(given, str) else yaml_text.flow(given)
+    origins = {name: "file" if name in layer.values else "default" for name in values}
+    return Content(values, origins, bad, preset)
