@@ -9,7 +9,10 @@ from typing import Any
 
 from ..checkpoint.files import CheckpointError
 from ..checkpoint.keep import list_steps, pointer
+from ..checkpoint.resolve import explain_checkpoint
 from ..checkpoint.verify import read_manifest, step_of
+
+__all__ = ["CheckpointError", "Entry", "explain_checkpoint", "list_entries", "loss_of", "run_entries"]
 
 METRICS = ("eval_loss", "loss")  # what a checkpoint is judged by, first known one
 

@@ -111,6 +111,7 @@ class ServerBackend:
         self._input = bytearray()
         self._cancel_wanted = False
         self._answering = False
+        self._info: ModelInfo | None = None
         self._given_up_request = ""  # closed early: its end is still to come
         self._given_up = given_up or (lambda: False)
         self._closed = False
@@ -122,13 +123,19 @@ class ServerBackend:
                 raise ServerGone(f"{path} belongs to another user's process: it is not used", 65)
             self._send(encode_line(ClientHello(PROTO, client)))
             self._socket.settimeout(POLL)
-            self.info = self._wait_until_ready(loading, patience_s)
+            self._info = self._wait_until_ready(loading, patience_s)
         except OSError as error:
             self.close()
             raise ServerGone(f"no chat server answers at {path} ({error.strerror or error}): {_RESTART}") from error
         except BaseException:
             self.close()
             raise
+
+    @property
+    def info(self) -> ModelInfo:
+        """The checkpoint that answers."""
+        assert self._info is not None  # the constructor returns only once it is known
+        return self._info
 
     def _wait_until_ready(self, loading: Callable[[str, float], None] | None, patience_s: float) -> ModelInfo:
         began = time.monotonic()
@@ -233,7 +240,8 @@ class ServerBackend:
                 except WireError as error:
                     raise ServerGone(f"the chat server sent a line that is no answer ({error}): {_RESTART}") from error
                 if isinstance(answer, Bye):
-                    raise ServerGone(f"the chat server has left: {answer.reason or 'no reason given'}; {_RESTART}")
+                    reason = answer.reason or "no reason given"
+                    raise ServerGone(f"the chat server has left: {reason}; {_RESTART}" if self._info else reason)
                 if not isinstance(answer, Queued):
                     yield answer
             if len(self._input) > _SERVER_LINE:

@@ -112,3 +112,30 @@ def overrides_of(mode: str, sampling: Sampling) -> dict[str, float]:
     """What differs from the mode's own numbers: the inverse of `sampling_for`."""
     base = MODES[check_mode(mode)].to_dict()
     return {name: value for name, value in sampling.to_dict().items() if value != base[name]}
+
+
+def parse_settings(mode: str, text: str) -> tuple[dict[str, float], int | None]:
+    """Overrides of a mode and the seed from `temperature=0.7 top_k=20 seed=none`.
+
+    Raises:
+        ChatError: an unknown name, a value that is no number, or one out of bounds.
+    """
+    found: dict[str, float | None] = {}
+    seed: int | None = None
+    for word in text.split():
+        name, _, value = word.partition("=")
+        if name == "seed" and value in ("none", ""):
+            continue
+        if name != "seed" and name not in SAMPLING_NAMES:
+            raise ChatError(f"unknown setting {name!r}; settings: {', '.join(SAMPLING_NAMES)}, seed", 2)
+        try:
+            parsed: float = int(value) if value.lstrip("+-").isdecimal() else float(value)
+        except ValueError:
+            raise ChatError(f"{name}: {value!r} is no number", 2) from None
+        if name != "seed":
+            found[name] = parsed
+        elif isinstance(parsed, int) and 0 <= parsed < 2**62:
+            seed = parsed
+        else:
+            raise ChatError("seed must be a whole number from 0 on, or none", 2)
+    return overrides_of(mode, sampling_for(mode, found)), seed

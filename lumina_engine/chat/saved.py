@@ -78,13 +78,14 @@ def document(
     }
 
 
-def write(path: Path, content: dict[str, Any], *, replace: bool) -> Path:
-    """Write the file whole or not at all; folders are made 0700.
+def write(path: Path, content: dict[str, Any] | str, *, replace: bool) -> Path:
+    """Write JSON (a mapping) or text, whole or not at all; folders are made 0700, files 0600.
 
     Raises:
         ChatError: the file exists and `replace` is false, or the folder cannot be written.
     """
-    data = json.dumps(content, ensure_ascii=False, indent=2).encode("utf-8", errors="surrogatepass") + b"\n"
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    data = text.encode("utf-8", errors="replace")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -165,3 +166,20 @@ def _checked(content: Any, path: Path) -> SavedChat:
         sampling=settings,
         checkpoint=checkpoint if isinstance(checkpoint, dict) else {},
     )
+
+
+def markdown(content: dict[str, Any]) -> str:
+    """A saved conversation for people: a heading per turn, the text as it is."""
+    heads = {"user": "You", "assistant": "Assistant", "system": "System", "tool": "Tool"}
+    checkpoint = content["checkpoint"]
+    lines = [
+        f"# {content['name']}",
+        "",
+        f"Checkpoint {checkpoint['path']}, step {checkpoint['step']}, mode {content['mode']}.",
+        "",
+    ]
+    if content["system_prompt"]:
+        lines += ["## System", "", content["system_prompt"], ""]
+    for turn in content["conversation"]:
+        lines += [f"## {heads[turn['role']]}", "", turn["content"], ""]
+    return "\n".join(lines)

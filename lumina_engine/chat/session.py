@@ -321,7 +321,21 @@ class ChatSession:
         if name is None:
             name = self.name or saved.free_name(self.chats_dir, saved.default_name(self._now()))
         name = saved.check_name(name)
-        content = saved.document(
+        path = saved.write(self.chats_dir / f"{name}.json", self._document(name), replace=name == self.name)
+        self.name = name
+        return path
+
+    def export_markdown(self) -> Path:
+        """Write the conversation as Markdown beside the saved JSON, for people; returns the path.
+
+        Raises:
+            ChatError: as `save`.
+        """
+        name = self.save().stem
+        return saved.write(self.chats_dir / f"{name}.md", saved.markdown(self._document(name)), replace=True)
+
+    def _document(self, name: str) -> dict[str, Any]:
+        return saved.document(
             name=name,
             conversation=[*self.history, *([{"role": "user", "content": self.unsent}] if self.unsent else [])],
             mode=self.mode,
@@ -330,9 +344,6 @@ class ChatSession:
             sampling=self.sampling,
             statistics=self.statistics(),
         )
-        path = saved.write(self.chats_dir / f"{name}.json", content, replace=name == self.name)
-        self.name = name
-        return path
 
     def load(self, path: Path) -> saved.SavedChat:
         """Continue a saved conversation: history, mode, sampling and system prompt are replaced.

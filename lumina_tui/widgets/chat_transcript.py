@@ -110,7 +110,7 @@ class Transcript(Drawn):
 
     def changed(self) -> None:
         """Wrap what is new and repaint."""
-        width = self.inner[0] - GUTTER
+        width = self.inner[0] - GUTTER - 1
         lines: list[tuple[str, str, str]] = []
         for item in self.items:
             for number, (text, role) in enumerate(item.lines(width)):
