@@ -254,9 +254,9 @@ def retain(
     if len(good) < keep:
         return [], []
     kept = {*names[: names.index(good[keep - 1]) + 1], *protect}
-    if all(_is_suspect(checkpoints / name) for name in names if name in kept):
-        # a rollback needs one from before the trouble began
-        kept.update([name for name in names if name not in kept and not _is_suspect(checkpoints / name)][:1])
+    sound = next((name for name in names if not _is_suspect(checkpoints / name)), None)
+    if sound is not None:
+        kept.add(sound)  # a rollback needs the newest one from before the trouble began
     removed: list[str] = []
     busy: list[str] = []
     for name in reversed(names):

@@ -346,7 +346,9 @@ class Saver:
             "data_fingerprint": state.get("data_fingerprint"),
             "world": self.comm.world_size,
             "layout": {"zero_stage": (config or {}).get("zero_stage"), "data_parallel": self.comm.world_size},
-            "config_digest": hashlib.sha256(dump_json(pack(config, "config"), sort=True)).hexdigest() if config is not None else None,
+            "config_digest": hashlib.sha256(dump_json(pack(config, "config"), sort=True)).hexdigest()
+            if config is not None
+            else None,
             "tokenizer": pack(payload.tokenizer, "tokenizer"),
             "versions": versions(),
             "metrics": pack(payload.metrics, "metrics"),

@@ -23,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     listing.add_argument("target", metavar="RUN|DIR", help="name of a run, its directory, or a folder of checkpoints")
     listing.add_argument("--quick", action="store_true", help="check presence and sizes only; verified is then unknown")
     checking = actions.add_parser("verify", help="compare every digest of a checkpoint, or of all of a run")
-    checking.add_argument("target", metavar="PATH|RUN", help="a checkpoint (also RUN@best, RUN@step-000123), a run, or a folder")
+    checking.add_argument(
+        "target", metavar="PATH|RUN", help="a checkpoint (also RUN@best, RUN@step-000123), a run, or a folder"
+    )
     for sub in (listing, checking):
         add_json(sub)
 
@@ -61,7 +63,9 @@ def _verify(args: argparse.Namespace) -> int:
         seconds = time.monotonic() - begin
         reports.append(report)
         problems = [{"file": item.file, "reason": item.reason, "tensors": list(item.tensors)} for item in report.problems]
-        rows.append({**_row(report, False), "path": str(path), "seconds": seconds, "problems": problems, "strays": report.strays})
+        rows.append(
+            {**_row(report, False), "path": str(path), "seconds": seconds, "problems": problems, "strays": report.strays}
+        )
         if not args.json:
             verdict = "ok" if report.ok else "DAMAGED"
             size = f"{report.bytes / 1e6:.1f} MB in {len(report.files)} files, {seconds:.1f} s"

@@ -1,0 +1,93 @@
+"""`lumina-engine checkpoint list` and `verify`: rows, problems, exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lumina_engine.cli import main
+from tests.checkpoint.helpers import manager, payload
+
+ROW = {"name", "step", "bytes", "verified", "best", "suspect", "created"}
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LUMINA_RUNS", str(tmp_path / "runs"))
+    made = manager(tmp_path / "runs" / "mine", keep_checkpoints=5)
+    for step in (1, 2, 3):
+        made.save(payload(step, flags={"suspect": step == 3}), best=step == 2)
+    return tmp_path / "runs"
+
+
+def damage(runs: Path) -> None:
+    path = runs / "mine" / "checkpoints" / "step-000002" / "model" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    (path.parent / "\x1b[2Jx").write_text("")
+
+
+def test_c086_list_json(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoint", "list", "mine", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == ["step-000003", "step-000002", "step-000001"]
+    assert all(set(row) == ROW and row["verified"] is True and row["bytes"] > 1000 for row in rows)
+    assert [row["best"] for row in rows] == [False, True, False] and [row["suspect"] for row in rows] == [True, False, False]
+    assert main(["checkpoint", "list", "mine", "--json", "--quick"]) == 0
+    assert [row["verified"] for row in json.loads(capsys.readouterr().out)] == [None] * 3
+
+
+def test_c086_list_for_people_names_damage_without_obeying_it(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    damage(runs)
+    assert main(["checkpoint", "list", str(runs / "mine")]) == 1
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].split() == ["name", "step", "bytes", "verified", "best", "suspect", "created"]
+    assert "step-000002: model/model.safetensors: bytes 0 to" in out and "(tensor layer." in out and "\x1b" not in out
+
+
+@pytest.mark.parametrize("target", ["mine", "mine@best", "mine@step-000002", "path"])
+def test_c086_verify(runs: Path, capsys: pytest.CaptureFixture[str], target: str) -> None:
+    path = runs / "mine" / "checkpoints" / "step-000002"
+    argv = ["checkpoint", "verify", str(path) if target == "path" else target]
+    assert main(argv) == 0
+    assert "step-000002: ok" in capsys.readouterr().out
+    damage(runs)
+    assert main([*argv, "--json"]) == 1
+    rows = json.loads(capsys.readouterr().out)
+    (row,) = [row for row in rows if not row["verified"]]
+    assert row["path"] == str(path) and row["problems"][0]["file"] == "model/model.safetensors" and "\x1b" in row["strays"][0]
+    assert main(["checkpoint", "verify", "mine@latest"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["list", "mien"], "did you mean mine"),
+        (["verify", "mine@step-000009"], "has no step-000009"),
+        (["list", "empty"], "no committed checkpoint"),
+        (["verify", "x.pt"], "checkpoint import"),
+        (["export", "mine"], "invalid choice"),
+        ([], "required"),
+    ],
+)
+def test_usage_errors_are_one_line(runs: Path, capsys: pytest.CaptureFixture[str], argv: list[str], words: str) -> None:
+    (runs / "empty" / "checkpoints").mkdir(parents=True)
+    assert main(["checkpoint", *argv]) == 2
+    error = capsys.readouterr().err
+    assert words in error and "Traceback" not in error and error.splitlines()[-1].startswith("lumina-engine: ")
+
+
+def test_list_and_verify_need_no_torch(runs: Path) -> None:
+    code = (
+        "import sys\nfrom lumina_engine.cli import main\n"
+        "code = main(['checkpoint', 'verify', 'mine']) or main(['checkpoint', 'list', 'mine'])\n"
+        "sys.exit(code or ('torch' in sys.modules) * 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,568 @@
+"""Saving and loading: every dtype, every kind of state, several ranks, plain torch objects, pointers, references."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lumina_engine.checkpoint import saving
+from lumina_engine.checkpoint.commit import CheckpointError, list_steps, pointer, verify
+from lumina_engine.checkpoint.manager import (
+    CheckpointManager,
+    Payload,
+    capture_rng,
+    pack,
+    resolve_checkpoint,
+    restore_rng,
+    unpack,
+)
+from lumina_engine.checkpoint.resolve import explain_checkpoint
+from lumina_engine.checkpoint.tensors import DTYPES
+from tests.checkpoint.helpers import manager, names_in, payload, same, saved, settings
+
+DTYPE_LIST = list(DTYPES)
+
+
+def every_dtype() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    made = {}
+    for dtype in DTYPE_LIST:
+        base = torch.randint(0, 2 if dtype is torch.bool else 100, (5, 7), generator=generator)
+        made[f"t.{dtype}"] = base.to(dtype)
+    weights = torch.randn(6, 8, generator=generator)
+    return made | {
+        "scalar": torch.tensor(3.25),
+        "empty": torch.empty(0, 3),
+        "transposed": weights.t(),
+        "slice": weights[1::2, ::3],
+        "expanded": torch.ones(1).expand(4, 4),
+        "special": torch.tensor([float("nan"), float("inf"), -0.0, 1e-45]),
+        "bf16 odd": torch.randn(3, generator=generator).bfloat16(),
+    }
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_c078_round_trip_of_every_dtype_and_layout(tmp_path: Path, blocking: bool) -> None:
+    tensors = every_dtype()
+    made = manager(tmp_path)
+    (result,) = made.save(payload(1, rank_tensors=tensors), blocking=blocking) or made.wait()
+    assert result.failed is None and result.path is not None
+    loaded = made.load(result.path)
+    assert set(loaded.rank_tensors) == set(tensors)
+    for name, tensor in tensors.items():
+        other = loaded.rank_tensors[name]
+        assert other.dtype == tensor.dtype and other.shape == tensor.shape
+        assert torch.equal(
+            other.contiguous().reshape(-1).view(torch.uint8), tensor.contiguous().reshape(-1).view(torch.uint8)
+        ), name
+    foreign = load_file(result.path / "state" / "rank-00000.safetensors")
+    assert all(torch.equal(foreign[name], tensor) for name, tensor in tensors.items() if name != "special")
+
+
+def test_c078_large_tensors_cross_the_digest_chunks(tmp_path: Path) -> None:
+    made = manager(tmp_path)
+    wanted = payload(1, size=5_000_000)
+    (result,) = made.save(wanted)
+    assert result.path is not None and same(made.load(result.path), wanted)
+    entry = next(entry for entry in verify(result.path).files if entry.path == "model/model.safetensors")
+    assert entry.size > 20_000_000 and len(entry.chunks) == 3
+
+
+def test_a_loaded_tensor_can_be_changed_without_touching_the_file(tmp_path: Path) -> None:
+    made = saved(tmp_path, 1)
+    path = tmp_path / "checkpoints" / "step-000001"
+    made.load(path).model["layer.weight"].fill_(7)
+    assert verify(path).ok and same(made.load(path), payload(1))
+
+
+def test_state_keeps_tuples_keys_and_non_finite_numbers() -> None:
+    tensors: dict[str, torch.Tensor] = {}
+    state = {
+        "a": (1, 2.5, None, True, "x"),
+        3: [float("nan"), -float("inf")],
+        "nested": {"@odd": {1: torch.arange(3)}, "t": torch.ones(2)},
+        "numpy": np.float32(0.5),
+        "big": 2**200,
+        "order": {"z": 1, "a": 2},
+    }
+    back = unpack(json.loads(json.dumps(pack(state, "s", tensors), allow_nan=False)), tensors)
+    assert repr(back) == repr({**state, "numpy": 0.5})
+    with pytest.raises(CheckpointError, match=r"s\.f is a builtin_function"):
+        pack({"f": len}, "s")
+    with pytest.raises(CheckpointError, match="tensors belong into rank_tensors"):
+        pack({"f": torch.ones(1)}, "s")
+
+
+def test_a_value_that_cannot_be_stored_fails_the_save_only(tmp_path: Path) -> None:
+    made = manager(tmp_path)
+    (result,) = made.save(payload(1, global_state={"x": object()}))
+    assert (
+        result.failed
+        == "trainer.global_state.x is a object, which a checkpoint cannot hold (numbers, texts, lists, mappings, tensors)"
+    )
+    (result,) = made.save(payload(1, rank_tensors={"z": torch.ones(2, dtype=torch.complex64)}))
+    assert result.failed is not None and "tensor z: torch.complex64" in result.failed
+
+
+def test_rs04_random_state_of_python_numpy_and_torch_comes_back() -> None:
+    random.seed(1)
+    np.random.seed(2)
+    torch.manual_seed(3)
+    random.gauss(0, 1)
+    np.random.standard_normal()
+    state, tensors = capture_rng()
+
+    def draw() -> list[Any]:
+        return [random.random(), random.gauss(0, 1), np.random.standard_normal(), torch.rand(3).tolist()]
+
+    first = draw()
+    restore_rng(unpack(json.loads(json.dumps(pack(state, "rng")))), tensors)
+    assert draw() == first
+    with pytest.raises(CheckpointError, match="lacks numpy"):
+        restore_rng({"python": state["python"]}, tensors)
+
+
+# ---- plain torch ---------------------------------------------------------------------------------------------------------
+
+
+def network(width: int = 8) -> torch.nn.Sequential:
+    return torch.nn.Sequential(torch.nn.Linear(4, width), torch.nn.Dropout(0.5), torch.nn.Linear(width, 2))
+
+
+def parts(model: torch.nn.Module) -> tuple[torch.optim.Optimizer, Any]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+
+
+def steps(model: torch.nn.Module, optimizer: Any, scheduler: Any, count: int) -> None:
+    for _ in range(count):
+        optimizer.zero_grad()
+        model(torch.randn(3, 4)).square().sum().backward()
+        optimizer.step()
+        scheduler.step()
+
+
+def test_c080_resume_in_a_plain_script_is_bit_equal(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = network()
+    optimizer, scheduler = parts(model)
+    steps(model, optimizer, scheduler, 5)
+    made = manager(tmp_path)
+    path = made.save_checkpoint(
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        global_step=5,
+        current_epoch=3,
+        metrics={"loss": 0.5, "tokens": 70},
+        is_best=True,
+    )
+    assert path == tmp_path / "checkpoints" / "step-000005" and pointer(path.parent, "best") == path.name
+    steps(model, optimizer, scheduler, 5)
+    torch.manual_seed(99)
+    other = network()
+    other_optimizer, other_scheduler = parts(other)
+    epoch = manager(tmp_path).load_checkpoint(
+        checkpoint_path=path, model=other, optimizer=other_optimizer, scheduler=other_scheduler, strict=True
+    )
+    assert (epoch, epoch + 1, epoch.step, epoch.tokens, epoch.metrics) == (3, 4, 5, 70, {"loss": 0.5, "tokens": 70})
+    assert epoch.report == ["model: 4 tensors", "optimizer: restored", "scheduler: restored", "random state: restored"]
+    steps(other, other_optimizer, other_scheduler, 5)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+    assert repr(optimizer.state_dict()) == repr(other_optimizer.state_dict())
+    assert scheduler.state_dict() == other_scheduler.state_dict()
+
+
+def test_r33_strict_false_leaves_out_only_optional_state(tmp_path: Path) -> None:
+    made = manager(tmp_path)
+    model = network()
+    made.save_checkpoint(model=model, global_step=1)
+    optimizer, scheduler = parts(model)
+    epoch = made.load_checkpoint(model=model, optimizer=optimizer, scheduler=scheduler)
+    assert epoch.report[-2:] == [
+        "optimizer: not in the checkpoint, left as it is",
+        "scheduler: not in the checkpoint, left as it is",
+    ]
+    with pytest.raises(CheckpointError, match=r"optimizer: not in the checkpoint.*strict=False"):
+        made.load_checkpoint(model=model, optimizer=optimizer, strict=True)
+
+
+def test_r33_weights_that_do_not_fit_are_refused_with_a_diff_and_nothing_changes(tmp_path: Path) -> None:
+    made = manager(tmp_path)
+    model = network()
+    optimizer, scheduler = parts(model)
+    steps(model, optimizer, scheduler, 1)
+    made.save_checkpoint(model=model, optimizer=optimizer, global_step=1)
+    for other, words in (
+        (network(9), r"other shape: 0\.weight \(8, 4\) in the checkpoint, \(9, 4\) in the model"),
+        (torch.nn.Sequential(*network(), torch.nn.Linear(2, 2)), r"missing in the checkpoint: 3\.weight, 3\.bias"),
+        (torch.nn.Sequential(torch.nn.Linear(4, 8)), r"unknown to the model: 2\.bias, 2\.weight"),
+    ):
+        before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+        for strict in (True, False):
+            with pytest.raises(CheckpointError, match=words):
+                made.load_checkpoint(model=other, strict=strict)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    other = network()
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"groups of \[4\] parameters, this one has \[2\]"):
+        made.load_checkpoint(model=other, optimizer=torch.optim.SGD(list(other.parameters())[:2], lr=1.0))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+
+
+def test_r33_other_precision_is_converted_and_said(tmp_path: Path) -> None:
+    made, model = manager(tmp_path), network()
+    made.save_checkpoint(model=model, global_step=1)
+    epoch = made.load_checkpoint(model=network().bfloat16())
+    assert "weights converted from torch.float32 to torch.bfloat16" in epoch.report
+
+
+def test_c079_a_save_that_fails_raises_in_a_plain_script(tmp_path: Path) -> None:
+    model = network()
+    with torch.no_grad():
+        next(iter(model.parameters()))[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match=r"step 3 was not saved: parameter 0\.weight is not finite"):
+        manager(tmp_path).save_checkpoint(model=model, global_step=3)
+
+
+def test_c079_without_a_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUMINA_RUNS", str(tmp_path / "runs"))
+    made = CheckpointManager(settings(experiment_name="mine"))
+    assert not (tmp_path / "runs").exists()
+    assert made.save_checkpoint(model=network(), global_step=1) == tmp_path / "runs" / "mine" / "checkpoints" / "step-000001"
+    assert CheckpointManager(settings()).run_dir.name.startswith("script-")
+
+
+def test_saving_a_step_twice_is_no_fault_but_another_run_of_it_is(tmp_path: Path) -> None:
+    made = saved(tmp_path, 1)
+    (result,) = made.save(payload(1), id="again")
+    assert result.failed is None and result.verified and result.id == "again" and result.path is not None
+    (result,) = manager(tmp_path).save(payload(1))
+    assert result.failed is not None and "exists already and is never overwritten" in result.failed
+
+
+# ---- emergency, best, start --------------------------------------------------------------------------------------------------
+
+
+def test_c084_emergency_save_stands_beside_and_is_found(tmp_path: Path) -> None:
+    made = saved(tmp_path, 1)
+    path = made.emergency(payload(2))
+    assert path == tmp_path / "emergency" / "step-000002" and list_steps(tmp_path / "checkpoints") == ["step-000001"]
+    assert made.emergency(payload(2)) == path and made.emergency(payload(1)) == tmp_path / "checkpoints" / "step-000001"
+    again = manager(tmp_path)
+    assert again.recover() == path and same(again.load(path), payload(2))
+    again.save(payload(3))
+    assert manager(tmp_path).recover() == tmp_path / "checkpoints" / "step-000003"
+    os.truncate(path / "LEASE", 5)
+    assert made.emergency(payload(2)) == path and (tmp_path / "emergency" / "step-000002.corrupt").is_dir()
+
+
+def test_c084_emergency_save_of_plain_objects_can_be_switched_off(tmp_path: Path) -> None:
+    model = network()
+    path = manager(tmp_path).emergency_save(model=model, global_step=4, current_epoch=1, metrics={"loss": 2.0})
+    assert path is not None and manager(tmp_path).load_checkpoint(checkpoint_path=path, model=network()).step == 4
+    assert manager(tmp_path / "off", enable_emergency_save=False).emergency_save(model=model, global_step=4) is None
+
+
+def test_best_follows_the_loss_and_survives_a_restart(tmp_path: Path) -> None:
+    made = manager(tmp_path, best_metric="loss")
+    folder = tmp_path / "checkpoints"
+    moved = []
+    for step, loss in ((1, 3.0), (2, 2.0), (3, 2.5), (4, float("nan"))):
+        (result,) = made.save(payload(step, metrics={"loss": loss}))
+        moved.append(result.best)
+    assert moved == [True, True, False, False] and pointer(folder, "best") == "step-000002"
+    again = manager(tmp_path, best_metric="loss")
+    again.recover()
+    (result,) = again.save(payload(5, metrics={"loss": 2.4}))
+    assert not result.best
+    (result,) = again.save(payload(6, metrics={"loss": 1.0}, flags={"suspect": True}))
+    assert not result.best and pointer(folder, "best") == "step-000002"
+    (result,) = again.save(payload(7, metrics={"loss": 1.5}))
+    assert result.best and pointer(folder, "best") == "step-000007"
+
+
+def test_best_follows_mark_best_for_eval_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate, real = threading.Event(), saving.write_files
+    monkeypatch.setattr(saving, "write_files", lambda *args: gate.wait(30) and real(*args))
+    made = manager(tmp_path)
+    made.save(payload(1, metrics={"eval_loss": 1.0}), blocking=False)
+    threading.Timer(0.01, gate.set).start()
+    assert made.mark_best(1) and pointer(tmp_path / "checkpoints", "best") == "step-000001"
+    assert [result.step for result in made.poll()] == [1]
+    made.save(payload(2, metrics={"eval_loss": 0.5}))  # measured before this step, so it says nothing about it
+    assert pointer(tmp_path / "checkpoints", "best") == "step-000001"
+    assert not made.mark_best(9)
+
+
+def test_an_unusable_best_pointer_is_mended_at_start(tmp_path: Path) -> None:
+    made = manager(tmp_path, best_metric="loss", keep_checkpoints=5)
+    for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0)):
+        made.save(payload(step, metrics={"loss": loss}))
+    best = tmp_path / "checkpoints" / "step-000002"
+    os.truncate(best / "MANIFEST.json", 5)
+    best.rename(best.with_name("step-000002.corrupt"))
+    again = manager(tmp_path, best_metric="loss")
+    again.recover()
+    assert pointer(best.parent, "best") == "step-000003" and "best" in again.notes[0]
+
+
+def test_rewind_gives_the_newer_steps_up(tmp_path: Path) -> None:
+    made = manager(tmp_path, keep_checkpoints=9, best_metric="loss")
+    for step in (1, 2, 3, 4):
+        made.save(payload(step))
+    made.rewind(2)
+    assert list_steps(tmp_path / "checkpoints") == ["step-000002", "step-000001"]
+    assert pointer(tmp_path / "checkpoints", "best") == "step-000002"
+    assert made.recover() == tmp_path / "checkpoints" / "step-000002"
+    (result,) = made.save(payload(3, global_state={"branch": 2}))
+    assert result.failed is None and result.path is not None
+    assert made.load(result.path).global_state == {"branch": 2}
+    assert not [name for name in names_in(tmp_path / "checkpoints") if "rewound" in name]
+
+
+def test_p7_the_log_is_synced_before_the_commit(tmp_path: Path) -> None:
+    seen = []
+    made = CheckpointManager(settings(), tmp_path, sync_log=lambda: seen.append(list_steps(tmp_path / "checkpoints")))
+    made.save(payload(1))
+    assert seen == [[]]
+
+    def broken() -> None:
+        raise OSError(5, "Input/output error")
+
+    (result,) = CheckpointManager(settings(), tmp_path, sync_log=broken).save(payload(2))
+    assert result.failed == "Input/output error" and list_steps(tmp_path / "checkpoints") == ["step-000001"]
+
+
+def test_the_manifest_says_what_a_reader_wants_to_know(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"id": "abc123"}))
+    made = manager(tmp_path)
+    made.save(payload(1, global_state={"inc": 2, "log_seq": 77, "data_fingerprint": "f00"}, flags={"suspect": True}))
+    manifest = verify(tmp_path / "checkpoints" / "step-000001").manifest
+    wanted = {
+        "run": "abc123",
+        "step": 1,
+        "epoch": 0,
+        "tokens": 100,
+        "inc": 2,
+        "log_seq": 77,
+        "data_fingerprint": "f00",
+        "world": 1,
+    }
+    assert {name: manifest[name] for name in wanted} == wanted
+    assert manifest["flags"] == {"suspect": True} and manifest["metrics"] == {"loss": 1.0} and manifest["format"] == 1
+    assert manifest["versions"]["torch"] == str(torch.__version__)
+
+
+# ---- configuration and world size ------------------------------------------------------------------------------------------
+
+
+def test_ck18_another_configuration_names_the_fields(tmp_path: Path) -> None:
+    from lumina_engine.config.schema import Config
+
+    config = Config(hidden_size=512, seed=3)
+    CheckpointManager(config, tmp_path).save(payload(1))
+    path = tmp_path / "checkpoints" / "step-000001"
+    CheckpointManager(Config(hidden_size=512, seed=3, save_interval=7, vocab_size=1024), tmp_path).load(path)
+    with pytest.raises(CheckpointError) as error:
+        CheckpointManager(Config(hidden_size=256, seed=4), tmp_path).load(path)
+    assert "hidden_size was 512, is 256; seed was 3, is 4" in str(error.value)
+
+
+class Ranks:
+    """Collectives between threads."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.barrier = threading.Barrier(count, timeout=30)
+        self.values: list[Any] = [None] * count
+
+    def comm(self, rank: int) -> ThreadComm:
+        return ThreadComm(self, rank)
+
+    def run(self, action: Callable[[ThreadComm], Any]) -> list[Any]:
+        results: list[Any] = [None] * self.count
+
+        def call(rank: int) -> None:
+            try:
+                results[rank] = action(self.comm(rank))
+            except Exception as error:
+                results[rank] = error
+
+        threads = [threading.Thread(target=call, args=(rank,)) for rank in range(self.count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return results
+
+
+class ThreadComm:
+    def __init__(self, ranks: Ranks, rank: int) -> None:
+        self.ranks, self.rank, self.world_size = ranks, rank, ranks.count
+
+    def all_gather(self, value: Any) -> list[Any]:
+        self.ranks.values[self.rank] = json.dumps(value)
+        self.ranks.barrier.wait()
+        values = [json.loads(text) for text in self.ranks.values]
+        self.ranks.barrier.wait()
+        return values
+
+    def barrier(self) -> None:
+        self.all_gather(None)
+
+
+def rank_payload(step: int, rank: int) -> Payload:
+    made = payload(step, rank_state={"rank": rank}, rank_tensors={"shard": torch.full((9,), float(10 * step + rank))})
+    if rank:
+        made.model = {}
+    return made
+
+
+@pytest.mark.parametrize("blocking", [True, False])
+def test_two_ranks_save_and_load_their_own_files(tmp_path: Path, blocking: bool) -> None:
+    def work(comm: ThreadComm) -> Any:
+        made = CheckpointManager(settings(), tmp_path, comm)
+        results = []
+        for step in (1, 2):
+            results += made.save(rank_payload(step, comm.rank), blocking=blocking)
+            while len(results) < step:
+                results += made.poll()
+        again = CheckpointManager(settings(), tmp_path, comm)
+        path = again.recover()
+        assert path is not None
+        loaded = again.load(path)
+        made.mark_best(1)
+        return (
+            [(r.step, r.verified, r.failed, r.path) for r in results],
+            path.name,
+            loaded.rank_state,
+            loaded.rank_tensors,
+            loaded.model,
+        )
+
+    first, second = Ranks(2).run(work)
+    assert (
+        first[:2] == second[:2]
+        and first[1] == "step-000002"
+        and [row[:3] for row in first[0]] == [(1, True, None), (2, True, None)]
+    )
+    for rank, outcome in enumerate((first, second)):
+        assert outcome[2] == {"rank": rank} and torch.equal(outcome[3]["shard"], torch.full((9,), 20.0 + rank))
+        assert torch.equal(outcome[4]["layer.weight"], payload(2).model["layer.weight"])
+    assert pointer(tmp_path / "checkpoints", "best") == "step-000001"
+
+
+@pytest.mark.parametrize("stage", ["plan", "write"])
+@pytest.mark.parametrize("victim", [0, 1])
+def test_one_rank_that_fails_fails_the_save_of_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str, victim: int
+) -> None:
+    real = saving.write_files
+
+    def write(plan: Any, to: Any) -> Any:
+        plan = list(plan)
+        if any(f"rank-{victim:05d}" in file.path for file in plan) and stage == "write":
+            raise OSError(28, "No space left on device")
+        return real(plan, to)
+
+    monkeypatch.setattr(saving, "write_files", write)
+
+    def work(comm: ThreadComm) -> Any:
+        made = CheckpointManager(settings(), tmp_path, comm)
+        bad = rank_payload(1, comm.rank)
+        if stage == "plan" and comm.rank == victim:
+            bad.rank_state["x"] = object()
+        failed = made.save(bad)[0].failed
+        monkeypatch.setattr(saving, "write_files", real)
+        return failed, made.save(rank_payload(2, comm.rank))[0].failed
+
+    first, second = Ranks(2).run(work)
+    assert first == second and first[0].startswith(f"rank {victim}: ") and first[1] is None
+    assert names_in(tmp_path / "checkpoints") == ["latest", "step-000002"]
+
+
+def test_ck18_another_world_size_is_refused_clearly(tmp_path: Path) -> None:
+    Ranks(2).run(lambda comm: CheckpointManager(settings(), tmp_path, comm).save(rank_payload(1, comm.rank)))
+    path = tmp_path / "checkpoints" / "step-000001"
+    with pytest.raises(CheckpointError, match=r"saved by 2 ranks and this run has 1; resume with num_gpus=2"):
+        manager(tmp_path).load(path)
+    errors = Ranks(3).run(lambda comm: CheckpointManager(settings(), tmp_path, comm).load(path))
+    assert all("saved by 2 ranks and this run has 3" in str(error) for error in errors)
+
+
+def test_p2_damage_in_one_ranks_file_is_refused_on_all_ranks(tmp_path: Path) -> None:
+    Ranks(2).run(lambda comm: CheckpointManager(settings(), tmp_path, comm).save(rank_payload(1, comm.rank)))
+    path = tmp_path / "checkpoints" / "step-000001"
+    victim = path / "state" / "rank-00001.safetensors"
+    data = bytearray(victim.read_bytes())
+    data[-1] ^= 1
+    victim.write_bytes(data)
+    errors = Ranks(2).run(lambda comm: CheckpointManager(settings(), tmp_path, comm).load(path))
+    assert all("rank 1: " in str(error) and "state/rank-00001.safetensors" in str(error) for error in errors)
+    errors = Ranks(2).run(lambda comm: CheckpointManager(settings(), tmp_path, comm).recover())
+    assert all("nothing is started over" in str(error) for error in errors)
+
+
+# ---- references ------------------------------------------------------------------------------------------------------------
+
+
+def test_c086_references_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = tmp_path / "runs"
+    saved(runs / "first", 1, 2, 3, keep_checkpoints=5).mark_best(2)
+    saved(runs / "second", 7)
+    os.utime(runs / "first" / "checkpoints", (2e9, 2e9))
+    monkeypatch.setenv("LUMINA_RUNS", str(runs))
+    for reference, name, why in (
+        ("first", "step-000002", "best of run first"),
+        ("first@best", "step-000002", "best of run first"),
+        ("first@latest", "step-000003", "latest of run first"),
+        ("first@step-000001", "step-000001", "step-000001 of run first"),
+        ("second", "step-000007", "latest of run second (no best one is known yet)"),
+        (str(runs / "first"), "step-000002", "best of run first"),
+        (str(runs / "first" / "checkpoints"), "step-000002", None),
+        (str(runs / "first" / "checkpoints" / "step-000003"), "step-000003", "the checkpoint named"),
+        (None, "step-000002", "best of run first, the most recently updated of 2 runs"),
+    ):
+        path, said = explain_checkpoint(reference)
+        assert path.name == name and said == (why or said), reference
+        assert resolve_checkpoint(reference, runs) == path
+
+
+@pytest.mark.parametrize(
+    ("reference", "words"),
+    [
+        ("frist", "did you mean first"),
+        ("first@step-000009", "run first has no step-000009; it has step-000003, step-000002"),
+        ("first@newest", "after @ stands best, latest or a step"),
+        ("first/checkpoints/step-000009", r"the best checkpoint of run first is .*step-000002"),
+        ("empty", "run empty has no checkpoint yet"),
+        ("best_model.pt", "checkpoint import"),
+        ("../../etc", "does not exist"),
+    ],
+)
+def test_r32_what_is_missing_is_named_with_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str, words: str
+) -> None:
+    runs = tmp_path / "runs"
+    (runs / "empty" / "checkpoints").mkdir(parents=True)
+    saved(runs / "first", 1, 2, 3, keep_checkpoints=5).mark_best(2)
+    monkeypatch.chdir(runs)
+    with pytest.raises(CheckpointError, match=words):
+        resolve_checkpoint(reference, runs)
+
+
+def test_r32_no_run_at_all(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no run with a checkpoint"):
+        resolve_checkpoint(None, tmp_path)
