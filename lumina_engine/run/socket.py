@@ -262,12 +262,10 @@ class ViewerServer:
         """Send new records to everybody who has said hello."""
         for chunk in chunks:
             self.head_seq = max(self.head_seq, chunk.last)
-            for client in self._clients.values():
+            for client in list(self._clients.values()):
                 if client.ready:
                     client.put_chunk(chunk)
-        for client in list(self._clients.values()):
-            if client.pending:
-                self._flush(client)
+                    self._flush(client)  # at once: a burst must not fill the queue of a viewer that keeps up
 
     def tick(self) -> None:
         """Time limits, and the socket's place. Call every turn."""
