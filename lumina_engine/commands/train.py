@@ -153,11 +153,15 @@ def _start(args: argparse.Namespace, plan: Plan, root: Path, existing: Any) -> i
     if existing is not None:
         _move_aside(existing)
     directory = RunDirectory.create(root, plan.config.experiment_name, preset=plan.preset)
-    plan.config.save(directory.config_path)
+    _save_config(directory, plan.config)
     if plan.deepspeed is not None:
         write_json(directory.deepspeed_path, plan.deepspeed)
     _launch(directory, plan, resume=False)
     return _after_start(args, directory)
+
+
+def _save_config(directory: RunDirectory, config: Config) -> None:
+    config.save(directory.config_path).chmod(0o600)
 
 
 def _launch(directory: RunDirectory, plan: Plan, *, resume: bool) -> None:
@@ -202,7 +206,7 @@ def _resume(args: argparse.Namespace, directory: Any) -> int:
     plan = _checked(config, None)
     if args.dry_run:
         return _show(args, plan)
-    config.save(directory.config_path)
+    _save_config(directory, plan.config)
     _launch(directory, plan, resume=True)
     return _after_start(args, directory)
 

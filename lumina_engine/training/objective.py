@@ -6,8 +6,8 @@ Shape letters: L expert layers, E experts.
 
 N counts the trained tokens of the *global* batch: all micro batches on all ranks. The balance loss is
 `E/k · Σ_e (n_e/T) · P_e`, averaged over expert layers (Switch Transformers, arXiv:2101.03961, for k choices), with
-`n_e` and `P_e` over the global batch too. `n_e` carries no gradient; with gradient accumulation a micro batch knows the choices of its own and
-the earlier micro batches of the step (of all ranks), not those that are yet to come.
+`n_e` and `P_e` over the global batch too. `n_e` carries no gradient; with gradient accumulation a micro batch knows the choices
+of its own and the earlier micro batches of the step (of all ranks), not those that are yet to come.
 """
 
 from __future__ import annotations
