@@ -165,7 +165,7 @@ class LuminaApp(Acts, App[None], inherit_bindings=False):
             loop.add_signal_handler(signal.SIGHUP, self._hang_up)
             loop.add_signal_handler(signal.SIGTERM, self._hang_up)
         if self.start.preset is not None:
-            self.spawn(self._start_preset(self.start.preset))
+            self.spawn(self.start_preset(self.start.preset))
 
     def _hang_up(self) -> None:
         self.exit(return_code=0)
@@ -235,24 +235,37 @@ class LuminaApp(Acts, App[None], inherit_bindings=False):
         if not self.has_screen(number):
             self.notice(f"this version has no screen {number}", "warning")
             return None
-        while len(self.screen_stack) > 1:
-            self.pop_screen()
+        self._close_layers()
         current = getattr(self.screen, "number", 0)
         known = self._screens.get(number)
         if known is not None and arguments and not known.retarget(**arguments):
-            self._drop(number)
+            self._forget(number)
             known = None
         screen = known or self._make(number, **arguments)
         if screen is not self.screen:
             if current and current != number:
                 self._back = [*(n for n in self._back if n not in (number, current)), current]
-            self.switch_screen(screen)
+            self._show(screen)
         return screen
 
-    def _drop(self, number: int) -> None:
+    def _close_layers(self) -> None:
+        while len(self.screen_stack) > 1 and not getattr(self.screen, "number", 0):
+            self.pop_screen()
+
+    def _show(self, screen: LuminaScreen) -> None:
+        """Bring a screen to the top: the first one stays at the bottom of the stack, one other may lie on it."""
+        if screen is self.screen_stack[0]:
+            self.pop_screen()
+        elif len(self.screen_stack) == 1:
+            self.push_screen(screen)
+        else:
+            self.switch_screen(screen)
+
+    def _forget(self, number: int) -> None:
+        """Drop a screen, so that the next one of its number is built anew."""
         screen = self._screens.pop(number)
         self.uninstall_screen(screen)
-        if screen is not self.screen and screen.is_attached:
+        if screen not in self.screen_stack and screen.is_attached:
             screen.remove()
 
     def open_home(self) -> None:
@@ -319,12 +332,20 @@ class LuminaApp(Acts, App[None], inherit_bindings=False):
             raise LaunchError("--readonly: nothing is started")
         return await launch(arguments, self.runs_root)
 
-    async def _start_preset(self, preset: str) -> None:
+    async def start_preset(self, preset: str) -> None:
+        """Start a run from a preset as it is, then watch it; a refusal is shown."""
+        await self._start_and_watch(["--preset", preset], f"starting {preset} …")
+
+    async def resume_run(self, name: str) -> None:
+        """Go on with a run from its newest verified checkpoint, then watch it; a refusal is shown."""
+        await self._start_and_watch(["--run", name, "--resume"], f"resuming {name} …")
+
+    async def _start_and_watch(self, arguments: Sequence[str], said: str) -> None:
         from .launching import LaunchError
 
-        self.notice(f"starting {preset} …")
+        self.notice(said)
         try:
-            launched = await self.start_run(["--preset", preset])
+            launched = await self.start_run(arguments)
         except LaunchError as error:
             self.notice(str(error), "error", timeout=20)
             return
@@ -397,7 +418,9 @@ class LuminaApp(Acts, App[None], inherit_bindings=False):
             self.open_screen(number)
 
     async def action_back(self) -> None:
-        if len(self.screen_stack) > 1:
+        if self.screen.maximized is not None:
+            self.screen.minimize()
+        elif not getattr(self.screen, "number", 0):
             self.pop_screen()
         elif self._back:
             number = self._back.pop()

@@ -324,7 +324,7 @@ class Feed:
 
     def command(self, cmd: str, text: str, **args: Any) -> Request:
         """Send a command; its effect is a record. Refused at once without a connection."""
-        request = Request(str(uuid.uuid4()), cmd, args, text, self.clock())
+        request = Request(uuid.uuid4().hex, cmd, args, text, self.clock())
         self.requests = [*[old for old in self.requests if old.open], request]
         reason = self.why_no_commands()
         if reason is not None:

@@ -34,7 +34,6 @@ from ..widgets.panel import Drawn, Panel, State
 if TYPE_CHECKING:
     from textual.app import ComposeResult
 
-    from ..application import LuminaApp
     from ..terminal import Look, Palette
 
 __all__ = ["Drawn", "LuminaScreen", "Panel", "State"]
@@ -76,11 +75,6 @@ class LuminaScreen(Acts, Screen[None], inherit_bindings=False):
         """Called `look.hz` times a second while this screen is on top: refresh what has changed, nothing else."""
 
     # frame
-
-    @property
-    def lumina(self) -> LuminaApp:
-        app: Any = self.app
-        return app
 
     @property
     def look(self) -> Look:

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from inspect import isawaitable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..actions import by_id
+
+if TYPE_CHECKING:
+    from ..application import LuminaApp
 
 
 class Acts:
     """Mixin of app, screens and panels: runs `do('scope.name')` bindings and explains what cannot be done now."""
 
     scope = ""
+
+    @property
+    def lumina(self) -> LuminaApp:
+        """The application with its own type."""
+        node: Any = self
+        app: LuminaApp = node.app
+        return app
 
     def why_not(self, action_id: str) -> str | None:
         """Why an action cannot run now, in one sentence for the user; None if it can."""
@@ -22,8 +32,7 @@ class Acts:
         action = by_id()[action_id]
         reason = self.why_not(action_id)
         if reason is not None:
-            node: Any = self
-            node.app.notice(reason, "warning")
+            self.lumina.notice(reason, "warning")
             return
         result = getattr(self, action.call)(*action.args)
         if isawaitable(result):

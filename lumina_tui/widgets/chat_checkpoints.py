@@ -14,8 +14,8 @@ from .table import Column, Row, Table
 COLUMNS = (
     Column("run", "run", 14, grow=True),
     Column("step", "step", 9, "right"),
-    Column("kind", "", 11, rank=2),
-    Column("loss", "loss", 16, "right", rank=1),
+    Column("kind", "", 11, rank=1),
+    Column("loss", "loss", 16, "right", rank=2),
     Column("size", "weights", 9, "right", rank=3),
 )
 

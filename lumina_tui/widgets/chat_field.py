@@ -18,7 +18,7 @@ class MessageField(TextArea):
     """
 
     class Sent(Message):
-        """Enter was pressed."""
+        """Enter was pressed; the field is empty again."""
 
         def __init__(self, text: str) -> None:
             super().__init__()
@@ -35,8 +35,7 @@ class MessageField(TextArea):
     async def _on_key(self, event: Key) -> None:
         if event.key == "enter":
             self._stop(event)
-            if self.text.strip():
-                self.post_message(self.Sent(self.text))
+            self._send()
         elif event.key == "ctrl+j":
             self._stop(event)
             self.insert("\n")
@@ -54,17 +53,26 @@ class MessageField(TextArea):
         event.stop()
         event.prevent_default()
 
-    def taken(self) -> None:
-        """The text was sent: remember it and empty the field."""
-        if not self._sent or self._sent[-1] != self.text:
-            self._sent.append(self.text)
+    def _send(self) -> None:
+        """Hand the text over and empty the field at once: keys may be typed before anybody has read the message."""
+        text = self.text
+        if not text.strip():
+            return
+        if not self._sent or self._sent[-1] != text:
+            self._sent.append(text)
         self._recalled = 0
         self.load_text("")
+        self.post_message(self.Sent(text))
 
     def put(self, text: str) -> None:
         """Show a text with the cursor behind it."""
         self.load_text(text)
         self.move_cursor(self.document.end)
+
+    def give_back(self, text: str) -> None:
+        """A text that could not be sent, unless the user is typing the next one already (Up recalls it then)."""
+        if not self.text:
+            self.put(text)
 
     def _may_recall(self) -> bool:
         """Up and down move in the text, unless it is empty or a recalled message that nobody has changed."""

@@ -55,8 +55,7 @@ class Panel(Acts, Widget):
 
     @property
     def look(self) -> Look:
-        look: Look = self.app.look  # type: ignore[attr-defined]
-        return look
+        return self.lumina.look
 
     @property
     def palette(self) -> Palette:
