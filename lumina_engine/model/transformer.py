@@ -21,6 +21,15 @@ from lumina_engine.model.moe import LayerStats, MoE, RouterStats
 from lumina_engine.model.rope import RotaryTables, inverse_frequencies
 
 
+# Values of keys that this model computes, where it does not compute all that the configuration names; the first is the fix.
+_BUILT: dict[str, tuple[object, ...]] = {
+    "attention": ("gqa",),
+    "sliding_window": (None,),
+    "gradient_checkpointing": (False, True),
+    "expert_parallel_size": (1,),
+}
+
+
 @dataclass
 class ModelOutput:
     """What `forward(..., return_aux=True)` gives. Without labels the loss fields are None, with labels `logits` is."""
@@ -95,10 +104,10 @@ class DeepSeekTransformer(nn.Module):
             self.init_weights(seed)
 
     def _check(self) -> None:
-        config = self.config
-        for key, value in (("attention", "gqa"), ("sliding_window", None), ("expert_parallel_size", 1), ("compile", False)):
-            if getattr(config, key, value) != value:
-                raise ValueError(f"{key}={getattr(config, key)!r}: the model does not have it yet; set {key}={value!r}")
+        for key, built in _BUILT.items():
+            value = getattr(self.config, key)
+            if value not in built:
+                raise ValueError(f"{key}={value!r}: the model does not have it yet; set {key}={built[0]!r}")
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
