@@ -200,11 +200,17 @@ def _prepare(args: argparse.Namespace) -> int:
 
 
 def _sample(args: argparse.Namespace) -> int:
+    import difflib
     import json
 
     from ..data import sample
 
     skills = [name.strip() for name in args.skills.split(",") if name.strip()] if args.skills else None
+    for name in skills or ():
+        if name not in sample.SKILLS:
+            near = difflib.get_close_matches(name, sample.SKILLS, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"unknown skill {name!r}: {hint}skills are {', '.join(sample.SKILLS)}")
     if args.out is None:
         if args.json:
             raise UserError("data sample --json needs OUT: the corpus itself goes to standard output without it")

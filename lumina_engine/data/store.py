@@ -119,7 +119,7 @@ def file_source(paths: Paths, config: Any, key: str) -> Source:
         raise DataError(
             f"{key} has {size / 1e9:.1f} GB, above streaming_threshold_gb={limit / 1e9:g}; streaming is not available yet",
             path=files[0] if len(files) == 1 else files[0].parent,
-            fix="use less data, or raise streaming_threshold_gb to build one token store",
+            fix="use less data",
             exit_code=2,
         )
     label = str(files[0]) if len(files) == 1 else f"{len(files)} files"

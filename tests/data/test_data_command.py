@@ -101,6 +101,18 @@ def test_c036_prepare(run, write, tmp_path):
     assert run("prepare", "train_data_path=nowhere.jsonl")[0] == 2
 
 
+def test_c144_sample(run, tmp_path):
+    code, out, _ = run("sample", tmp_path / "e.jsonl", "--split", "eval", "--json")
+    written = json.loads(out)["written"]
+    assert code == 0 and written == len((tmp_path / "e.jsonl").read_text().splitlines()) > 100
+    code, out, _ = run("sample", "--split", "eval", "--skills", "addition, spelling")
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and {row["task"] for row in rows} == {"addition", "spelling"}
+    code, _, err = run("sample", "--skills", "additoin")
+    assert code == 2 and "addition" in err and err.count("\n") == 1
+    assert run("validate", tmp_path / "e.jsonl")[0] == 0
+
+
 def test_only_real_actions_are_shown(run, capsys):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)

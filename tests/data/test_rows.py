@@ -244,8 +244,14 @@ def test_rs07_other_data_seed_or_length_is_another_order(store, settings, tokeni
     base = rows_of(TrainLoader(store, settings()))
     assert rows_of(TrainLoader(store, settings())) == base
     assert rows_of(TrainLoader(store, settings(seed=1))) != base
-    changed = build_store(conversations([5] * 300), tokenizer, tmp_path, source_digest="other")
+    lengths = np.random.default_rng(0).integers(0, 18, 300).tolist()
+    documents = conversations(lengths)
+    documents[7] = Conversation((Message("user", "7"), Message("assistant", "b" * (lengths[7] + 1))))
+    changed = build_store(documents, tokenizer, tmp_path, source_digest="other")
     assert changed.fingerprint != store.fingerprint
+    none = settings(packing="none")  # the same lengths and rows, so only the order can differ
+    assert sorted(TrainLoader(changed, none).plan.samples.lengths) == sorted(TrainLoader(store, none).plan.samples.lengths)
+    assert rows_of(TrainLoader(changed, none)) != rows_of(TrainLoader(store, none))
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
