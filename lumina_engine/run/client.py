@@ -46,13 +46,14 @@ class RunClient:
         try:
             self._connect(path)
             self._send({"op": "hello", "proto": PROTO, "client": name})
-            self.hello = self.read()
+            hello = self.read() or {}
         except OSError as error:
             self._socket.close()
             raise RunError(f"run {run.name} does not answer ({info_line(run)})", 1) from error
-        if self.hello is None or self.hello.get("op") != "hello":
+        if hello.get("op") != "hello":
             self._socket.close()
-            raise RunError(f"run {run.name} refused: {(self.hello or {}).get('reason', 'it closed the connection')}", 1)
+            raise RunError(f"run {run.name} refused: {hello.get('reason', 'it closed the connection')}", 1)
+        self.hello: dict[str, Any] = hello
 
     def _connect(self, path: str) -> None:
         """Connect; while the queue of connections is full the kernel says "try again", so do, for a second."""
@@ -110,7 +111,6 @@ class RunClient:
         Raises:
             TimeoutError: nothing came for the timeout given.
         """
-        assert self.hello is not None
         reader = LogReader(self.run.metrics_path)
         seen = 0
         target = self.hello["head_seq"]

@@ -37,11 +37,14 @@ class Settings:
     def of(cls, values: dict[str, Any]) -> Settings:
         """
         Raises:
-            RunError: a name that is none.
+            RunError: a name that is none, or a value that is no number from 0 up.
         """
         unknown = set(values) - {item.name for item in fields(cls)}
         if unknown:
             raise RunError(f"unknown settings for the supervisor: {', '.join(sorted(unknown))}")
+        for name, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise RunError(f"{name}={value!r}: the supervisor needs a number from 0 up")
         return cls(**values)
 
 

@@ -80,6 +80,7 @@ class Supervisor:
         self.grown_at = 0.0  # when the log grew last
         self.log_checked = 0.0
         self._signals: list[int] = []
+        self._stack = contextlib.ExitStack()  # what release() undoes, the lock last
 
     # --- start ---------------------------------------------------------------------------------------------------------
 
@@ -92,7 +93,7 @@ class Supervisor:
         """
         become_subreaper()
         self._catch_signals()
-        self.lock = self.run.lock()
+        self._stack.callback(self.run.lock().release)
         before = self.run.identity()
         if isinstance(before.get("nonce"), str):
             self._end_leftovers(before["nonce"])
@@ -106,8 +107,10 @@ class Supervisor:
         self.viewers = ViewerServer(
             self.socket_path, self.selector, self._hello, self.book.answer, rebind_time=self.settings.rebind_s
         )
+        self._stack.callback(lambda: self.viewers.close(f"the run is over: {self.state}"))
         self.viewers.head_seq = self.tail.head_seq
         self.ranks = RankServer(self.socket_path.with_suffix(".rank"), self.selector, self.nonce, self.world)
+        self._stack.callback(self.ranks.close)
         self.policy = policy.RestartPolicy(
             self.settings.max_restarts, self.run.newest_step(), unit=self.settings.restart_pause_s
         )
@@ -187,10 +190,12 @@ class Supervisor:
             if now - self.log_checked > LOG_CHECK_TIME:
                 self.log_checked = now
                 output.cap(self.run.log_path, int(self.settings.engine_log_mb * (1 << 20)))
-        self.viewers.close(f"the run is over: {self.state}")
-        self.ranks.close()
-        self.lock.release()
+        self.release()
         return self.code
+
+    def release(self) -> None:
+        """Take leave of viewers and ranks, then give the run up."""
+        self._stack.close()
 
     def _hello(self) -> dict[str, Any]:
         return {
@@ -400,7 +405,11 @@ def main(argv: list[str] | None = None) -> int:
         answer: dict[str, Any] = {"ok": True}
         try:
             supervisor = Supervisor(RunDirectory(folder), order)
-            supervisor.open()
+            try:
+                supervisor.open()
+            except BaseException:
+                supervisor.release()
+                raise
         except (RunError, OSError) as error:
             answer = {"ok": False, "error": str(error), "code": getattr(error, "exit_code", 1)}
         with contextlib.suppress(OSError):  # the starter may be gone; the run goes on
