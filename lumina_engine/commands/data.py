@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from ..data.inspection import PreviewRow
 
 HELP = "convert, check, preview and prepare training data"
-_FORMATS = ("auto", "messages", "alpaca", "sharegpt", "text")
 _SHOWN_PROBLEMS = 20
 
 
@@ -25,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return verbs.add_parser(name, help=help, description=help, allow_abbrev=False)
 
     convert = add("convert", "any known layout to conversation JSON Lines")
-    convert.add_argument("paths", nargs="+", metavar="IN… OUT", help="files, folders or globs, then the file to write")
+    convert.add_argument("inputs", nargs="+", metavar="IN", help="files, folders or globs")
+    convert.add_argument("out", metavar="OUT", help="the file to write")
     _add_format(convert)
     convert.add_argument("--strict", action="store_true", help="a record that would be dropped or cut is an error")
     add_json(convert)
@@ -56,7 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--format", choices=_FORMATS, default="auto", help="layout (default auto: by content)")
+    parser.add_argument(
+        "--format", metavar="NAME", default="auto", help="auto (by content), messages, alpaca, sharegpt or text"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,15 +75,13 @@ def run(args: argparse.Namespace) -> int:
 def _convert(args: argparse.Namespace) -> int:
     from ..data.formats import convert
 
-    if len(args.paths) < 2:
-        raise UserError("data convert needs at least one input and the file to write")
     meter = _Meter("conversations read")
-    result = convert(args.paths[:-1], args.paths[-1], args.format, strict=args.strict, progress=meter.show)
+    result = convert(args.inputs, args.out, args.format, strict=args.strict, progress=meter.show)
     meter.end()
     if args.json:
         print_json(result.to_dict())
         return 0
-    print(safe(f"{result.written:,} of {result.read:,} conversations written to {args.paths[-1]}"))
+    print(safe(f"{result.written:,} of {result.read:,} conversations written to {args.out}"))
     for verb, reasons in (("dropped", result.dropped), ("changed", result.changed)):
         for reason, count in sorted(reasons.items()):
             print(f"  {count:,} {verb}: {reason}")

@@ -54,6 +54,21 @@ def _detect(path: Path) -> tuple[str, str]:
     return kind, layout
 
 
+def _as(path: Path, layout: str) -> tuple[str, str]:
+    """(container, layout) where the user named the layout."""
+    kind = container(path)
+    if kind == "text" and layout != "text":
+        raise DataError(f"plain text, not {layout}", path=path, line=1, fix="set data_format=auto")
+    if kind != "text" and layout == "text":
+        try:
+            first = next(records(path, kind), None)
+        except DataError:  # not JSON after all, such as source code that begins with a brace
+            first = None
+        if first is None or layout_of(first.value) != "text":
+            kind = "text"
+    return kind, layout
+
+
 def _not_yet(layout: str, path: object = None) -> DataError:
     return DataError(
         f"the {layout} layout is not available yet",
@@ -95,9 +110,7 @@ def read_conversations(
     check_format(format)
     tally = tally if tally is not None else Tally()
     for path in expand(paths, key):
-        kind, layout = _detect(path) if format == "auto" else (container(path), format)
-        if kind == "text" and layout != "text":
-            raise DataError(f"plain text, not {layout}", path=path, line=1, fix="set data_format=auto")
+        kind, layout = _detect(path) if format == "auto" else _as(path, format)
         source = texts(path) if kind == "text" else records(path, kind, on_error)
         read = READERS[layout] if layout != "messages" or tidy else strict
         for record in source:

@@ -196,22 +196,31 @@ def _at_start(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 def _pack(lengths: np.ndarray, order: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Best fit by falling length within windows of `order`: (samples row by row, first index of each row + the end)."""
-    rows: list[list[int]] = []
+    members: list[np.ndarray] = []
+    counts: list[np.ndarray] = []
     for begin in range(0, len(order), WINDOW):
-        window = order[begin : begin + WINDOW]
-        falling = window[np.argsort(-lengths[window], kind="stable")]
-        smallest = int(lengths[falling[-1]])
-        free: list[tuple[int, int]] = []  # (free tokens, row), sorted: the fullest row that still fits comes first
-        for sample, length in zip(falling.tolist(), lengths[falling].tolist(), strict=True):
-            at = bisect_left(free, (length, -1))
-            if at < len(free):
-                room, row = free.pop(at)
-                rows[row].append(sample)
-            else:
-                room, row = size, len(rows)
-                rows.append([sample])
-            if room - length >= smallest:
-                insort(free, (room - length, row))
-    counts = np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
-    members = np.fromiter((sample for row in rows for sample in row), dtype=np.int64, count=len(order))
-    return members, np.concatenate([[0], np.cumsum(counts)])
+        rows = _pack_window(lengths, order[begin : begin + WINDOW], size)
+        members.append(np.fromiter((sample for row in rows for sample in row), dtype=np.int64))
+        counts.append(np.fromiter(map(len, rows), dtype=np.int64))
+    if not members:
+        return np.empty(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    return np.concatenate(members), np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+
+
+def _pack_window(lengths: np.ndarray, window: np.ndarray, size: int) -> list[list[int]]:
+    """Rows of the samples of one window."""
+    rows: list[list[int]] = []
+    falling = window[np.argsort(-lengths[window], kind="stable")]
+    smallest = int(lengths[falling[-1]])
+    free: list[tuple[int, int]] = []  # (free tokens, row), sorted: the fullest row that still fits comes first
+    for sample, length in zip(falling.tolist(), lengths[falling].tolist(), strict=True):
+        at = bisect_left(free, (length, -1))
+        if at < len(free):
+            room, row = free.pop(at)
+            rows[row].append(sample)
+        else:
+            room, row = size, len(rows)
+            rows.append([sample])
+        if room - length >= smallest:
+            insort(free, (room - length, row))
+    return rows

@@ -18,7 +18,8 @@ from .cut import Samples
 from .files import Paths, digest_files, expand, total_bytes
 from .formats import read_conversations
 from .layouts import Tally
-from .token_store import Progress, TokenStore, build_parts, build_store, cache_lock, open_verified, store_name
+from .store_writer import locked
+from .token_store import Progress, TokenStore, build_parts, build_store, open_verified, store_name
 
 __all__ = ["Data", "TokenStore", "build_store", "open_data", "open_train"]
 
@@ -163,7 +164,7 @@ def _note_tally(source: Source, store: TokenStore, notes: list[str]) -> None:
 def _store(source: Source, tokenizer: Any, cache: Path, progress: Progress | None, notes: list[str]) -> TokenStore:
     """The store of a whole source."""
     name = store_name(tokenizer, source=source.digest, part="all")
-    with cache_lock(cache, name):
+    with locked(cache, name):
         store = open_verified(cache / name)
         if store is None:
             tally = Tally()
@@ -190,7 +191,7 @@ def _split_stores(
     """Training and evaluation stores of one source, in one pass. A small source holds out its lowest conversation at least."""
     names = {part: store_name(tokenizer, source=source.digest, part=part, split=share) for part in ("train", "eval")}
     targets = {part: cache / name for part, name in names.items()}
-    with cache_lock(cache, names["train"]):
+    with locked(cache, names["train"]):
         stores = {part: open_verified(target) for part, target in targets.items()}
         if any(store is None for store in stores.values()):
             built = _build_split(source, int(share * _SPLIT_UNIT), targets, tokenizer, progress)

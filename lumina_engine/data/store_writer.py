@@ -184,11 +184,19 @@ def sync_folder(path: Path) -> None:
 
 @contextmanager
 def locked(cache: Path, name: str) -> Iterator[None]:
-    """Hold the build lock of store `name`; waits for another process that builds it. Clears what dead builders left."""
-    folder = cache / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{name}.lock").open("a") as handle:
+    """Hold the build lock of store `name`; waits for another process that builds it. Clears what dead builders left.
+
+    Raises `DataError` when the folder cannot be used.
+    """
+    try:
+        (cache / "locks").mkdir(parents=True, exist_ok=True)
+        handle = (cache / "locks" / f"{name}.lock").open("a")
         fcntl.lockf(handle, fcntl.LOCK_EX)  # freed by the kernel when this process ends, however it ends
+    except OSError as error:
+        raise DataError(
+            f"the cache folder cannot be used ({error.strerror or error})", path=cache, fix="set data_cache_dir", exit_code=2
+        ) from None
+    with handle:
         own = f".tmp-{os.getpid()}-"  # a second thread of this process is not kept out by a POSIX lock
         for stale in cache.glob(f"{name}*.tmp-*"):
             if own not in stale.name:

@@ -168,7 +168,7 @@ def build_store(
     """
     cache = Path(cache_dir)
     name = store_name(tokenizer, source=source_digest, options=dict(options or {}))
-    with cache_lock(cache, name):
+    with locked(cache, name):
         store = open_verified(cache / name)
         if store is None:
             pairs = (("all", document) for document in conversations)
@@ -176,15 +176,3 @@ def build_store(
             assert built is not None  # nothing is required
             store = built["all"]
     return store
-
-
-def cache_lock(cache: Path, name: str) -> Any:
-    """`locked`, with an unusable cache folder as a `DataError`."""
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        (cache / "locks").mkdir(exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"the cache folder cannot be made ({error.strerror or error})", path=cache, fix="set data_cache_dir", exit_code=2
-        ) from None
-    return locked(cache, name)

@@ -220,6 +220,14 @@ def test_c028_json_lines_are_not_loaded_whole(write):
         assert peak < 6_000_000
 
 
+@pytest.mark.parametrize("text", ["{\n  int x;\n}\n", "[1, 2]\n", '{"a": 1}\n'])
+def test_text_may_look_like_json_where_it_is_named_text(write, text):
+    assert read(write("x.txt", text), "text") == [TextDocument(text)]
+    assert read(write("t.jsonl", [{"text": "a"}, {"text": "b"}]), "text") == [TextDocument("a"), TextDocument("b")]
+    with pytest.raises(DataError, match="plain text, not alpaca"):
+        read(write("y.txt", "Once.\n"), "alpaca")
+
+
 def test_text_files_are_cut_at_empty_lines_and_lose_nothing(write):
     text = "".join(f"Paragraph {i}. " + "word " * 100 + "\n\n" for i in range(300))
     found = read(write("book.txt", text))
