@@ -20,7 +20,6 @@ from lumina_engine.model.loss import IGNORED, correct_count, cross_entropy_sum, 
 from lumina_engine.model.moe import LayerStats, MoE, RouterStats
 from lumina_engine.model.rope import RotaryTables, inverse_frequencies
 
-
 # Values of keys that this model computes, where it does not compute all that the configuration names; the first is the fix.
 _BUILT: dict[str, tuple[object, ...]] = {
     "attention": ("gqa",),

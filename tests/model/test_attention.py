@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -67,11 +69,11 @@ def test_c006_documents_are_isolated(tiny, length, fused):
     model = tiny(use_flash_attention=fused, seq_length=1100).eval()
     cuts = [0, length // 5, length // 2, length - 3]
     row, packed = ids(1, length), torch.zeros(2, length, dtype=torch.long)
-    for number, (start, end) in enumerate(zip(cuts[:-1], cuts[1:], strict=True), start=1):
+    for number, (start, end) in enumerate(pairwise(cuts), start=1):
         packed[0, start:end] = number
     packed[1] = 1
     logits = model(row.expand(2, -1), document_ids=packed)
-    for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, end in pairwise(cuts):
         torch.testing.assert_close(logits[:1, start:end], model(row[:, start:end]), atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(logits[1:], model(row), atol=2e-4, rtol=1e-4)
     assert torch.isfinite(logits).all()

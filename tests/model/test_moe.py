@@ -31,7 +31,8 @@ def naive(moe: MoE, x: torch.Tensor, valid: torch.Tensor | None = None) -> torch
     rows = []
     for b in range(x.shape[0]):
         for s in range(x.shape[1]):
-            token, out = x[b, s], torch.zeros(x.shape[2])
+            token = x[b, s]
+            out = token * 0
             chosen = sorted(range(moe.num_experts), key=lambda e: -(scores[b, s, e] + moe.router.bias[e]).item())[: moe.top_k]
             total = sum(scores[b, s, e] for e in chosen)
             for e in chosen if valid is None or valid[b, s] else []:
