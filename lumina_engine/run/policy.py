@@ -20,7 +20,7 @@ _FINAL = {  # exit code of the worker -> state of the run; any other code is a c
     NO_PROGRESS: "failed",
     INTERRUPTED: "finished",
 }
-_ERROR_LINE = re.compile(r"^[\w.]*(Error|Exception|Interrupt|Exit|Failure)\b.*")
+_ERROR_LINE = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit|Failure)(:.*)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,5 +91,5 @@ def cause(code: int, log_tail: str) -> str:
             text += " (by hand, or by the kernel for want of memory)"
         return text
     text = f"the worker ended with exit code {code}"
-    lines = [line.strip() for line in log_tail.splitlines() if _ERROR_LINE.match(line.strip())]
+    lines = [line.strip() for line in log_tail.splitlines() if _ERROR_LINE.fullmatch(line.strip())]
     return f"{text}: {lines[-1][:300]}" if lines else text

@@ -1,0 +1,167 @@
+"""`lumina-engine runs`: rows, records, stop, hostile names."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lumina_engine.commands import runs as command
+from lumina_engine.commands.common import UserError
+from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.log import MetricLog
+from lumina_engine.run import launch
+from lumina_engine.run.directory import RunDirectory, RunError
+
+from .conftest import Runs
+
+
+def call(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(list(words)))
+
+
+def filled(root: Path, name: str = "r") -> RunDirectory:
+    run = RunDirectory.create(root, name, preset="debug")
+    run.update_identity(state="finished", exit_code=0, total_steps=3, pid=1, inc=1, world=1)
+    with MetricLog(run.metrics_path, 1, sync_interval=0) as log:
+        log.emit(rec.Run(state="running", total_steps=3))
+        for step in range(1, 4):
+            log.emit(rec.Step(step=step, loss=1.0 / step, tokens_per_s=50.0))
+        log.emit(rec.Alert(severity="warning", code="c", message="a \x1b[2J b\nc"))
+        log.emit(rec.Run(state="finished", exit_code=0))
+    return run
+
+
+def test_list_json_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    filled(tmp_path)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "run.json").write_text("{")
+    assert call("list", "--runs", str(tmp_path), "--json") == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {"name", "state", "step", "total_steps", "loss", "tokens_per_s", "age_s", "path"} <= set(rows["r"])
+    assert (rows["r"]["state"], rows["r"]["step"], rows["r"]["total_steps"], rows["r"]["tokens_per_s"]) == (
+        "finished",
+        3,
+        3,
+        50.0,
+    )
+    assert rows["bad"]["state"] == "unreadable" and "damaged" in rows["bad"]["reason"]
+
+
+def test_list_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call("list", "--runs", str(tmp_path)) == 0
+    assert "no runs in" in capsys.readouterr().out
+    filled(tmp_path)
+    assert call("list", "--runs", str(tmp_path)) == 0
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split()[:3] == ["name", "state", "step"] and row.split()[:3] == ["r", "finished", "3/3"]
+
+
+def test_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = filled(tmp_path)
+    (run.checkpoints / "step-000003").mkdir()
+    assert call("show", "r", "--runs", str(tmp_path)) == 0
+    text = capsys.readouterr().out
+    assert "step-000003" in text and "3/3" in text and "a \\x1b[2J b␊c" in text
+    assert call("show", str(run.path), "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["checkpoints"] == ["step-000003"] and shown["alerts"][0]["code"] == "c"
+
+
+def test_unknown_names(tmp_path: Path) -> None:
+    filled(tmp_path, "debug-1")
+    for action in ("show", "tail", "stop"):
+        with pytest.raises(RunError, match="did you mean debug-1"):
+            call(action, "debug-2", "--runs", str(tmp_path))
+
+
+def test_tail_of_a_run_that_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    filled(tmp_path)
+    assert call("tail", "r", "--runs", str(tmp_path), "--json", "--lines", "all") == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["seq"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert call("tail", "r", "--runs", str(tmp_path), "--json", "--type", "step,alert", "--lines", "2") == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [record["seq"] for record in records] == [4, 5]
+    assert call("tail", "r", "--runs", str(tmp_path)) == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) == 6 and "\x1b" not in text and "loss 0.33333" in text
+
+
+def test_tail_refuses_what_is_not_there(tmp_path: Path) -> None:
+    filled(tmp_path)
+    with pytest.raises(UserError, match=r"--type steps: .*types: alert, change"):
+        call("tail", "r", "--runs", str(tmp_path), "--type", "steps")
+    with pytest.raises(UserError, match="--lines x"):
+        call("tail", "r", "--runs", str(tmp_path), "--lines", "x")
+
+
+def test_c146_tail_follows_to_the_end_and_stop_waits_for_it(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    run = runs.running()
+    follower = subprocess.Popen(
+        [sys.executable, "-m", "lumina_engine.cli", "runs", "tail", "r", "--json", "--lines", "all", "--type", "run,step"],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "LUMINA_RUNS": str(runs.root)},
+    )
+    assert follower.stdout is not None
+    assert json.loads(follower.stdout.readline())["state"] == "preparing"
+    assert call("stop", "r", "--no-save", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "finished"
+    lines = [json.loads(line) for line in follower.stdout]
+    follower.stdout.close()
+    assert follower.wait(20) == 0 and lines[-1]["state"] == "finished"
+    steps = [line["step"] for line in lines if line["type"] == "step"]
+    assert steps == list(range(1, len(steps) + 1))
+    assert run.newest_step() is None, "--no-save"
+    with pytest.raises(RunError, match="is not running"):
+        call("stop", "r")
+
+
+def test_stop_without_waiting(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    run = runs.running()
+    assert call("stop", "r", "--no-wait") == 0
+    assert launch.wait(run, 20) == 0 and run.newest_step() is not None
+
+
+def test_se04_hostile_names_on_a_terminal_and_in_a_pipe(tmp_path: Path) -> None:
+    import pty
+
+    folder = tmp_path / "\x1b]0;owned\x07\u202e"
+    folder.mkdir()
+    (folder / "run.json").write_text('{"id": "a", "format": 1, "state": "\\u001b[2J"}')
+    argv = [sys.executable, "-m", "lumina_engine.cli", "runs", "list", "--runs", str(tmp_path)]
+    piped = subprocess.run(argv, capture_output=True, check=True).stdout.decode()
+    assert "\x1b" not in piped and "\\x1b]0;owned\\x07\\u202e" in piped
+    data = subprocess.run([*argv, "--json"], capture_output=True, check=True).stdout
+    assert b"\x1b" not in data and json.loads(data)[0]["name"] == folder.name
+    master, slave = pty.openpty()
+    with subprocess.Popen(argv, stdout=slave, stdin=subprocess.DEVNULL) as shown:
+        os.close(slave)
+        output = b""
+        while True:
+            try:
+                piece = os.read(master, 4096)
+            except OSError:
+                break
+            output += piece
+        shown.wait(20)
+    os.close(master)
+    assert b"\x1b" not in output and b"\x07" not in output and "␛]0;owned␇\ufffd".encode() in output
+
+
+def test_durations() -> None:
+    assert [command.duration(value) for value in (None, 3, 90, 7200, 200_000)] == ["-", "3 s", "2 m", "2 h", "2 d"]
+
+
+def test_the_module_is_cheap_to_load() -> None:
+    heavy = ("torch", "numpy", "pydantic", "msgspec", "psutil")
+    script = f"import sys, lumina_engine.commands.runs; print(*[name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
