@@ -204,7 +204,7 @@ class LuminaApp(Acts, App[None], inherit_bindings=False):
             task.cancel()
 
     def _tick(self) -> None:
-        if self._ticking:  # a slow tick drops the next one instead of piling up
+        if self._ticking or not self.screen_stack:  # a slow tick drops the next one; on the way out there is no screen any more
             return
         self._ticking = True
         try:
