@@ -32,6 +32,16 @@ class RankState:
     connected: bool = True
 
 
+@dataclass(frozen=True, slots=True)
+class End:
+    """How the first rank that did not end well ended: with which code, or without a word (None)."""
+
+    rank: int
+    code: int | None
+    reason: str | None
+    at: float
+
+
 class RankServer:
     """Listens for the ranks of one supervisor.
 
@@ -47,6 +57,7 @@ class RankServer:
     def __init__(self, path: Path, selector: selectors.BaseSelector, nonce: str, world: int) -> None:
         self.path = path
         self.ranks: dict[int, RankState] = {}
+        self.failure: End | None = None  # the others are ended by it, so only the first one tells why
         self._nonce = nonce
         self._world = world
         self._selector = selector
@@ -85,6 +96,7 @@ class RankServer:
         for connection in list(self._connections):
             self._drop(connection)
         self.ranks.clear()
+        self.failure = None
         self._waiting.clear()
 
     def tick(self) -> None:
@@ -149,7 +161,12 @@ class RankServer:
         elif content.get("op") == "exit" and isinstance(content.get("code"), int):
             state.exit_code = content["code"]
             state.exit_reason = str(content["reason"])[:1000] if content.get("reason") else None
+            if state.exit_code != 0:
+                self._failed(End(rank, state.exit_code, state.exit_reason, time.monotonic()))
         return True
+
+    def _failed(self, end: End) -> None:
+        self.failure = self.failure or end
 
     def _greet(self, connection: socket.socket, content: dict[str, Any]) -> bool:
         rank = content.get("rank")
@@ -176,5 +193,7 @@ class RankServer:
         self._since.pop(connection, None)
         if rank is not None:
             self.ranks[rank].connected = False
+            if self.ranks[rank].exit_code is None:
+                self._failed(End(rank, None, None, time.monotonic()))
         self._selector.unregister(connection)
         connection.close()

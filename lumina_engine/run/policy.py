@@ -31,6 +31,7 @@ class Settings:
     preempt_grace_s: float = 30.0
     engine_log_mb: float = 64
     restart_pause_s: float = 1.0  # first pause before a restart
+    survivors_s: float = 10.0  # what the other ranks get to leave after one has died
     rebind_s: float = 10.0  # how often the socket's place is looked at
 
     @classmethod

@@ -46,7 +46,9 @@ TICK = 0.05  # s between two looks at the log
 LOG_CHECK_TIME = 0.5  # s between two looks at the size of engine.log
 SECOND_SIGNAL_TIME = 1.0  # s after which a second TERM or INT kills
 CLEAR_TIME = 5.0  # s that left-over processes of a finished worker get after TERM
-SLOW_SECTIONS = frozenset({"save", "eval", "compile"})  # a stop waits longer for a rank in one of these
+SLOW_SECTIONS = frozenset(
+    {"save", "eval", "compile", "dry run", "examination"}
+)  # a stop waits longer for a rank in one of these
 SLOW_TIME = 1_800.0  # s
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT, signal.SIGCHLD)
 
@@ -68,6 +70,7 @@ class Supervisor:
         self.order = order
         self.selector = selectors.DefaultSelector()
         self.state = "preparing"  # of the run, as the log says
+        self.state_code: int | None = None  # the exit code that came with it
         self.child: subprocess.Popen[bytes] | None = None
         self.ended: int | None = None  # exit code of the worker, while what it left behind is cleared away
         self.restart_at: float | None = None
@@ -159,6 +162,7 @@ class Supervisor:
         """Start the ranks as a new incarnation. The main thread must do it: PR_SET_PDEATHSIG follows the starting thread."""
         self.inc += 1
         self.ranks.reset()
+        self.killed = False
         self._record(rec.Run(state="preparing", reason=reason, world=self.world))
         environment = rank_environment(
             self.run, channel=self.ranks.path, nonce=self.nonce, inc=self.inc, resume=resume, world=self.world
@@ -221,7 +225,7 @@ class Supervisor:
     def _follow(self, item: Head) -> None:
         """The run's state changed: so does run.json."""
         assert item.state is not None
-        self.state = item.state
+        self.state, self.state_code = item.state, item.exit_code
         changes: dict[str, Any] = {"state": item.state, "reason": item.reason, "exit_code": item.exit_code, "inc": item.inc}
         if item.total_steps is not None:
             changes["total_steps"] = item.total_steps
@@ -315,6 +319,7 @@ class Supervisor:
                 send_all(self._tree(), signal.SIGKILL)
         elif self.child is not None:
             self._press(now)
+            self._press_survivors(now)
         elif self.intent is not None:
             self._finish_between()
         elif self.restart_at is not None and now >= self.restart_at:
@@ -340,15 +345,26 @@ class Supervisor:
             elif self.kill_at is not None and now >= self.kill_at and not self.killed:
                 self._kill("the run did not stop")
 
+    def _press_survivors(self, now: float) -> None:
+        """One rank has died: the others wait for it in a collective, and its launcher waits for them."""
+        failure = self.ranks.failure
+        if failure is None or self.killed or now - failure.at < self.settings.survivors_s:
+            return
+        if failure.code is None or policy.final_state(failure.code) is None:
+            self._kill(f"rank {failure.rank} has died and the others do not leave")
+
     def _judge(self, now: float) -> None:
         """The worker and everything it started are gone: what now?"""
         self.ended, code = None, self.ended or 0
         self.kill_at = None
         self._read_log(now)
-        first = self.ranks.ranks.get(0)
-        if code != 0 and first is not None and first.exit_code is not None:
-            code = first.exit_code  # a launcher turns its ranks' codes into 1
-        reason = first.exit_reason if first is not None else None
+        reason = None
+        failure = self.ranks.failure
+        if code != 0 and failure is not None and (self.world > 1 or failure.code is not None):
+            # a launcher turns its ranks' codes into 1, and ends the others when one has died
+            code, reason = policy.CRASHED if failure.code is None else failure.code, failure.reason
+            if failure.code is None:
+                reason = f"rank {failure.rank} died without a word"
         state = policy.final_state(code)
         if state is not None:
             if self.intent == "interrupt" and code == policy.FINISHED:
@@ -386,8 +402,8 @@ class Supervisor:
             self._finish("finished", code, "stopped between two starts: the newest checkpoint counts")
 
     def _finish(self, state: str, code: int, reason: str | None) -> None:
-        """The run is over. The worker's own last word stands, if it is the same."""
-        if self.state != state:
+        """The run is over. The worker's own last word stands, if it says the same."""
+        if self.state != state or self.state_code not in (None, code):
             self._record(rec.Run(state=state, reason=reason, exit_code=code, id=self.intent_id))
         self.state = state
         self._identify({"state": state, "exit_code": code, **({"reason": reason} if reason else {})})

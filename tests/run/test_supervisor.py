@@ -26,6 +26,8 @@ from lumina_engine.run.process import Process, descendants, marked, process
 
 from .conftest import WORKER, Runs, until
 
+LAUNCHER_OF_TWO = str(Path(__file__).with_name("fake_launcher.py"))
+
 
 def states(run: RunDirectory) -> list[tuple[int, str]]:
     return [(record.inc, record.state) for record in read_records(run.metrics_path) if isinstance(record, rec.Run)]
@@ -117,6 +119,38 @@ def test_ft_a_crash_then_success(runs: Runs) -> None:
     assert [state for _, state in states(run)] == ["preparing", "running", "crashed", "preparing", "running", "finished"]
     assert [inc for inc, _ in states(run)] == [1, 1, 1, 2, 2, 2]
     assert last_records(run.metrics_path, 1, ["rewind"])
+
+
+# --- several ranks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ranks", "code", "words"),
+    [
+        ([65, "polite"], 65, "rank 0 says 65"),
+        (["polite", 65], 65, "rank 1 says 65"),
+        (["polite", "kill"], 1, "rank 1 died without a word"),
+        (["stuck", "kill"], 1, "rank 1 died without a word"),
+        (["kill", "polite"], 1, "rank 0 died without a word"),
+        ([0, 0], 0, ""),
+    ],
+)
+def test_ft09_the_first_rank_to_fail_tells_why(runs: Runs, ranks: list[str | int], code: int, words: str) -> None:
+    run = runs.make(ranks=ranks)
+    settings = {"max_restarts": 0, "survivors_s": 0.1}
+    launch.start(run, [sys.executable, LAUNCHER_OF_TWO, str(run.path)], world=2, settings=settings)
+    assert launch.wait(run, 20) == code
+    assert words in (run.info().reason or "") and marked(run.identity()["nonce"]) == []
+
+
+def test_ft03_two_ranks_are_preempted_together(runs: Runs) -> None:
+    run = runs.make(ranks=["preempt", "preempt"])
+    launch.start(run, [sys.executable, LAUNCHER_OF_TWO, str(run.path)], world=2)
+
+    until(lambda: [rank["step"] for rank in ranks_of(run)] == [1, 1], "both ranks")
+    assert run.signal(signal.SIGTERM)
+    assert launch.wait(run, 20) == 75
+    assert run.info().state == "preempted"
 
 
 # --- start --------------------------------------------------------------------------------------------------------------
@@ -309,7 +343,7 @@ def test_ps07_a_rank_that_holds_on_leaves_at_the_end_of_its_channel(runs: Runs) 
     pid = run.path / "pid"
     rank = until(lambda: pid.exists() and pid.read_text() and process(int(pid.read_text())), "the rank")
     with RunClient(run) as client:
-        until(lambda: RunClient(run).hello["ranks"] != [], "the rank to be known")
+        until(lambda: ranks_of(run), "the rank to be known")
         assert client.hello["op"] == "hello"
     run.signal(signal.SIGKILL)
     until(lambda: not rank.alive, "the rank to leave", 5)
@@ -349,6 +383,8 @@ def test_ft02_int_stops_with_130(runs: Runs) -> None:
     assert run.signal(signal.SIGINT)
     assert launch.wait(run, 20) == 130
     assert run.info().state == "finished" and run.newest_step() == step(run)
+    (last,) = last_records(run.metrics_path, 1, ["run"])
+    assert isinstance(last, rec.Run) and last.exit_code == 130, "log and run.json agree"
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
@@ -569,7 +605,8 @@ def test_ps02_killed_viewers_leave_nothing(runs: Runs) -> None:
     def counts() -> tuple[int, int]:
         return len(list(Path(f"/proc/{owner.pid}/fd").iterdir())), len(list(Path(f"/proc/{owner.pid}/task").iterdir()))
 
-    before = counts()
+    until(lambda: ranks_of(run), "the rank's connection")
+    before = min(counts() for _ in range(20))  # files that are open for a moment only do not count
     script = (
         "import sys; from lumina_engine.run.client import RunClient; from lumina_engine.run.directory import RunDirectory\n"
         + textwrap.dedent(
@@ -592,14 +629,15 @@ def test_ps02_killed_viewers_leave_nothing(runs: Runs) -> None:
     until(lambda: counts() == before, "descriptors and threads to be as before")
 
 
+def ranks_of(run: RunDirectory) -> list[dict[str, Any]]:
+    with RunClient(run) as client:
+        return list(client.hello["ranks"])
+
+
 def test_the_hello_knows_the_ranks(runs: Runs) -> None:
     run = runs.running()
 
-    def ranks() -> list[dict[str, Any]]:
-        with RunClient(run) as client:
-            return list(client.hello["ranks"])
-
-    (rank,) = until(lambda: [item for item in ranks() if item["step"]], "a heartbeat")
+    (rank,) = until(lambda: [item for item in ranks_of(run) if item["step"]], "a heartbeat")
     assert rank["rank"] == 0 and rank["pid"] == worker(run).pid and rank["section"] in ("data", "step", "save")
     assert 0 <= rank["age_s"] < 20
 
