@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .conversation import Conversation, DataError, Document, TextDocument
+from .order import ORDER_VERSION
 
 STORE_FORMAT = 1  # raise it when the files or their meaning change: older stores are then built again
 
@@ -168,9 +169,9 @@ class StoreWriter:
 
 
 def fingerprint_of(digests: Mapping[str, str], weights: list[float]) -> str:
-    """SHA-256 over tokens, mask, offsets and what the mask values mean. Equal training data, equal fingerprint."""
+    """SHA-256 over tokens, mask, offsets, the meaning of mask values, the order's version: equal fingerprint, equal rows."""
     parts = [digests[name] for name in ("tokens.u32", "mask.u8", "offsets.u64")]
-    return hashlib.sha256(json.dumps([STORE_FORMAT, parts, weights]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([STORE_FORMAT, ORDER_VERSION, parts, weights]).encode()).hexdigest()
 
 
 def sync_folder(path: Path) -> None:

@@ -93,6 +93,13 @@ def test_rs07_fingerprint_is_of_the_content(tokenizer, tmp_path):
     assert len(found | {base.fingerprint}) == 4
 
 
+def test_rs07_another_order_version_is_another_fingerprint(tokenizer, tmp_path, monkeypatch):
+    """A cached store of an older version is built again, so a resume notices."""
+    base = build_store(talks(5), tokenizer, tmp_path, source_digest="1")
+    monkeypatch.setattr("lumina_engine.data.store_writer.ORDER_VERSION", 99)
+    assert build_store(talks(5), tokenizer, tmp_path, source_digest="1").fingerprint != base.fingerprint
+
+
 def test_c036_a_failed_build_leaves_nothing(tokenizer, tmp_path):
     def broken():
         yield from talks(3)
