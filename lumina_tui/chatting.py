@@ -108,7 +108,7 @@ class ChatLink:
         self.session: ChatSession | None = None
         self.path: Path | None = None
         self._starter = starter or start_server
-        self._save = save
+        self.save = save
         self._updates: deque[Update] = deque()
         self._attempt: _Attempt | None = None
         self._backend: Backend | None = None
@@ -214,7 +214,7 @@ class ChatLink:
         updates.append(self._saved())
 
     def _saved(self) -> Saved:
-        if not self._save or self.session is None:
+        if not self.save or self.session is None:
             return Saved(None)
         try:
             return Saved(self.session.save())

@@ -120,6 +120,11 @@ class ChatSession:
         """The mode's numbers with this session's overrides."""
         return sampling_for(self.mode, self.overrides)
 
+    def settings_text(self) -> str:
+        """Sampling and seed as `modes.parse_settings` reads them."""
+        values = {**self.sampling.to_dict(), "seed": "none" if self.seed is None else self.seed}
+        return " ".join(f"{name}={value}" for name, value in values.items())
+
     @property
     def busy(self) -> bool:
         return self._busy

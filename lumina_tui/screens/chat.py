@@ -6,10 +6,10 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from textual.containers import Horizontal, Vertical
+from textual.containers import Horizontal
+from textual.events import Key
 
 from lumina_engine.chat.catalogue import CheckpointError, Entry, explain_checkpoint, list_entries, run_entries
-from lumina_engine.chat.console import timing
 from lumina_engine.chat.events import Done, Start, Token
 from lumina_engine.chat.modes import MODES, ChatError, parse_settings
 from lumina_engine.chat.session import ChatSession
@@ -18,14 +18,16 @@ from ..chatting import ChatLink, Connected, Lost, Phase, Progress, Refused, Save
 from ..paint import duration, whole
 from ..widgets.chat_checkpoints import CheckpointTable
 from ..widgets.chat_field import MessageField
-from ..widgets.chat_transcript import Item, Transcript
+from ..widgets.chat_talk import Talk
+from ..widgets.chat_transcript import Transcript
 from ..widgets.table import Table
-from .base import LuminaScreen, Panel, State
+from .base import LuminaScreen, State
 
 if TYPE_CHECKING:
     from textual.app import ComposeResult
 
 NEWER_TIME = 5.0  # s between two looks for a newer checkpoint of this run
+WRITING = "a reply is being written: Esc stops it"
 
 
 class ChatScreen(LuminaScreen):
@@ -35,49 +37,42 @@ class ChatScreen(LuminaScreen):
     number = 7
     heading = "Chat"
     DEFAULT_CSS = """
-    ChatScreen #talk { width: 1fr; }
     ChatScreen #checkpoints { width: 46; display: none; }
     ChatScreen.-wide #checkpoints { display: block; }
     ChatScreen.-choosing #checkpoints { width: 1fr; display: block; }
     ChatScreen.-choosing #talk { display: none; }
-    ChatScreen #message { height: auto; }
+    ChatScreen.-choosing.-wide #checkpoints { width: 46; }
+    ChatScreen.-choosing.-wide #talk { display: block; }
     """
 
     def __init__(
-        self,
-        *,
-        checkpoint: str | Path | None = None,
-        starter: Starter | None = None,
-        chats_dir: Path | str = "chats",
+        self, *, checkpoint: str | Path | None = None, starter: Starter | None = None, chats_dir: Path | str = "chats"
     ) -> None:
         super().__init__()
         self._wanted = checkpoint
         self._chats_dir = Path(chats_dir)
-        self._starter = starter
         self.link = ChatLink(starter)
-        self._reply: Item | None = None
-        self._error = ""
         self._newer: Entry | None = None
 
     def content(self) -> ComposeResult:
         with Horizontal(classes="content"):
             yield CheckpointTable(id="checkpoints")
-            with Vertical(id="talk"):
-                yield Transcript(id="transcript")
-                yield Panel(MessageField(id="field"), id="message")
+            yield Talk(id="talk")
+
+    @property
+    def talk(self) -> Talk:
+        return self.query_one(Talk)
 
     # life
 
     def on_mount(self) -> None:
-        self.link = ChatLink(self._starter, save=not self.lumina.readonly)
-        panel = self.query_one("#message", Panel)
-        panel.set_title("message", "/help for commands")
-        panel.set_foot("Enter send  ctrl+j new line  Esc stop, then leave")
+        self.link.save = not self.lumina.readonly
         self.set_interval(NEWER_TIME, self._look_for_newer)
-        if self._wanted is not None:
-            self._open(self._wanted)
-        else:
+        if self._wanted is None:
             self._choose()
+        else:
+            self._open(self._wanted)
+            self._refresh_list()
 
     def on_unmount(self) -> None:
         self.link.disconnect()
@@ -89,21 +84,17 @@ class ChatScreen(LuminaScreen):
         self._open(arguments["checkpoint"])
         return True
 
-    @property
-    def transcript(self) -> Transcript:
-        return self.query_one("#transcript", Transcript)
-
-    @property
-    def field(self) -> MessageField:
-        return self.query_one("#field", MessageField)
-
     # choosing
 
     def _choose(self) -> None:
         self.add_class("-choosing")
-        self.set_frame(subject="choose a checkpoint")
-        table = self.query_one(CheckpointTable)
-        table.focus()
+        self.set_frame(subject="choose a checkpoint", badge="")
+        if self.talk.empty:
+            self.talk.transcript.set_state(State.EMPTY, "Enter on a checkpoint loads it.")
+        self.query_one(CheckpointTable).focus()
+        self._refresh_list()
+
+    def _refresh_list(self) -> None:
         self.run_worker(self._list(), group="list", exclusive=True, exit_on_error=False)
 
     async def _list(self) -> None:
@@ -119,49 +110,53 @@ class ChatScreen(LuminaScreen):
         elif entry is not None:
             self._open(entry.path)
 
+    def on_key(self, event: Key) -> None:
+        if event.key == "escape" and self.has_class("-choosing") and self.link.phase in (Phase.READY, Phase.GONE):
+            event.stop()  # back to the conversation
+            self.remove_class("-choosing")
+            self.talk.transcript.focus()
+            if self.link.phase is Phase.GONE:
+                self.set_frame(subject=str(self.link.path), badge="NO SERVER", badge_role="bad")
+
     # connecting
 
     def _open(self, checkpoint: str | Path) -> None:
+        self._wanted = checkpoint
         self.remove_class("-choosing")
-        self._error = ""
         self.set_frame(subject=str(checkpoint), badge="LOADING", badge_role="accent")
-        self.transcript.focus()
+        self.talk.transcript.focus()
         self.run_worker(self._resolve(checkpoint), group="open", exclusive=True, exit_on_error=False)
 
     async def _resolve(self, checkpoint: str | Path) -> None:
         try:
             path, why = await asyncio.to_thread(explain_checkpoint, checkpoint, self.lumina.runs_root)
         except (CheckpointError, OSError) as error:
+            self.link.disconnect()
+            self.link.phase = Phase.GONE
             self._gone(str(error))
         else:
+            self.talk.break_off()
             self.link.connect(path, why)
-            self.tick()
 
     def _connected(self, update: Connected) -> None:
         info = update.backend.info
         if self.link.session is None:
             self.link.session = ChatSession(update.backend, chats_dir=self._chats_dir)
-        self._newer, self._error = None, ""
-        self.transcript.set_state(State.LIVE)
-        self.transcript.add("note", f"{update.notice + ': ' if update.notice else ''}{info.line()}")
+        self._newer = None
+        self.talk.say("note", f"{update.notice + ': ' if update.notice else ''}{info.line()}")
         if self.link.session.unsent:
-            self.transcript.add("note", ". sends the last message again")
-        self.transcript.set_title(info.name, f"{info.precision} {info.device}")
-        self.field.focus()
+            self.talk.say("note", ". sends the last message again")
+        self.talk.transcript.set_title(info.name, f"{info.precision} {info.device}")
+        self.talk.field.focus()
 
     def _gone(self, error: str) -> None:
         """No server. What was said stays, and so does the message that got no answer."""
-        self._error = error
-        if self._reply is not None:
-            self._reply.foot = "not finished"
-            self._reply = None
-        talked = bool(self.transcript.items)
-        if talked:
-            self.transcript.set_state(State.LIVE)
-            self.transcript.add("error", f"{error} - r starts the server again, o another checkpoint")
+        self.talk.break_off()
+        if self.talk.empty:
+            self.talk.transcript.set_state(State.ERROR, f"{error}\n\nr tries again, o chooses another checkpoint")
         else:
-            self.transcript.set_state(State.ERROR, f"{error}\n\nr tries again, o chooses another checkpoint")
-        self.transcript.focus()
+            self.talk.say("error", f"{error} - r starts the server again, o another checkpoint")
+        self.talk.transcript.focus()
         self.set_frame(badge="NO SERVER", badge_role="bad")
         self.refresh_keys()
 
@@ -180,51 +175,36 @@ class ChatScreen(LuminaScreen):
         updates = self.link.drain()
         for update in updates:
             self._take(update)
-        if self._reply is not None and any(isinstance(update, Token) for update in updates):
-            self.transcript.changed()
+        self.talk.settle()
         if updates or before is not self.link.phase:
             self.refresh_keys()
         self._show_frame()
 
     def _take(self, update: Update) -> None:
-        if isinstance(update, Token):
-            if self._reply is not None:
-                self._reply.text += update.text
+        if isinstance(update, Start | Token | Done):
+            self.talk.take(update)
         elif isinstance(update, Progress):
-            if not self.transcript.items:
+            if self.talk.empty:
                 text = f"{update.detail}, {duration(update.seconds)}\n\nEsc stops waiting"
-                self.transcript.set_state(State.LOADING, text)
+                self.talk.transcript.set_state(State.LOADING, text)
             self.set_frame(badge=f"LOADING {duration(update.seconds)}", badge_role="accent")
         elif isinstance(update, Connected):
             self._connected(update)
         elif isinstance(update, Lost):
             self._gone(update.error)
-        elif isinstance(update, Start):
-            if notice := update.notice():
-                self.transcript.items.insert(-1, Item("note", notice))
-        elif isinstance(update, Done):
-            self._finished(update)
         elif isinstance(update, Refused):
-            self._reply = None
-            self.transcript.add("error", update.error)
+            self.talk.break_off()
+            self.talk.say("error", update.error)
         elif isinstance(update, Saved) and update.error:
             self.lumina.notice(update.error, "error")
 
-    def _finished(self, done: Done) -> None:
-        if self._reply is not None:
-            reasons = {"stop": "", "length": ", cut off at the longest reply", "context": ", the context is full"}
-            self._reply.text += done.tail
-            self._reply.foot = timing(done) + reasons.get(done.reason, ", stopped")
-            self._reply = None
-            self.transcript.changed()
-
     def _show_frame(self) -> None:
         session, phase = self.link.session, self.link.phase
-        if self.has_class("-choosing") or phase in (Phase.IDLE, Phase.GONE, Phase.CONNECTING) or session is None:
+        if session is None or phase not in (Phase.READY, Phase.REPLYING) or self.has_class("-choosing"):
             return
         info = session.backend.info
-        context = f"context {whole(session.context_used)} of {whole(info.context_limit)}"
         seed = f" | seed {session.seed}" if session.seed is not None else ""
+        context = f"context {whole(session.context_used)} of {whole(info.context_limit)}"
         self.set_frame(subject=f"{info.name} | {session.mode}{seed} | {context}")
         if phase is Phase.REPLYING:
             self.set_frame(badge="WRITING", badge_role="accent")
@@ -237,37 +217,32 @@ class ChatScreen(LuminaScreen):
 
     def on_message_field_sent(self, message: MessageField.Sent) -> None:
         session = self.link.session
-        if session is None or self.link.phase is Phase.CONNECTING:
-            self.lumina.notice("no checkpoint is loaded yet", "warning")
-            return
-        outcome = session.command(message.text)
-        if outcome is None:
-            if self.link.phase is not Phase.READY:
-                self.lumina.notice(self.why_not("chat.again") or "no server: r starts it again", "warning")
-                return
-            self.field.taken()
-            self._say("user", message.text)
-            self._begin()
+        outcome = session.command(message.text) if session is not None else None
+        if session is not None and outcome is None and self.link.phase is Phase.READY:
+            self.talk.say("user", message.text)
+            self.talk.begin()
             self.link.send(message.text)
-            return
-        self.field.taken()
-        if outcome.action == "quit":
+        elif session is None or outcome is None:
+            self.talk.field.give_back(message.text)
+            reasons = {Phase.REPLYING: WRITING, Phase.GONE: "no server: r starts it again"}
+            self.lumina.notice(reasons.get(self.link.phase, "no checkpoint is loaded yet"), "warning")
+        elif outcome.action == "quit":
             self.app.exit()
         elif outcome.action == "retry":
-            self._again()
+            self.action_again()
         else:
             if outcome.action in ("clear", "load"):
-                self._show_history(session)
-            self._say("note" if outcome.ok else "error", outcome.text)
+                self.talk.show_history(session)
+            self.talk.say("note" if outcome.ok else "error", outcome.text)
         self.tick()
 
     def on_message_field_escaped(self) -> None:
         if self.link.phase is Phase.REPLYING:
             self.link.cancel()
         else:
-            self.transcript.focus()
+            self.talk.transcript.focus()
 
-    async def on_transcript_escaped(self) -> None:
+    async def on_transcript_escaped(self, _message: Transcript.Escaped) -> None:
         if self.link.phase is Phase.REPLYING:
             self.link.cancel()
         elif self.link.phase is Phase.CONNECTING:
@@ -276,85 +251,60 @@ class ChatScreen(LuminaScreen):
         else:
             await self.app.run_action("do('app.back')")
 
-    def _say(self, kind: str, text: str) -> Item:
-        return self.transcript.add(kind, text)
-
-    def _begin(self) -> None:
-        self._reply = self._say("assistant", "")
-
-    def _show_history(self, session: ChatSession) -> None:
-        self.transcript.clear()
-        for turn in session.history:
-            self._say("user" if turn["role"] == "user" else "assistant", turn["content"])
-
     # actions
 
     def why_not(self, action_id: str) -> str | None:
         name, session = action_id.rpartition(".")[2], self.link.session
+        if name != "write" and name != "copy" and self.link.phase is Phase.REPLYING:
+            return WRITING
         if name in ("checkpoints", "reload"):
-            return "a reply is being written: Esc stops it" if self.link.phase is Phase.REPLYING else None
+            return None
         if session is None:
             return "no checkpoint is loaded"
-        if name in ("again", "new", "mode", "settings", "export") and self.link.phase is Phase.REPLYING:
-            return "a reply is being written: Esc stops it"
-        if name == "again":
-            if self.link.phase is not Phase.READY:
-                return "no server: r starts it again"
-            return None if session.can_retry else "nothing was said yet"
+        if name == "again" and self.link.phase is not Phase.READY:
+            return "no server: r starts it again"
         if name == "export" and self.lumina.readonly:
             return "--readonly: no file is written"
-        if name in ("copy", "export") and not session.history:
+        if (name == "again" and not session.can_retry) or (name in ("copy", "export") and not session.history):
             return "nothing was said yet"
         return None
 
+    @property
+    def session(self) -> ChatSession:
+        """The conversation; actions run only while there is one (`why_not`)."""
+        assert self.link.session is not None
+        return self.link.session
+
     def action_write(self) -> None:
-        self.field.focus()
+        self.talk.field.focus()
 
     def action_again(self) -> None:
-        self._again()
-
-    def _again(self) -> None:
-        session = self.link.session
-        if session is None or self.why_not("chat.again") is not None:
+        if reason := self.why_not("chat.again"):
+            self.lumina.notice(reason, "warning")
             return
-        unsent = session.unsent
-        self._show_history(session)
-        if unsent is not None:
-            self._say("user", unsent)
-        elif self.transcript.items:
-            self.transcript.items.pop()
-        self._begin()
+        self.talk.begin_again(self.session)
         self.link.retry()
 
     def action_mode(self) -> None:
-        session = self.link.session
-        assert session is not None
         names = list(MODES)
-        outcome = session.command(f"/mode {names[(names.index(session.mode) + 1) % len(names)]}")
-        assert outcome is not None
-        self._say("note", outcome.text)
-        self._show_frame()
+        outcome = self.session.command(f"/mode {names[(names.index(self.session.mode) + 1) % len(names)]}")
+        self.talk.say("note", outcome.text if outcome is not None else "")
 
     def action_new(self) -> None:
-        session = self.link.session
-        assert session is not None
-        session.clear()
-        self.transcript.clear()
-        self._say("note", "new conversation" + ("; the system prompt stays" if session.system_prompt else ""))
-        self.field.focus()
+        self.session.clear()
+        self.talk.transcript.clear()
+        self.talk.say("note", "new conversation" + ("; the system prompt stays" if self.session.system_prompt else ""))
+        self.talk.field.focus()
 
     def action_checkpoints(self) -> None:
         self._choose()
 
     def action_settings(self) -> None:
-        session = self.link.session
-        assert session is not None
-        values = {**session.sampling.to_dict(), "seed": session.seed if session.seed is not None else "none"}
-        text = " ".join(f"{name}={value}" for name, value in values.items())
+        session = self.session
 
         def apply(answer: str) -> None:
             session.overrides, session.seed = parse_settings(session.mode, answer)
-            self._say("note", "settings: " + " ".join(f"{k}={v}" for k, v in session.sampling.to_dict().items()))
+            self.talk.say("note", f"settings: {session.settings_text()}")
 
         def wrong(answer: str) -> str | None:
             try:
@@ -363,29 +313,22 @@ class ChatScreen(LuminaScreen):
                 return str(error)
             return None
 
-        self.lumina.prompt(
-            "Settings",
-            apply,
-            value=text,
-            lines=["name=value, separated by spaces; seed=none draws a new one each time"],
-            check=wrong,
-        )
+        hint = "name=value with spaces between; seed=none draws a new one for each reply"
+        self.lumina.prompt("Settings", apply, value=session.settings_text(), lines=[hint], check=wrong)
 
     def action_reload(self) -> None:
         if self.has_class("-choosing"):
             self._choose()
         elif self._newer is not None:
             self._open(self._newer.path)
-        elif self.link.phase is Phase.GONE or self._error:
-            self._open(self.link.path or self._wanted or "")
+        elif self.link.phase is Phase.GONE:
+            self._open(self._wanted or "")
         else:
             self.lumina.notice("nothing to reload: the server answers and no checkpoint is newer")
 
     def action_copy(self) -> None:
-        session = self.link.session
-        assert session is not None
-        reply = next((turn["content"] for turn in reversed(session.history) if turn["role"] == "assistant"), "")
-        self.lumina.copy_text(reply, "reply.txt")
+        replies = [turn["content"] for turn in self.session.history if turn["role"] == "assistant"]
+        self.lumina.copy_text(replies[-1] if replies else "", "reply.txt")
 
     def action_export(self) -> None:
         from .dialogs import Choice
@@ -394,10 +337,8 @@ class ChatScreen(LuminaScreen):
         self.lumina.ask("Export the conversation", choices, self._export)
 
     def _export(self, kind: str) -> None:
-        session = self.link.session
-        assert session is not None
         try:
-            path = session.save() if kind == "json" else session.export_markdown()
+            path = self.session.save() if kind == "json" else self.session.export_markdown()
         except ChatError as error:
             self.lumina.notice(str(error), "error")
         else:

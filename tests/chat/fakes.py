@@ -10,6 +10,7 @@ from pathlib import Path
 from lumina_engine.chat.events import Done, Event, Message, ModelInfo, Start, Token
 from lumina_engine.chat.modes import ChatError, Sampling
 from lumina_engine.chat.server import ChatServer
+from lumina_engine.checkpoint.commit import Staging, commit, set_pointer
 
 
 class FakeBackend:
@@ -59,7 +60,7 @@ class FakeBackend:
             yield Token(text=word if number == len(words) - 1 and not endless else word + " ", token=number)
             number += 1
             if endless:
-                threading.Event().wait(0.002)
+                threading.Event().wait(0.01)
         yield Done(reason="stop", tokens=len(words), seconds=0.5, first_token_s=0.25, seed=seed)
 
     def cancel(self) -> None:
@@ -77,6 +78,17 @@ class LetterTokenizer:
         for message in conversation:
             ids += [1, 2, *(ord(letter) for letter in message["content"]), 3, 4]
         return ids + ([1, 2] if add_generation_prompt else [])
+
+
+def commit_checkpoint(runs: Path, run: str, step: int, *, best: bool = False, loss: float | None = None) -> Path:
+    """A committed checkpoint with a real manifest and nothing to load in it."""
+    checkpoints = runs / run / "checkpoints"
+    staging = Staging(checkpoints, step)
+    entries = [staging.write("model/model.safetensors", [bytes(1000)]), staging.write("state/rank-00000.json", [b"{}"])]
+    path = commit(staging, entries, {"metrics": {} if loss is None else {"eval_loss": loss}, "created": 1.0})
+    if best:
+        set_pointer(checkpoints, "best", path.name)
+    return path
 
 
 def main(path: str, what: str = "") -> None:

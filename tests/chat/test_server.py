@@ -317,7 +317,7 @@ def test_c110_a_checkpoint_that_cannot_be_loaded_is_told_to_the_client(folder: P
         seen.append(detail)
         connected.set()
 
-    with pytest.raises(ServerGone, match="^the checkpoint is damaged: choose another$"):
+    with pytest.raises(ServerGone, match=r"^the checkpoint is damaged: choose another$"):
         ServerBackend(path, loading=loading)
     thread.join(DEADLINE)
     assert "damaged" in str(failures[0]) and seen and not path.exists()

@@ -1,0 +1,481 @@
+"""The Chat screen on a real socket with a scripted model (terminal.md 2.7). No torch."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.cells import cell_len
+from textual.screen import Screen
+
+import lumina_tui.application
+from lumina_engine.chat.catalogue import list_entries
+from lumina_engine.chat.client import socket_path
+from lumina_engine.chat.modes import ChatError
+from lumina_engine.chat.server import ChatServer
+from lumina_tui.application import LuminaApp
+from lumina_tui.chatting import Phase, start_server
+from lumina_tui.screens.chat import ChatScreen
+from lumina_tui.widgets.chat_transcript import Item, Transcript, wrap
+from tests.chat.fakes import FakeBackend, commit_checkpoint
+from tests.tui.helpers import screen_text, until
+
+
+class Servers:
+    """Starts chat servers in threads, as `lumina-engine serve --detach` would start processes."""
+
+    def __init__(self) -> None:
+        self.backend = FakeBackend()
+        self.refuse: str | None = None
+        self.load = threading.Event()
+        self.load.set()
+        self.started: list[Path] = []
+        self.running: list[tuple[ChatServer, threading.Thread]] = []
+
+    def __call__(self, path: Path, given_up: Callable[[], bool]) -> int:
+        if self.refuse is not None:
+            raise ChatError(self.refuse)
+        self.started.append(path)
+
+        def load(say: Callable[[str], None]) -> FakeBackend:
+            say("checking and reading step-000200")
+            while not self.load.wait(0.01):
+                pass
+            return self.backend
+
+        server = ChatServer(socket_path(path), load)
+        thread = threading.Thread(target=server.serve, daemon=True)
+        thread.start()
+        self.running.append((server, thread))
+        return 0
+
+    def stop(self, reason: str = "the test is over") -> None:
+        self.load.set()
+        self.backend.gate.set()
+        for server, thread in self.running:
+            server.stop(reason)
+            thread.join(20)
+        self.running.clear()
+
+
+@pytest.fixture(autouse=True)
+def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LUMINA_SOCKETS", str(tmp_path / "sockets"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("TEXTUAL_ANIMATIONS", "none")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+
+@pytest.fixture
+def servers() -> Iterator[Servers]:
+    found = Servers()
+    yield found
+    found.stop()
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Path:
+    root = tmp_path / "runs"
+    commit_checkpoint(root, "autumn", 100, loss=2.5)
+    commit_checkpoint(root, "autumn", 200, best=True, loss=1.5)
+    return root
+
+
+class App(LuminaApp):
+    """Opens the Chat screen at once."""
+
+    CSS_PATH = str(Path(lumina_tui.application.__file__).with_name("app.tcss"))
+
+    def __init__(self, runs: Path, **arguments: Any) -> None:
+        readonly = arguments.pop("readonly", False)
+        super().__init__(runs, readonly=readonly)
+        self.arguments = arguments
+
+    def get_default_screen(self) -> Screen[Any]:
+        return self._make(7, **self.arguments)
+
+    @property
+    def chat(self) -> ChatScreen:
+        screen = self._screens[7]
+        assert isinstance(screen, ChatScreen)
+        return screen
+
+    @property
+    def shown(self) -> str:
+        return screen_text(self)
+
+
+@asynccontextmanager
+async def opened(
+    runs: Path, servers: Servers, checkpoint: str | None = "autumn", size: tuple[int, int] = (80, 24), **more: Any
+) -> Any:
+    app = App(runs, checkpoint=checkpoint, starter=servers, chats_dir=runs.parent / "chats", **more)
+    async with app.run_test(size=size) as pilot:
+        if checkpoint is not None:
+            await until(pilot, lambda: app.chat.link.phase in (Phase.READY, Phase.GONE), what="connected")
+        yield app, pilot
+
+
+def shows(app: App, text: str) -> bool:
+    return text in " ".join(app.shown.split())
+
+
+async def say(app: App, pilot: Any, text: str) -> None:
+    """Type a line and wait until its reply has ended."""
+    app.chat.talk.field.put(text)
+    await pilot.press("enter")
+    await until(pilot, lambda: app.chat.link.phase is Phase.READY and not app.chat.link._updates, what="the reply")
+
+
+# the way through
+
+
+async def test_c136_choose_talk_and_find_the_saved_file_by_keyboard_at_80x24(runs: Path, servers: Servers) -> None:
+    async with opened(runs, servers, None) as (app, pilot):
+        await until(pilot, lambda: "eval_loss" in app.shown)
+        lines = app.shown.splitlines()
+        assert "200  best latest" in lines[3] and "100" in lines[4]  # best first
+        await pilot.press("enter")
+        await until(pilot, lambda: app.chat.link.phase is Phase.READY)
+        assert servers.started == [(runs / "autumn/checkpoints/step-000200").resolve()]
+        await until(pilot, lambda: "READY" in app.shown)
+        assert "x step-000100" in app.shown and "eval_loss 1.5000" in app.shown  # what the server says it has
+        await pilot.press(*"hi", "ctrl+j", *"ho", "enter")
+        await until(pilot, lambda: "answer 1 to hi" in app.shown and app.chat.link.phase is Phase.READY)
+        assert servers.backend.asked[0][0] == [{"role": "user", "content": "hi\nho"}]
+        assert "4 tokens, 8.0 tokens/s, 0.5 s, first token 250 ms" in app.shown
+        assert "standard | context 14 of 256" in app.shown
+        saved = list((runs.parent / "chats").iterdir())
+        assert len(saved) == 1
+        assert json.loads(saved[0].read_text())["conversation"][1]["content"] == "answer 1 to hi\nho"
+
+
+async def test_c136_a_running_server_is_used_as_it_is(runs: Path, servers: Servers) -> None:
+    servers((runs / "autumn/checkpoints/step-000200").resolve(), lambda: False)
+    async with opened(runs, servers) as (app, pilot):
+        await until(pilot, lambda: "READY" in app.shown)
+    assert len(servers.started) == 1
+    assert servers.running[0][1].is_alive()  # and it goes on without us
+
+
+async def test_c136_the_reply_streams(runs: Path, servers: Servers) -> None:
+    servers.backend.reply = "one two three four"
+    async with opened(runs, servers) as (app, pilot):
+        servers.backend.gate.clear()
+        app.chat.talk.field.put("x")
+        await pilot.press("enter")
+        await until(pilot, lambda: "WRITING" in app.shown)
+        assert app.chat.why_not("chat.again") == "a reply is being written: Esc stops it"
+        servers.backend.gate.set()
+        await until(pilot, lambda: "one two three four" in app.shown)
+
+
+async def test_c136_what_is_typed_right_after_enter_is_not_lost(runs: Path, servers: Servers) -> None:
+    async with opened(runs, servers) as (app, pilot):
+        app.chat.talk.field.put("/mode precise")
+        await pilot.press("enter", *"next")
+        assert app.chat.talk.field.text == "next"
+        assert app.chat.link.session is not None and app.chat.link.session.mode == "precise"
+
+
+# stopping, failing
+
+
+async def test_c110_esc_stops_the_reply_then_leaves_the_field(runs: Path, servers: Servers) -> None:
+    async with opened(runs, servers) as (app, pilot):
+        app.chat.talk.field.put("endless")
+        await pilot.press("enter")
+        await until(pilot, lambda: "answer" in app.shown)
+        await pilot.press("escape")
+        await until(pilot, lambda: app.chat.link.phase is Phase.READY)
+        await until(pilot, lambda: ", stopped" in app.shown)
+        assert app.chat.talk.field.has_focus
+        await pilot.press("escape")
+        assert app.chat.talk.transcript.has_focus
+        await pilot.press("i")
+        assert app.chat.talk.field.has_focus
+
+
+async def test_c110_a_server_that_goes_mid_reply_costs_nothing_but_that_reply(runs: Path, servers: Servers) -> None:
+    async with opened(runs, servers) as (app, pilot):
+        await say(app, pilot, "first")
+        app.chat.talk.field.put("endless question")
+        await pilot.press("enter")
+        await until(pilot, lambda: "answer 2" in app.shown)
+        servers.stop("stopped by SIGTERM")
+        await until(pilot, lambda: app.chat.link.phase is Phase.GONE)
+        await until(pilot, lambda: "NO SERVER" in app.shown)
+        text = " ".join(app.shown.replace("│", " ").split())
+        assert "the chat server has left: stopped by SIGTERM" in text and "r starts the server again" in text
+        kinds = [(item.kind, item.text[:17], item.foot) for item in app.chat.talk.transcript.items]
+        assert ("assistant", "answer 1 to first", "4 tokens, 8.0 tokens/s, 0.5 s, first token 250 ms") in kinds
+        assert ("assistant", "answer 2 to endle", "not finished") in kinds
+        app.chat.talk.field.put("lost?")
+        app.chat.talk.field.focus()
+        await pilot.press("enter")
+        assert app.chat.talk.field.text == "lost?"  # it could not be sent, so it stays
+        await pilot.press("escape", "r")
+        await until(pilot, lambda: app.chat.link.phase is Phase.READY)
+        assert len(servers.started) == 2
+        session = app.chat.link.session
+        assert session is not None and session.unsent == "endless question" and len(session.history) == 2
+        servers.backend.reply = "done now"
+        session.unsent = "question"
+        app.chat.talk.transcript.focus()
+        await pilot.press(".")
+        await until(pilot, lambda: "done now" in app.shown and app.chat.link.phase is Phase.READY)
+        assert [turn["content"] for turn in session.history] == ["first", "answer 1 to first", "question", "done now"]
+
+
+async def test_c110_a_server_that_cannot_start_says_why_and_r_tries_again(runs: Path, servers: Servers) -> None:
+    servers.refuse = (
+        "step-000200 is damaged: model/model.safetensors, chunk 0; verify it with `lumina-engine checkpoint verify`"
+    )
+    async with opened(runs, servers) as (app, pilot):
+        await until(pilot, lambda: "NO SERVER" in app.shown)
+        assert "step-000200 is damaged" in app.shown and "r tries again" in app.shown
+        servers.refuse = None
+        await pilot.press("r")
+        await until(pilot, lambda: "READY" in app.shown)
+
+
+async def test_c110_an_unknown_checkpoint_is_one_line(runs: Path, servers: Servers) -> None:
+    app = App(runs, checkpoint="autum", starter=servers)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "did you mean autumn?" in " ".join(app.shown.split()))
+
+
+async def test_c110_loading_says_what_and_esc_stops_waiting(runs: Path, servers: Servers) -> None:
+    servers.load.clear()
+    app = App(runs, checkpoint="autumn", starter=servers)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "checking and reading step-000200" in app.shown)
+        assert "LOADING" in app.shown and "Esc stops waiting" in app.shown
+        await pilot.press("escape")
+        await until(pilot, lambda: "choose a checkpoint" in app.shown)
+        assert app.chat.link.phase is Phase.IDLE
+        servers.load.set()
+        await until(pilot, lambda: "eval_loss" in app.shown)
+        await pilot.press("enter")
+        await until(pilot, lambda: "READY" in app.shown)
+
+
+async def test_c110_a_refused_reply_is_shown_and_the_next_one_works(runs: Path, servers: Servers) -> None:
+    async with opened(runs, servers) as (app, pilot):
+        servers.backend.fail = ChatError("out of memory while answering: lower it")
+        await say(app, pilot, "a")
+        assert "! out of memory while answering" in " ".join(app.shown.split())
+        servers.backend.fail = None
+        await say(app, pilot, "b")
+        assert "answer 2 to b" in app.shown
+
+
+async def test_c136_empty_and_unreadable(tmp_path: Path, runs: Path, servers: Servers) -> None:
+    async with opened(tmp_path / "none", servers, None) as (app, pilot):
+        await until(pilot, lambda: "No committed checkpoint in" in app.shown)
+    (runs / "autumn/checkpoints/step-000200/MANIFEST.json").write_text("{}")
+    async with opened(runs, servers, None) as (app, pilot):
+        await until(pilot, lambda: "unreadable" in app.shown)
+        app.chat.query_one("#checkpoints").move_to(str(runs / "autumn/checkpoints/step-000200"))
+        await pilot.press("enter")
+        await until(pilot, lambda: any("cannot be used" in notice.text for notice in app.notices))
+        assert servers.started == []
+
+
+async def test_c136_a_newer_checkpoint_is_announced_and_r_loads_it(runs: Path, servers: Servers) -> None:
+    async with opened(runs, servers) as (app, pilot):
+        await say(app, pilot, "first")
+        commit_checkpoint(runs, "autumn", 300)
+        await app.chat._look_for_newer()
+        await until(pilot, lambda: "step-000300 is newer, r loads it" in app.shown)
+        await pilot.press("escape", "r")
+        await until(pilot, lambda: len(servers.started) == 2 and app.chat.link.phase is Phase.READY)
+        assert servers.started[1].name == "step-000300"
+        assert app.chat.link.session is not None and len(app.chat.link.session.history) == 2
+
+
+# commands and keys
+
+
+async def test_c106_commands_work_in_the_field(runs: Path, servers: Servers) -> None:
+    async with opened(runs, servers, size=(100, 50)) as (app, pilot):
+        await say(app, pilot, "one")
+        session = app.chat.link.session
+        assert session is not None
+        for line, expected in {
+            "/help": "/load PATH",
+            "/stats": "messages_sent: 1",
+            "/mode analytical": "mode analytical: temperature 0.3, top-p 0.7, top-k 20",
+            "/mode wild": "unknown mode 'wild'; modes: standard, creative, analytical, precise",
+            "/system Be kind.": "system prompt set",
+            "/system": "system prompt: Be kind.",
+            "/nonsense": "unknown command /nonsense",
+        }.items():
+            app.chat.talk.field.put(line)
+            await pilot.press("enter")
+            await until(pilot, partial(shows, app, expected), what=line)
+        app.chat.talk.field.put("/save talk")
+        await pilot.press("enter")
+        await until(pilot, lambda: (runs.parent / "chats/talk.json").exists())
+        app.chat.talk.field.put("/retry")
+        await pilot.press("enter")
+        await until(pilot, lambda: "answer 2 to one" in app.shown and app.chat.link.phase is Phase.READY)
+        assert "answer 1 to one" not in app.shown
+        app.chat.talk.field.put("/clear")
+        await pilot.press("enter")
+        await until(pilot, lambda: "conversation forgotten; the system prompt stays" in app.shown)
+        assert "answer 2" not in app.shown and session.history == []
+        app.chat.talk.field.put(f"/load {runs.parent / 'chats/talk.json'}")
+        await pilot.press("enter")
+        await until(pilot, lambda: "2 messages loaded" in app.shown)
+        assert "answer 2 to one" in app.shown  # the retried conversation went on in its file
+        app.chat.talk.field.put("/quit")
+        await pilot.press("enter")
+        await until(pilot, lambda: app._exit)
+
+
+async def test_c136_mode_settings_new_copy_export_and_recall(runs: Path, servers: Servers) -> None:
+    async with opened(runs, servers) as (app, pilot):
+        session = app.chat.link.session
+        assert session is not None and app.chat.why_not("chat.copy") == "nothing was said yet"
+        await say(app, pilot, "one")
+        await pilot.press("escape", "M")
+        assert session.mode == "creative"
+        await pilot.press("comma")
+        await until(pilot, lambda: "Settings" in app.shown)
+        field = app.screen.query_one("Input")
+        field.value = "temperature=0 seed=x"
+        await pilot.press("enter")
+        await until(pilot, lambda: "seed: 'x' is no number" in app.shown)
+        field.value = "temperature=0 top_k=100 seed=7"
+        await pilot.press("enter")
+        await until(pilot, lambda: session.seed == 7)
+        assert session.overrides == {"temperature": 0} and session.sampling.top_p == 0.95
+        await pilot.press("y")
+        await until(pilot, lambda: (runs.parent / "cache/lumina/reply.txt").exists())
+        await pilot.press("e", "m")
+        chats = runs.parent / "chats"
+        await until(pilot, lambda: list(chats.glob("*.md")))
+        assert "## You\n\none\n" in next(chats.glob("*.md")).read_text()
+        await pilot.press("a")
+        assert session.history == [] and app.chat.talk.field.has_focus
+        await pilot.press("up")
+        assert app.chat.talk.field.text == "one"
+        await pilot.press("down")
+        assert app.chat.talk.field.text == ""
+
+
+async def test_c136_readonly_saves_nothing(runs: Path, servers: Servers) -> None:
+    async with opened(runs, servers, readonly=True) as (app, pilot):
+        await say(app, pilot, "one")
+        assert not (runs.parent / "chats").exists()
+        assert app.chat.why_not("chat.export") == "--readonly: no file is written"
+
+
+HOSTILE = "\x1b]0;owned\x07 \x1b[2J [/x] [@click=app.quit]x[/] [bold \u202egnp \x9b31m \rover"
+
+
+async def test_se01_se03_text_of_the_model_is_shown_not_obeyed(runs: Path, servers: Servers) -> None:
+    servers.backend.reply = HOSTILE
+    async with opened(runs, servers) as (app, pilot):
+        await say(app, pilot, HOSTILE)
+        text = " ".join(app.shown.replace("│", " ").split())
+        assert "[/x] [@click=app.quit]x[/] [bold" in text and "␛]0;owned␇" in text
+        assert not {"\x1b", "\x07", "\x9b", "\u202e", "\r"} & set(app.shown)
+
+
+async def test_c136_no_size_raises(runs: Path, servers: Servers) -> None:
+    async with opened(runs, servers) as (app, pilot):
+        await say(app, pilot, "a long message " * 20)
+        for choosing in (False, True):
+            for size in [(200, 60), (120, 40), (60, 15), (20, 6), (10, 3), (1, 1), (80, 24)]:
+                await pilot.resize_terminal(*size)
+                await pilot.pause()
+                if size == (200, 60):  # both at once
+                    await until(pilot, lambda: "best latest" in app.shown and "answer 1" in app.shown)
+            if not choosing:
+                app.chat.action_checkpoints()
+                await until(pilot, lambda: "best latest" in app.shown)
+
+
+# pieces
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 20, 79])
+def test_wrapped_lines_fit_and_lose_only_spaces(width: int) -> None:
+    texts = ["", "word", "two words here", "   indented", "a" * 200, "漢字かな交じり文 and 漢字", "x  y   z ", "e\u0301" * 30]
+    for text in texts:
+        lines = wrap(text, width)
+        assert all(cell_len(line) <= width for line in lines) or width == 1
+        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    assert wrap("one two three", 7) == ["one two", "three"]
+    assert wrap("one two three", 8) == ["one two", "three"]
+    assert wrap("   indented", 20) == ["   indented"]
+
+
+def test_text_that_arrives_in_pieces_wraps_as_the_whole() -> None:
+    whole = "first line\n\nsecond paragraph that is long\n\tindented\nend of it, really"
+    item = Item("assistant")
+    for letter in whole:
+        item.text += letter
+        grown = item.lines(12)
+    assert grown == Item("assistant", whole).lines(12)
+    assert item.lines(30) == Item("assistant", whole).lines(30)
+
+
+async def test_the_transcript_follows_only_from_the_bottom(runs: Path, servers: Servers) -> None:
+    async with opened(runs, servers) as (app, pilot):
+        transcript: Transcript = app.chat.talk.transcript
+        for number in range(40):
+            transcript.add("note", f"line {number}")
+        await pilot.pause()
+        assert "line 39" in app.shown
+        transcript.focus()
+        await pilot.press("k", "k")
+        transcript.add("note", "line 40")
+        await pilot.pause()
+        assert "line 40" not in app.shown and "G 1 new lines" in app.shown
+        await pilot.press("g")
+        await pilot.pause()
+        assert "best of run autumn" in app.shown
+        await pilot.press("G")
+        transcript.add("note", "line 41")
+        await pilot.pause()
+        assert "line 41" in app.shown
+
+
+def test_the_list_is_best_first_over_all_runs(runs: Path) -> None:
+    commit_checkpoint(runs, "winter", 10)
+    (runs / "winter/metrics.jsonl").write_text("")
+    (runs / "broken").mkdir()
+    import os
+
+    os.utime(runs / "autumn/checkpoints", (1, 1))
+    names = [entry.reference for entry in list_entries(runs)]
+    assert names == ["winter@step-000010", "autumn@step-000200", "autumn@step-000100"]
+    assert list_entries(runs / "nothing") == []
+
+
+async def test_the_starter_gives_the_engines_own_words(tmp_path: Path) -> None:
+    def argv(code: str) -> list[str]:
+        return [sys.executable, "-c", code]
+
+    def start(code: str, given_up: Callable[[], bool] = lambda: False) -> int:
+        return start_server(tmp_path, given_up, argv(code))
+
+    assert await asyncio.to_thread(start, 'print(\'noise\\n{"socket": "/x", "pid": 42}\')') == 42
+    with pytest.raises(ChatError, match=r"^no such checkpoint$"):
+        await asyncio.to_thread(start, "import sys; print('lumina-engine: no such checkpoint', file=sys.stderr); sys.exit(65)")
+    with pytest.raises(ChatError, match="ended with exit code 3"):
+        await asyncio.to_thread(start, "raise SystemExit(3)")
+    with pytest.raises(ChatError, match="given up"):
+        await asyncio.to_thread(start, "import signal; signal.pause()", lambda: True)
