@@ -606,7 +606,9 @@ def test_ps02_killed_viewers_leave_nothing(runs: Runs) -> None:
         return len(list(Path(f"/proc/{owner.pid}/fd").iterdir())), len(list(Path(f"/proc/{owner.pid}/task").iterdir()))
 
     until(lambda: ranks_of(run), "the rank's connection")
-    before = min(counts() for _ in range(20))  # files that are open for a moment only do not count
+    samples: list[tuple[int, int]] = []  # what is open for a moment only (that viewer, run.json) does not count
+    until(lambda: len(samples) > 30 or samples.append(counts()))  # type: ignore[func-returns-value]
+    before = min(samples)
     script = (
         "import sys; from lumina_engine.run.client import RunClient; from lumina_engine.run.directory import RunDirectory\n"
         + textwrap.dedent(
@@ -626,7 +628,7 @@ def test_ps02_killed_viewers_leave_nothing(runs: Runs) -> None:
         child.wait()
         child.stdin.close()
         child.stdout.close()
-    until(lambda: counts() == before, "descriptors and threads to be as before")
+    until(lambda: counts() <= before, "descriptors and threads to be as before")
 
 
 def ranks_of(run: RunDirectory) -> list[dict[str, Any]]:
