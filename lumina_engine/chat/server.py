@@ -16,22 +16,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
 
 import msgspec
 
-from ..run.socket import (
-    HELLO_TIME,
-    LINE_LIMIT,
-    MAX_CLIENTS,
-    QUEUE_LIMIT,
-    REBIND_TIME,
-    STALL_TIME,
-    bind_socket,
-    peer_is_me,
-    too_deep,
-    unbind,
-)
+from ..run.socket import REBIND_TIME
+from .connections import Client, Connections
 from .events import (
     PROTO,
     Backend,
@@ -62,28 +51,16 @@ MAX_BAD_LINES = 32  # unreadable lines until a client is sent away
 Load = Callable[[Callable[[str], None]], Backend]  # (say what is being done) -> backend
 
 
-class _Client:
-    """One connection, and the request it waits for."""
-
-    def __init__(self, connection: socket.socket, now: float) -> None:
-        self.connection = connection
-        self.hello = False
-        self.since = now
-        self.drained = now
-        self.input = bytearray()
-        self.output = bytearray()
-        self.bad_lines = 0
-        self.job: _Job | None = None
-
-
 class _Job:
-    """One request on its way through the answering thread."""
+    """One request on its way through the answering thread, which looks at `cancelled` between two tokens.
 
-    def __init__(self, client: _Client, request: Generate) -> None:
+    Only that thread tells the backend to cancel: it alone knows which request the backend is answering.
+    """
+
+    def __init__(self, client: Client, request: Generate) -> None:
         self.client = client
         self.request = request
         self.cancelled = threading.Event()
-        self.started = False
 
 
 class ChatServer:
@@ -112,21 +89,19 @@ class ChatServer:
         self._load = load
         self._clock = clock
         self._idle_timeout = idle_timeout_s
-        self._rebind_time = rebind_time
-        self._clients: dict[int, _Client] = {}
         self._jobs: deque[_Job] = deque()  # the first is being answered
         self._todo: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._posts: deque[Callable[[], None]] = deque()  # from the answering thread to this one
         self._detail = "starting"
         self._failure: BaseException | None = None
         self._stop: str | None = None
-        self._started = self._active = self._looked = self._said = clock()
+        self._started = self._active = self._said = clock()
         self._selector = selectors.DefaultSelector()
         self._wake_in, self._wake_out = socket.socketpair()
         for end in (self._wake_in, self._wake_out):
             end.setblocking(False)
         self._selector.register(self._wake_out, selectors.EVENT_READ, self._woken)
-        self._listen()
+        self._connections = Connections(path, self._selector, self._take, self._left, clock, rebind_time)
 
     # life
 
@@ -174,11 +149,8 @@ class ChatServer:
         if self.backend is not None:
             self.backend.cancel()
         self._todo.put(None)
-        for client in list(self._clients.values()):
-            self._bye(client, reason)
+        self._connections.close(reason)
         self._selector.close()
-        self._listener.close()
-        unbind(self.path, self._inode)
         self._wake_in.close()
         self._wake_out.close()
 
@@ -225,7 +197,7 @@ class ChatServer:
 
     def _post_line(self, job: _Job, event: Event) -> None:
         line = encode_line(msgspec.structs.replace(event, id=job.request.id))
-        self._post(lambda: self._send(job.client, line))
+        self._post(lambda: self._connections.send(job.client, line))
 
     def _post(self, action: Callable[[], None]) -> None:
         self._posts.append(action)
@@ -241,192 +213,85 @@ class ChatServer:
     def _loaded(self, backend: Backend) -> None:
         self.backend = backend
         self._active = self._clock()
-        for client in list(self._clients.values()):
-            if client.hello:
-                self._send(client, encode_line(Ready(backend.info)))
+        self._connections.send_all(encode_line(Ready(backend.info)))
 
     def _finished(self, job: _Job, end: Event | Failed) -> None:
         self._jobs.remove(job)
-        job.client.job = None
         self._active = self._clock()
-        self._send(job.client, encode_line(msgspec.structs.replace(end, id=job.request.id)))
-
-    # clients
-
-    def _listen(self) -> None:
-        self._listener = bind_socket(self.path)
-        self._inode = self.path.lstat().st_ino
-        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._connections.send(job.client, encode_line(msgspec.structs.replace(end, id=job.request.id)))
 
     def _look_at_the_time(self) -> None:
         now = self._clock()
-        for client in list(self._clients.values()):
-            if not client.hello and now - client.since > HELLO_TIME:
-                self._bye(client, "no hello came")
-            elif client.output and now - client.drained > STALL_TIME:
-                self._drop(client)
+        self._connections.tick()
         if self.backend is None and now - self._said > LOADING_TIME:
             self._said = now
-            line = encode_line(Loading(self._detail, round(now - self._started, 1)))
-            for client in list(self._clients.values()):
-                if client.hello:
-                    self._send(client, line)
-        if now - self._looked > self._rebind_time:
-            self._looked = now
-            self._rebind_if_gone()
+            self._connections.send_all(encode_line(Loading(self._detail, round(now - self._started, 1))))
         if self.backend is not None and not self._jobs and 0 < self._idle_timeout < now - self._active:
             self._stop = f"idle for {self._idle_timeout:g} s"
 
-    def _rebind_if_gone(self) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            if self.path.lstat().st_ino == self._inode:
-                return
-        self._selector.unregister(self._listener)
-        self._listener.close()
-        self._listen()
+    # requests
 
-    def _accept(self) -> None:
-        for _ in range(MAX_CLIENTS):
-            try:
-                connection, _ = self._listener.accept()
-            except OSError:
-                return  # nobody waits any more, or the client left again at once
-            connection.setblocking(False)
-            client = _Client(connection, self._clock())
-            reason = None
-            if not peer_is_me(connection):
-                reason = "another user's process"
-            elif len(self._clients) >= MAX_CLIENTS:
-                reason = f"{MAX_CLIENTS} clients are connected already"
-            self._clients[connection.fileno()] = client
-            self._selector.register(connection, selectors.EVENT_READ, self._ready_for(client))
-            if reason is not None:
-                self._bye(client, reason)
-
-    def _ready_for(self, client: _Client) -> Callable[[], None]:
-        return lambda: self._read(client)
-
-    def _read(self, client: _Client) -> None:
-        if client.connection.fileno() not in self._clients:
-            return  # dropped earlier in this turn
-        self._flush(client)
-        if client.connection.fileno() < 0:
-            return
-        try:
-            data = client.connection.recv(LINE_LIMIT)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if not data:
-            self._drop(client)
-            return
-        client.input += data
-        while (end := client.input.find(b"\n")) >= 0 and client.connection.fileno() >= 0:
-            line = bytes(client.input[:end])
-            del client.input[: end + 1]
-            reason = self._take(client, line) if end < LINE_LIMIT else "a line is too long"
-            if reason is not None:
-                self._bye(client, reason)
-                return
-        if len(client.input) >= LINE_LIMIT:
-            self._bye(client, "a line is too long")
-
-    def _take(self, client: _Client, line: bytes) -> str | None:
+    def _take(self, client: Client, line: bytes) -> str | None:
         """One line of a client; why the connection must end, or None."""
-        if too_deep(line):
-            return "a line is nested too deep"
         try:
             request = decode_request(line)
         except WireError as error:
             client.bad_lines += 1
-            if not client.hello or client.bad_lines > MAX_BAD_LINES:
-                return "the first line must be a hello" if not client.hello else "too many lines that are no requests"
-            self._send(client, encode_line(Failed(f"no request: {error}")))
+            if not client.greeted:
+                return "the first line must be a hello"
+            if client.bad_lines > MAX_BAD_LINES:
+                return "too many lines that are no requests"
+            self._connections.send(client, encode_line(Failed(f"no request: {error}")))
             return None
-        if not client.hello:
+        if not client.greeted:
             return self._greet(client, request)
         if isinstance(request, Bye):
             return "bye"
         if isinstance(request, Cancel):
-            if client.job is not None and client.job.request.id == request.id:
-                self._cancel(client.job)
+            for job in self._jobs_of(client):
+                if job.request.id == request.id:
+                    job.cancelled.set()
         elif isinstance(request, Generate):
             self._take_job(client, request)
         return None
 
-    def _greet(self, client: _Client, request: Request) -> str | None:
+    def _greet(self, client: Client, request: Request) -> str | None:
         if not isinstance(request, ClientHello):
             return "the first line must be a hello"
         if request.proto != PROTO:
             return f"only protocol {PROTO} is spoken here"
-        client.hello = True
+        client.greeted = True
         self._active = self._clock()
-        state = "loading" if self.backend is None else "ready"
-        hello = ServerHello(pid=os.getpid(), state=state, detail=self._detail, idle_timeout_s=self._idle_timeout)  # type: ignore[arg-type]
-        self._send(client, encode_line(hello))
+        hello = ServerHello(
+            pid=os.getpid(),
+            state="loading" if self.backend is None else "ready",
+            detail=self._detail,
+            idle_timeout_s=self._idle_timeout,
+        )
+        self._connections.send(client, encode_line(hello))
         if self.backend is not None:
-            self._send(client, encode_line(Ready(self.backend.info)))
+            self._connections.send(client, encode_line(Ready(self.backend.info)))
         return None
 
-    def _take_job(self, client: _Client, request: Generate) -> None:
+    def _take_job(self, client: Client, request: Generate) -> None:
         reason = None
         if self.backend is None:
             reason = f"the model is still loading ({self._detail})"
-        elif client.job is not None:
+        elif self._jobs_of(client):
             reason = "a reply is still being written: cancel it first"
         if reason is not None:
-            self._send(client, encode_line(Failed(reason, request.id)))
+            self._connections.send(client, encode_line(Failed(reason, request.id)))
             return
         self._active = self._clock()
-        client.job = _Job(client, request)
-        self._jobs.append(client.job)
+        job = _Job(client, request)
+        self._jobs.append(job)
         if len(self._jobs) > 1:
-            self._send(client, encode_line(Queued(request.id, len(self._jobs) - 1)))
-        self._todo.put(client.job)
+            self._connections.send(client, encode_line(Queued(request.id, len(self._jobs) - 1)))
+        self._todo.put(job)
 
-    def _cancel(self, job: _Job) -> None:
-        job.cancelled.set()
-        if self._jobs and self._jobs[0] is job:
-            cast(Backend, self.backend).cancel()
+    def _jobs_of(self, client: Client) -> list[_Job]:
+        return [job for job in self._jobs if job.client is client]
 
-    # lines out
-
-    def _send(self, client: _Client, line: bytes) -> None:
-        if client.connection.fileno() not in self._clients or self._clients[client.connection.fileno()] is not client:
-            return
-        client.output += line
-        if len(client.output) > QUEUE_LIMIT:
-            self._drop(client)  # it does not read: a reply is far smaller
-            return
-        self._flush(client)
-
-    def _flush(self, client: _Client) -> None:
-        try:
-            while client.output:
-                sent = client.connection.send(client.output)
-                client.drained = self._clock()
-                del client.output[:sent]
-        except BlockingIOError:
-            pass
-        except OSError:
-            self._drop(client)
-            return
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.output else 0)
-        if self._selector.get_key(client.connection).events != wanted:
-            self._selector.modify(client.connection, wanted, self._ready_for(client))
-
-    def _bye(self, client: _Client, reason: str) -> None:
-        """Say why, as far as the kernel takes it, and close."""
-        client.output += encode_line(Bye(reason))
-        with contextlib.suppress(OSError):
-            client.connection.send(client.output)
-        self._drop(client)
-
-    def _drop(self, client: _Client) -> None:
-        if self._clients.pop(client.connection.fileno(), None) is None:
-            return
-        self._selector.unregister(client.connection)
-        client.connection.close()
-        if client.job is not None:
-            self._cancel(client.job)
+    def _left(self, client: Client) -> None:
+        for job in self._jobs_of(client):
+            job.cancelled.set()

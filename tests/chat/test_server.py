@@ -260,7 +260,7 @@ def test_c110_kill_9_in_the_middle_of_a_reply_is_one_clear_line(folder: Path, pa
     folder.mkdir(mode=0o700)
     process = start_process(path)
     try:
-        until(path.exists, "the server listens")
+        until(lambda: _answers(path), "the server answers")
         session = ChatSession(ServerBackend(path))
         list(session.send("first"))
         tokens = 0
@@ -415,7 +415,7 @@ def test_ps13_a_first_line_that_is_no_hello_ends_the_connection(running: Running
     line = client.line()
     assert line == {} or (line["op"] == "bye" and reason in line["reason"])
     client.close()
-    assert _answers(path)
+    until(lambda: _answers(path), "it answers")
 
 
 BAD = [
@@ -481,7 +481,7 @@ def test_ps13_half_a_line_and_silence_meet_the_time_limit(path: Path) -> None:
     running = Running(path, FakeBackend(), clock=lambda: clock[0])
     client = Raw(path, hello=False)
     client.send(b'{"op":"hel')
-    until(lambda: running.server._clients)
+    until(lambda: running.server._connections)
     clock[0] = 2.5
     assert client.line() == {"op": "bye", "reason": "no hello came"}
     client.close()
@@ -494,21 +494,21 @@ def test_ps13_more_clients_than_allowed_are_told(running: Running, path: Path) -
     assert late.line() == {"op": "bye", "reason": "16 clients are connected already"}
     for client in [late, *clients]:
         client.close()
-    until(lambda: not running.server._clients)
+    until(lambda: not running.server._connections)
     for _ in range(200):
         Raw(path, hello=False).close()
-    until(lambda: not running.server._clients)
-    assert _answers(path)
+    until(lambda: not running.server._connections)
+    until(lambda: _answers(path), "it answers")
 
 
 def test_ps13_a_reader_that_never_reads_is_dropped(running: Running, path: Path) -> None:
     running.backend.reply = " ".join(["word" * 500] * 400)
     client = Raw(path)
     client.send(request("1", "long"))
-    until(lambda: not running.server._clients, "the client is dropped")
+    until(lambda: not running.server._connections, "the client is dropped")
     until(lambda: not running.server._jobs, "its reply ends")
     client.close()
-    assert _answers(path)
+    until(lambda: _answers(path), "it answers")
 
 
 # the client's own rules
