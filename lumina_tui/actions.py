@@ -200,7 +200,10 @@ FIELDS = (
     Action("fields.less", "Choice before", "The possible value before", ("h", "left")),
 )
 
-FIELD = (Action("field.cancel", "Leave", "Leave the field, its value as it was", ("escape",)),)
+FIELD = (
+    Action("field.take", "Take", "Take the value over", ("enter",), footer=1, short="take"),
+    Action("field.cancel", "Leave", "Leave the field, its value as it was", ("escape",), footer=2, short="as it was"),
+)
 
 CONFIG = (
     Action("config.undo", "Undo", "Take the last change back", ("u",), footer=2, short="undo"),
@@ -219,11 +222,11 @@ CONFIG = (
 
 YAML = (Action("yaml.leave", "Take over", "Take the text over and go back to the fields", ("escape",), footer=1),)
 
-SHEETS = (
-    Action("sheets.down", "Down", "Next line", ("j", "down")),
-    Action("sheets.up", "Up", "Line before", ("k", "up")),
-    Action("sheets.page_down", "Page down", "A page further", ("ctrl+d", "pagedown")),
-    Action("sheets.page_up", "Page up", "A page back", ("ctrl+u", "pageup")),
+TEXT = (
+    Action("text.down", "Down", "Next line", ("j", "down")),
+    Action("text.up", "Up", "Line before", ("k", "up")),
+    Action("text.page_down", "Page down", "A page further", ("ctrl+d", "pagedown")),
+    Action("text.page_up", "Page up", "A page back", ("ctrl+u", "pageup")),
 )
 
 LAUNCH = (
@@ -255,7 +258,7 @@ ACTIONS: tuple[Action, ...] = (
     *FIELD,
     *CONFIG,
     *YAML,
-    *SHEETS,
+    *TEXT,
     *LAUNCH,
 )
 
@@ -265,8 +268,8 @@ PANELS: dict[str, tuple[str, ...]] = {
     "monitor": ("chart", "map", "log"),
     "chat": ("table", "transcript"),
     "presets": ("table",),
-    "config": ("fields", "table", "sheets"),
-    "launch": ("sheets",),
+    "config": ("fields", "table", "text"),
+    "launch": ("text",),
 }
 
 

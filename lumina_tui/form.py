@@ -242,6 +242,10 @@ class Form:
         """Take over a preset. One undo step."""
         self._push(Form.from_preset(preset)._content)
 
+    def remember(self, other: Form) -> None:
+        """Make the state of another form the one that undo goes back to."""
+        self._undo.append(other._content)
+
     def apply_yaml(self, text: str) -> list[Finding]:
         """Take over edited YAML: one undo step. Gives the problems that the form cannot hold; then nothing is taken over."""
         layer = text_layer(text, "line")
@@ -295,7 +299,9 @@ class Form:
         sections: dict[str, dict[str, Any]] = {}
         for name, info in INFOS.items():
             if full or name in self.bad or self.value(name) != info.default:
-                sections.setdefault(info.section, {})[name] = self.value(name)
+                sections.setdefault(info.section, {})[name] = (
+                    _written(self.value(name)) if name in self.bad else self.value(name)
+                )
         head = f"# {_PRESET_MARK} {self.preset}\n" if self.preset else ""
         return head + (yaml_text.dump(sections) if sections else "")
 
@@ -316,6 +322,15 @@ class Form:
             words, base = ["--preset", self.preset], reference_values(self.preset)
         config = self.config().to_dict(sectioned=False)
         return words + [f"{n}={_word(v)}" for n, v in config.items() if not _same(v, base[n])]
+
+
+def _written(text: str) -> Any:
+    """A refused text as YAML has it: 99999 as a number, what is no YAML in quotes."""
+    try:
+        value = yaml_text.plain(yaml_text.parse(text))
+    except yaml_text.YamlError:
+        return text
+    return text if value is None else value
 
 
 def _word(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -21,7 +22,7 @@ from .acts import Acts
 from .panel import Drawn
 
 SEVERITY_MARKS = {"error": ("!", "bad"), "warning": ("?", "warn"), "info": ("i", "dim")}
-_VALUE = 18  # least cells of the value column
+_VALUE = 14  # least cells of the value column
 _ORIGIN = 7
 
 
@@ -30,6 +31,9 @@ class ValueInput(Acts, Input):
 
     scope = "field"
     BINDINGS: ClassVar[list[BindingType]] = list(bindings("field"))
+
+    def action_take(self) -> None:
+        self.post_message(self.Submitted(self, self.value))
 
     def action_cancel(self) -> None:
         self.post_message(FieldList.Left(self))
@@ -90,7 +94,7 @@ class FieldList(Drawn):
         self._top = 0
 
     def compose(self) -> ComposeResult:
-        yield ValueInput(compact=True, select_on_focus=False)
+        yield ValueInput(compact=True, select_on_focus=True)
 
     # content
 
@@ -126,7 +130,6 @@ class FieldList(Drawn):
         self.add_class("-editing")
         self._place()
         field.focus()
-        field.action_end()
         self.refresh()
 
     def leave(self) -> None:
@@ -151,23 +154,26 @@ class FieldList(Drawn):
 
     # lines
 
-    def _lines(self) -> list[tuple[str, bool]]:
-        """(field, whether it is its problem line) of every line."""
+    def _lines(self) -> list[tuple[str, str]]:
+        """(field, text) of every line; the text is empty on the field's own line, else a line of its problem."""
         out = []
         for name in self.names:
-            out.append((name, False))
+            out.append((name, ""))
             if name in self.problems:
-                out.append((name, True))
+                text = clean(self.problems[name].line()).removeprefix(f"{name} = ")
+                out += [(name, part) for part in textwrap.wrap(text, max(10, self.inner[0] - 6))[:2]]
         return out
 
     def _line_of(self, name: str) -> int:
-        return self._lines().index((name, False))
+        return self._lines().index((name, ""))
 
     def _columns(self, width: int) -> tuple[int, int, int]:
         """Cells of name, value and unit."""
         name = min(max((len(n) for n in self.names), default=10), max(12, width - _VALUE - _ORIGIN - 7))
         rest = width - 3 - name - _ORIGIN - 6
-        unit = min(max((len(INFOS[n].unit) for n in self.names), default=0), max(0, rest - _VALUE))
+        unit = max((len(INFOS[n].unit) for n in self.names), default=0)
+        if unit > rest - _VALUE:  # then the line of help has it
+            unit = 0
         return name, max(4, min(rest - unit, 40)), unit
 
     def _place(self) -> None:
@@ -183,7 +189,7 @@ class FieldList(Drawn):
         if not self.names:
             return
         at, page = self._line_of(self.names[self._cursor]), max(1, self.inner[1])
-        need = at + (1 if self.names[self._cursor] in self.problems else 0)
+        need = max(i for i, (name, _) in enumerate(self._lines()) if name == self.names[self._cursor])
         if at < self._top:
             self._top = at
         elif need >= self._top + page:
@@ -203,9 +209,14 @@ class FieldList(Drawn):
         if not self.names or index == self._cursor:
             return
         self.leave()
+        before, top = self._cursor, self._top
         self._cursor = index
         self._keep_in_sight()
-        self.refresh()
+        if self._top != top:
+            self.refresh()
+        else:
+            for changed in (before, index):
+                self.refresh_lines_inside(self._line_of(self.names[changed]) - self._top)
         self.post_message(self.Moved(self.names[index]))
 
     def action_down(self) -> None:
@@ -273,7 +284,7 @@ class FieldList(Drawn):
         strip = line(width, self.draw(y, width, height))
         lines = self._lines()
         at = y + self._top
-        if at < len(lines) and lines[at] == (self.current, False):
+        if at < len(lines) and lines[at] == (self.current, ""):
             palette = self.palette
             strip = strip.apply_style(palette.cursor if self.has_focus else palette.title)
         return strip.apply_style(self.rich_style)
@@ -283,12 +294,10 @@ class FieldList(Drawn):
         at = y + self._top
         if at >= len(lines) or self.form is None:
             return ()
-        name, is_problem = lines[at]
+        name, problem = lines[at]
         palette = self.palette
-        if is_problem:
-            finding = self.problems[name]
-            text = clean(finding.line()).removeprefix(f"{name} = ")
-            return [("     ", None), (fit(text, width - 6), palette.of(SEVERITY_MARKS[finding.severity][1]))]
+        if problem:
+            return [("     ", None), (fit(problem, width - 6), palette.of(SEVERITY_MARKS[self.problems[name].severity][1]))]
         mark, role = SEVERITY_MARKS[self.problems[name].severity] if name in self.problems else (" ", "text")
         changed = self.form.changed(name)
         cells, value, unit = self._columns(width)

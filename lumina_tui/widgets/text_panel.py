@@ -37,7 +37,18 @@ def wrapped(parts: Line, width: int, indent: int = 2) -> list[list[Part]]:
                     used = indent
                 lines[-1].append((piece, role))
                 used += cell_len(piece)
-    return lines
+    return [_joined(parts) for parts in lines]
+
+
+def _joined(parts: list[Part]) -> list[Part]:
+    """Neighbours of one role as one part: fewer styles on the wire."""
+    out: list[Part] = []
+    for text, role in parts:
+        if out and out[-1][1] == role:
+            out[-1] = (out[-1][0] + text, role)
+        else:
+            out.append((text, role))
+    return out
 
 
 def _words(text: str) -> list[str]:
@@ -107,7 +118,7 @@ class TextPanel(Drawn):
         most = max(0, len(self.lines_at(width - 2)) - height) if width > 2 else 0
         before, self._top = self._top, max(0, min(self._top + step, most))
         hidden = most - self._top
-        self.set_foot("", f"{hidden} more lines" if hidden > 0 else "")
+        self.set_foot(self._foot_left, f"{hidden} more lines" if hidden > 0 else "")
         if before != self._top:
             self.refresh()
 
