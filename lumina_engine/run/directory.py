@@ -238,8 +238,11 @@ class RunDirectory:
         except RunError as error:
             return RunInfo(self.name, UNREADABLE, self.path, alive=self.alive, reason=str(error))
         alive = self._alive(content)
-        step = _last(self.metrics_path, "step")
-        values = step if isinstance(step, rec.Step) else rec.Step(step=-1)
+        values = _last(self.metrics_path, "step", "rewind")
+        if isinstance(values, rec.Rewind):  # the steps before it belong to an abandoned branch
+            values = rec.Step(step=values.to_step)
+        if not isinstance(values, rec.Step):
+            values = rec.Step(step=-1)
         age = self._age(content)
         state, reason, code = self._state(content, alive, age)
         return RunInfo(
@@ -291,10 +294,10 @@ def _names(content: Mapping[str, Any], candidate: Process) -> bool:
     )
 
 
-def _last(path: Path, kind: str) -> rec.Record | None:
-    """The last record of a type, if it is near enough to the end to be worth reading for a row in a list."""
+def _last(path: Path, *kinds: str) -> rec.Record | None:
+    """The last record of these types, if it is near enough to the end to be worth reading for a row in a list."""
     try:
-        found = last_records(path, 1, [kind], within=_NEAR_END)
+        found = last_records(path, 1, kinds, within=_NEAR_END)
     except OSError:
         return None
     return found[0] if found else None

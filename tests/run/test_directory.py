@@ -146,6 +146,9 @@ def test_the_row_shows_the_last_values(tmp_path: Path) -> None:
     info = run.info()
     assert (info.step, info.total_steps, info.loss, info.tokens_per_s) == (7, 50, 1.0 / 7, 700.0)
     assert info.age_s is not None and info.age_s < 60 and info.preset == "debug"
+    with MetricLog(run.metrics_path, 2, sync_interval=0) as log:
+        log.emit(rec.Rewind(to_step=4))
+    assert (run.info().step, run.info().loss) == (4, None), "what was abandoned is not shown"
 
 
 def test_runs_are_sorted_by_activity(tmp_path: Path) -> None:
