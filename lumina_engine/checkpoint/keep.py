@@ -261,7 +261,7 @@ def retain(
     busy: list[str] = []
     for name in reversed(names):
         if name not in kept:
-            (removed if _discard(checkpoints, name) else busy).append(name)
+            (removed if discard(checkpoints, name) else busy).append(name)
     return removed, busy
 
 
@@ -271,7 +271,7 @@ def _is_suspect(path: Path) -> bool:
     return not report.ok or bool(isinstance(flags, dict) and flags.get("suspect"))
 
 
-def _discard(checkpoints: Path, name: str) -> bool:
+def discard(checkpoints: Path, name: str) -> bool:
     """Delete a folder unless a reader holds its lease: exclusive lease, rename to `.trash-…`, fsync, remove."""
     parent = open_folder(checkpoints)
     trash = f".trash-{name}-{nonce()}"
@@ -317,7 +317,7 @@ def drop_rewound(checkpoints: Path) -> list[str]:
     """Delete the checkpoints of abandoned branches; one that is being read stays until the next call."""
     with os.scandir(checkpoints) as entries:
         names = sorted(entry.name for entry in entries if ".rewound-" in entry.name and entry.is_dir(follow_symlinks=False))
-    return [name for name in names if step_of(name.split(".rewound-")[0]) is not None and _discard(checkpoints, name)]
+    return [name for name in names if step_of(name.split(".rewound-")[0]) is not None and discard(checkpoints, name)]
 
 
 def set_aside(checkpoints: Path, backups: Path) -> Path | None:

@@ -48,11 +48,13 @@ class CheckpointManager:
     """Owns `checkpoints/`, `backups/` and `emergency/` of one run directory. Constructing it touches no file.
 
     Args:
-        config: a Config (reads keep_checkpoints, async_save, best_metric, enable_emergency_save, experiment_name).
+        config: a Config (reads keep_checkpoints, async_save, best_metric, backup_every_n_hours, max_backup_count, backup_path,
+            enable_emergency_save, experiment_name).
         run_dir: path of the run directory, or an object with `.path`. None: `<runs root>/<experiment_name>`.
         comm: the process group; one process if left out.
         run_id: what manifests and the ledger call this run; by default `id` of run.json, else the run directory's path.
         sync_log: called on rank 0 before each commit, so that a checkpoint is never ahead of its log.
+        clock: unix seconds; decides when a backup is due.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class CheckpointManager:
         *,
         run_id: str | None = None,
         sync_log: Callable[[], None] | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.config = config
         self.comm: Comm = comm if comm is not None else LocalComm()
@@ -71,16 +74,26 @@ class CheckpointManager:
             self.run_dir / name for name in ("checkpoints", "backups", "emergency")
         )
         self.notes: list[str] = []  # what `recover` met: checkpoints set aside, a pointer mended
-        self._run_id = run_id
+        self._run_id, self._made = run_id, clock()
         self._tokenizer: dict[str, str] | None = None
-        self._saver = Saver(config, self.checkpoints, self.comm, lambda: self.run_id, sync_log)
+        if config.backup_path is not None:
+            self.backups = Path(config.backup_path).expanduser().resolve() / self.run_dir.name
+        self._saver = Saver(
+            config, self.checkpoints, self.backups, self.comm, lambda: self.run_id, sync_log, clock, self._run_started
+        )
 
     @property
     def run_id(self) -> str:
         """Name of this run in manifests and in the ledger."""
         if self._run_id is None:
-            self._run_id = _read_run_id(self.run_dir)
+            # a plain script has no run.json; its path is what tells its checkpoints from others
+            self._run_id = str(_identity(self.run_dir).get("id") or self.run_dir)
         return self._run_id
+
+    def _run_started(self) -> float:
+        """When the run was made, so that restarts do not put its first backup off for ever."""
+        created = _identity(self.run_dir).get("created")
+        return float(created) if isinstance(created, int | float) else self._made
 
     # ---- save ----------------------------------------------------------------------------------------------------------------
 
@@ -363,9 +376,10 @@ def _run_path(run_dir: Any, config: Any) -> Path:
     return Path(getattr(run_dir, "path", run_dir)).resolve()
 
 
-def _read_run_id(run_dir: Path) -> str:
+def _identity(run_dir: Path) -> dict[str, Any]:
+    """The content of run.json; empty without one."""
     try:
-        identity = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+        content = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return str(run_dir)  # a plain script has no run.json; its path is what tells its checkpoints from others
-    return str(identity["id"]) if isinstance(identity, dict) and identity.get("id") else str(run_dir)
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -21,6 +21,7 @@ import torch
 
 from .. import __version__
 from . import ledger
+from .backup import back_up, newest_backup
 from .commit import Staging, commit
 from .files import CheckpointError, FileEntry, dump_json
 from .keep import drop_rewound, list_steps, pointer, quarantine, retain, set_pointer
@@ -108,9 +109,18 @@ class Saver:
     """Saves into `checkpoints` (and other folders) for all ranks; see `manager.CheckpointManager` for the arguments."""
 
     def __init__(
-        self, config: Any, checkpoints: Path, comm: Comm, run_id: Callable[[], str], sync_log: Callable[[], None] | None
+        self,
+        config: Any,
+        checkpoints: Path,
+        backups: Path,
+        comm: Comm,
+        run_id: Callable[[], str],
+        sync_log: Callable[[], None] | None,
+        clock: Callable[[], float],
+        run_started: Callable[[], float],
     ) -> None:
-        self.config, self.checkpoints, self.comm = config, checkpoints, comm
+        self.config, self.checkpoints, self.backups, self.comm = config, checkpoints, backups, comm
+        self._clock, self._run_started = clock, run_started
         self.verified: set[str] = set()  # names whose digests this process has compared
         self.best_value: float | None = None
         self._run_id, self._sync_log = run_id, sync_log
@@ -213,6 +223,7 @@ class Saver:
         job.outcome = {"path": str(path), "bytes": report.bytes, "verified": True, "notes": notes}
         try:
             self._keep(job, job.outcome)
+            self._back_up(job)
         except (OSError, CheckpointError) as problem:
             notes.append(f"after the commit: {why(problem)}")
 
@@ -238,6 +249,14 @@ class Saver:
         best = pointer(self.checkpoints, "best")
         _, busy = retain(self.checkpoints, self.config.keep_checkpoints, self.verified, [best] if best else [])
         outcome["notes"].extend(f"{name} is being read and stays for now" for name in busy)
+
+    def _back_up(self, job: _Save) -> None:
+        hours = self.config.backup_every_n_hours
+        if not hours or job.folder != self.checkpoints:
+            return
+        last = newest_backup(self.backups)
+        if self._clock() - (self._run_started() if last is None else last) >= hours * 3600:
+            back_up(self.checkpoints / step_name(job.step), self.backups, self.config.max_backup_count)
 
     # ---- from the writer to the result ---------------------------------------------------------------------------------------
 
@@ -340,7 +359,7 @@ class Saver:
             "run": self._run_id(),
             "epoch": payload.epoch,
             "tokens": payload.tokens,
-            "created": time.time(),
+            "created": self._clock(),
             "inc": state.get("inc"),
             "log_seq": state.get("log_seq"),
             "data_fingerprint": state.get("data_fingerprint"),

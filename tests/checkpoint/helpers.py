@@ -23,7 +23,8 @@ CALLS = ("open", "write", "fsync", "fdatasync", "rename", "replace", "unlink", "
 def settings(**changes: Any) -> SimpleNamespace:
     """The keys of a Config that the manager reads."""
     values = {"keep_checkpoints": 2, "async_save": True, "best_metric": "eval_loss", "enable_emergency_save": True}
-    return SimpleNamespace(**{**values, "experiment_name": "auto", **changes})
+    backups = {"backup_every_n_hours": 0.0, "max_backup_count": 2, "backup_path": None}
+    return SimpleNamespace(**{**values, **backups, "experiment_name": "auto", **changes})
 
 
 def manager(run: Path, **changes: Any) -> CheckpointManager:

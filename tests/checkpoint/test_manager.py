@@ -275,6 +275,41 @@ def test_c084_emergency_save_of_plain_objects_can_be_switched_off(tmp_path: Path
     assert manager(tmp_path / "off", enable_emergency_save=False).emergency_save(model=model, global_step=4) is None
 
 
+def test_c083_backups_by_the_clock_verified_and_counted(tmp_path: Path) -> None:
+    now = 1e9
+    made = CheckpointManager(settings(backup_every_n_hours=6.0), tmp_path / "run", clock=lambda: now)
+    folder, seen = tmp_path / "run" / "backups", []
+    for step in range(1, 26):
+        now += 3600
+        (result,) = made.save(payload(step))
+        assert result.failed is None and result.notes == ()
+        seen.append(list_steps(folder))
+    assert seen[4] == [] and seen[5] == ["step-000006"] == seen[10] and seen[11] == ["step-000012", "step-000006"]
+    assert seen[-1] == ["step-000024", "step-000018"]
+    assert all(verify(folder / name).ok for name in seen[-1])
+    assert same(made.load(folder / "step-000018"), payload(18))
+    assert made.recover() == tmp_path / "run" / "checkpoints" / "step-000025"
+
+
+def test_c083_restarts_do_not_put_the_first_backup_off(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"id": "x", "created": 1e9}))
+    config = settings(backup_every_n_hours=6.0)
+    CheckpointManager(config, tmp_path, clock=lambda: 1e9 + 5 * 3600).save(payload(1))
+    assert list_steps(tmp_path / "backups") == []
+    CheckpointManager(config, tmp_path, clock=lambda: 1e9 + 7 * 3600).save(payload(2))
+    assert list_steps(tmp_path / "backups") == ["step-000002"]
+
+
+def test_c083_a_backup_that_fails_costs_nothing_but_a_note(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").write_text("a file")
+    config = settings(backup_every_n_hours=1e-9, backup_path=str(tmp_path / "elsewhere"))
+    (result,) = CheckpointManager(config, tmp_path / "run").save(payload(1))
+    assert result.failed is None and result.verified and "after the commit: " in result.notes[0]
+    config.backup_path = str(tmp_path / "disk")
+    (result,) = CheckpointManager(config, tmp_path / "run").save(payload(2))
+    assert result.notes == () and list_steps(tmp_path / "disk" / "run") == ["step-000002"]
+
+
 def test_best_follows_the_loss_and_survives_a_restart(tmp_path: Path) -> None:
     made = manager(tmp_path, best_metric="loss")
     folder = tmp_path / "checkpoints"
