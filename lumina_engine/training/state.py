@@ -34,7 +34,9 @@ def payload(trainer: EnhancedConversationTrainer) -> Payload:
     if trainer.window is not None:
         tensors.update(trainer.window.state_tensors())
     progress = trainer.progress
-    metrics = {"loss": trainer.last_loss, **{f"eval_{name}": value for name, value in progress.last_eval.items()}}
+    metrics = {"loss": trainer.last_loss}
+    if progress.last_eval.get("step") == progress.step:  # figures of an earlier step would be told as this one's
+        metrics |= {f"eval_{name}": value for name, value in progress.last_eval.items() if name != "step"}
     return Payload(
         step=progress.step,
         epoch=progress.epoch,

@@ -156,7 +156,7 @@ class EnhancedConversationTrainer:
             "total_steps": self.total_steps,
             "tokens": self.progress.tokens,
             "loss": self.last_loss,
-            "eval": dict(self.progress.last_eval),
+            "eval": {name: value for name, value in self.progress.last_eval.items() if name != "step"},
             "seconds": time.monotonic() - started,
         }
 
@@ -184,7 +184,11 @@ class EnhancedConversationTrainer:
         return min(steps, self.config.max_steps) if self.config.max_steps else steps
 
     def _loop(self, loader: TrainLoader) -> None:
-        self._boundary(self.control.agree())
+        self._settle_saves()
+        self._obey_all(self.control.agree())
+        if self.progress.step and self._due(self.config.eval_interval):
+            # a checkpoint is taken before its step is evaluated, so a resumed run still has that to do
+            self._evaluate_and_judge()
         steps = iter(loader)
         while self.progress.step < self.total_steps:
             begin = time.perf_counter()
@@ -288,33 +292,38 @@ class EnhancedConversationTrainer:
 
     def _boundary(self, requests: list[Request]) -> None:
         self._settle_saves()
+        self._obey_all(requests)
+        self._boundary_tasks(final=False)
+
+    def _obey_all(self, requests: list[Request]) -> None:
         for request in requests:
             self._obey(request)
         replayed = self.replay.pop(self.progress.step + 1, None)
         if replayed is not None:
             self._set_lr(replayed, by="recovery")
-        if self.progress.step:
-            self._boundary_tasks(final=False)
+
+    def _due(self, interval: int, final: bool = False) -> bool:
+        """Whether something with this interval (0 = only at the end) falls on the present step."""
+        step = self.progress.step
+        return final or (interval > 0 and step % interval == 0 and step < self.total_steps)
 
     def _boundary_tasks(self, final: bool) -> None:
         """Records of routing, then save, then evaluate, as the intervals say; all of them at the end."""
         step, cfg = self.progress.step, self.config
-
-        def due(interval: int) -> bool:
-            return final if interval == 0 else (final or (step % interval == 0 and step < self.total_steps))
-
-        if self.window is not None and due(cfg.expert_log_interval):
+        if self.window is not None and self._due(cfg.expert_log_interval, final):
             self.emit(self.window.record(step, getattr(self.model, "router_bias_LE", None)))
-        if due(cfg.save_interval) and self.saved_step != step:
+        if self._due(cfg.save_interval, final) and self.saved_step != step:
             self.save(blocking=final)
-        if self.eval_data is not None and due(cfg.eval_interval):
+        if self._due(cfg.eval_interval, final):
             self._evaluate_and_judge()
 
     def _evaluate_and_judge(self) -> None:
+        if self.eval_data is None:
+            return
         begin = time.monotonic()
         self._section("eval", self.progress.step)
         figures = self.evaluate(self.eval_data, self.config.eval_batches)
-        self.progress.last_eval = figures
+        self.progress.last_eval = {"step": self.progress.step, **figures}
         self.emit(eval_record(self.progress.step, figures, begin))
         better = self.progress.best is None or figures["loss"] < self.progress.best
         if better:

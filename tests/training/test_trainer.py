@@ -64,7 +64,7 @@ def test_c001_one_batch_is_learned_by_heart_and_said_back_through_chat(tmp_path:
     keys = {
         "batch_size": 4,
         "seq_length": 128,
-        "max_steps": 250,
+        "max_steps": 400,
         "num_epochs": 1000,
         "packing": "none",
         "moe_top_k": 1,
