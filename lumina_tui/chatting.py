@@ -7,7 +7,6 @@ is frozen or gone never holds a reply up, and a reply never holds the terminal u
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import subprocess
@@ -224,35 +223,41 @@ class ChatLink:
 
 def serve_argv(path: Path) -> list[str]:
     """The command that starts a detached chat server."""
-    return [sys.executable, "-m", "lumina_engine.cli", "serve", str(path), "--detach", "--json"]
+    return [sys.executable, "-m", "lumina_engine.cli", "serve", str(path), "--detach"]
 
 
 def start_server(path: Path, given_up: Callable[[], bool], argv: list[str] | None = None) -> int:
-    """Run `lumina-engine serve PATH --detach`, which returns once the server answers; its pid.
+    """Run `lumina-engine serve PATH --detach` and return the server's pid as soon as it answers, loading or ready.
 
-    The short-lived child reads nothing, writes to files and leads its own session; the server is nobody's child.
+    The child reads nothing, writes to files and leads its own session; it ends by itself, and the server is nobody's child.
 
     Raises:
         ChatError: refused, failed, given up, or not answered within START_TIME; the engine's own last line.
     """
+    place = socket_path(path)
     with tempfile.TemporaryDirectory(prefix="lumina-serve-") as folder:
-        out_path, err_path = Path(folder) / "out", Path(folder) / "err"
-        with out_path.open("wb") as out, err_path.open("wb") as err:
+        err_path = Path(folder) / "err"
+        with err_path.open("wb") as err:
             child = subprocess.Popen(
-                argv or serve_argv(path), stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+                argv or serve_argv(path),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=err,
+                start_new_session=True,
             )
         end = time.monotonic() + START_TIME
         while (code := _wait(child)) is None:
+            if hello := probe(place):
+                threading.Thread(target=child.wait, name="chat-start", daemon=True).start()
+                return hello.pid
             if given_up() or time.monotonic() > end:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(child.pid, signal.SIGTERM)
                 child.wait()
                 raise ChatError("given up" if given_up() else f"the chat server did not answer in {START_TIME:.0f} s")
-        output, errors = out_path.read_text(errors="replace"), err_path.read_text(errors="replace").strip()
-    if code == 0:
-        for line in reversed(output.splitlines()):
-            with contextlib.suppress(ValueError, KeyError, TypeError):
-                return int(json.loads(line)["pid"])
+        errors = err_path.read_text(errors="replace").strip()
+    if code == 0 and (hello := probe(place)):
+        return hello.pid
     last = errors.splitlines()[-1] if errors else f"lumina-engine serve ended with exit code {code}"
     raise ChatError(last.removeprefix("lumina-engine: "))
 

@@ -98,8 +98,8 @@ def _signals(server: ChatServer) -> list[int]:
 
 
 def _detach(args: argparse.Namespace, path: Path, place: Path) -> int:
-    """Start this command again without a terminal, and leave once it answers: it is nobody's child then."""
-    from ..chat.client import probe
+    """Start this command again without a terminal, and leave once its model is loaded: it is nobody's child then."""
+    from ..chat.client import ServerBackend, ServerGone, probe
     from ..chat.modes import ChatError
     from ..run.socket import prepare_folder
 
@@ -123,6 +123,10 @@ def _detach(args: argparse.Namespace, path: Path, place: Path) -> int:
             process.kill()
             raise ChatError(f"the chat server did not answer in {START_TIME:.0f} s; see {log}")
         time.sleep(0.05)
+    try:
+        ServerBackend(place, client="serve").close()
+    except ServerGone as error:
+        raise ChatError(str(error), max(process.wait(START_TIME), 1)) from error
     _tell(args, place, hello.pid, path)
     return 0
 

@@ -1,4 +1,4 @@
-"""Stand-ins without torch: a backend that answers from a script, a character tokenizer, and a chat server process."""
+"""Stand-ins without torch: a backend that answers from a script, a character tokenizer, server and terminal."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import threading
 from collections.abc import Generator, Sequence
 from pathlib import Path
 
+from lumina_engine.chat.console import Console, Show
 from lumina_engine.chat.events import Done, Event, Message, ModelInfo, Start, Token
-from lumina_engine.chat.modes import ChatError, Sampling
+from lumina_engine.chat.modes import Sampling
 from lumina_engine.chat.server import ChatServer
+from lumina_engine.chat.session import ChatSession
 from lumina_engine.checkpoint.commit import Staging, commit, set_pointer
 
 
@@ -91,20 +93,15 @@ def commit_checkpoint(runs: Path, run: str, step: int, *, best: bool = False, lo
     return path
 
 
-def main(path: str, what: str = "") -> None:
-    """A server process with the fake backend. `what`: fail (cannot load), slow (loads until a file called `go` appears)."""
+def serve(path: str) -> None:
+    """A server process with the fake backend."""
+    ChatServer(Path(path), lambda say: FakeBackend()).serve()
 
-    def load(say: object) -> FakeBackend:
-        assert callable(say)
-        say("reading weights")
-        if what == "fail":
-            raise ChatError("the checkpoint is damaged: choose another", 65)
-        while what == "slow" and not Path(path).with_name("go").exists():
-            threading.Event().wait(0.01)
-        return FakeBackend()
 
-    ChatServer(Path(path), load).serve()
+def talk() -> None:
+    """`lumina-engine chat` on this terminal with the fake backend."""
+    raise SystemExit(Console(ChatSession(FakeBackend()), Show()).loop())
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve(sys.argv[1]) if len(sys.argv) > 1 else talk()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -18,7 +20,7 @@ from textual.screen import Screen
 
 import lumina_tui.application
 from lumina_engine.chat.catalogue import list_entries
-from lumina_engine.chat.client import socket_path
+from lumina_engine.chat.client import probe, socket_path
 from lumina_engine.chat.modes import ChatError
 from lumina_engine.chat.server import ChatServer
 from lumina_tui.application import LuminaApp
@@ -27,6 +29,8 @@ from lumina_tui.screens.chat import ChatScreen
 from lumina_tui.widgets.chat_transcript import Item, Transcript, wrap
 from tests.chat.fakes import FakeBackend, commit_checkpoint
 from tests.tui.helpers import screen_text, until
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Servers:
@@ -457,8 +461,6 @@ def test_the_list_is_best_first_over_all_runs(runs: Path) -> None:
     commit_checkpoint(runs, "winter", 10)
     (runs / "winter/metrics.jsonl").write_text("")
     (runs / "broken").mkdir()
-    import os
-
     os.utime(runs / "autumn/checkpoints", (1, 1))
     names = [entry.reference for entry in list_entries(runs)]
     assert names == ["winter@step-000010", "autumn@step-000200", "autumn@step-000100"]
@@ -472,7 +474,13 @@ async def test_the_starter_gives_the_engines_own_words(tmp_path: Path) -> None:
     def start(code: str, given_up: Callable[[], bool] = lambda: False) -> int:
         return start_server(tmp_path, given_up, argv(code))
 
-    assert await asyncio.to_thread(start, 'print(\'noise\\n{"socket": "/x", "pid": 42}\')') == 42
+    place = socket_path(tmp_path)
+    place.parent.mkdir(mode=0o700)
+    serving = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.chat import fakes; fakes.serve({str(place)!r})"
+    pid = await asyncio.to_thread(start, serving)
+    hello = probe(place)
+    assert hello is not None and hello.pid == pid  # here the child itself is the server
+    os.kill(pid, signal.SIGKILL)
     with pytest.raises(ChatError, match=r"^no such checkpoint$"):
         await asyncio.to_thread(start, "import sys; print('lumina-engine: no such checkpoint', file=sys.stderr); sys.exit(65)")
     with pytest.raises(ChatError, match="ended with exit code 3"):

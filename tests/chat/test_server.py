@@ -248,10 +248,10 @@ def test_c110_a_failing_answer_is_one_line_and_the_server_lives(running: Running
     backend.close()
 
 
-def start_process(path: Path, what: str = "") -> subprocess.Popen[bytes]:
+def start_process(path: Path) -> subprocess.Popen[bytes]:
     with path.with_name("log").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "tests.chat.fakes", str(path), what],
+            [sys.executable, "-m", "tests.chat.fakes", str(path)],
             cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
         )  # fmt: skip
 
