@@ -195,7 +195,9 @@ class ConfigScreen(LuminaScreen):
 
     def _rules(self, trial: tuple[str, str] | None = None) -> None:
         """Rules across fields and the budget, for what is entered, or with a field's text that is being typed."""
-        self._timer = None
+        if self._timer is not None:
+            self._timer.stop()
+            self._timer = None
         if self.form is None:
             return
         self.findings = self.form.findings(self.machine, trial)

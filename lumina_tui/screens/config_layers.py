@@ -147,4 +147,7 @@ class YamlView(Acts, ModalScreen[str | None]):
 
     def _answered(self, answer: str | None) -> None:
         if answer == "drop":
-            self.call_later(self.dismiss, None)  # after the question is gone: dismiss pops what is on top
+            self.call_later(self._drop)  # after the question is gone: dismiss pops what is on top
+
+    def _drop(self) -> None:
+        self.dismiss(None)

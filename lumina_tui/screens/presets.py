@@ -120,7 +120,7 @@ class PresetsScreen(LuminaScreen):
         if self.own:
             rows += [Row("own", (("yours", "dim"),), rule=True), *(self._row(entry) for entry in self.own)]
         self.table.set_rows(rows)
-        self.table.set_foot("" if self.own else "w in the editor saves one of yours")
+        self.table.set_foot("" if self.own else "w in the editor saves yours")
         self._show_detail()
 
     def _row(self, entry: Entry) -> Row:

@@ -1,0 +1,512 @@
+"""C128, C129, C130: presets, editor and launch by keyboard, on a fixed machine and without an engine."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lumina_engine.config.checks import check
+from lumina_engine.config.machine import GB, Machine
+from lumina_engine.config.presets import NAMES, ConfigPresets
+from lumina_engine.monitoring import hardware
+from lumina_engine.monitoring.record import Run, Step, encode
+from lumina_tui.application import LuminaApp, Start
+from lumina_tui.drafts import load_draft
+from lumina_tui.launching import Launched, LaunchError
+from lumina_tui.screens.config import ConfigScreen
+from lumina_tui.screens.config_layers import FieldSearch, YamlView
+from lumina_tui.screens.dialogs import Prompt, Question, Sheet
+from lumina_tui.screens.launch import LaunchScreen
+from lumina_tui.screens.presets import PresetsScreen
+from lumina_tui.terminal import COLOURS, Look
+from lumina_tui.widgets.fields import FieldList
+from lumina_tui.widgets.text_panel import wrapped
+from tests.tui.helpers import screen_text, until
+
+LAPTOP = Machine([], 16 * GB, 4, 500 * GB)
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """An empty folder to work in, a fixed machine."""
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setattr(hardware, "detect", lambda *_: LAPTOP)
+
+
+class App(LuminaApp):
+    """The program with its engine replaced: starts are recorded, not made."""
+
+    CSS_PATH = Path(__file__).resolve().parents[2] / "lumina_tui" / "app.tcss"
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__("runs", look=Look("braille", COLOURS, False, 10.0), **arguments)
+        self.starts: list[list[str]] = []
+        self.watched: list[Path] = []
+        self.fails: LaunchError | None = None
+
+    async def start_run(self, arguments: Any) -> Launched:
+        self.starts.append(list(arguments))
+        await asyncio.sleep(0)
+        if self.fails is not None:
+            raise self.fails
+        path = Path("runs") / "fake"
+        path.mkdir(parents=True)
+        return Launched("fake", path)
+
+    def open_monitor(self, run: Any) -> None:
+        self.watched.append(Path(run))
+
+
+def record(path: Path, *records: Any) -> None:
+    with (path / "metrics.jsonl").open("ab") as file:
+        for number, item in enumerate(records):
+            item.seq, item.t, item.inc = number + 1, time.time(), 1
+            file.write(encode(item))
+
+
+async def ready(pilot: Any, kind: type) -> Any:
+    await until(pilot, lambda: isinstance(pilot.app.screen, kind) and pilot.app.screen.machine is not None, what=kind.__name__)
+    await pilot.pause()
+    return pilot.app.screen
+
+
+async def config_of(pilot: Any, **arguments: Any) -> ConfigScreen:
+    pilot.app.open_config(**arguments)
+    return await ready(pilot, ConfigScreen)
+
+
+async def enter(pilot: Any, screen: ConfigScreen, name: str, text: str) -> None:
+    """Type a value into a field by keys."""
+    screen.go_to(name)
+    await pilot.press("enter")
+    field = screen.fields
+    assert field.editing == name
+    await pilot.press(
+        *["comma" if c == "," else "minus" if c == "-" else "full_stop" if c == "." else c for c in text], "enter"
+    )
+    await until(pilot, lambda: field.editing is None)
+
+
+# presets
+
+
+async def test_c128_presets_with_the_numbers_of_the_command_line() -> None:
+    rows = ConfigPresets.compare_presets()
+    async with App().run_test(size=(80, 24)) as pilot:
+        pilot.app.open_presets()
+        screen = await ready(pilot, PresetsScreen)
+        text = screen_text(pilot.app)
+        assert all(name in text for name in NAMES) and "494 K" in text and "3.25 M" in text and "CPU, 4 cores, 16 GB" in text
+        assert f"{rows['debug']['active_parameters']:,} active" in text
+        assert screen._verdict(screen.presets[0]) == ("yes", "good") and screen._verdict(screen.presets[2]) == ("no", "dim")
+
+
+async def test_c128_own_files_broken_ones_too_and_the_hint_without_any() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        pilot.app.open_presets()
+        screen = await ready(pilot, PresetsScreen)
+        assert "w in the editor saves yours" in screen_text(pilot.app)
+        Path("configs").mkdir()
+        Path("configs/mine.yaml").write_text("# preset: b1\nseed: 3\n")
+        Path("configs/broken.yaml").write_text("x:\n  - [/red]\nbatch_sise: 1\n")
+        await pilot.press("r")
+        await until(pilot, lambda: "mine" in screen_text(pilot.app))
+        screen.table.move_to("configs/broken.yaml")
+        await pilot.pause()
+        text = screen_text(pilot.app)
+        assert "configs/broken.yaml:1: x: unknown key" in text.replace("\n", "").replace("││", "") or "unknown key" in text
+        await pilot.press("a")
+        assert any("it has errors" in n.text for n in pilot.app.notices)
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(pilot.app.screen, YamlView))
+
+
+async def test_c128_pretended_hardware_marks_and_diff() -> None:
+    async with App().run_test(size=(160, 45)) as pilot:
+        pilot.app.open_presets(select="b1")
+        screen = await ready(pilot, PresetsScreen)
+        assert screen.chosen.key == "b1"
+        await pilot.press("p")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Prompt))
+        await pilot.press("8", "x", "enter")
+        assert isinstance(pilot.app.screen, Prompt), "a wrong form of devices is refused"
+        await pilot.press("8", "0", "G", "B", "enter")
+        await until(pilot, lambda: screen.pretended is not None and screen.is_current)
+        text = screen_text(pilot.app)
+        assert "8 x GPU 80 GB (pretended)" in text and "16+ GPU" in text and "ZeRO-1" in text
+        await pilot.press("space", "down", "d")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Sheet))
+        assert "num_layers" in screen_text(pilot.app)
+        await pilot.press("escape")
+        assert "against b1" in screen_text(pilot.app)
+
+
+# the editor
+
+
+async def test_c129_empty_says_what_to_press() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        pilot.app.open_config()
+        screen = await ready(pilot, ConfigScreen)
+        assert "2 picks a preset, or lumina FILE.yaml" in screen_text(pilot.app)
+        await pilot.press("u", "w", "E", "d", "]", "D", "a")
+        assert screen.form is None and any("2 picks a preset" in n.text for n in pilot.app.notices)
+
+
+async def test_c129_journey_with_two_wrong_values() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        screen = await config_of(pilot, preset="debug")
+        await enter(pilot, screen, "warmup_steps", "-5")
+        await enter(pilot, screen, "moe_top_k", "9")
+        await until(pilot, lambda: len(screen.findings) == 2)
+        text = screen_text(pilot.app)
+        assert "Findings  2 errors" in text and "Experts" in text and "1* 1!" in text
+        assert "more than num_experts = 8" in text
+        lines = {f.line() for f in screen.findings}
+        assert {f.line() for f in check(screen.form.config()) if f.code != "bad_value"} <= lines
+        await pilot.press("4")
+        launch = await ready(pilot, LaunchScreen)
+        await until(pilot, lambda: launch.review is not None)
+        await pilot.press("enter")
+        assert pilot.app.starts == [] and any("blocked" in n.text for n in pilot.app.notices)
+        await pilot.press("3", "]")
+        await until(pilot, lambda: screen.is_current)
+        assert screen.fields.current == "warmup_steps"
+        await pilot.press("D", "]")
+        await until(pilot, lambda: screen.fields.current == "moe_top_k")
+        await pilot.press("u")
+        assert screen.form.value("warmup_steps") == "-5"
+        await pilot.press("ctrl+r")
+        await enter(pilot, screen, "moe_top_k", "2")
+        await until(pilot, lambda: screen.findings == [])
+        assert [c.name for c in screen.form.changes()] == ["moe_top_k"]
+        await pilot.press("a")
+        await until(pilot, lambda: isinstance(pilot.app.screen, LaunchScreen) and not pilot.app.screen.review.blocked)
+        assert pilot.app.screen.review.arguments == ("--preset", "debug", "moe_top_k=2")
+
+
+async def test_c129_problem_stands_under_the_field_while_typing() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        screen = await config_of(pilot, preset="debug")
+        screen.go_to("num_layers")
+        await pilot.press("enter", "9", "9", "9")
+        await until(pilot, lambda: "999: must be a whole number from 1 to 512" in screen_text(pilot.app))
+        assert screen.form.value("num_layers") == 2 and not screen.form.dirty
+        await pilot.press("escape")
+        await until(pilot, lambda: screen.findings == [])
+        assert screen.is_current and screen.fields.has_focus and screen.form.value("num_layers") == 2
+
+
+async def test_c129_choices_by_arrow_and_by_list() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        screen = await config_of(pilot, preset="b1")
+        screen.go_to("precision")
+        await pilot.press("right")
+        assert screen.form.value("precision") == "fp32"
+        await pilot.press("left", "enter")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Question))
+        await pilot.press("3")
+        await until(pilot, lambda: screen.is_current and screen.form.value("precision") == "bf16")
+        screen.go_to("qk_norm")
+        await pilot.press("space")
+        assert screen.form.value("qk_norm") is True
+        screen.go_to("num_layers")
+        await pilot.press("right")
+        assert any("no fixed choices" in n.text for n in pilot.app.notices)
+
+
+async def test_c129_search_finds_a_field_in_any_section() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        screen = await config_of(pilot, preset="b1")
+        await pilot.press("slash")
+        await until(pilot, lambda: isinstance(pilot.app.screen, FieldSearch))
+        await pilot.press(*"keep", "enter")
+        await until(pilot, lambda: screen.is_current)
+        assert screen.fields.current == "keep_checkpoints" and screen.section == "checkpoint"
+
+
+async def test_c129_yaml_view_checks_and_takes_over() -> None:
+    async with App().run_test(size=(100, 30)) as pilot:
+        screen = await config_of(pilot, preset="b1")
+        await pilot.press("E")
+        await until(pilot, lambda: isinstance(pilot.app.screen, YamlView))
+        view = pilot.app.screen
+        area = view.query_one("TextArea")
+        area.text = area.text.replace("batch_size: 4", "batch_sise: 4")
+        await until(pilot, lambda: "did you mean batch_size" in screen_text(pilot.app))
+        await pilot.press("escape")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Question))
+        await pilot.press("k")
+        await until(pilot, lambda: pilot.app.screen is view)
+        area.text = area.text.replace("batch_sise: 4", "batch_size: 5")
+        await pilot.press("escape")
+        await until(pilot, lambda: screen.is_current)
+        assert screen.form.value("batch_size") == 5 and len(screen.form.changes()) == 1
+
+
+async def test_c129_yaml_view_can_drop_its_edits() -> None:
+    async with App().run_test(size=(100, 30)) as pilot:
+        screen = await config_of(pilot, preset="b1")
+        await pilot.press("E")
+        await until(pilot, lambda: isinstance(pilot.app.screen, YamlView))
+        pilot.app.screen.query_one("TextArea").text = "seed: [1"
+        await pilot.press("escape")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Question))
+        await pilot.press("x")
+        await until(pilot, lambda: screen.is_current)
+        assert not screen.form.dirty
+
+
+async def test_c129_write_a_file_and_never_overwrite_by_accident() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        screen = await config_of(pilot, preset="b1")
+        await enter(pilot, screen, "seed", "7")
+        await pilot.press("w")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Prompt))
+        await pilot.press("enter")
+        path = Path("configs/my_b1.yaml")
+        await until(pilot, path.exists)
+        await until(pilot, lambda: screen.is_current and not screen.form.dirty)
+        assert "my_b1.yaml" in screen_text(pilot.app).splitlines()[0]
+        path.write_text("seed: 8\n")
+        import os
+
+        os.utime(path, (1, 1))
+        await pilot.press("w")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Prompt))
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Question))
+        await pilot.press("escape")
+        await until(pilot, lambda: screen.is_current)
+        assert path.read_text() == "seed: 8\n"
+        await pilot.press("r")
+        await until(pilot, lambda: screen.form.value("seed") == 8)
+
+
+async def test_c129_draft_comes_back_and_presets_are_one_undo_step() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        screen = await config_of(pilot, preset="b1")
+        await enter(pilot, screen, "seed", "7")
+        draft = load_draft()
+        assert draft is not None and [c.name for c in draft.changes()] == ["seed"]
+        pilot.app.open_config(preset="b7")
+        await until(pilot, lambda: screen.form.preset == "b7")
+        await pilot.press("u")
+        assert screen.form.preset == "b1" and screen.form.value("seed") == 7
+    async with App().run_test(size=(80, 24)) as pilot:
+        pilot.app.open_config()
+        screen = await ready(pilot, ConfigScreen)
+        assert screen.form is not None and screen.form.value("seed") == 7
+
+
+async def test_c129_opens_a_file_from_the_command_line_and_says_what_is_wrong() -> None:
+    Path("my.yaml").write_text("batch_size: 0\nrope_theta: 100\n")
+    async with App(start=Start(config=Path("my.yaml"))).run_test(size=(80, 24)) as pilot:
+        screen = await ready(pilot, ConfigScreen)
+        await until(pilot, lambda: len(screen.findings) == 2)
+        assert "my.yaml:1: batch_size = 0" in screen_text(pilot.app)
+    async with App().run_test(size=(80, 24)) as pilot:
+        screen = await config_of(pilot, path=Path("none.yaml"))
+        assert "none.yaml: no such file" in screen_text(pilot.app)
+
+
+async def test_c129_stale_file_is_told() -> None:
+    Path("my.yaml").write_text("batch_size: 3\n")
+    async with App().run_test(size=(80, 24)) as pilot:
+        await config_of(pilot, path=Path("my.yaml"))
+        import os
+
+        os.utime("my.yaml", (1, 1))
+        await pilot.press("2")
+        await until(pilot, lambda: isinstance(pilot.app.screen, PresetsScreen))
+        await pilot.press("3")
+        await until(pilot, lambda: any("changed on disk" in n.text for n in pilot.app.notices))
+
+
+# launch
+
+
+async def test_c130_review_then_four_stages_then_monitor() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        pilot.app.open_launch(preset="debug")
+        screen = await ready(pilot, LaunchScreen)
+        await until(pilot, lambda: screen.review is not None and "ready" in screen_text(pilot.app).splitlines()[0])
+        text = screen_text(pilot.app)
+        assert "built-in corpus" in text and "3.25 M total" in text
+        assert json.loads(screen.review.deepspeed)["train_batch_size"] == 8
+        await pilot.press("enter")
+        await until(pilot, lambda: screen.started is not None)
+        assert pilot.app.starts == [["--preset", "debug"]]
+        await until(pilot, lambda: "supervisor" in screen_text(pilot.app) and "preparing the data" in screen_text(pilot.app))
+        record(screen.started, Run(state="preparing"), Run(state="running"))
+        await until(pilot, lambda: "ranks" in (screen.progress.reached if screen.progress else {}))
+        assert pilot.app.watched == []
+        record(screen.started, Step(step=1, loss=5.0))
+        await until(pilot, lambda: pilot.app.watched == [Path("runs/fake")])
+
+
+async def test_c130_a_run_that_dies_shows_its_last_words() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        pilot.app.open_launch(preset="debug")
+        screen = await ready(pilot, LaunchScreen)
+        await until(pilot, lambda: screen.review is not None)
+        await pilot.press("enter")
+        await until(pilot, lambda: screen.started is not None)
+        (screen.started / "engine.log").write_text("one\nthe disk [/x] \x1b[2J went away\n")
+        record(screen.started, Run(state="failed", reason="no room", exit_code=2))
+        await until(pilot, lambda: "failed" in screen_text(pilot.app).splitlines()[0])
+        text = screen_text(pilot.app)
+        assert "no room" in text and "went away" in text and "\x1b" not in text and pilot.app.watched == []
+        await pilot.press("r")
+        await until(pilot, lambda: "configuration" in screen_text(pilot.app))
+
+
+async def test_c130_a_refused_start_shows_the_engines_reason() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        pilot.app.fails = LaunchError("run debug exists: choose another", 2, "run debug exists: choose another")
+        pilot.app.open_launch(preset="debug")
+        screen = await ready(pilot, LaunchScreen)
+        await until(pilot, lambda: screen.review is not None)
+        await pilot.press("enter")
+        await until(pilot, lambda: screen._problem is not None)
+        assert "run debug exists" in screen_text(pilot.app)
+
+
+async def test_c130_warnings_ask_once_and_errors_block() -> None:
+    Path("d.jsonl").write_text("{}\n")
+    config = ConfigPresets.debug()
+    config.train_data_path, config.eval_data_path = "d.jsonl", "d.jsonl"
+    async with App().run_test(size=(160, 45)) as pilot:
+        pilot.app.open_launch(config=config, preset="debug")
+        screen = await ready(pilot, LaunchScreen)
+        await until(pilot, lambda: screen.review is not None)
+        await pilot.press("enter")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Question))
+        assert "will flatter" in screen_text(pilot.app) and pilot.app.starts == []
+        await pilot.press("y")
+        await until(pilot, lambda: pilot.app.starts != [])
+    config.train_data_path = "missing.jsonl"
+    async with App().run_test(size=(160, 45)) as pilot:
+        pilot.app.open_launch(config=config, preset="debug")
+        screen = await ready(pilot, LaunchScreen)
+        await until(pilot, lambda: screen.review is not None and screen.review.blocked)
+        await pilot.press("enter", "]")
+        assert pilot.app.starts == [] and any("missing.jsonl" in n.text for n in pilot.app.notices)
+
+
+async def test_c130_a_review_of_other_data_is_stale() -> None:
+    Path("d.jsonl").write_text("{}\n")
+    config = ConfigPresets.debug()
+    config.train_data_path = "d.jsonl"
+    async with App().run_test(size=(80, 24)) as pilot:
+        pilot.app.open_launch(config=config, preset="debug")
+        screen = await ready(pilot, LaunchScreen)
+        await until(pilot, lambda: screen.review is not None)
+        Path("d.jsonl").write_text("{}\n{}\n")
+        await pilot.press("enter")
+        assert pilot.app.starts == [] and any("changed since this review" in n.text for n in pilot.app.notices)
+        before = screen.review
+        await pilot.press("r")
+        await until(pilot, lambda: screen.review is not before)
+        await pilot.press("enter")
+        await until(pilot, lambda: pilot.app.starts != [])
+
+
+async def test_c130_existing_name_and_readonly_block() -> None:
+    Path("runs/taken").mkdir(parents=True)
+    config = ConfigPresets.debug()
+    config.experiment_name = "taken"
+    async with App(readonly=True).run_test(size=(80, 24)) as pilot:
+        pilot.app.open_launch(config=config, preset="debug")
+        screen = await ready(pilot, LaunchScreen)
+        await until(pilot, lambda: screen.review is not None)
+        assert screen.review.blocked and "taken exists in runs" in screen_text(pilot.app)
+        await pilot.press("enter", "w")
+        assert pilot.app.starts == [] and sum("--readonly" in n.text for n in pilot.app.notices) == 2
+
+
+async def test_c130_empty_says_what_to_press() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        pilot.app.open_launch()
+        await until(pilot, lambda: "2 picks a preset" in screen_text(pilot.app))
+        await pilot.press("enter")
+        assert pilot.app.starts == []
+
+
+# all three
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+async def test_c138_no_size_breaks_a_screen(number: int) -> None:
+    async with App().run_test(size=(120, 40)) as pilot:
+        pilot.app.open_screen(number, **({} if number == 2 else {"preset": "b1"}))
+        await ready(pilot, {2: PresetsScreen, 3: ConfigScreen, 4: LaunchScreen}[number])
+        for size in ((20, 6), (10, 3), (1, 1), (59, 15), (80, 24), (200, 60)):
+            await pilot.resize_terminal(*size)
+            await pilot.pause()
+            assert screen_text(pilot.app)
+
+
+@pytest.mark.parametrize(("number", "marker"), [(2, "Space mark"), (3, "Enter edit"), (4, "Enter launch")])
+async def test_c138_80x24_has_its_keys_in_the_last_line(number: int, marker: str) -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        pilot.app.open_screen(number, **({} if number == 2 else {"preset": "b1" if number == 3 else "debug"}))
+        screen = await ready(pilot, {2: PresetsScreen, 3: ConfigScreen, 4: LaunchScreen}[number])
+        await until(pilot, lambda: marker in screen_text(pilot.app).splitlines()[-1])
+        assert all(len(line) <= 80 for line in screen_text(pilot.app).splitlines())
+        await pilot.press("?")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Sheet))
+        assert screen.heading in screen_text(pilot.app)
+
+
+async def test_se01_hostile_values_reach_no_screen_as_escapes() -> None:
+    config = ConfigPresets.debug()
+    config.train_data_path = "[@click=app.bell]x[/]\u202e\u009b2J"
+    async with App().run_test(size=(80, 24)) as pilot:
+        screen = await config_of(pilot, config=config, preset="debug")
+        screen.go_to("train_data_path")
+        await pilot.pause()
+        text = screen_text(pilot.app)
+        assert "[@click=app.bell]x[/]" in text and "\u202e" not in text and "\x9b" not in text
+        pilot.app.open_screen(4)
+        launch = await ready(pilot, LaunchScreen)
+        await until(pilot, lambda: launch.review is not None)
+        assert "\u202e" not in screen_text(pilot.app) and "\x9b" not in screen_text(pilot.app)
+
+
+def test_c138_text_is_wrapped_at_words_and_never_too_wide() -> None:
+    from rich.cells import cell_len
+
+    parts = [("one two ", "text"), ("three\tfour", "dim"), (" " + "x" * 25, "bad"), ("日本語日本語日本語", "text")]
+    for width in (4, 7, 10, 20, 80):
+        lines = wrapped(parts, width)
+        assert all(sum(cell_len(text) for text, _ in line) <= width for line in lines)
+        joined = "".join(text for line in lines for text, _ in line).replace(" ", "")
+        assert joined == "onetwothreefour" + "x" * 25 + "日本語日本語日本語"
+
+
+async def test_c138_moving_the_cursor_repaints_two_lines() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        screen = await config_of(pilot, preset="b1")
+        field = screen.query_one(FieldList)
+        regions: list[Any] = []
+        original = field.refresh
+        field.refresh = lambda *given, **named: (regions.append(given), original(*given, **named))[1]  # type: ignore[method-assign]
+        await pilot.press("down")
+        assert regions and all(given and given[0].height == 1 for given in regions)
+
+
+def test_layer_screens_import_no_torch() -> None:
+    code = (
+        "import sys, lumina_tui.application, lumina_tui.screens.presets, lumina_tui.screens.config, lumina_tui.screens.launch\n"
+        "bad = {'torch', 'deepspeed', 'transformers', 'plotext'} & set(sys.modules)\nassert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
