@@ -128,6 +128,13 @@ class CheckpointManager:
         """Finish the save in flight and return what `poll` has not. The manager holds nothing else open."""
         return self.wait()
 
+    def abandon(self) -> None:
+        """After an error that the other ranks may not share: wait for this rank's writer, without any collective.
+
+        A save that the ranks have not agreed on stays uncommitted; the next start removes its staging.
+        """
+        self._saver.abandon()
+
     def mark_best(self, step: int) -> bool:
         """Let `best` point to the committed checkpoint of that step (waits for its save). False: there is none."""
         return self._saver.mark_best(step)

@@ -298,6 +298,12 @@ class Saver:
                 self._job.thread.join()
             self._results = self.poll()
 
+    def abandon(self) -> None:
+        """Wait for this rank's writer only, and forget the save. No collective."""
+        job, self._job = self._job, None
+        if job is not None and job.thread is not None:
+            job.thread.join()
+
     def _advance(self, job: _Save) -> dict[str, Any] | None:
         """One look at the save in flight; all ranks take the same branch, since each decision follows a gathered vote."""
         if any(self.comm.all_gather(job.busy)):

@@ -528,6 +528,27 @@ def test_one_rank_that_fails_fails_the_save_of_all(
     assert names_in(tmp_path / "checkpoints") == ["latest", "step-000002"]
 
 
+def test_a_rank_that_has_failed_abandons_its_save_without_the_others(tmp_path: Path) -> None:
+    def work(comm: ThreadComm) -> Any:
+        made = CheckpointManager(settings(), tmp_path, comm)
+        made.save(rank_payload(1, comm.rank), blocking=False)
+        made.abandon()
+        return made.close()
+
+    assert Ranks(2).run(work) == [[], []]
+    assert [name[:17] for name in names_in(tmp_path / "checkpoints")] == [".tmp-step-000001-"]
+    assert manager(tmp_path).recover() is None and names_in(tmp_path / "checkpoints") == []
+
+
+def test_a_rank_that_writes_too_little_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = saving.write_files
+    monkeypatch.setattr(
+        saving, "write_files", lambda plan, write: real([f for f in plan if "rank-00000.json" not in f.path], write)
+    )
+    (result,) = manager(tmp_path).save(payload(1))
+    assert result.failed == "the ranks did not write state/rank-00000.json" and names_in(tmp_path / "checkpoints") == []
+
+
 def test_ck18_another_world_size_is_refused_clearly(tmp_path: Path) -> None:
     Ranks(2).run(lambda comm: CheckpointManager(settings(), tmp_path, comm).save(rank_payload(1, comm.rank)))
     path = tmp_path / "checkpoints" / "step-000001"
