@@ -24,19 +24,21 @@ BASES: tuple[Base, ...] = ("step", "tokens", "hours")
 
 @dataclass(frozen=True)
 class Metric:
-    """How a series is named and reduced. `keep` is what a narrow column shows: its mean, or its maximum."""
+    """How a series is named and reduced. `keep` is what a narrow column shows: its mean, or its maximum; a series that is
+    not `noisy` (the learning rate) is shown as it is: without smoothing, in its whole range."""
 
     name: str
     label: str
     unit: str = ""
     keep: Literal["mean", "max"] = "mean"
+    noisy: bool = True
 
 
 STEP_METRICS = (
     Metric("loss", "loss", "nats per token"),
     Metric("tokens_per_s", "tokens/s", "tokens/s"),
     Metric("grad_norm", "grad norm", "", "max"),
-    Metric("lr", "learning rate"),
+    Metric("lr", "learning rate", noisy=False),
     Metric("aux_loss", "balance loss"),
     Metric("z_loss", "z loss", "", "max"),
     Metric("step_time", "step time", "s", "max"),
@@ -178,7 +180,10 @@ class RunStore:
     event_version: int = 0
     state_version: int = 0
 
+    # taken together at the end of a batch: one array operation instead of one for each record
     _rows: list[rec.Step] = field(default_factory=list)
+    _evals: list[rec.Eval] = field(default_factory=list)
+    _experts: dict[tuple[int, ...], rec.Experts] = field(default_factory=dict)
     _t_before: float | None = None
 
     # reading
@@ -195,13 +200,21 @@ class RunStore:
                 if self.inc and self.step is not None:
                     self._event(Event(self.step, "|", f"start {record.inc}", record.t))
                 self.inc, self._t_before = record.inc, None
-            if type(record) is rec.Step:
-                if self._rows and record.step <= self._rows[-1].step:
+            match record:
+                case rec.Step():
+                    if self._rows and record.step <= self._rows[-1].step:
+                        self._flush()
+                    self._rows.append(record)
+                case rec.Eval():
+                    self._evals.append(record)
+                case rec.Experts():
+                    self._experts[tuple(record.layers)] = record
+                case rec.Rewind():
                     self._flush()
-                self._rows.append(record)
-            else:
-                self._flush()
-                self._take(record)
+                    self._rewind(record.to_step)
+                    self._event(Event(record.to_step, "<", record.reason or f"back to step {record.to_step}", record.t))
+                case _:
+                    self._take(record)
         self._flush()
         self.version += changed
 
@@ -212,10 +225,6 @@ class RunStore:
         match record:
             case rec.Run():
                 self._take_run(record)
-            case rec.Eval():
-                self._take_eval(record)
-            case rec.Experts():
-                self._take_experts(record)
             case rec.Hardware():
                 self._take_hardware(record)
             case rec.Checkpoint():
@@ -226,9 +235,6 @@ class RunStore:
             case rec.Change():
                 text = f"{record.what} {_plain(record.before)} to {_plain(record.after)}"
                 self._event(Event(record.step if record.step is not None else self.step or 0, "D", text, record.t))
-            case rec.Rewind():
-                self._rewind(record.to_step)
-                self._event(Event(record.to_step, "<", record.reason or f"back to step {record.to_step}", record.t))
 
     def _take_run(self, record: rec.Run) -> None:
         if record.state != self.state:
@@ -285,8 +291,16 @@ class RunStore:
 
     def _flush(self) -> None:
         rows, self._rows = self._rows, []
-        if not rows:
-            return
+        if rows:
+            self._extend(rows)
+        evals, self._evals = self._evals, []
+        for evaluation in evals:
+            self._take_eval(evaluation)
+        experts, self._experts = self._experts, {}
+        for observation in experts.values():
+            self._take_experts(observation)
+
+    def _extend(self, rows: list[rec.Step]) -> None:
         if len(self.steps) and rows[0].step <= int(self.steps.step.values[-1]):
             self._rewind(rows[0].step - 1)  # a value per step: what comes later in the file holds
         hours = np.empty(len(rows))
@@ -327,6 +341,8 @@ class RunStore:
     @property
     def step(self) -> int | None:
         """The newest step."""
+        if self._rows:
+            return self._rows[-1].step
         return int(self.steps.step.values[-1]) if len(self.steps) else None
 
     @property

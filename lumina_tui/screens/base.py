@@ -26,7 +26,7 @@ from textual.content import Content
 from textual.screen import Screen
 from textual.widget import Widget
 
-from ..actions import bindings
+from ..actions import Action, bindings
 from ..widgets.acts import Acts
 from ..widgets.bars import KeyBar, TitleBar
 from ..widgets.panel import Drawn, Panel, State
@@ -70,6 +70,10 @@ class LuminaScreen(Acts, Screen[None], inherit_bindings=False):
     def retarget(self, **arguments: Any) -> bool:
         """Show something else in this instance. False: build a new one."""
         return False
+
+    def footer_text(self, action: Action) -> str:
+        """What the key line says about an action."""
+        return action.short or action.title.lower()
 
     def tick(self) -> None:
         """Called `look.hz` times a second while this screen is on top: refresh what has changed, nothing else."""

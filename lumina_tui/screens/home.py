@@ -48,6 +48,14 @@ SORTS: tuple[tuple[str, Callable[[RunInfo], tuple[object, ...]]], ...] = (
 )
 
 
+WELCOME = (
+    "No runs in {root} yet. a starts one from a preset.\n\n"
+    "debug trains a small mixture-of-experts chat model on this machine, GPU or not, in minutes: "
+    "watch it, leave, come back, talk to it.\n\n"
+    "? shows all keys, 2 the presets, q leaves (runs go on)."
+)
+
+
 class HomeScreen(LuminaScreen):
     """The list of runs. It opens no sockets: files and locks only."""
 
@@ -156,7 +164,7 @@ class HomeScreen(LuminaScreen):
         table = self.table
         if not self.rows:
             table.set_rows(())
-            table.set_state(State.EMPTY, f"No runs in {clean(self.lumina.runs_root)}.\na starts one from a preset.")
+            table.set_state(State.EMPTY, WELCOME.format(root=clean(self.lumina.runs_root)))
         elif not rows:
             table.set_rows(())
             table.set_state(State.EMPTY, f"No run matches {clean(self.filter)}. / changes the filter.")

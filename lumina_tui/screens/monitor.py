@@ -13,6 +13,7 @@ from textual.widget import Widget
 
 from lumina_engine.run.directory import RunDirectory, RunError, find, list_runs
 
+from ..actions import Action
 from ..feed import Feed, Mode
 from ..paint import clean, duration, number, whole
 from ..series import RunStore
@@ -72,6 +73,7 @@ class MonitorScreen(RunCommands, LuminaScreen):
         self._log_chosen: bool | None = None  # None: as the size suggests
         self._seen_alerts = 0
         self._rung = 0
+        self._mode: Mode | None = None
 
     def content(self) -> Iterable[Widget]:
         cursor = Cursor()
@@ -116,7 +118,7 @@ class MonitorScreen(RunCommands, LuminaScreen):
         self.experts.show(feed.store)
         self.query_one(TrendPanel).show(feed.store)
         self.query_one(HardwarePanel).show(feed.store)
-        self.query_one(ProgressLine).show(feed.store)
+        self.query_one(ProgressLine).show(feed)
         self.query_one(StatusLine).show(feed)
         self.query_one(StartPanel).show(feed)
         self.query_one(Ticker).show(feed)
@@ -189,7 +191,8 @@ class MonitorScreen(RunCommands, LuminaScreen):
         if critical > self._rung:
             self.app.bell()
         self._rung = critical
-        before = self.state_word
+        before = (self.state_word, self._mode)
+        self._mode = feed.mode
         self.set_frame(
             subject=feed.run.name,
             state=state,
@@ -198,7 +201,7 @@ class MonitorScreen(RunCommands, LuminaScreen):
             alerts=len(fresh),
             critical=critical > 0,
         )
-        if before != state:
+        if before != (state, feed.mode):
             self.refresh_keys()
         empty = not len(store.steps)
         self.set_class(empty and feed.mode is not Mode.LOADING, "-starting")
@@ -225,6 +228,11 @@ class MonitorScreen(RunCommands, LuminaScreen):
         if self.feed is None and action_id != "monitor.reload":
             return "no run is open; 1 lists the runs"
         return super().why_not(action_id)
+
+    def footer_text(self, action: Action) -> str:
+        if action.id == "monitor.pause" and self.state_word == "paused":
+            return "resume"
+        return super().footer_text(action)
 
     def action_maximise(self) -> None:
         if self.maximized is not None:

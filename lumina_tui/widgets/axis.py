@@ -81,7 +81,7 @@ def y_limits(low: float, high: float, rows: int, log: bool, before: tuple[float,
         low, high = low - span / 2, high + span / 2
     if before is not None and before[0] <= low and high <= before[1] and before[1] - before[0] <= 1.5 * span:
         return before
-    step = round_step(span / max(2, rows / 2))
+    step = round_step(span / max(4, rows))
     return math.floor(low / step + 1e-9) * step, math.ceil(high / step - 1e-9) * step
 
 

@@ -83,7 +83,8 @@ class KeyBar(Widget):
         app: Any = self.app
         palette = app.look.palette
         width = self.size.width
-        items = [(key_text(action.keys[0]), action.short or action.title.lower()) for action in self.actions_here()]
+        screen: LuminaScreen = self.screen  # type: ignore[assignment]
+        items = [(key_text(action.keys[0]), screen.footer_text(action)) for action in self.actions_here()]
         while len(items) > 1 and sum(len(key) + len(text) + 3 for key, text in items) > width + 1:
             del items[-2]
         pieces: list[Piece] = [(" ", None)]

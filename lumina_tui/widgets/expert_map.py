@@ -13,6 +13,7 @@ from ..actions import bindings
 from ..paint import Piece, count, fit
 from ..series import LayerLoad, RunStore
 from .panel import Drawn
+from .sparkline import EIGHTHS, EIGHTHS_ASCII
 
 LEVELS = (0.25, 0.75, 1.25, 2.0)  # limits of the share of the fair load
 GLYPHS = "·░▒▓█"
@@ -52,14 +53,14 @@ class ExpertMap(Drawn):
             return
         self._seen = now
         self._arrange()
-        self.refresh()
+        self.repaint_changed()
 
     # arranging
 
     def _arrange(self) -> None:
         layers = sorted(self.store.layers.items())
         height = self.inner[1]
-        rows = max(1, height - (1 if height >= 6 else 0))
+        rows = max(1, height - (1 if height >= 6 and len(layers) < height else 0))
         self._merged = max(1, -(-len(layers) // rows))
         groups = [layers[i : i + self._merged] for i in range(0, len(layers), self._merged)]
         self._rows = [max(group, key=lambda item: _imbalance(item[1])) for group in groups]
@@ -90,11 +91,54 @@ class ExpertMap(Drawn):
 
     # painting
 
+    def _tall(self, width: int, height: int) -> int:
+        """Lines for a layer when its experts can be drawn as columns; 0 if there is no room for that."""
+        experts = max((len(load.load) for _, load in self._rows), default=0)
+        if not self._rows or self._merged > 1 or experts > width - 2:
+            return 0
+        lines = min(9, height // len(self._rows))
+        return lines if lines >= 4 else 0
+
+    def _columns(self, y: int, width: int, tall: int) -> Sequence[Piece]:
+        index, line = divmod(y, tall)
+        if index >= len(self._rows):
+            return ()
+        layer, load = self._rows[index]
+        worst = _imbalance(load)
+        if line == 0:
+            role = "warn" if worst >= LIMIT_WARN or load.dead else "text"
+            mark = f"  {load.dead} dead" if load.dead else ""
+            words: list[Piece] = [(f" L{layer}  ", self.palette.dim), (f"{worst:.2f}{mark}", self.palette.of(role))]
+            more = f"  entropy {_share(load.entropy)}" + (f"  drop {_percent(load.dropped)}" if load.dropped else "")
+            return [*words, (more if len(more) <= width - 14 - len(mark) else "", self.palette.dim)]
+        if line == tall - 1:
+            return ()
+        each = min(6, (width - 2) // len(load.load))
+        rows, level = tall - 2, tall - 2 - line
+        fair = sum(load.load) / len(load.load) if load.load else 0.0
+        top = max(2.0, worst)
+        glyphs = " " + (EIGHTHS_ASCII if self.look.ascii else EIGHTHS)
+        pieces: list[Piece] = [(" ", None)]
+        for number, tokens in enumerate(load.load):
+            share = tokens / fair if fair else 0.0
+            filled = int(min(8, max(0, (share / top * rows - level) * 8)))
+            text, style = glyphs[min(filled, len(glyphs) - 1)], self.palette.heat[level_of(share)]
+            if level == 0 and filled == 0:
+                text, style = (DEAD, self.palette.bad) if tokens <= 0 else (glyphs[1], style)
+            if self.has_focus and (index, number) == (self._row, self._column):
+                style += Style(reverse=True)
+            gap = 1 if each >= 3 else 0
+            pieces += [(text * (each - gap), style), (" " * gap, None)]
+        return pieces
+
     def _cell_width(self, experts: int, room: int) -> int:
         return max(1, min(3, room // max(1, experts)))
 
     def draw(self, y: int, width: int, height: int) -> Sequence[Piece]:
         layers = self._rows
+        tall = self._tall(width, height)
+        if tall:
+            return self._columns(y, width, tall)
         label = max((len(str(layer)) for layer, _ in layers), default=1) + 2
         extra = width - label - 8
         header = height >= 6

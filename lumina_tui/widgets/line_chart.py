@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from textual.binding import BindingType
 from textual.geometry import Region
@@ -12,7 +12,7 @@ from textual.strip import Strip
 
 from ..actions import bindings
 from ..paint import Piece, line, whole
-from ..series import BASES, STEP_METRICS, RunStore
+from ..series import BASES, METRICS, STEP_METRICS, RunStore
 from . import plot as plotting
 from .canvas import Frame, changed_regions
 from .panel import Drawn
@@ -42,7 +42,7 @@ class LineChart(Drawn):
         super().__init__(id=id)
         self.store = store or RunStore()
         self.cursor = cursor or Cursor()
-        self.options = Options(metric=metric, weight=0.9)
+        self.options = Options(metric=metric, **_habits(metric))
         self._plot = Plot(Frame(0, 0))
         self._limits = Limits()
         self._seen: tuple[object, ...] = ()
@@ -280,10 +280,16 @@ class LineChart(Drawn):
         names = [metric.name for metric in STEP_METRICS]
         known = [name for name in names if np.isfinite(self.store.steps.metrics[name].values).any()] or names[:1]
         index = known.index(self.options.metric) if self.options.metric in known else 0
-        self._set(metric=known[(index + direction) % len(known)])
+        name = known[(index + direction) % len(known)]
+        self._set(metric=name, **_habits(name))
 
     def action_next_metric(self) -> None:
         self._metric(1)
 
     def action_previous_metric(self) -> None:
         self._metric(-1)
+
+
+def _habits(name: str) -> dict[str, Any]:
+    """Smoothing and range that suit a metric."""
+    return {"weight": 0.9, "outliers": True} if METRICS[name].noisy else {"weight": 0.0, "outliers": False}

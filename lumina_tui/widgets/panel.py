@@ -133,6 +133,10 @@ class Drawn(Panel, can_focus=True):
     """
     framed = True
 
+    def __init__(self, *children: Widget, title: str = "", id: str | None = None, classes: str | None = None) -> None:
+        super().__init__(*children, title=title, id=id, classes=classes)
+        self._drawn: list[Sequence[Piece]] = []
+
     def draw(self, y: int, width: int, height: int) -> Sequence[Piece]:
         """The pieces of line `y` (0 … height-1) inside the frame."""
         return ()
@@ -147,6 +151,24 @@ class Drawn(Panel, can_focus=True):
     def refresh_lines_inside(self, y: int, count: int = 1) -> None:
         """Repaint lines inside the frame only."""
         self.refresh(Region(0, y + (1 if self.framed else 0), self.size.width, count))
+
+    def repaint_changed(self) -> None:
+        """Draw every line and repaint those that differ from the last call, from the first piece that differs."""
+        width, height = self.inner
+        lines = [self.draw(y, width, height) for y in range(height)]
+        before, self._drawn = self._drawn, lines
+        if len(before) != len(lines) or self._blocking:
+            self.refresh()
+            return
+        edge = 1 if self.framed else 0
+        for y, (old, new) in enumerate(zip(before, lines, strict=True)):
+            if old != new:
+                same = 0
+                for a, b in zip(old, new, strict=False):
+                    if a != b:
+                        break
+                    same += cell_len(a[0])
+                self.refresh(Region(edge + min(same, width - 1), edge + y, max(1, width - same), 1))
 
     def on_focus(self) -> None:
         self.refresh()

@@ -306,7 +306,7 @@ class _Painter:
 
     def _x_axis(self) -> None:
         frame, left, (x0, x1) = self.plot.frame, self.plot.left, self.plot.x
-        values = ticks(x0, x1, max(1, self.plot.across // 11), whole=self.options.base == "step")
+        values = ticks(x0, x1, max(1, self.plot.across // 9), whole=self.options.base == "step")
         end = 0
         for value, label in zip(values, x_labels(values, self.options.base), strict=True):
             column = self.plot.column_of(value)

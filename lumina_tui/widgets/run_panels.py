@@ -29,27 +29,31 @@ class ProgressLine(Widget):
 
     def __init__(self) -> None:
         super().__init__()
-        self.store = RunStore()
+        self.feed: Feed | None = None
         self._seen: tuple[object, ...] = ()
         self._text: tuple[str, float, str] = ("", 0.0, "")
 
-    def show(self, store: RunStore) -> None:
-        """Show another run."""
-        self.store, self._seen = store, ()
+    def show(self, feed: Feed) -> None:
+        """Speak about another run."""
+        self.feed, self._seen = feed, ()
         self.sync()
 
     def sync(self) -> None:
         """Repaint if the words have changed."""
-        now = (self.store.version, self.size.width, id(self.store))
+        feed = self.feed
+        if feed is None:
+            return
+        now = (feed.store.version, feed.mode, self.size.width, id(feed))
         if now == self._seen:
             return
         self._seen = now
-        before, self._text = self._text, self._words()
+        before, self._text = self._text, self._words(feed)
         if before != self._text:
             self.refresh()
 
-    def _words(self) -> tuple[str, float, str]:
-        store = self.store
+    @staticmethod
+    def _words(feed: Feed) -> tuple[str, float, str]:
+        store = feed.store
         step, total = store.step, store.total_steps
         if step is None:
             return (f"step - of {whole(total)}" if total else ""), 0.0, ""
@@ -57,7 +61,9 @@ class ProgressLine(Widget):
         tail = [f"{count(store.tokens)} tokens"]
         if store.epoch:
             tail.append(f"epoch {store.epoch}")
-        if not store.final:
+        if store.final or feed.mode is Mode.DEAD:
+            tail.append(f"{duration(float(store.steps.hours.values[-1]) * 3600)} of training")
+        else:
             left = store.seconds_left()
             tail.append(f"{duration(left)} left" if left is not None else f"{duration(store.seconds_per_step())} a step")
         return head, step / total if total else 0.0, "  ".join(tail)
@@ -98,7 +104,7 @@ class TrendPanel(Drawn):
         now = (self.store.steps.version, self.store.hardware_version, id(self.store))
         if now != self._seen and self.is_attached:
             self._seen = now
-            self.refresh_lines_inside(0, max(1, self.inner[1]))
+            self.repaint_changed()
 
     def draw(self, y: int, width: int, height: int) -> Sequence[Piece]:
         left = width if self.store.hardware is None else max(30, min(width - 40, width // 2)) if width >= 70 else width
@@ -142,7 +148,7 @@ class HardwarePanel(Drawn):
         now = (self.store.hardware_version, id(self.store))
         if now != self._seen and self.is_attached:
             self._seen = now
-            self.refresh_lines_inside(0, max(1, self.inner[1]))
+            self.repaint_changed()
 
     def draw(self, y: int, width: int, height: int) -> Sequence[Piece]:
         lines = hardware_lines(self.store, width - 2, self.look.ascii, height, sparks=True)
@@ -246,7 +252,7 @@ class StartPanel(Drawn):
         now = (feed.store.state_version, feed.alive, feed.mode, int(feed.clock()))
         if now != self._seen:
             self._seen = now
-            self.refresh_lines_inside(0, max(1, self.inner[1]))
+            self.repaint_changed()
 
     def draw(self, y: int, width: int, height: int) -> Sequence[Piece]:
         feed = self.feed

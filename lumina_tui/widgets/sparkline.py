@@ -14,15 +14,23 @@ EIGHTHS_ASCII = "__..-=*#"
 
 
 def spark(pyramid: Pyramid, width: int, keep: Literal["mean", "max"] = "mean", ascii_only: bool = False, last: int = 0) -> str:
-    """`width` cells; each shows the mean or the maximum of its samples. `last` > 0: only the newest samples."""
+    """At most `width` cells; each shows the mean or the maximum of its samples. `last` > 0: only about the newest samples.
+
+    The samples of a cell are the same from call to call (groups of a power of two, counted from the start), so that a new
+    sample changes the last cell only.
+    """
     size = len(pyramid)
     if width <= 0 or not size:
         return " " * max(0, width)
-    start = max(0, size - last) if last else 0
-    if size - start <= width:
+    group = 1
+    while min(size, last or size) > width * group:
+        group *= 2
+    stop = -(-size // group)  # groups so far
+    start = max(0, stop - width)
+    if group == 1:
         values = pyramid.values[start:].astype(np.float64)
     else:
-        columns = pyramid.columns(np.linspace(start, size, width + 1).astype(np.int64))
+        columns = pyramid.columns(np.minimum(np.arange(start, stop + 1) * group, size))
         values = columns.mean_C if keep == "mean" else columns.high_C
     return bars(values, width, ascii_only)
 
@@ -37,7 +45,7 @@ def spark_values(
 def bars(
     values_C: np.ndarray, width: int, ascii_only: bool = False, low: float | None = None, high: float | None = None
 ) -> str:
-    """One glyph a value, right-aligned in `width` cells; a blank where a value is not finite."""
+    """One glyph a value, then blanks up to `width` cells; a blank where a value is not finite."""
     values_C = values_C[-width:] if width > 0 else values_C[:0]
     finite = values_C[np.isfinite(values_C)]
     glyphs = EIGHTHS_ASCII if ascii_only else EIGHTHS
@@ -47,6 +55,6 @@ def bars(
     top = float(finite.max()) if high is None else high
     if top - bottom <= abs(top) * 1e-9:
         text = "".join(glyphs[3] if np.isfinite(value) else " " for value in values_C)
-        return text.rjust(width)
+        return text.ljust(width)
     level_C = np.clip(np.nan_to_num((values_C - bottom) / (top - bottom)) * 7.999, 0, 7).astype(int)
-    return "".join(glyphs[level] if ok else " " for level, ok in zip(level_C, np.isfinite(values_C), strict=True)).rjust(width)
+    return "".join(glyphs[level] if ok else " " for level, ok in zip(level_C, np.isfinite(values_C), strict=True)).ljust(width)

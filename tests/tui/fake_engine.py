@@ -20,7 +20,7 @@ from typing import Any
 
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import MetricLog
-from lumina_engine.run.directory import RunDirectory
+from lumina_engine.run.directory import RunDirectory, RunLock
 from lumina_engine.run.process import boot_id, myself
 
 
@@ -42,6 +42,7 @@ class FakeEngine:
         self._server: asyncio.Server | None = None
         self._log: MetricLog | None = None
         self._random = random.Random(0)
+        self._lock: RunLock | None = None
         self._socket = Path(f"/tmp/lumina-test-{os.getpid()}-{secrets.token_hex(6)}.sock")
         self._next_inc()
 
@@ -65,6 +66,8 @@ class FakeEngine:
         if socket:
             self._socket.unlink(missing_ok=True)
             self._server = await asyncio.start_unix_server(self._client, str(self._socket))
+        if self._lock is None:
+            self._lock = self.run.lock()
         me = myself()
         self.run.update_identity(
             pid=me.pid,
@@ -87,6 +90,9 @@ class FakeEngine:
         self._socket.unlink(missing_ok=True)
         if self._log is not None:
             self._log.close()
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     async def crash(self) -> None:
         """As if the supervisor had been killed: no goodbye, no final state, the lock is free."""
