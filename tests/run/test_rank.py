@@ -27,7 +27,7 @@ class Server:
         self.selector = selectors.DefaultSelector()
         self.ranks = RankServer(path, self.selector, "secret", world)
         self.stopping = threading.Event()
-        self.thread = threading.Thread(target=self.loop)
+        self.thread = threading.Thread(target=self.loop, daemon=True)
         self.thread.start()
 
     def loop(self) -> None:

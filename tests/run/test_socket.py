@@ -25,7 +25,7 @@ from lumina_engine.run import socket as module
 from lumina_engine.run.directory import RunError
 from lumina_engine.run.requests import RequestBook, check_command
 from lumina_engine.run.socket import MAX_CLIENTS, QUEUE_LIMIT, ViewerServer, bind_socket, prepare_folder, too_deep
-from lumina_engine.run.tail import LogTail, command_ids
+from lumina_engine.run.tail import Chunk, LogTail, command_ids
 
 from .conftest import DEADLINE, until
 
@@ -48,7 +48,7 @@ class Server:
         )
         self.stopping = threading.Event()
         self.failed: BaseException | None = None
-        self.thread = threading.Thread(target=self.loop)
+        self.thread = threading.Thread(target=self.loop, daemon=True)
         self.thread.start()
 
     def apply(self, request: str, cmd: str, args: dict[str, Any]) -> str | None:
@@ -231,6 +231,36 @@ def test_ps03_eight_that_never_read_and_one_that_misses_nothing(server: Server) 
         assert viewer.gaps >= 1
         viewer.close()
     good.close()
+
+
+class Blocked:
+    """A connection that takes nothing until it is opened."""
+
+    def __init__(self) -> None:
+        self.open = False
+        self.got = b""
+
+    def send(self, data: memoryview) -> int:
+        if not self.open:
+            raise BlockingIOError
+        self.got += bytes(data)
+        return len(data)
+
+
+def test_ps03_a_client_for_whom_everything_was_dropped_still_hears_of_the_gap() -> None:
+    connection = Blocked()
+    client = module._Client(connection, 0.0)  # type: ignore[arg-type]
+    for number in range(6):
+        client.put_chunk(Chunk(b"x" * 65_536, 65_536 * number, number + 1, number + 1))
+        client.flush(number + 1, 0.0)
+    assert client.pending and client.queued == 0 and client.gap == (1, 0)
+    connection.open = True
+    client.flush(6, 0.0)
+    assert json.loads(connection.got) == {"op": "gap", "from": 1, "to": 6, "offset": 0}
+    assert not client.pending
+    client.put_chunk(Chunk(b"live", 393_216, 7, 7))
+    client.flush(7, 0.0)
+    assert connection.got.endswith(b"live")
 
 
 def test_ps03_stalled_for_too_long_is_dropped(server: Server) -> None:

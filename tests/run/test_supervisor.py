@@ -326,6 +326,14 @@ def test_ps07_a_killed_supervisor_takes_its_ranks_along(runs: Runs) -> None:
     assert states(run)[-2:] == [(2, "preparing"), (2, "running")]
 
 
+def test_ps07_a_worker_that_never_connected_dies_with_its_supervisor(runs: Runs) -> None:
+    run = runs.make()
+    launch.start(run, ["sleep", "600"])
+    rank = worker(run)
+    assert run.signal(signal.SIGKILL)
+    until(lambda: not rank.alive, "the worker to die", 5)
+
+
 def test_ps07_a_rank_that_holds_on_leaves_at_the_end_of_its_channel(runs: Runs) -> None:
     """As above, without PR_SET_PDEATHSIG: the rank is a grandchild, as below a launcher that does not pass it on."""
     script = textwrap.dedent(
