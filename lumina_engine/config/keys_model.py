@@ -23,7 +23,7 @@ class ModelKeys(Section):
         unit="ids",
         minimum=256,
         maximum=1_000_000,
-        read_by="model/transformer.py, config/checks.py",
+        read_by="model/transformer.py, config/resolve.py",
     )
     hidden_size: int = key(
         512,
@@ -60,7 +60,7 @@ class ModelKeys(Section):
         unit="tokens",
         minimum=16,
         maximum=1_048_576,
-        read_by="data/batch.py, model/rope.py",
+        read_by="data/rows.py, model/transformer.py",
     )
     attention: Literal["gqa", "mla"] = key(
         "gqa", "Kind of attention: grouped-query, or multi-head latent with a compressed cache.", read_by=_ATTENTION
@@ -82,18 +82,20 @@ class ModelKeys(Section):
         500_000.0,
         "Base of the rotary position embedding. Below 0.0424 x seq_length^1.628 far positions become ambiguous.",
         minimum=100,
-        read_by="model/rope.py",
+        read_by="model/transformer.py",
     )
     rope_scaling: Literal["none", "linear", "yarn"] = key(
-        "none", "How positions are stretched to reach beyond the length the weights were trained at.", read_by="model/rope.py"
+        "none",
+        "How positions are stretched to reach beyond the length the weights were trained at.",
+        read_by="model/transformer.py",
     )
-    rope_scaling_factor: float = key(1.0, "Stretch factor of rope_scaling.", minimum=1, read_by="model/rope.py")
+    rope_scaling_factor: float = key(1.0, "Stretch factor of rope_scaling.", minimum=1, read_by="model/transformer.py")
     rope_original_length: int | None = key(
         None,
         "Length the weights were trained at before rope_scaling; null is seq_length / rope_scaling_factor.",
         unit="tokens",
         minimum=16,
-        read_by="model/rope.py",
+        read_by="model/transformer.py",
     )
     norm_eps: float = key(1e-5, "Added under the root in RMSNorm.", above=0, read_by=_MODEL)
     init_std: float = key(
@@ -136,7 +138,7 @@ class ModelKeys(Section):
         maximum=65_536,
         also=(0,),
         resume=True,
-        read_by="model/loss.py",
+        read_by="model/transformer.py",
     )
 
 
@@ -183,7 +185,7 @@ class ExpertKeys(Section):
         minimum=0,
         maximum=10,
         resume=True,
-        read_by=_MOE,
+        read_by="training/trainer.py",
     )
     router_bias_rate: float = key(
         0.0,
@@ -201,7 +203,7 @@ class ExpertKeys(Section):
         minimum=0,
         maximum=1,
         resume=True,
-        read_by=_MOE,
+        read_by="training/trainer.py",
     )
     router_jitter_noise: float = key(
         0.0,

@@ -86,7 +86,7 @@ class DeepSpeedKeys(Section):
         "auto", "How ranks talk: auto is nccl on GPUs, gloo on CPU.", resume=True, read_by=_WORKER
     )
     deepspeed_log_level: Literal["debug", "info", "warning", "error"] = key(
-        "warning", "How much DeepSpeed writes to engine.log.", resume=True, read_by=_WORKER
+        "warning", "How much DeepSpeed writes to engine.log.", resume=True, read_by="training/engine.py"
     )
     deepspeed_overrides: dict[str, Any] = key(
         {},
@@ -107,7 +107,7 @@ class RunKeys(Section):
         pattern=_NAME,
         form=_NAME_FORM,
         resume=True,
-        read_by="run/directory.py",
+        read_by="commands/train.py",
     )
     launcher: Literal["auto", "deepspeed", "torchrun", "srun", "none"] = key(
         "auto", "How ranks are started. auto is torchrun on one node, none for one rank.", resume=True, read_by=_LAUNCH
@@ -119,7 +119,7 @@ class RunKeys(Section):
         minimum=1,
         maximum=1_024,
         resume=True,
-        read_by=_LAUNCH,
+        read_by="config/resolve.py",
     )
     num_nodes: int = key(1, "Machines.", unit="nodes", minimum=1, maximum=100_000, resume=True, read_by=_LAUNCH)
     node_rank: int | None = key(
@@ -215,7 +215,7 @@ class MonitoringKeys(Section):
         10, "Steps between records of the experts' load.", unit="steps", minimum=1, resume=True, read_by="training/trainer.py"
     )
     hardware_interval_s: float = key(
-        2.0, "Time between records of devices and host.", unit="s", minimum=0.5, resume=True, read_by="training/trainer.py"
+        2.0, "Time between records of devices and host.", unit="s", minimum=0.5, resume=True, read_by="training/worker.py"
     )
     spike_sigma: float = key(
         6.0,
@@ -240,7 +240,7 @@ class MonitoringKeys(Section):
         unit="steps",
         minimum=1,
         resume=True,
-        read_by=_ADAPTIVE,
+        read_by="training/trainer.py",
     )
     max_rollbacks: int = key(
         2, "Returns to an earlier checkpoint in 1,000 steps before the run ends.", minimum=1, resume=True, read_by=_ADAPTIVE

@@ -130,7 +130,7 @@ class TrainingKeys(Section):
         minimum=0.3,
         maximum=0.98,
         resume=True,
-        read_by="training/batch_size.py, config/resolve.py",
+        read_by="config/resolve.py",
     )
     min_batch_size: int = key(
         1,
@@ -172,12 +172,12 @@ class DataKeys(Section):
     section_name: ClassVar[str] = "data"
 
     train_data_path: str | list[str] | None = key(
-        None, "File, folder, glob or list of them. null is the built-in corpus.", read_by="data/formats.py"
+        None, "File, folder, glob or list of them. null is the built-in corpus.", read_by="data/store.py"
     )
     eval_data_path: str | list[str] | None = key(
         None,
         "Data to evaluate on: file, folder, glob or list. null holds back eval_split of the training data.",
-        read_by="data/formats.py",
+        read_by="data/store.py",
     )
     eval_split: float = key(
         0.02,
@@ -194,7 +194,7 @@ class DataKeys(Section):
     )
     train_on: Literal["assistant", "all"] = key("assistant", "Which tokens carry loss.", read_by=_BATCH)
     assistant_loss_weight: float = key(
-        1.0, "Weight of assistant tokens when train_on is all.", minimum=0, maximum=10, read_by="data/batch.py, model/loss.py"
+        1.0, "Weight of assistant tokens when train_on is all.", minimum=0, maximum=10, read_by="data/rows.py"
     )
     packing: Literal["fit", "concat", "none"] = key(
         "fit",

@@ -91,7 +91,7 @@ def test_c129_each_rule_and_its_fix(changes: dict, code: str, severity: str, wor
 OTHER = {
     "bool": lambda i: not i.default,
     "int": lambda i: 96,
-    "float": lambda i: 3.0,
+    "float": lambda i: 0.5 if i.maximum == 1 else 7.0,
     "text": lambda i: "x.y",
     "list": lambda i: ["wandb"],
 }
