@@ -8,15 +8,9 @@ from pathlib import Path
 import pytest
 
 
-@pytest.fixture(autouse=True)
-def private_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ledger of commits lies in this test's own folder."""
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
-
-
 @pytest.fixture
 def fresh() -> Iterator[Callable[[], Path]]:
-    """Makes new folders in memory where there is such a file system: kill points need many saves, not a disk."""
+    """Makes new folders in memory where there is such a file system: these tests need many saves, not a disk."""
     shm = Path("/dev/shm")
     made: list[Path] = []
 
@@ -27,3 +21,14 @@ def fresh() -> Iterator[Callable[[], Path]]:
     yield make
     for path in made:
         shutil.rmtree(path)
+
+
+@pytest.fixture
+def tmp_path(fresh: Callable[[], Path]) -> Path:
+    return fresh()
+
+
+@pytest.fixture(autouse=True)
+def private_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger of commits lies in this test's own folder."""
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
