@@ -8,30 +8,23 @@ import importlib.util
 import os
 import signal
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
-from textual.app import App, SystemCommand
 from textual.filter import ANSIToTruecolor, LineFilter, NoColor
 from textual.screen import Screen
 from textual.theme import Theme
 
 from . import actions
-from .paint import clean
+from .talking import Talks
 from .terminal import AsciiFilter, ControlFilter, Look, detect
 from .widgets.acts import Acts
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from .launching import Launched
     from .screens.base import LuminaScreen
-    from .screens.dialogs import Choice
-
-Severity = Literal["information", "warning", "error"]
 
 # number -> module below lumina_tui.screens, class. A screen whose module is not there is not offered.
 SCREENS: Mapping[int, tuple[str, str]] = {
@@ -72,15 +65,6 @@ THEME = Theme(
 
 
 @dataclass(frozen=True)
-class Notice:
-    """Something that was said to the user."""
-
-    t: float
-    severity: Severity
-    text: str
-
-
-@dataclass(frozen=True)
 class Start:
     """What to open first. At most one of the fields is set; nothing set opens Home."""
 
@@ -90,7 +74,7 @@ class Start:
     preset: str | None = None  # start a run from it, then open its monitor
 
 
-class LuminaApp(Acts, App[None], inherit_bindings=False):
+class LuminaApp(Acts, Talks, inherit_bindings=False):
     """The full-screen program. Killing it at any moment changes no run.
 
     Args:
@@ -102,9 +86,8 @@ class LuminaApp(Acts, App[None], inherit_bindings=False):
 
     CSS_PATH = "app.tcss"
     TITLE = "lumina"
-    ENABLE_COMMAND_PALETTE = True
+    ENABLE_COMMAND_PALETTE = False  # its own palette finds the registry's actions
     BINDINGS = list(actions.bindings("app"))
-    COMMANDS: ClassVar[set[Any]] = set()
     NOTIFICATION_TIMEOUT = 6
     scope = "app"
 
@@ -116,7 +99,6 @@ class LuminaApp(Acts, App[None], inherit_bindings=False):
         self.runs_root = Path(runs_root)
         self.readonly = readonly
         self.start = start or Start()
-        self.notices: deque[Notice] = deque(maxlen=500)
         self._screens: dict[int, LuminaScreen] = {}
         self._back: list[int] = []
         self._ticking = False
@@ -351,60 +333,6 @@ class LuminaApp(Acts, App[None], inherit_bindings=False):
             return
         self.open_monitor(launched.path)
 
-    # talking to the user
-
-    def notice(self, text: str, severity: Severity = "information", *, timeout: float | None = None) -> None:
-        """A toast that is also kept in the notices list. Outside text may come as it is."""
-        text = clean(text)
-        self.notices.append(Notice(time.time(), severity, text))
-        shown = list(self._notifications)
-        for old in shown[:-2]:
-            self._unnotify(old, refresh=False)
-        self.notify(text, severity=severity, timeout=timeout, markup=False)
-
-    def ask(self, question: str, choices: Sequence[Choice], answer: Callable[[str], None], lines: Sequence[str] = ()) -> None:
-        """One question that names the thing; `answer(value)` is called with the choice, not at all for Esc."""
-        from .screens.dialogs import Question
-
-        def done(value: str | None) -> None:
-            if value is not None:
-                answer(value)
-
-        self.push_screen(Question(question, lines, choices), done)
-
-    def prompt(
-        self,
-        question: str,
-        answer: Callable[[str], None],
-        *,
-        value: str = "",
-        lines: Sequence[str] = (),
-        check: Callable[[str], str | None] = lambda text: None,
-    ) -> None:
-        """Ask for one line of text; `check` gives what is wrong with it, or None."""
-        from .screens.dialogs import Prompt
-
-        def done(text: str | None) -> None:
-            if text is not None:
-                answer(text)
-
-        self.push_screen(Prompt(question, value, lines, check), done)
-
-    def copy_text(self, text: str, name: str = "copied.txt") -> None:
-        """Copy by OSC 52 (at most 8 KiB; no terminal answers whether it worked) and also into a file that the notice names."""
-        if len(text.encode()) <= 8192:
-            self.copy_to_clipboard(text)
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lumina"
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            path = folder / name
-            path.write_text(text)
-            path.chmod(0o600)
-        except OSError as error:
-            self.notice(f"copied, if the terminal allows it; the file copy failed: {error}", "warning")
-            return
-        self.notice(f"copied; also in {path}")
-
     # actions
 
     def why_not(self, action_id: str) -> str | None:
@@ -444,16 +372,10 @@ class LuminaApp(Acts, App[None], inherit_bindings=False):
         self.push_screen(Sheet("Notices", Content("\n".join(lines) or "Nothing was said yet.")))
 
     def action_palette(self) -> None:
-        from textual.command import CommandPalette
+        from .screens.palette import Palette
 
-        from .commands import ActionProvider, RunProvider
-
-        if not isinstance(self.screen, CommandPalette):
-            self.push_screen(CommandPalette(providers=[ActionProvider, RunProvider], placeholder="action or run", id="palette"))
-
-    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
-        """None: the registry is the only source of actions."""
-        return ()
+        screen: Any = self.screen
+        self.push_screen(Palette(screen))
 
     def action_next_panel(self) -> None:
         self.screen.focus_next()

@@ -33,7 +33,10 @@ def fit(text: str, width: int, align: Align = "left", ellipsis: str = "…") -> 
 
 
 def line(width: int, left: Iterable[Piece], right: Iterable[Piece] = (), base: Style | None = None) -> Strip:
-    """A strip of `width` cells: pieces from the left, pieces at the right edge (which win when both do not fit)."""
+    """A strip of `width` cells: pieces from the left, pieces at the right edge.
+
+    When both do not fit, the right edge wins, and an ellipsis ends the left.
+    """
     if width <= 0:
         return Strip([], 0)
     tail = [Segment(text, style) for text, style in right if text]
@@ -42,8 +45,10 @@ def line(width: int, left: Iterable[Piece], right: Iterable[Piece] = (), base: S
         strip = Strip(tail, tail_width).crop(tail_width - width)
     else:
         head = [Segment(text, style) for text, style in left if text]
-        head_width = sum(cell_len(segment.text) for segment in head)
-        strip = Strip([*Strip(head, head_width).adjust_cell_length(width - tail_width), *tail], width)
+        head_width, room = sum(cell_len(segment.text) for segment in head), width - tail_width
+        if head_width > room > 3:
+            head = [*Strip(head, head_width).crop(0, room - 1), Segment("…", head[-1].style)]
+        strip = Strip([*Strip(head).adjust_cell_length(room), *tail], width)
     return strip.apply_style(base) if base is not None else strip
 
 

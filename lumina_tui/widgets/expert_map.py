@@ -68,7 +68,8 @@ class ExpertMap(Drawn):
         experts = max((len(load.load) for _, load in layers), default=0)
         self._column = min(self._column, max(0, experts - 1))
         shape = f"{len(layers)} x {experts}" if layers else ""
-        self.set_title(f"experts {shape}".rstrip(), "max/mean" if layers else "")
+        tall = self._tall(*self.inner)
+        self.set_title(f"experts {shape}".rstrip(), "max/mean" if layers and not tall else "load / fair share" if tall else "")
         self.set_foot(*self._foot(layers))
 
     def _foot(self, layers: list[tuple[int, LayerLoad]]) -> tuple[str, str]:
@@ -108,15 +109,15 @@ class ExpertMap(Drawn):
         if line == 0:
             role = "warn" if worst >= LIMIT_WARN or load.dead else "text"
             mark = f"  {load.dead} dead" if load.dead else ""
-            words: list[Piece] = [(f" L{layer}  ", self.palette.dim), (f"{worst:.2f}{mark}", self.palette.of(role))]
+            words: list[Piece] = [(f" L{layer} max/mean ", self.palette.dim), (f"{worst:.2f}{mark}", self.palette.of(role))]
             more = f"  entropy {_share(load.entropy)}" + (f"  drop {_percent(load.dropped)}" if load.dropped else "")
-            return [*words, (more if len(more) <= width - 14 - len(mark) else "", self.palette.dim)]
+            return [*words, (more if len(more) <= width - 18 - len(mark) else "", self.palette.dim)]
         if line == tall - 1:
             return ()
         each = min(6, (width - 2) // len(load.load))
         rows, level = tall - 2, tall - 2 - line
         fair = sum(load.load) / len(load.load) if load.load else 0.0
-        top = max(2.0, worst)
+        top = max(1.6, worst)
         glyphs = " " + (EIGHTHS_ASCII if self.look.ascii else EIGHTHS)
         pieces: list[Piece] = [(" ", None)]
         for number, tokens in enumerate(load.load):

@@ -22,6 +22,7 @@ from .canvas import DOTS, SPACE, Frame, Spans, cells, dots, joined
 # style numbers of a frame, in the order of STYLE_ROLES
 NONE, FAINT, LABEL, RAW, CURVE, EVAL, GOOD, WARN, BAD, CROSS, TAIL, ACCENT = range(12)
 STYLE_ROLES = ("text", "faint", "dim", "raw", "curve", "second", "good", "warn", "bad", "title", "faint", "accent")
+EVAL_GAP = 4  # columns between two evaluations
 _SIGN_STYLES = {"C": GOOD, "!": WARN, "D": ACCENT, "<": WARN, "|": LABEL}
 
 
@@ -336,10 +337,13 @@ class _Painter:
         if self.options.metric != "loss":
             return
         history: History = self.store.evals
-        for x, value in zip(history.x(self.options.base).tolist(), history.metrics["loss"].values.tolist(), strict=True):
+        points = list(zip(history.x(self.options.base).tolist(), history.metrics["loss"].values.tolist(), strict=True))
+        room = self.plot.across + EVAL_GAP
+        for x, value in reversed(points):  # the newest first; those that would hide the curve are left to the crosshair
             column, row = self.plot.column_of(x), self.row_of(value)
-            if row is not None and 0 <= column < self.plot.across:
+            if row is not None and 0 <= column < self.plot.across and column <= room - EVAL_GAP:
                 self.plot.frame.put(self.plot.left + column, row, "o", EVAL)
+                room = column
 
     def crosshair(self) -> None:
         frame = self.plot.frame

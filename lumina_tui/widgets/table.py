@@ -241,8 +241,8 @@ class Table(Drawn):
         columns = self.layout_columns(width)
         if self.header and y == 0:
             pieces: list[Piece] = [(" ", None)]
-            for _, column, cells in columns:
-                pieces.append((fit(column.title, cells, column.align) + "  ", self.palette.dim))
+            for at, (_, column, cells) in enumerate(columns):
+                pieces.append(("  " * (at > 0) + fit(column.title, cells, column.align), self.palette.dim))
             return pieces
         index = y - self.header + self._top
         if index >= len(self.rows):
@@ -256,7 +256,7 @@ class Table(Drawn):
                 (fit(f"{text} {self.look.box[4] * width}", max(0, width - 2), ellipsis=""), self.palette.faint),
             ]
         pieces = [(mark, self.palette.accent)]
-        for i, column, cells in columns:
+        for at, (i, column, cells) in enumerate(columns):
             text, role = row.cells[i] if i < len(row.cells) else ("", "text")
-            pieces.append((fit(clean(text), cells, column.align) + "  ", self.palette.of(role)))
+            pieces.append(("  " * (at > 0) + fit(clean(text), cells, column.align), self.palette.of(role)))
         return pieces

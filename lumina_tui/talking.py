@@ -1,0 +1,89 @@
+"""How the application talks to the user: notices, questions, one line of input, copied text."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from textual.app import App
+
+from .paint import clean
+
+if TYPE_CHECKING:
+    from .screens.dialogs import Choice
+
+Severity = Literal["information", "warning", "error"]
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that was said to the user."""
+
+    t: float
+    severity: Severity
+    text: str
+
+
+class Talks(App[None], inherit_bindings=False):
+    """The part of the application that speaks. Texts from outside may come as they are: they are made safe here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.notices: deque[Notice] = deque(maxlen=500)
+
+    def notice(self, text: str, severity: Severity = "information", *, timeout: float | None = None) -> None:
+        """A toast that is also kept in the notices list. Outside text may come as it is."""
+        text = clean(text)
+        self.notices.append(Notice(time.time(), severity, text))
+        shown = list(self._notifications)
+        for old in shown[:-2]:
+            self._unnotify(old, refresh=False)
+        self.notify(text, severity=severity, timeout=timeout, markup=False)
+
+    def ask(self, question: str, choices: Sequence[Choice], answer: Callable[[str], None], lines: Sequence[str] = ()) -> None:
+        """One question that names the thing; `answer(value)` is called with the choice, not at all for Esc."""
+        from .screens.dialogs import Question
+
+        def done(value: str | None) -> None:
+            if value is not None:
+                answer(value)
+
+        self.push_screen(Question(question, lines, choices), done)
+
+    def prompt(
+        self,
+        question: str,
+        answer: Callable[[str], None],
+        *,
+        value: str = "",
+        lines: Sequence[str] = (),
+        check: Callable[[str], str | None] = lambda text: None,
+    ) -> None:
+        """Ask for one line of text; `check` gives what is wrong with it, or None."""
+        from .screens.dialogs import Prompt
+
+        def done(text: str | None) -> None:
+            if text is not None:
+                answer(text)
+
+        self.push_screen(Prompt(question, value, lines, check), done)
+
+    def copy_text(self, text: str, name: str = "copied.txt") -> None:
+        """Copy by OSC 52 (at most 8 KiB; no terminal answers whether it worked) and also into a file that the notice names."""
+        if len(text.encode()) <= 8192:
+            self.copy_to_clipboard(text)
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lumina"
+        try:
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            path = folder / name
+            path.write_text(text)
+            path.chmod(0o600)
+        except OSError as error:
+            self.notice(f"copied, if the terminal allows it; the file copy failed: {error}", "warning")
+            return
+        self.notice(f"copied; also in {path}")
