@@ -51,7 +51,7 @@ def payload(trainer: EnhancedConversationTrainer) -> Payload:
             "seed": trainer.config.seed,
             "data_fingerprint": trainer.train_data.fingerprint,
             "versions": versions(),
-            **trainer.extra_state,
+            **trainer.extra_state(),
         },
         rank_state={"rng": rng_state, "world": trainer.comm.world_size, "zero_stage": getattr(trainer.engine, "stage", None)},
         rank_tensors=tensors,

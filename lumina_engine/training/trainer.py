@@ -120,7 +120,7 @@ class EnhancedConversationTrainer:
         self.saved_step = 0  # of the newest checkpoint that was taken or restored
         self.bytes_V: torch.Tensor | None = None
         self.replay: dict[int, float] = {}  # step -> learning rate that the user set there before a restart
-        self.extra_state: dict[str, Any] = {}  # what the caller wants in every checkpoint (fingerprint, versions)
+        self.extra_state: Callable[[], dict[str, Any]] = dict  # what the caller adds to the state of every checkpoint
 
     # ---- training -------------------------------------------------------------------------------------------------------
 

@@ -90,6 +90,7 @@ class Worker:
             model, tokenizer, config, self, comm=comm, manager=self.manager, channel=self.channel
         )
         self.trainer = trainer
+        trainer.extra_state = self._log_position
         trainer.control.install_signals()
         trainer.prepare(data.train, data.eval)
         if self.resume:
@@ -99,11 +100,19 @@ class Worker:
         if hardware is not None:
             hardware.start()
         try:
-            return trainer.train(data.train, data.eval)
+            summary = trainer.train(data.train, data.eval)
+        except BaseException:
+            self.manager.abandon()  # the other ranks may be elsewhere: no collective from here on
+            raise
         finally:
             if hardware is not None:
                 hardware.stop()
-            self.manager.close()
+        self.manager.close()
+        return summary
+
+    def _log_position(self) -> dict[str, int]:
+        """What a manifest says of the log: the incarnation and the last record before the checkpoint."""
+        return {} if self.log is None else {"inc": self.log.inc, "log_seq": self.log.seq}
 
     def _restore(self, data: Any) -> None:
         """Go on from the newest checkpoint that passes its digests; without any checkpoint the run starts at step 0."""
@@ -117,6 +126,8 @@ class Worker:
                 self.emit(rec.Rewind(to_step=0, reason="no checkpoint yet: starting again at step 0"))
             return
         loaded = self.manager.load(path)
+        for note in loaded.notes:
+            self.emit(rec.Alert(severity="warning", code="checkpoint_note", message=note))
         saved = loaded.global_state.get("data_fingerprint")
         if saved != data.train.fingerprint:
             raise Refused(
