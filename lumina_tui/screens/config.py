@@ -48,6 +48,8 @@ class ConfigScreen(LuminaScreen):
     ConfigScreen.-compact #help { height: 5; }
     ConfigScreen.-compact #findings { height: 4; }
     ConfigScreen.-compact #sections { width: 18; }
+    ConfigScreen.-low #help { display: none; }
+    ConfigScreen.-low #findings, ConfigScreen.-low #budget { height: 3; }
     ConfigScreen.-wide #side { display: block; }
     ConfigScreen #details { height: 16; }
     """
@@ -129,6 +131,7 @@ class ConfigScreen(LuminaScreen):
         self._check_disk()
 
     def on_resize(self) -> None:
+        self.set_class(self.size.height < 22, "-low")
         self.call_after_refresh(self._show)
 
     @property

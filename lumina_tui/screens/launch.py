@@ -258,6 +258,7 @@ class LaunchScreen(LuminaScreen):
 
     async def _follow(self, launched: Launched, progress: Progress) -> None:
         self.started = launched.path
+        self.refresh_keys()
         watch = Watch(launched.path, progress)
         while self.progress is progress:
             watch.look()
