@@ -64,9 +64,12 @@ class RankServer:
         self._connections: dict[socket.socket, int | None] = {}  # the rank once it is known
         self._since: dict[socket.socket, float] = {}  # of those that have not said hello
         self._waiting: deque[Command] = deque()
-        self._listener = bind_socket(path, socket.SOCK_SEQPACKET)
-        self._inode = path.lstat().st_ino
-        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        self._listen()
+
+    def _listen(self) -> None:
+        self._listener = bind_socket(self.path, socket.SOCK_SEQPACKET)
+        self._inode = self.path.lstat().st_ino
+        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     def send(self, command: Command) -> str | None:
         """Give a command to rank 0, at once or when it connects; why that cannot be, or None."""
@@ -91,6 +94,17 @@ class RankServer:
             for rank, state in sorted(self.ranks.items())
         ]
 
+    def renew(self) -> None:
+        """Make ready for a new incarnation: nothing of the old one, and a socket that is in its place.
+
+        Raises:
+            RunError: something else lies there now.
+        """
+        self.reset()
+        if not self.path.exists() or self.path.lstat().st_ino != self._inode:
+            self._unlisten()
+            self._listen()
+
     def reset(self) -> None:
         """Forget the ranks of the incarnation that has ended, and the commands they did not take."""
         for connection in list(self._connections):
@@ -109,9 +123,12 @@ class RankServer:
     def close(self) -> None:
         """Close everything; ranks that still live leave at once."""
         self.reset()
+        self._unlisten()
+        unbind(self.path, self._inode)
+
+    def _unlisten(self) -> None:
         self._selector.unregister(self._listener)
         self._listener.close()
-        unbind(self.path, self._inode)
 
     def _connection(self, rank: int) -> socket.socket | None:
         return next((connection for connection, of in self._connections.items() if of == rank), None)

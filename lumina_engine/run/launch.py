@@ -29,6 +29,14 @@ WORKER = "lumina_engine.training.worker"
 START_TIME = 60.0  # s until the supervisor must have reported
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}")
 _VERSIONS = ("lumina", "torch", "deepspeed", "numpy", "msgspec")
+_OWN = (
+    "LUMINA_RUN_DIR",
+    "LUMINA_RANK_SOCKET",
+    "LUMINA_NONCE",
+    "LUMINA_INC",
+    "LUMINA_RESUME",
+    "LUMINA_SUPERVISOR",
+)
 # what a launcher around us may have set; each rank gets its own
 _RANK_KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -80,26 +88,17 @@ def free_port(preferred: int) -> int:
 def environment(run: RunDirectory, base: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment of the supervisor and, with `rank_environment`, of its ranks: the caller's, without another run's marks.
 
-    The package is found again from the run's folder, also when it is used from a source tree.
+    The package is found again from the run's folder, also when it is used from a source tree and not installed.
     """
     base = os.environ if base is None else base
     kept = {name: value for name, value in base.items() if name not in _RANK_KEYS and name not in _OWN}
-    package = str(Path(__file__).parents[2])
-    path = [entry for entry in kept.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != package]
-    kept["PYTHONPATH"] = os.pathsep.join([package, *path])
+    package = Path(__file__).parents[2]
+    if package.name not in ("site-packages", "dist-packages"):
+        path = [entry for entry in kept.get("PYTHONPATH", "").split(os.pathsep) if entry and entry != str(package)]
+        kept["PYTHONPATH"] = os.pathsep.join([str(package), *path])
     kept["PYTHONUNBUFFERED"] = "1"
     kept["LUMINA_RUN_DIR"] = str(run.path)
     return kept
-
-
-_OWN = (
-    "LUMINA_RUN_DIR",
-    "LUMINA_RANK_SOCKET",
-    "LUMINA_NONCE",
-    "LUMINA_INC",
-    "LUMINA_RESUME",
-    "LUMINA_SUPERVISOR",
-)
 
 
 def rank_environment(run: RunDirectory, *, channel: Path, nonce: str, inc: int, resume: bool, world: int) -> dict[str, str]:

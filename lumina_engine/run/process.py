@@ -136,6 +136,14 @@ def wait_gone(targets: Iterable[Process], timeout: float) -> bool:
     return True
 
 
+def end_marked(nonce: str, timeout: float) -> list[Process]:
+    """Kill the processes with this nonce and wait for their end; those that still live after `timeout` seconds."""
+    left = marked(nonce)
+    send_all(left, signal.SIGKILL)
+    wait_gone(left, timeout)
+    return [item for item in left if item.alive]
+
+
 def become_subreaper() -> None:
     """Orphans below this process become its children, so that none escapes by a double fork."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)

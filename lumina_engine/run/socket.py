@@ -162,11 +162,6 @@ class _Client:
         self.queued = 0
         self.gap: tuple[int, int] | None = None
 
-    @property
-    def pending(self) -> bool:
-        """Whether there is something to send: pieces, or the news of a gap."""
-        return bool(self.output) or self.gap is not None
-
     def put(self, data: bytes, chunk: Chunk | None = None) -> None:
         self.output.append((data, chunk))
         self.queued += len(data)
@@ -189,7 +184,7 @@ class _Client:
         self.queued = sum(len(data) for data, _ in kept)
 
     def flush(self, head_seq: int, now: float) -> None:
-        """Send what the kernel takes.
+        """Send what the kernel takes. Afterwards a gap that is not told yet stands behind something that waits.
 
         Raises:
             OSError: the connection is gone.
@@ -273,7 +268,7 @@ class ViewerServer:
         for client in list(self._clients.values()):
             if not client.ready and now - client.since > HELLO_TIME:
                 self._bye(client, "no hello came")
-            elif not client.pending:
+            elif not client.output:
                 client.drained = now
             elif now - client.drained > STALL_TIME:
                 self._drop(client)
@@ -327,7 +322,7 @@ class ViewerServer:
     def _ready(self, client: _Client) -> None:
         if client.connection.fileno() not in self._clients:
             return  # dropped earlier in this turn
-        if client.pending:
+        if client.output:
             self._flush(client)
         try:
             data = client.connection.recv(LINE_LIMIT)
@@ -348,7 +343,7 @@ class ViewerServer:
                 return
         if len(client.input) >= LINE_LIMIT:
             self._bye(client, "a line is too long")
-        elif client.pending:
+        elif client.output:
             self._flush(client)
 
     def _take(self, client: _Client, line: bytes) -> str | None:
@@ -383,7 +378,7 @@ class ViewerServer:
         except OSError:
             self._drop(client)
             return
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.pending else 0)
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if client.output else 0)
         if self._selector.get_key(client.connection).events != wanted:
             self._selector.modify(client.connection, wanted, lambda: self._ready(client))
 

@@ -30,21 +30,22 @@ from .process import (
     become_subreaper,
     boot_id,
     descendants,
+    end_marked,
     leash,
-    marked,
     myself,
     send_all,
     send_signal,
-    wait_gone,
 )
 from .rank import Command
 from .requests import RequestBook
+from .signals import SignalQueue
 from .socket import ViewerServer, socket_folder
 from .tail import LogTail, command_ids
 
 TICK = 0.05  # s between two looks at the log
 LOG_CHECK_TIME = 0.5  # s between two looks at the size of engine.log
 SECOND_SIGNAL_TIME = 1.0  # s after which a second TERM or INT kills
+LEFTOVERS_TIME = 15.0  # s that processes of a killed supervisor get to die
 CLEAR_TIME = 5.0  # s that left-over processes of a finished worker get after TERM
 SLOW_SECTIONS = frozenset(
     {"save", "eval", "compile", "dry run", "examination"}
@@ -82,7 +83,6 @@ class Supervisor:
         self.killed = False
         self.grown_at = 0.0  # when the log grew last
         self.log_checked = 0.0
-        self._signals: list[int] = []
         self._stack = contextlib.ExitStack()  # what release() undoes, the lock last
 
     # --- start ---------------------------------------------------------------------------------------------------------
@@ -95,17 +95,21 @@ class Supervisor:
             OSError: a file cannot be written, the ranks' program cannot be started.
         """
         become_subreaper()
-        self._catch_signals()
+        self.signals = SignalQueue(self.selector, _SIGNALS, (signal.SIGHUP, signal.SIGPIPE))
         self._stack.callback(self.run.lock().release)
         before = self.run.identity()
         if isinstance(before.get("nonce"), str):
-            self._end_leftovers(before["nonce"])
+            left = end_marked(before["nonce"], LEFTOVERS_TIME)
+            if left:
+                pids = ", ".join(str(item.pid) for item in left)
+                raise RunError(f"processes of the earlier start do not end: {pids}", 1)
         me = myself()
         self.nonce = secrets.token_hex(16)
         self.socket_path = socket_folder() / f"{before['id']}.sock"
         with MetricLog(self.run.metrics_path, 0, sync_interval=0) as log:
             self.tail = LogTail(self.run.metrics_path, log.offset, log.seq)
-        self.inc = max(int(before.get("inc") or 0), self._last_inc())
+        last = last_records(self.run.metrics_path, 1)
+        self.inc = max(int(before.get("inc") or 0), last[0].inc if last else 0)
         self.book = RequestBook(self._command, command_ids(self.run.metrics_path))
         self.viewers = ViewerServer(
             self.socket_path, self.selector, self._hello, self.book.answer, rebind_time=self.settings.rebind_s
@@ -134,34 +138,10 @@ class Supervisor:
             self._finish("failed", policy.CRASHED, f"the worker cannot be started: {error}")
             raise
 
-    def _catch_signals(self) -> None:
-        """Handlers only note the number; the selector wakes up through a socket pair."""
-        reader, writer = socket.socketpair()
-        reader.setblocking(False)
-        writer.setblocking(False)
-        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        for number in _SIGNALS:
-            signal.signal(number, lambda number, _: self._signals.append(number))
-        for number in (signal.SIGHUP, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_IGN)
-        self._wakeup = (reader, writer)
-        self.selector.register(reader, selectors.EVENT_READ, lambda: reader.recv(4096))
-
-    def _end_leftovers(self, nonce: str) -> None:
-        """Processes of an earlier supervisor that was killed: they die with it, but perhaps not yet."""
-        left = marked(nonce)
-        send_all(left, signal.SIGKILL)
-        if not wait_gone(left, 15.0):
-            raise RunError(f"processes of the earlier start do not end: {', '.join(str(item.pid) for item in left)}", 1)
-
-    def _last_inc(self) -> int:
-        last = last_records(self.run.metrics_path, 1)
-        return last[0].inc if last else 0
-
     def _spawn(self, *, resume: bool, reason: str | None) -> None:
         """Start the ranks as a new incarnation. The main thread must do it: PR_SET_PDEATHSIG follows the starting thread."""
         self.inc += 1
-        self.ranks.reset()
+        self.ranks.renew()
         self.killed = False
         self._record(rec.Run(state="preparing", reason=reason, world=self.world))
         environment = rank_environment(
@@ -185,8 +165,8 @@ class Supervisor:
                 key.data()
             now = time.monotonic()
             self._read_log(now)
-            while self._signals:
-                self._signal(self._signals.pop(0), now)
+            for number in self.signals.take():
+                self._signal(number, now)
             self._reap(now)
             self._advance(now)
             self.viewers.tick()
@@ -326,7 +306,7 @@ class Supervisor:
             self.restart_at = None
             try:
                 self._spawn(resume=True, reason=f"restart {self.policy.failures} of {self.policy.limit}")
-            except OSError as error:
+            except (OSError, RunError) as error:
                 self._finish("failed", policy.CRASHED, f"the worker cannot be started: {error}")
 
     def _press(self, now: float) -> None:

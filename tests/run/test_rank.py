@@ -15,6 +15,7 @@ import pytest
 
 from lumina_engine.run import rank as module
 from lumina_engine.run.channel import RankServer
+from lumina_engine.run.directory import RunError
 from lumina_engine.run.rank import Command, NullChannel, RankChannel
 
 from .conftest import until
@@ -159,6 +160,20 @@ def test_too_many_waiting_commands_are_refused(server: Server) -> None:
     assert answers[0] is None and "too many" in (answers[-1] or "")
     server.ranks.reset()
     assert server.ranks.send(Command("x", "pause")) is None
+
+
+def test_ps10_a_deleted_socket_is_there_again_for_the_next_start(tmp_path: Path) -> None:
+    made = RankServer(tmp_path / "s" / "a.rank", selectors.DefaultSelector(), "secret", 1)
+    made.path.unlink()
+    made.path.parent.rmdir()
+    made.renew()
+    inode = made.path.lstat().st_ino
+    made.renew()
+    assert made.path.lstat().st_ino == inode
+    made.path.unlink()
+    made.path.write_text("mine")
+    with pytest.raises(RunError, match="remove it"):
+        made.renew()
 
 
 def test_ps07_the_end_of_the_channel_ends_the_process(tmp_path: Path) -> None:
