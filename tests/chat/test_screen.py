@@ -24,7 +24,7 @@ from lumina_engine.chat.client import probe, socket_path
 from lumina_engine.chat.modes import ChatError
 from lumina_engine.chat.server import ChatServer
 from lumina_tui.application import LuminaApp
-from lumina_tui.chatting import Phase, start_server
+from lumina_tui.chatting import Lost, Phase, start_server
 from lumina_tui.screens.chat import ChatScreen
 from lumina_tui.widgets.chat_transcript import Item, Transcript, wrap
 from tests.chat.fakes import FakeBackend, commit_checkpoint
@@ -307,6 +307,21 @@ async def test_c136_a_newer_checkpoint_is_announced_and_r_loads_it(runs: Path, s
         assert app.chat.link.session is not None and len(app.chat.link.session.history) == 2
 
 
+async def test_c136_another_checkpoint_in_the_middle_of_a_reply(runs: Path, servers: Servers) -> None:
+    async with opened(runs, servers) as (app, pilot):
+        app.chat.talk.field.put("endless")
+        await pilot.press("enter")
+        await until(pilot, lambda: "answer 1" in app.shown)
+        old = app.chat.link._updates
+        app.open_chat("autumn@step-000100")
+        await until(pilot, lambda: len(servers.started) == 2 and app.chat.link.phase is Phase.READY)
+        await until(pilot, lambda: any(isinstance(update, Lost) for update in old), what="the end of the old reply")
+        await pilot.pause()
+        assert app.chat.link.phase is Phase.READY  # what the old connection still says concerns nobody
+        assert app.chat.link.session is not None and app.chat.link.session.unsent == "endless"
+        assert app.chat.talk.transcript.items[2].foot == "not finished"
+
+
 # commands and keys
 
 
@@ -395,6 +410,8 @@ async def test_se01_se03_text_of_the_model_is_shown_not_obeyed(runs: Path, serve
         text = " ".join(app.shown.replace("│", " ").split())
         assert "[/x] [@click=app.quit]x[/] [bold" in text and "␛]0;owned␇" in text
         assert not {"\x1b", "\x07", "\x9b", "\u202e", "\r"} & set(app.shown)
+    lines = Item("assistant", HOSTILE, foot=HOSTILE).lines(40)
+    assert all(line.isprintable() for line, _ in lines)  # also without the filter that the app has over every line
 
 
 async def test_c136_no_size_raises(runs: Path, servers: Servers) -> None:
