@@ -19,7 +19,7 @@ Piece = tuple[str, Style | None]
 
 def clean(text: object) -> str:
     """Outside text as one safe line."""
-    return safe_text(str(text)).replace("\r", " ").replace("\n", " ").replace("\t", " ")
+    return safe_text(str(text)).replace("\n", " ").replace("\t", " ")
 
 
 def fit(text: str, width: int, align: Align = "left", ellipsis: str = "…") -> str:
@@ -81,6 +81,7 @@ def count(value: float | None, digits: int = 3) -> str:
         power += 1
     if not power and float(value).is_integer():
         return f"{int(value)}"
+    value = float(f"{value:.{digits - 1}e}")  # rounded first: 0.9997 has as many decimals as 1.00
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value)))) if value else 0
     return f"{value:.{decimals}f} {_PREFIXES[power]}".rstrip()
 

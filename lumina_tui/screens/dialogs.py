@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from textual.binding import Binding
 from textual.containers import VerticalScroll
 from textual.content import Content
@@ -44,6 +45,7 @@ class Question(ModalScreen[str | None]):
         body = [clean(line) for line in self.lines]
         box = Static(Content("\n".join([*body, *([""] if body else []), *answers])), classes="dialog", markup=False)
         box.border_title = Content(f" {clean(self.question)} ")
+        box.styles.min_width = min(72, max(44, cell_len(clean(self.question)) + 8))  # the frame follows the answers, not its title
         yield box
 
     def on_key(self, event: Any) -> None:
