@@ -53,7 +53,8 @@ def _check(args: argparse.Namespace) -> int:
         for finding in findings:
             print(common.safe(f"{finding.severity:<8}{finding.line()}"))
         warnings = sum(f.severity == "warning" for f in findings)
-        print(f"{errors} errors, {warnings} warnings" if findings else "no problems")
+        words = [f"{n} {word}{'s' if n != 1 else ''}" for n, word in ((errors, "error"), (warnings, "warning"))]
+        print(", ".join(words) if findings else "no problems")
     return 1 if errors else 0
 
 

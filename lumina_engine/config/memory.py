@@ -112,14 +112,13 @@ def expert_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int
 
 
 def activation_bytes(model: DeepSeekConfig, batch_size: int, seq_length: int, value_bytes: int) -> int:
-    """Bytes kept for the backward pass of one micro batch, and the mask of document borders."""
+    """Bytes kept for the backward pass of one micro batch. Attention keeps no scores and no mask."""
     tokens = batch_size * seq_length
     block = block_activation_bytes(model, tokens, value_bytes)
-    mask = batch_size * seq_length * seq_length * value_bytes
     ends = tokens * value_bytes * 2 * model.hidden_size
     if model.gradient_checkpointing:
-        return model.num_layers * tokens * value_bytes * model.hidden_size + block + mask + ends
-    return model.num_layers * block + mask + ends
+        return model.num_layers * tokens * value_bytes * model.hidden_size + block + ends
+    return model.num_layers * block + ends
 
 
 def loss_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:

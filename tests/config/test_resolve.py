@@ -90,7 +90,7 @@ def test_r24_nothing_fits_is_an_error_with_advice() -> None:
         (ConfigPresets.b1(), gpus(4, 40)),
         (Config(batch_size=64), Machine([], 8 * GB, 4, None)),
         (Config(batch_size=512, seq_length=512), Machine([], 16 * GB, 4, None)),
-        (Config(seq_length=32_768, rope_theta=1e7, batch_size=1), gpus(1, 12)),
+        (Config(seq_length=32_768, rope_theta=1e7, batch_size=1), gpus(1, 9)),
     ],
 )
 def test_c077_advice_applied_fits(config: Config, machine: Machine) -> None:
