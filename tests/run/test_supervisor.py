@@ -106,11 +106,11 @@ def test_ft08_a_crash_loop_without_progress_ends_with_93(runs: Runs) -> None:
 
 def test_ft08_a_crash_loop_with_progress_goes_on(runs: Runs) -> None:
     run = runs.start(
-        runs.make(steps=24, crash={"*": "1"}, crash_after=4, checkpoint_every=4), max_restarts=1, restart_pause_s=0.001
+        runs.make(steps=12, crash={"*": "1"}, crash_after=4, checkpoint_every=4), max_restarts=1, restart_pause_s=0.001
     )
-    assert launch.wait(run, 40) == 0, "six crashes, each with progress"
+    assert launch.wait(run, 40) == 0, "three crashes, each with progress"
     rewinds = [record.to_step for record in read_records(run.metrics_path) if isinstance(record, rec.Rewind)]
-    assert rewinds == [4, 8, 12, 16, 20, 24]
+    assert rewinds == [4, 8, 12]
 
 
 def test_ft_a_crash_then_success(runs: Runs) -> None:
@@ -128,10 +128,8 @@ def test_ft_a_crash_then_success(runs: Runs) -> None:
     ("ranks", "code", "words"),
     [
         ([65, "polite"], 65, "rank 0 says 65"),
-        (["polite", 65], 65, "rank 1 says 65"),
         (["polite", "kill"], 1, "rank 1 died without a word"),
         (["stuck", "kill"], 1, "rank 1 died without a word"),
-        (["kill", "polite"], 1, "rank 0 died without a word"),
         ([0, 0], 0, ""),
     ],
 )
