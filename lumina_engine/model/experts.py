@@ -58,7 +58,7 @@ class _ExpertsLoop(torch.autograd.Function):
             grad_ND = grad_TD.index_select(0, token_N)
             grad_gates = (grad_ND * y_ND).sum(-1, dtype=gates_N.dtype)
             grad_ND.mul_(gates_N[:, None])
-            grad_w13, grad_w2 = torch.zeros_like(w13), torch.zeros_like(w2)
+            grad_w13, grad_w2 = _idle_zeroed(w13, ctx.segments), _idle_zeroed(w2, ctx.segments)
             gate, up = gate_up.chunk(2, dim=-1)
             silu_NH = F.silu(gate)
             act_NH = silu_NH * up
@@ -72,6 +72,16 @@ class _ExpertsLoop(torch.autograd.Function):
                 torch.mm(grad_gate_up[start:end], w13[e], out=grad_x[start:end])
                 torch.mm(grad_gate_up[start:end].t(), x_ND[start:end], out=grad_w13[e])
         return _scattered(grad_x, token_N, ctx.tokens), grad_gates, grad_w13, grad_w2, None, None
+
+
+def _idle_zeroed(weight: Tensor, segments: list[tuple[int, int, int]]) -> Tensor:
+    """A gradient to write into: zero for experts without tokens, undefined for those that will be written."""
+    grad = torch.empty_like(weight)
+    busy = {e for e, _, _ in segments}
+    for e in range(len(weight)):
+        if e not in busy:
+            grad[e].zero_()
+    return grad
 
 
 def _scattered(rows_ND: Tensor, token_N: Tensor, tokens: int) -> Tensor:

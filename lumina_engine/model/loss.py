@@ -44,7 +44,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for start in range(0, rows, chunk or max(rows, 1)):
                 part = slice(start, start + (chunk or rows))
-                loss_sum += _chunk(hidden_ND[part], head_VD, targets_N[part], weights_N, part, grad_hidden, grad_head)
+                scale_C = _scale(targets_N, weights_N, part)
+                grad_rows = None if grad_hidden is None else grad_hidden[part]
+                loss_sum += _chunk(hidden_ND[part], head_VD, targets_N[part], scale_C, grad_rows, grad_head)
         kept = [grad_hidden, None if grad_head is None else grad_head.to(head_VD.dtype)]
         ctx.save_for_backward(*kept)
         return loss_sum
@@ -59,33 +61,38 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _chunk(
-    hidden_CD: Tensor,
-    head_VD: Tensor,
-    targets_C: Tensor,
-    weights_N: Tensor | None,
-    part: slice,
-    grad_hidden: Tensor | None,
-    grad_head: Tensor | None,
+    hidden_CD: Tensor, head_VD: Tensor, targets_C: Tensor, scale_C: Tensor, grad_hidden: Tensor | None, grad_head: Tensor | None
 ) -> Tensor:
-    """Loss sum of one chunk; writes its rows of `grad_hidden` and adds to `grad_head`."""
-    valid_C = targets_C != IGNORED
-    scale_C = valid_C.float() if weights_N is None else valid_C * weights_N[part].float()
-    index_C1 = targets_C.clamp(min=0)[:, None]
-    log_probs_CV = F.log_softmax(torch.mm(hidden_CD, head_VD.t()), dim=-1, dtype=torch.float32)
-    loss = torch.dot(log_probs_CV.gather(1, index_C1).squeeze(1), -scale_C)
+    """Loss sum of one chunk; writes its rows of the hidden states' gradient and adds to the head's."""
+    log_probs_CV = _log_probs(hidden_CD, head_VD)
+    loss = _weighted_loss(log_probs_CV, targets_C, scale_C)
     if grad_hidden is None and grad_head is None:
         return loss
     grad_CV = log_probs_CV.exp_()
+    index_C1 = targets_C.clamp(min=0)[:, None]
     grad_CV.scatter_add_(1, index_C1, torch.full_like(index_C1, -1, dtype=torch.float32))
     grad_CV = grad_CV.mul_(scale_C[:, None]).to(head_VD.dtype)
     if grad_hidden is not None:
-        torch.mm(grad_CV, head_VD, out=grad_hidden[part])
-    if grad_head is not None:
-        if grad_head.dtype == grad_CV.dtype:
-            grad_head.addmm_(grad_CV.t(), hidden_CD)
-        else:
-            grad_head.add_(torch.mm(grad_CV.t(), hidden_CD))
+        torch.mm(grad_CV, head_VD, out=grad_hidden)
+    if grad_head is not None and grad_head.dtype == grad_CV.dtype:
+        grad_head.addmm_(grad_CV.t(), hidden_CD)
+    elif grad_head is not None:
+        grad_head.add_(torch.mm(grad_CV.t(), hidden_CD))
     return loss
+
+
+def _log_probs(hidden_CD: Tensor, head_VD: Tensor) -> Tensor:
+    return F.log_softmax(torch.mm(hidden_CD, head_VD.t()), dim=-1, dtype=torch.float32)
+
+
+def _weighted_loss(log_probs_CV: Tensor, targets_C: Tensor, scale_C: Tensor) -> Tensor:
+    return torch.dot(log_probs_CV.gather(1, targets_C.clamp(min=0)[:, None]).squeeze(1), -scale_C)
+
+
+def _scale(targets_N: Tensor, weights_N: Tensor | None, part: slice) -> Tensor:
+    """Weight of each row of a chunk in float32, 0 where there is no target."""
+    trained_C = targets_N[part] != IGNORED
+    return trained_C.float() if weights_N is None else trained_C * weights_N[part].float()
 
 
 def cross_entropy_sum(
@@ -97,6 +104,31 @@ def cross_entropy_sum(
     hidden states: see `shifted_targets`. Softmax and sum run in float32; the head's gradient is accumulated in float32 over the
     chunks. Under autocast hidden states and head are cast first, as autocast would do for a linear layer.
     """
+    return _ChunkedCrossEntropy.apply(*_trained_rows(hidden_BSD, head_VD, targets_BS, weights_BS), chunk)
+
+
+@torch.no_grad()
+def cross_entropy_and_correct(
+    hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor, weights_BS: Tensor | None = None, chunk: int = 2048
+) -> tuple[Tensor, Tensor]:
+    """`cross_entropy_sum` without gradients, and how many targets are the most probable token (int64 scalar)."""
+    hidden_ND, head_VD, targets_N, weights_N = _trained_rows(hidden_BSD, head_VD, targets_BS, weights_BS)
+    loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+    correct = torch.zeros((), dtype=torch.int64, device=hidden_ND.device)
+    rows = len(targets_N)
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        for start in range(0, rows, chunk or max(rows, 1)):
+            part = slice(start, start + (chunk or rows))
+            log_probs_CV = _log_probs(hidden_ND[part], head_VD)
+            loss_sum += _weighted_loss(log_probs_CV, targets_N[part], _scale(targets_N, weights_N, part))
+            correct += (log_probs_CV.argmax(-1) == targets_N[part]).sum()
+    return loss_sum, correct
+
+
+def _trained_rows(
+    hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor, weights_BS: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Hidden states, head, targets and weights in the dtype of the products, on CPU without the rows that carry no loss."""
     device = hidden_BSD.device.type
     hidden_ND = hidden_BSD.reshape(-1, hidden_BSD.shape[-1])
     targets_N = targets_BS.reshape(-1)
@@ -109,17 +141,4 @@ def cross_entropy_sum(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden_ND, head_VD = hidden_ND.to(dtype), head_VD.to(dtype)
-    return _ChunkedCrossEntropy.apply(hidden_ND, head_VD, targets_N, weights_N, chunk)
-
-
-@torch.no_grad()
-def correct_count(hidden_BSD: Tensor, head_VD: Tensor, targets_BS: Tensor, chunk: int = 2048) -> Tensor:
-    """How many targets that are not -100 are the most probable token (int64 scalar), from `chunk` rows of logits at a time."""
-    rows_N = (targets_BS.reshape(-1) != IGNORED).nonzero().squeeze(1)
-    hidden_ND = hidden_BSD.reshape(-1, hidden_BSD.shape[-1]).index_select(0, rows_N)
-    targets_N = targets_BS.reshape(-1).index_select(0, rows_N)
-    correct = torch.zeros((), dtype=torch.int64, device=hidden_BSD.device)
-    for start in range(0, len(rows_N), chunk or max(len(rows_N), 1)):
-        part = slice(start, start + (chunk or len(rows_N)))
-        correct += (F.linear(hidden_ND[part], head_VD).argmax(-1) == targets_N[part]).sum()
-    return correct
+    return hidden_ND, head_VD, targets_N, weights_N

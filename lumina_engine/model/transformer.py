@@ -13,12 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lumina_engine.config.counts import forward_flops, kv_cache_bytes_per_token
+from lumina_engine.config.memory import Layout, training_memory
 from lumina_engine.config.schema import Config, DeepSeekConfig
 from lumina_engine.model.attention import Attention, AttentionPlan, KVCache, cached_mask, document_mask
 from lumina_engine.model.layers import RMSNorm, SwiGLU
-from lumina_engine.model.loss import IGNORED, correct_count, cross_entropy_sum, shifted_targets
+from lumina_engine.model.loss import IGNORED, cross_entropy_and_correct, cross_entropy_sum, shifted_targets
 from lumina_engine.model.moe import LayerStats, MoE, RouterStats
 from lumina_engine.model.rope import RotaryTables, inverse_frequencies
+from lumina_engine.model.segments import Segments
 
 # Values of keys that this model computes, where it does not compute all that the configuration names; the first is the fix.
 _BUILT: dict[str, tuple[object, ...]] = {
@@ -27,6 +30,11 @@ _BUILT: dict[str, tuple[object, ...]] = {
     "gradient_checkpointing": (False, True),
     "expert_parallel_size": (1,),
 }
+
+
+_PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# On a GPU short rows take a mask: laying out documents reads their lengths back from the device.
+_SEGMENTS_FROM = 1024
 
 
 @dataclass
@@ -172,13 +180,14 @@ class DeepSeekTransformer(nn.Module):
             targets = shifted_targets(labels, document_ids)
             if weights is not None:
                 weights = torch.cat((weights[:, 1:], weights.new_zeros(len(weights), 1)), dim=1)
-            normed = self.norm(hidden)
-            output.loss_sum = cross_entropy_sum(normed, self.head_weight, targets, weights, self.config.loss_chunk_size)
+            arguments = (self.norm(hidden), self.head_weight, targets, weights, self.config.loss_chunk_size)
+            if torch.is_grad_enabled():
+                output.loss_sum = cross_entropy_sum(*arguments)
+            else:
+                output.loss_sum, output.num_correct = cross_entropy_and_correct(*arguments)
             trained = targets != IGNORED
             output.num_labels = trained.sum()
             output.weight_sum = output.num_labels if weights is None else (weights * trained).sum()
-            if return_aux and not torch.is_grad_enabled():
-                output.num_correct = correct_count(normed, self.head_weight, targets, self.config.loss_chunk_size)
         if return_aux:
             output.router = self._router_stats(stats, input_ids, valid)
             return output
@@ -215,34 +224,61 @@ class DeepSeekTransformer(nn.Module):
         batch, new = input_ids.shape
         device = input_ids.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
-        past = 0
+        past = 0 if cache is None else cache.length
         mask: Tensor | None = None
+        segments: Segments | None = None
         if cache is not None:
             cache.reserve(batch, new)
-            past = cache.length
             if document_ids is not None:
                 cache.mark(document_ids > 0)
             if (past and new > 1) or cache.valid_BT is not None:
                 mask = cached_mask(cache, new, dtype)
         elif document_ids is not None and not _one_document(document_ids):
-            mask = document_mask(document_ids, dtype)
-        is_causal = mask is None and new > 1
-        if position_ids is None and document_ids is not None:
-            position_ids = _positions(document_ids, cache)
-        elif position_ids is None and cache is not None and cache.valid_BT is not None:
-            position_ids = _positions(torch.ones_like(input_ids), cache)
+            if self.config.use_flash_attention and (device.type == "cpu" or new >= _SEGMENTS_FROM):
+                segments = Segments.of(document_ids)
+            else:
+                mask = document_mask(document_ids, dtype)
+        padded = cache is not None and cache.valid_BT is not None
+        if position_ids is None and (document_ids is not None or padded):
+            position_ids = _positions(torch.ones_like(input_ids) if document_ids is None else document_ids, cache)
         if position_ids is None:
             cos, sin = self.rotary.span(past, past + new, device)
         else:
             highest = int(position_ids.max()) if device.type == "cpu" else self.rotary.length
             cos, sin = self.rotary.at(position_ids, highest)
-        return AttentionPlan(cos, sin, mask, is_causal)
+        if segments is not None:
+            cos, sin = (segments.pack(table.expand(batch, new, -1).flatten(0, 1)) for table in (cos, sin))
+        return AttentionPlan(cos, sin, mask, mask is None and new > 1, segments)
 
     def _router_stats(self, stats: list[LayerStats], input_ids: Tensor, valid: Tensor | None) -> RouterStats | None:
         if not stats:
             return None
         tokens = torch.tensor(float(input_ids.numel())) if valid is None else valid.sum().float()
         return RouterStats.stack(stats, tokens.to(input_ids.device))
+
+    def estimate_flops(self, seq_len: int, batch_size: int = 1) -> dict[str, int]:
+        """Operations of one forward pass, by part, in total and per token; one multiply-add is two, attention is causal."""
+        return forward_flops(self.config, seq_len, batch_size)
+
+    def get_memory_footprint(self, batch_size: int = 1, seq_length: int | None = None) -> dict[str, float]:
+        """Bytes of plain AdamW training at a shape (default: one row of the full length) in the precision of the weights.
+
+        Parameters, gradients, optimizer, buffers, activations (with the loss), their total; `kv_cache_per_token` is for chat.
+        """
+        precision = _PRECISIONS[self.embedding.weight.dtype]
+        layout = Layout(batch_size, seq_length or self.config.seq_length, precision, use_deepspeed=False)
+        memory = training_memory(self.config, layout)
+        parts = {
+            "parameters": memory.weights,
+            "gradients": memory.gradients,
+            "optimizer": memory.optimizer,
+            "buffers": sum(buffer.nbytes for buffer in self.buffers()),
+            "activations": memory.activations + memory.logits,
+        }
+        per_token = kv_cache_bytes_per_token(self.config, self.embedding.weight.element_size())
+        return {name: float(value) for name, value in (parts | {"total": sum(parts.values())}).items()} | {
+            "kv_cache_per_token": float(per_token)
+        }
 
     @property
     def router_bias_LE(self) -> Tensor | None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lumina_engine.model.attention import KVCache, reference_attention
+from lumina_engine.model.attention import KVCache, _ShortAttention, fused_attention, reference_attention
+from lumina_engine.model.segments import Segments
 
 
 def ids(batch: int, length: int) -> torch.Tensor:
@@ -77,6 +78,35 @@ def test_c006_documents_are_isolated(tiny, length, fused):
         torch.testing.assert_close(logits[:1, start:end], model(row[:, start:end]), atol=2e-4, rtol=1e-4)
     torch.testing.assert_close(logits[1:], model(row), atol=2e-4, rtol=1e-4)
     assert torch.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_c006_short_attention_in_bf16_equals_reference(kv_heads):
+    """The products that replace SDPA's slow bf16 backward on CPU, in fp32 where they must agree closely."""
+    shapes = [(3, heads, 20, 16) for heads in (4, kv_heads, kv_heads)]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    weight = torch.randn(3, 4, 20, 16)
+    results = []
+    for attend in (_ShortAttention.apply, lambda *qkv: reference_attention(*qkv, None, True)):
+        out = attend(*inputs)
+        results.append((out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
+    rounded = [x.bfloat16().detach().requires_grad_() for x in inputs]
+    out = fused_attention(*rounded, None, True)
+    assert "ShortAttention" in type(out.grad_fn).__name__
+    torch.testing.assert_close(out.float(), results[1][0], atol=0.05, rtol=0.05)
+
+
+def test_segments_lay_every_token_once():
+    ids_BS = torch.tensor([[1, 1, 2, 0, 0, 3], [3, 3, 3, 3, 3, 3], [0, 0, 0, 0, 0, 0]])
+    segments = Segments.of(ids_BS)
+    assert segments.rectangles == [(4, 16)] and segments.tokens_M.tolist() == [0, 1, 2, 5, 6, 7, 8, 9, 10, 11]
+    assert segments.places_M.tolist() == [0, 1, 16, 32, 48, 49, 50, 51, 52, 53]
+    x = torch.arange(18.0).view(18, 1)
+    expected = x * (ids_BS.view(-1, 1) > 0)
+    assert torch.equal(segments.unpack(segments.pack(x)), expected) and segments.pack(x).shape == (64, 1)
+    wide = Segments.of(torch.tensor([[1] * 17 + [2] * 16 + [3] * 65 + [4] * 2]))
+    assert wide.rectangles == [(2, 16), (1, 32), (1, 128)]
 
 
 @pytest.mark.parametrize("length", [24, 1100])

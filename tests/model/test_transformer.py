@@ -56,7 +56,9 @@ def test_c007_evaluation_counts_correct_predictions(tiny):
     with torch.no_grad():
         out = model(tokens, labels=labels, return_aux=True)
     assert out.num_correct == expected and expected >= 48
-    assert model(tokens, labels=labels, return_aux=True).num_correct is None
+    trained = model(tokens, labels=labels, return_aux=True)
+    assert trained.num_correct is None
+    torch.testing.assert_close(out.loss_sum, trained.loss_sum.detach())
 
 
 def test_c001_same_seed_same_weights(tiny):
@@ -179,6 +181,38 @@ def test_c011_checkpointing_keeps_less(tiny):
     assert kept(True) < kept(False) / 3
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_moe": False, "tie_word_embeddings": False}, {"num_shared_experts": 2, "qk_norm": True}]
+)
+def test_c008_r06_footprint_is_that_of_the_module(tiny, changes):
+    model = tiny(**changes)
+    for dtype, per_value in ((torch.float32, 8), (torch.bfloat16, 12)):
+        model.to(dtype)
+        footprint = model.get_memory_footprint()
+        numel = sum(parameter.numel() for parameter in model.parameters())
+        assert footprint["parameters"] == footprint["gradients"] == sum(parameter.nbytes for parameter in model.parameters())
+        assert footprint["optimizer"] == numel * per_value
+        assert footprint["buffers"] == sum(buffer.nbytes for buffer in model.buffers())
+        cache = KVCache(model.config, 1, 7, dtype)
+        assert footprint["kv_cache_per_token"] == cache.nbytes / 7
+        parts = ("parameters", "gradients", "optimizer", "buffers", "activations")
+        assert footprint["total"] == sum(footprint[name] for name in parts)
+        assert model.get_memory_footprint(batch_size=4)["activations"] > 2 * footprint["activations"]
+
+
+@pytest.mark.parametrize("changes", [{}, {"use_moe": False}, {"moe_top_k": 2, "num_shared_experts": 1, "num_dense_layers": 1}])
+def test_c009_flops_within_one_percent_of_those_counted(tiny, changes):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = tiny(use_flash_attention=False, **changes).eval()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(ids(3, 64))
+    flops = model.estimate_flops(64, batch_size=3)
+    # written-out attention computes the whole square, a causal kernel half of it
+    assert counter.get_total_flops() == pytest.approx(flops["total"] + flops["attention"], rel=0.01)
+    assert flops["per_token"] == flops["total"] // 192
+
+
 def test_dropout_is_on_both_branches_and_only_in_training(tiny):
     model, plain = tiny(dropout=0.5, num_layers=1, use_moe=False), tiny(num_layers=1, use_moe=False)
     plain.load_state_dict(model.state_dict())
@@ -252,6 +286,17 @@ def test_c001_overfits_one_batch(tiny):
         for _ in range(22):
             out.append(model(out[-1], cache=cache)[:, -1:].argmax(-1))
     assert torch.equal(torch.cat(out, 1), tokens)
+
+
+@pytest.mark.parametrize("changes", [{"use_moe": False}, {"moe_top_k": 2}, {"gradient_checkpointing": True}])
+def test_a_batch_of_padding_trains_nothing_and_breaks_nothing(tiny, changes):
+    """The last step of a run may give a rank only padding: loss and gradients are 0, and every parameter has a gradient."""
+    model = tiny(num_shared_experts=1, **changes)
+    out = model(ids(), labels=torch.full((2, 16), -100), document_ids=torch.zeros(2, 16, dtype=torch.long), return_aux=True)
+    loss = out.loss_sum if out.router is None else out.loss_sum + out.router.prob_sum_LE.sum() + out.router.z_sum_L.sum()
+    loss.backward()
+    assert loss == 0 and out.num_labels == 0
+    assert all(parameter.grad is not None and parameter.grad.abs().sum() == 0 for parameter in model.parameters())
 
 
 def test_deterministic(tiny):
