@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +14,24 @@ from textual.timer import Timer
 
 from lumina_engine.config.budget import budget
 from lumina_engine.config.finding import Finding
-from lumina_engine.config.loading import text_layer
-from lumina_engine.config.machine import Machine
 from lumina_engine.config.schema import SECTIONS, Config, ConfigError
 
 from .. import config_text as say
 from ..drafts import load_draft, save_draft
-from ..form import INFOS, SECTION_TITLES, TEXT_ONLY, Form, check_value, content_of
+from ..form import INFOS, SECTION_TITLES, check_value
 from ..launching import train_argv
 from ..widgets.fields import FieldList
 from ..widgets.table import Column, Row, Table
 from ..widgets.text_panel import TextPanel
-from .base import LuminaScreen, State
-from .config_layers import FieldSearch, YamlView
+from .base import State
+from .config_files import ConfigFiles
+from .config_layers import FieldSearch
 from .dialogs import Choice
 
 _DELAY = 0.15  # s from the last key to the rules across fields and the budget
 
 
-class ConfigScreen(LuminaScreen):
+class ConfigScreen(ConfigFiles):
     """One configuration. `form` is the model; everything shown is drawn from it."""
 
     scope = "config"
@@ -63,35 +62,13 @@ class ConfigScreen(LuminaScreen):
         origins: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self.form: Form | None = None
-        self.machine: Machine | None = None
         self.findings: list[Finding] = []
         self._current = -1  # finding
-        self._error = ""
         self._timer: Timer | None = None
-        self._disk: float | None = None  # when the file was last changed, as we know it
         if any(argument is not None for argument in (preset, path, config)):
             self._open(preset, path, config, origins)
         else:
             self.form = load_draft()
-
-    def _open(self, preset: str | None, path: Path | None, config: Config | None, origins: Mapping[str, str] | None) -> None:
-        """Take over what is to be edited. What was edited before stays one `u` away."""
-        try:
-            if config is not None:
-                form = Form.from_config(config, origins, preset)
-            elif path is not None:
-                form = Form.from_file(path)
-            else:
-                form = Form.from_preset(str(preset))
-        except ConfigError as error:
-            self._error = str(error)
-            return
-        self._error = ""
-        if self.form is not None and self.form.dirty:
-            form.remember(self.form)
-        self.form = form
-        self._disk = _changed_at(form.path)
 
     def retarget(self, **arguments: Any) -> bool:
         self._open(*(arguments.get(name) for name in ("preset", "path", "config", "origins")))
@@ -367,56 +344,3 @@ class ConfigScreen(LuminaScreen):
     def action_copy(self) -> None:
         assert self.form is not None
         self.lumina.copy_text(shlex.join(train_argv(self.form.arguments())[:-2]), "command.txt")
-
-    def action_yaml(self) -> None:
-        form = self.form
-        assert form is not None
-        text = form.text if form.text is not None else form.to_yaml(full=True)
-        first = form.text_findings[0].where.rpartition(":")[2] if form.text_findings else "1"
-        view = YamlView(
-            text, self._check_text, form.path.name if form.path else "the form", int(first) if first.isdigit() else 1
-        )
-        self.lumina.push_screen(view, self._take_text)
-
-    def _check_text(self, text: str) -> tuple[Sequence[Finding], bool]:
-        layer = text_layer(text, "line")
-        fits = not any(f.code in TEXT_ONLY for f in layer.findings)
-        if not fits:
-            return layer.findings, False
-        return Form(content_of(layer, None)).findings(self.machine), True
-
-    def _take_text(self, text: str | None) -> None:
-        if text is not None and self.form is not None:
-            self.form.apply_yaml(text)
-            self._edited()
-
-    # files
-
-    def action_write(self) -> None:
-        from .write_file import ask_and_write
-
-        assert self.form is not None
-        ask_and_write(self.lumina, self.form, self._disk, self._written)
-
-    def _written(self, path: Path) -> None:
-        self._disk = _changed_at(path)
-        self._show()
-
-    def action_reload(self) -> None:
-        assert self.form is not None and self.form.path is not None
-        self._open(None, self.form.path, None, None)
-        self._start()
-
-    def _check_disk(self) -> None:
-        """Say once that somebody else changed the file."""
-        path = self.form.path if self.form else None
-        now = _changed_at(path)
-        if self._disk is not None and now is not None and now != self._disk:
-            self.lumina.notice(f"{path} changed on disk: r reads it again, w overwrites it", "warning")
-
-
-def _changed_at(path: Path | None) -> float | None:
-    try:
-        return None if path is None else path.stat().st_mtime
-    except OSError:
-        return None
