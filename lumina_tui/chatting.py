@@ -62,7 +62,7 @@ class Connected:
 
 @dataclass(frozen=True)
 class Lost:
-    """No server: it could not be started, or it ended. The error is one line with its fix."""
+    """No server: it could not be started, or it ended. The error is one line; the screen knows the keys that help."""
 
     error: str
 
@@ -175,7 +175,7 @@ class ChatLink:
                 backend.close()
             tell(Connected(backend, notice))
         except (ChatError, OSError) as error:
-            tell(Lost(str(error)))
+            tell(Lost(error.cause if isinstance(error, ServerGone) else str(error)))
         if given_up() and started:
             stop_server(started)  # nobody waits for its model any more
 
@@ -205,7 +205,7 @@ class ChatLink:
             for event in stream:
                 updates.append(event)
         except ServerGone as error:
-            updates.append(Lost(str(error)))
+            updates.append(Lost(error.cause))
             return
         except ChatError as error:
             updates.append(Refused(str(error)))

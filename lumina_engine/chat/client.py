@@ -47,7 +47,14 @@ _SERVER_LINE = 1 << 20  # longest line that is believed
 
 
 class ServerGone(ChatError):
-    """The chat server ended or cannot be reached. The conversation is not touched by it."""
+    """The chat server ended or cannot be reached. The conversation is not touched by it.
+
+    `cause` is the message without the advice for a plain terminal.
+    """
+
+    def __init__(self, cause: str, advice: str = "", exit_code: int = 1) -> None:
+        super().__init__(f"{cause}: {advice}" if advice else cause, exit_code)
+        self.cause = cause
 
 
 def socket_path(checkpoint: Path | str, device: str = "auto", precision: str = "auto") -> Path:
@@ -120,13 +127,13 @@ class ServerBackend:
         try:
             self._socket.connect(str(path))
             if not peer_is_me(self._socket):
-                raise ServerGone(f"{path} belongs to another user's process: it is not used", 65)
+                raise ServerGone(f"{path} belongs to another user's process: it is not used", exit_code=65)
             self._send(encode_line(ClientHello(PROTO, client)))
             self._socket.settimeout(POLL)
             self._info = self._wait_until_ready(loading, patience_s)
         except OSError as error:
             self.close()
-            raise ServerGone(f"no chat server answers at {path} ({error.strerror or error}): {_RESTART}") from error
+            raise ServerGone(f"no chat server answers at {path} ({error.strerror or error})", _RESTART) from error
         except BaseException:
             self.close()
             raise
@@ -154,7 +161,7 @@ class ServerBackend:
                 loading(answer.detail, answer.seconds)
             elif isinstance(answer, Ready):
                 return answer.info
-        raise ServerGone(f"the chat server at {self.path} did not become ready: {_RESTART}")
+        raise ServerGone(f"the chat server at {self.path} did not become ready", _RESTART)
 
     # replies
 
@@ -238,14 +245,14 @@ class ServerBackend:
                 try:
                     answer = decode_answer(line)
                 except WireError as error:
-                    raise ServerGone(f"the chat server sent a line that is no answer ({error}): {_RESTART}") from error
+                    raise ServerGone(f"the chat server sent a line that is no answer ({error})", _RESTART) from error
                 if isinstance(answer, Bye):
                     reason = answer.reason or "no reason given"
-                    raise ServerGone(f"the chat server has left: {reason}; {_RESTART}" if self._info else reason)
+                    raise ServerGone(f"the chat server has left ({reason})", _RESTART) if self._info else ServerGone(reason)
                 if not isinstance(answer, Queued):
                     yield answer
             if len(self._input) > _SERVER_LINE:
-                raise ServerGone(f"the chat server sent a line of more than {_SERVER_LINE >> 20} MiB: {_RESTART}")
+                raise ServerGone(f"the chat server sent a line of more than {_SERVER_LINE >> 20} MiB", _RESTART)
             if self._given_up():
                 raise ServerGone("given up waiting for the chat server")
             if self._cancel_wanted:
@@ -265,7 +272,7 @@ class ServerBackend:
 
     def _gone(self) -> ServerGone:
         who = f" (process {self.pid})" if self.pid else ""
-        return ServerGone(f"the chat server{who} is gone: {_RESTART}")
+        return ServerGone(f"the chat server{who} is gone", _RESTART)
 
 
 _RESTART = "start it again with `lumina-engine serve CHECKPOINT`; the conversation is kept"

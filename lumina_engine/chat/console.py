@@ -114,7 +114,7 @@ class Console:
         except ServerGone as error:
             if not self.session.history:
                 raise
-            raise ServerGone(f"{error}; saved as {self.session.save()}", error.exit_code) from error
+            raise ServerGone(f"{error}; saved as {self.session.save()}", exit_code=error.exit_code) from error
         except ChatError as error:
             self._say(f"lumina-engine: {error}")
 

@@ -155,7 +155,9 @@ class ChatScreen(LuminaScreen):
         if self.talk.empty:
             self.talk.transcript.set_state(State.ERROR, f"{error}\n\nr tries again, o chooses another checkpoint")
         else:
-            self.talk.say("error", f"{error} - r starts the server again, o another checkpoint")
+            self.talk.say(
+                "error", f"{error}. The conversation is kept: r starts the server again, o chooses another checkpoint"
+            )
         self.talk.transcript.focus()
         self.set_frame(badge="NO SERVER", badge_role="bad")
         self.refresh_keys()

@@ -104,7 +104,7 @@ class Panel(Acts, Widget):
         text = frame_text(
             self._left if top else self._foot_left, self._right if top else self._foot_right, room, self.look.box[4]
         )
-        content = Content(f" {text} ") if text else None
+        content = Content(text) if text else None
         if top:
             self.border_title = content
         else:
