@@ -286,7 +286,7 @@ class RunStore:
         if len(history) and record.step <= int(history.step.values[-1]):
             history.truncate(int(np.searchsorted(history.step.values, record.step)))
         tokens, hours = self.x_of(record.step, "tokens"), self.x_of(record.step, "hours")
-        values = {name: np.array([_number(getattr(record, name))], np.float32) for name in history.metrics}
+        values = {name: _column([getattr(record, name)]) for name in history.metrics}
         history.extend(np.array([record.step]), np.array([tokens]), np.array([hours]), values)
 
     def _flush(self) -> None:
@@ -315,7 +315,7 @@ class RunStore:
         tokens = np.array([row.tokens for row in rows], np.float64)
         if len(self.steps):
             tokens = np.maximum(tokens, self.steps.tokens.values[-1])
-        values = {name: np.array([_number(getattr(row, name)) for row in rows], np.float32) for name in self.steps.metrics}
+        values = {name: _column([getattr(row, name) for row in rows]) for name in self.steps.metrics}
         steps = np.array([row.step for row in rows], np.int64)
         self.steps.extend(steps, np.maximum.accumulate(tokens), hours, values)
         self.epoch = rows[-1].epoch
@@ -383,8 +383,10 @@ class RunStore:
         return max((item.blocking or item.seconds or 0.0 for item in self.checkpoints[-5:]), default=0.0)
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _column(values: list[float | None]) -> np.ndarray:
+    """As float32; unknown becomes NaN, what is too large becomes infinite."""
+    with np.errstate(over="ignore"):
+        return np.array([math.nan if value is None else value for value in values], np.float32)
 
 
 def _thin(values: np.ndarray) -> np.ndarray:

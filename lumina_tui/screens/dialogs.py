@@ -45,7 +45,7 @@ class Question(ModalScreen[str | None]):
         body = [clean(line) for line in self.lines]
         box = Static(Content("\n".join([*body, *([""] if body else []), *answers])), classes="dialog", markup=False)
         box.border_title = Content(f" {clean(self.question)} ")
-        box.styles.min_width = min(72, max(44, cell_len(clean(self.question)) + 8))  # the frame follows the answers, not its title
+        box.styles.min_width = min(72, max(44, cell_len(clean(self.question)) + 8))  # a title does not widen its frame
         yield box
 
     def on_key(self, event: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
@@ -286,7 +287,8 @@ def cells(row: RunInfo, ascii_only: bool) -> tuple[tuple[str, str], ...]:
         "-" if row.loss is None else f"{row.loss:.3f}" if math.isfinite(row.loss) and abs(row.loss) < 1000 else count(row.loss)
     )
     if row.state == "unreadable":
-        return ((f"{glyph} {row.state}", role), (f"{row.name}: {row.reason or ''}", "bad"), *((("", "text"),) * 7))
+        reason = (row.reason or "").replace(f"{row.path}{os.sep}", "")
+        return ((f"{glyph} {row.state}", role), (f"{row.name}: {reason}", "bad"), *((("", "text"),) * 7))
     return (
         (f"{glyph} {row.state}", role),
         (row.name, "text"),

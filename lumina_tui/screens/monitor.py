@@ -59,6 +59,8 @@ class MonitorScreen(RunCommands, LuminaScreen):
     MonitorScreen.-starting #top, MonitorScreen.-starting #charts, MonitorScreen.-starting #trend { display: none; }
     MonitorScreen.-starting #bottom { display: block; height: 1fr; }
     MonitorScreen.-starting #devices { display: none; }
+    MonitorScreen.-empty #experts, MonitorScreen.-empty #charts, MonitorScreen.-empty #trend,
+    MonitorScreen.-empty #bottom { display: none; }
     MonitorScreen Ticker { display: none; }
     MonitorScreen.-tiny Ticker { display: block; }
     MonitorScreen.-tiny #top, MonitorScreen.-tiny #charts, MonitorScreen.-tiny #bottom, MonitorScreen.-tiny #trend,
@@ -112,6 +114,7 @@ class MonitorScreen(RunCommands, LuminaScreen):
             await old.close()
         feed = Feed(run, hz=self.look.hz)
         self._seen_alerts = self._rung = 0
+        self.remove_class("-empty")
         for chart in self.charts:
             chart.set_state(State.LIVE)
             chart.show(feed.store)
@@ -129,6 +132,7 @@ class MonitorScreen(RunCommands, LuminaScreen):
 
     def _nothing(self, message: str) -> None:
         if self.feed is None:
+            self.add_class("-empty")
             self.loss.set_state(State.EMPTY, clean(message))
         else:
             self.lumina.notice(message, "error")

@@ -112,7 +112,7 @@ class ExpertMap(Drawn):
             words: list[Piece] = [(f" L{layer} max/mean ", self.palette.dim), (f"{worst:.2f}{mark}", self.palette.of(role))]
             more = f"  entropy {_share(load.entropy)}" + (f"  drop {_percent(load.dropped)}" if load.dropped else "")
             return [*words, (more if len(more) <= width - 18 - len(mark) else "", self.palette.dim)]
-        if line == tall - 1:
+        if line == tall - 1 or not load.load:
             return ()
         each = min(6, (width - 2) // len(load.load))
         rows, level = tall - 2, tall - 2 - line

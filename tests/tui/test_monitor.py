@@ -1,0 +1,337 @@
+"""Monitor on a scripted run: start, live, stale, dead, over; commands; layers; hostile records; several viewers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from lumina_engine.monitoring import record as rec
+from lumina_tui.application import LuminaApp, Start
+from lumina_tui.feed import Mode, Phase
+from lumina_tui.screens.dialogs import Prompt, Question, Sheet
+from lumina_tui.screens.monitor import MonitorScreen
+from lumina_tui.screens.run_commands import check_lr
+from lumina_tui.terminal import Look
+
+from .fake_engine import FakeEngine
+from .helpers import screen_text, until
+from .test_frame import HOSTILE_TEXT
+
+
+@contextlib.asynccontextmanager
+async def monitor(root: Path, size: tuple[int, int] = (80, 24), run: str = "demo", **kwargs) -> AsyncIterator[tuple]:
+    app = LuminaApp(root, look=kwargs.pop("look", Look()), start=Start(run=root / run), **kwargs)
+    async with app.run_test(size=size) as pilot:
+        screen = app.screen
+        assert isinstance(screen, MonitorScreen)
+        await until(pilot, lambda: screen.feed is not None and screen.feed.mode is not Mode.LOADING)
+        yield app, pilot, screen
+
+
+@contextlib.asynccontextmanager
+async def live(root: Path, size: tuple[int, int] = (80, 24), steps: int = 60, **kwargs) -> AsyncIterator[tuple]:
+    async with FakeEngine(root) as engine:
+        engine.state("running")
+        engine.steps(steps)
+        async with monitor(root, size, **kwargs) as (app, pilot, screen):
+            await until(pilot, lambda: screen.feed.mode is Mode.LIVE)
+            yield engine, app, pilot, screen
+
+
+async def test_c131_everything_at_80x24(tmp_path):
+    async with live(tmp_path) as (engine, app, pilot, _screen):
+        engine.experts(2, 8, hot=3, dead=5)
+        engine.hardware()
+        engine.emit(rec.Eval(step=60, loss=2.0))
+        engine.emit(
+            rec.Alert(severity="warning", code="loss_spike", message="6.3 sigma", recommendation="Nothing to do.", step=50)
+        )
+        await until(pilot, lambda: "loss_spike" in screen_text(app) and "max/mean" in screen_text(app))
+        text = screen_text(app)
+        for part in (
+            "RUNNING", "LIVE 10 Hz", "!1", "step 60 of 1,000", "123 k tokens", "left", "loss  EMA 0.9", "o eval", "60: ",
+            "tokens/s", "grad norm", "lr", "experts 2 x 8", "1 dead", "cpu", "disk 1.1 TB free", "Nothing to do.", "? help",
+        ):  # fmt: skip
+            assert part in text, f"{part}\n{text}"
+        assert "C checkpoint" in text.split("\n")[-1]
+
+
+async def test_c131_wide_shows_charts_devices_and_log(tmp_path):
+    async with live(tmp_path, (160, 45)) as (engine, app, pilot, _):
+        engine.hardware(2)
+        engine.log("hello from the rank", "WARNING: something")
+        await until(pilot, lambda: "gpu1" in screen_text(app) and "hello from the rank" in screen_text(app))
+        text = screen_text(app)
+        for part in ("learning rate", "grad norm  EMA", "71 of 80 GB", "688 W", "74 C", "engine.log"):
+            assert part in text, part
+
+
+async def test_start_phase_shows_state_and_log(tmp_path):
+    async with FakeEngine(tmp_path) as engine:
+        engine.state("preparing", "building the token store")
+        engine.log("reading data", "[/x] \x1b[2J")
+        async with monitor(tmp_path) as (app, pilot, screen):
+            await until(pilot, lambda: "BUSY preparing" in screen_text(app) and "reading data" in screen_text(app))
+            text = screen_text(app)
+            assert "building the token store" in text and "ok supervisor" in text and "first step" in text
+            assert "[/x] ␛[2J" in text
+            engine.state("running")
+            engine.steps(2)
+            await until(pilot, lambda: "loss  EMA" in screen_text(app) and not screen.has_class("-starting"))
+
+
+async def test_failed_before_the_first_step(tmp_path):
+    async with FakeEngine(tmp_path) as engine:
+        engine.state("preparing")
+        engine.log("train.jsonl:3: no assistant turn")
+        await engine.finish("failed", "train.jsonl:3: no assistant turn", 65)
+        async with monitor(tmp_path) as (app, pilot, _):
+            await until(pilot, lambda: "failed before the first step" in screen_text(app))
+            assert "FAILED" in screen_text(app) and "FILE" in screen_text(app)
+
+
+async def test_mx10_crash_is_dead_and_a_restart_revives_it(tmp_path):
+    async with live(tmp_path) as (engine, app, pilot, screen):
+        await engine.crash()
+        await until(pilot, lambda: "CRASHED" in screen_text(app) and "DEAD" in screen_text(app))
+        assert "left" not in screen_text(app).split("\n")[1]
+        assert "its supervisor is gone" in screen.why_not("monitor.checkpoint")
+        await engine.restart(40)
+        engine.steps(5)
+        await until(pilot, lambda: "RUNNING" in screen_text(app) and "step 45" in screen_text(app))
+        assert screen.store.step == 45 and [len(tail.step) for tail in screen.store.tails] == [20]
+
+
+async def test_finished_run_is_read_from_the_file(tmp_path):
+    async with FakeEngine(tmp_path) as engine:
+        engine.state("running")
+        engine.steps(100)
+        await engine.finish()
+        async with monitor(tmp_path) as (app, pilot, screen):
+            await until(pilot, lambda: "FINISHED" in screen_text(app))
+            text = screen_text(app)
+            assert "FILE" in text and "step 100" in text and "of training" in text
+            assert screen.summary().startswith("step 100, loss")
+
+
+async def test_empty_and_wrong_run(tmp_path):
+    app = LuminaApp(tmp_path, look=Look())
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("5")
+        await until(pilot, lambda: "No runs in" in screen_text(app) and "trend" not in screen_text(app))
+        app.open_monitor("nonexistent[/x]")
+        await until(pilot, lambda: "no run" in screen_text(app))
+
+
+async def test_c134_commands_end_with_their_record(tmp_path):
+    async with live(tmp_path) as (engine, app, pilot, _screen):
+        await pilot.press("C")
+        await until(pilot, lambda: "checkpoint now: applied at step 60" in screen_text(app))
+        await pilot.press("P")
+        await until(pilot, lambda: "PAUSED" in screen_text(app) and "P resume" in screen_text(app))
+        await pilot.press("P")
+        await until(pilot, lambda: "RUNNING" in screen_text(app))
+        await pilot.press("S")
+        await until(pilot, lambda: isinstance(app.screen, Prompt))
+        for key in ("ctrl+u", *"2e-4"):
+            await pilot.press("minus" if key == "-" else key)
+        await pilot.press("enter")
+        await until(pilot, lambda: "learning rate 2.00e-4" in screen_text(app) or "learning rate 2e-4" in screen_text(app))
+        await pilot.press("X")
+        await until(pilot, lambda: isinstance(app.screen, Question) and "Stop demo?" in screen_text(app))
+        await pilot.press("s")
+        await until(pilot, lambda: "STOPPING" in screen_text(app))
+        assert [(c["cmd"], c["args"]) for c in engine.commands] == [
+            ("checkpoint", {}), ("pause", {}), ("resume", {}), ("set_lr", {"lr": 2e-4}), ("stop", {"save": True})
+        ]  # fmt: skip
+        assert len({c["id"] for c in engine.commands}) == 5
+
+
+async def test_c134_refused_and_waiting_commands_say_so(tmp_path):
+    async with live(tmp_path) as (engine, app, pilot, screen):
+        engine.refuse["checkpoint"] = "disk full \x1b[2J [/x]"
+        await pilot.press("C")
+        await until(pilot, lambda: "refused: disk full ␛[2J [/x]" in screen_text(app))
+        engine.silent_to_commands = True
+        await pilot.press("P")
+        await until(pilot, lambda: "pause: sent" in screen_text(app))
+        screen.feed.clock = lambda t=screen.feed.requests[-1].sent: t + 30
+        await until(pilot, lambda: "waits for a step boundary (30 s)" in screen_text(app))
+
+
+async def test_readonly_viewer_sends_nothing(tmp_path):
+    async with live(tmp_path, readonly=True) as (engine, app, pilot, _):
+        for key in "CPSX":
+            await pilot.press(key)
+        await until(pilot, lambda: len(app.notices) == 4)
+        assert not engine.commands and "--readonly" in app.notices[-1].text
+
+
+async def test_kill_asks_twice(tmp_path, monkeypatch):
+    killed = []
+    monkeypatch.setattr("lumina_tui.screens.run_commands.kill_tree", lambda run: killed.append(run.name) or [4242])
+    async with live(tmp_path) as (_, app, pilot, _):
+        await pilot.press("X")
+        await until(pilot, lambda: isinstance(app.screen, Question))
+        await pilot.press("k")
+        await until(pilot, lambda: "Kill every process of demo?" in screen_text(app))
+        assert not killed
+        await pilot.press("K")
+        await until(pilot, lambda: any("still alive: process 4242" in notice.text for notice in app.notices))
+        assert killed == ["demo"]
+
+
+async def test_layers_maximise_log_filter_alerts(tmp_path):
+    async with live(tmp_path) as (engine, app, pilot, screen):
+        engine.log("one", "two words", "three")
+        engine.emit(
+            rec.Alert(severity="critical", code="nan_loss", message="loss is nan", recommendation="Lower the rate.", step=7)
+        )
+        await pilot.press("t")
+        await until(pilot, lambda: "two words" in screen_text(app))
+        await pilot.press("slash")
+        await until(pilot, lambda: isinstance(app.screen, Prompt))
+        for key in "words":
+            await pilot.press(key)
+        await pilot.press("enter")
+        await until(pilot, lambda: "/words" in screen_text(app) and "three" not in screen_text(app))
+        await pilot.press("t")
+        await until(pilot, lambda: "engine.log" not in screen_text(app))
+        await pilot.press("m")
+        await until(pilot, lambda: screen.maximized is screen.loss and "trend" not in screen_text(app))
+        await pilot.press("escape")
+        await until(pilot, lambda: screen.maximized is None and "trend" in screen_text(app))
+        assert "!1" in screen_text(app)
+        await pilot.press("A")
+        await until(pilot, lambda: isinstance(app.screen, Sheet) and "Lower the rate." in screen_text(app))
+        await pilot.press("escape")
+        await until(pilot, lambda: app.screen is screen and "!1" not in screen_text(app))
+
+
+async def test_below_60x15_three_lines_remain(tmp_path):
+    async with live(tmp_path, (40, 10)) as (_, app, pilot, _):
+        await until(pilot, lambda: "60 / 1,000" in screen_text(app))
+        text = screen_text(app)
+        assert ("running" in text and "loss 3." in text) or "loss" in text
+        assert "┌" not in text
+
+
+async def test_c133_two_viewers_agree_and_a_second_one_sees_the_whole_curve(tmp_path):
+    async with live(tmp_path, steps=300) as (engine, _app, pilot, screen):
+        engine.steps(20)
+        await until(pilot, lambda: screen.store.step == 320)
+        async with monitor(tmp_path) as (_, other_pilot, other):
+            await until(other_pilot, lambda: other.feed.mode is Mode.LIVE)
+            engine.steps(10)
+            await until(pilot, lambda: screen.store.step == 330)
+            await until(other_pilot, lambda: other.store.step == 330)
+            a, b = screen.store.steps, other.store.steps
+            assert a.step.values.tolist() == b.step.values.tolist() == list(range(1, 331))
+            assert a.metrics["loss"].values.tolist() == b.metrics["loss"].values.tolist()
+
+
+async def test_switching_runs_closes_the_old_feed(tmp_path):
+    async with FakeEngine(tmp_path, "other") as other, live(tmp_path) as (engine, app, pilot, screen):
+        other.state("running")
+        other.steps(5)
+        old = screen.feed
+        app.open_monitor("other")
+        await until(pilot, lambda: screen.feed is not None and screen.feed is not old and screen.store.step == 5)
+        assert old._task.done() and "other" in screen_text(app).split("\n")[0]
+        await until(pilot, lambda: not engine._clients)
+
+
+async def test_se01_hostile_text_in_every_record_and_line(tmp_path):
+    async with live(tmp_path, (160, 45)) as (engine, app, pilot, screen):
+        engine.emit(
+            rec.Alert(severity="critical", code=HOSTILE_TEXT, message=HOSTILE_TEXT, recommendation=HOSTILE_TEXT, step=3)
+        )
+        engine.emit(rec.Run(state="running", reason=HOSTILE_TEXT))
+        engine.emit(rec.Change(what=HOSTILE_TEXT, before=HOSTILE_TEXT, after=HOSTILE_TEXT, step=4))
+        engine.emit(rec.Checkpoint(step=5, failed=HOSTILE_TEXT))
+        engine.emit(rec.Rewind(to_step=59, reason=HOSTILE_TEXT))
+        engine.emit(rec.Hardware(devices=[rec.Device(index=0, name=HOSTILE_TEXT)], cpu=math.nan))
+        engine.log(HOSTILE_TEXT, "\x1b[31mred", "a\rb\rc")
+        engine.emit(rec.Run(state=HOSTILE_TEXT))
+        await until(pilot, lambda: screen.store.state == HOSTILE_TEXT and "red" in screen_text(app))
+        for keys in ("c", "left_curly_bracket", "left_curly_bracket", "A", "j", "escape", "question_mark", "escape", "1", "5"):
+            await pilot.press(keys)
+            await pilot.pause()
+            assert all(c.isprintable() or c == "\n" for c in screen_text(app)), keys
+
+
+async def test_values_without_meaning_do_not_break_the_screen(tmp_path):
+    async with live(tmp_path, (120, 40)) as (engine, app, pilot, screen):
+        for value in (math.nan, math.inf, -math.inf, 1e308, 1e-45, -5.0, 0.0):
+            engine.steps(3, loss=value, grad_norm=value, lr=value, tokens_per_s=value, step_time=value)
+            engine.emit(rec.Eval(step=engine.step_number, loss=value))
+        engine.emit(rec.Experts(step=1, layers=[0, 1], load=[[0, 0], []], imbalance=[math.nan], dead=[2]))
+        engine.emit(rec.Hardware(memory_used=5, memory_total=0))
+        last = engine.step_number
+        await until(pilot, lambda: screen.store.step == last)
+        for key in (
+            "i",
+            "v",
+            "s",
+            "b",
+            "b",
+            "right_square_bracket",
+            "plus",
+            "plus",
+            "minus",
+            "f",
+            "c",
+            "h",
+            "H",
+            "0",
+            "$",
+            "enter",
+            "l",
+        ):
+            await pilot.press("dollar_sign" if key == "$" else key)
+            await pilot.pause()
+        assert "step 81" in screen_text(app)
+
+
+async def test_quiet_is_stale_and_says_since_when(tmp_path):
+    async with live(tmp_path) as (_, app, pilot, screen):
+        screen.feed.clock = lambda t=screen.feed.arrived: t + 42
+        await until(pilot, lambda: "QUIET 42 s" in screen_text(app))
+        assert screen.loss.has_class("-stale")
+
+
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [("3e-4", None), ("x", "number"), ("0", "above 0"), ("-1", "above 0"), ("nan", "above 0"), ("2", "at most 1")],
+)
+def test_learning_rate_is_checked(text, wrong):
+    assert (check_lr(text) is None) if wrong is None else wrong in check_lr(text)
+
+
+async def test_damaged_log_is_named(tmp_path):
+    async with FakeEngine(tmp_path) as engine:
+        engine.state("running")
+        engine.steps(10)
+        with engine.run.metrics_path.open("ab") as file:
+            file.write(b"garbage\n")
+        engine._next_inc()
+        engine.steps(5)
+        async with monitor(tmp_path) as (app, pilot, screen):
+            await until(pilot, lambda: "unreadable place" in screen_text(app))
+            assert screen.store.step == 15
+
+
+async def test_a_lost_connection_marks_open_commands(tmp_path):
+    async with live(tmp_path) as (engine, app, pilot, screen):
+        engine.silent_to_commands = True
+        await pilot.press("C")
+        await until(pilot, lambda: engine.commands)
+        await engine.crash()
+        await until(pilot, lambda: screen.feed.requests[-1].phase is Phase.REFUSED)
+        await until(pilot, lambda: any("connection was lost" in notice.text for notice in app.notices))
+        await asyncio.sleep(0)
