@@ -33,8 +33,8 @@ _BUILT: dict[str, tuple[object, ...]] = {
 
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# On a GPU short rows take a mask: laying out documents reads their lengths back from the device.
-_SEGMENTS_FROM = 1024
+# On a GPU shorter rows take a mask: laying out documents reads their lengths back from the device.
+_READ_FROM = 1024
 
 
 @dataclass
@@ -233,11 +233,14 @@ class DeepSeekTransformer(nn.Module):
                 cache.mark(document_ids > 0)
             if (past and new > 1) or cache.valid_BT is not None:
                 mask = cached_mask(cache, new, dtype)
-        elif document_ids is not None and not _one_document(document_ids):
-            if self.config.use_flash_attention and (device.type == "cpu" or new >= _SEGMENTS_FROM):
-                segments = Segments.of(document_ids)
-            else:
+        elif document_ids is not None:
+            if device.type != "cpu" and new < _READ_FROM:
                 mask = document_mask(document_ids, dtype)
+            elif not _one_document(document_ids):
+                if self.config.use_flash_attention:
+                    segments = Segments.of(document_ids)
+                else:
+                    mask = document_mask(document_ids, dtype)
         padded = cache is not None and cache.valid_BT is not None
         if position_ids is None and (document_ids is not None or padded):
             position_ids = _positions(torch.ones_like(input_ids) if document_ids is None else document_ids, cache)

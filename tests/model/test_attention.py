@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lumina_engine.model.attention import KVCache, _ShortAttention, fused_attention, reference_attention
 from lumina_engine.model.segments import Segments
@@ -95,6 +96,35 @@ def test_c006_short_attention_in_bf16_equals_reference(kv_heads):
     out = fused_attention(*rounded, None, True)
     assert "ShortAttention" in type(out.grad_fn).__name__
     torch.testing.assert_close(out.float(), results[1][0], atol=0.05, rtol=0.05)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return out
+
+
+@pytest.mark.parametrize("documents", ["none", "one", "several", "padded"])
+def test_c006_no_square_of_scores_from_1024_on(tiny, documents):
+    """Peak memory grows with S, not with its square, whatever the documents are."""
+    model = tiny(seq_length=1024, loss_chunk_size=128)
+    tokens = ids(1, 1024)
+    lengths = {"none": None, "one": [1024], "several": [100, 500, 424], "padded": [900]}[documents]
+    document_ids = None
+    if lengths is not None:
+        document_ids = torch.zeros(1, 1024, dtype=torch.long)
+        for number, (start, end) in enumerate(pairwise([0, *torch.tensor(lengths).cumsum(0).tolist()]), start=1):
+            document_ids[:, start:end] = number
+    with Largest() as largest:
+        model(tokens, labels=tokens, document_ids=document_ids).backward()
+    assert largest.numel < 1024 * 1024 / 4
 
 
 def test_segments_lay_every_token_once():

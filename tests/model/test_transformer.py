@@ -305,6 +305,13 @@ def test_deterministic(tiny):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def test_inference_mode_first_does_not_spoil_training(tiny):
+    model, tokens = tiny(), ids()
+    with torch.inference_mode():
+        model(tokens)
+    model(tokens, labels=tokens).backward()
+
+
 def test_state_dict_round_trip_on_meta(tiny):
     """A model built on meta and given a state dict computes the same: nothing needed lives outside parameters and buffers."""
     model, tokens = tiny(moe_top_k=2, router_score="sigmoid").eval(), ids()
