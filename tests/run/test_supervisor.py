@@ -584,15 +584,15 @@ def test_ps05_viewers_that_come_at_random_see_everything(runs: Runs) -> None:
     generator = random.Random(7)
     results: list[list[int]] = []
 
-    def watch(delay: float) -> None:
-        threading.Event().wait(delay)
+    def watch(start: int) -> None:
+        until(lambda: step(run) >= start or not run.alive)
         try:
             with RunClient(run, timeout=20) as client:
                 results.append([record.seq for record in client.records()])
         except RunError:
             pass  # the run was over before this viewer came
 
-    viewers = [threading.Thread(target=watch, args=(generator.random(),)) for _ in range(12)]
+    viewers = [threading.Thread(target=watch, args=(generator.randrange(300),)) for _ in range(12)]
     for viewer in viewers:
         viewer.start()
     assert launch.wait(run, 30) == 0
