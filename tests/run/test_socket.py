@@ -1,4 +1,4 @@
-"""The viewers' socket: hello, whole lines, gaps, limits, hostile lines. The server runs in a thread over a real log."""
+"""The viewers' socket: hello, whole lines, gaps, limits, hostile lines."""
 
 from __future__ import annotations
 
@@ -6,79 +6,24 @@ import contextlib
 import json
 import os
 import random
-import selectors
 import socket
-import stat
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lumina_engine.monitoring import record as rec
-from lumina_engine.monitoring.log import LogReader, MetricLog
 from lumina_engine.run import socket as module
-from lumina_engine.run.directory import RunError
-from lumina_engine.run.requests import RequestBook, check_command
-from lumina_engine.run.socket import MAX_CLIENTS, QUEUE_LIMIT, ViewerServer, bind_socket, prepare_folder, too_deep
-from lumina_engine.run.tail import Chunk, LogTail, command_ids
+from lumina_engine.run.socket import MAX_CLIENTS, QUEUE_LIMIT
+from lumina_engine.run.tail import Chunk
 
 from .conftest import DEADLINE, until
-
-
-class Server:
-    """A ViewerServer with its loop in a thread, and the log that it serves."""
-
-    def __init__(self, folder: Path, rebind_time: float = 10.0) -> None:
-        self.path = folder / "sockets" / "a.sock"
-        self.metrics = folder / "metrics.jsonl"
-        self.log = MetricLog(self.metrics, 1, sync_interval=0)
-        self.applied: list[tuple[str, str, dict[str, Any]]] = []
-        self.refuse: str | None = None
-        self.clock: Callable[[], float] = time.monotonic
-        self.selector = selectors.DefaultSelector()
-        self.tail = LogTail(self.metrics, 0, 0)
-        self.book = RequestBook(self.apply)
-        self.viewers = ViewerServer(
-            self.path, self.selector, self.hello, self.book.answer, rebind_time=rebind_time, clock=lambda: self.clock()
-        )
-        self.stopping = threading.Event()
-        self.failed: BaseException | None = None
-        self.thread = threading.Thread(target=self.loop, daemon=True)
-        self.thread.start()
-
-    def apply(self, request: str, cmd: str, args: dict[str, Any]) -> str | None:
-        self.applied.append((request, cmd, args))
-        return self.refuse
-
-    def hello(self) -> dict[str, Any]:
-        return {"run": "r", "inc": 1, "state": "running", "head_seq": self.tail.head_seq, "offset": self.tail.offset}
-
-    def loop(self) -> None:
-        try:
-            while not self.stopping.is_set():
-                for key, _ in self.selector.select(0.01):
-                    key.data()
-                chunks, heads = self.tail.poll()
-                for item in heads:
-                    if item.id:
-                        self.book.note(item.id)
-                self.viewers.publish(chunks)
-                self.viewers.tick()
-            self.viewers.close("over")
-        except BaseException as error:
-            self.failed = error
-            raise
-
-    def end(self) -> None:
-        self.stopping.set()
-        self.thread.join(DEADLINE)
-        self.log.close()
-        assert self.failed is None
+from .viewers import Server, Viewer, closing_word, emit
 
 
 @pytest.fixture
@@ -86,80 +31,6 @@ def server(tmp_path: Path) -> Iterator[Server]:
     made = Server(tmp_path)
     yield made
     made.end()
-
-
-class Viewer:
-    """A client in plain socket terms; keeps `seen` as a viewer should: file up to the head, then the stream."""
-
-    def __init__(self, server: Server, hello: dict[str, Any] | None = None) -> None:
-        self.server = server
-        self.socket = socket.socket(socket.AF_UNIX)
-        self.socket.settimeout(DEADLINE)
-        until(lambda: self.socket.connect_ex(str(server.path)) == 0, "room in the queue of connections")
-        self.file = self.socket.makefile("rb")
-        self.seqs: list[int] = []
-        self.gaps = 0
-        if hello is None or hello:
-            self.send(hello or {"op": "hello", "proto": 1, "client": "test"})
-            self.hello = self.read()
-        self.reader = LogReader(server.metrics)
-
-    def send(self, content: Any) -> None:
-        self.socket.sendall(json.dumps(content).encode() + b"\n")
-
-    def read(self) -> dict[str, Any]:
-        line = self.file.readline()
-        assert line, "the server closed the connection"
-        return dict(json.loads(line))
-
-    def read_file(self, upto: int) -> None:
-        while (self.seqs[-1] if self.seqs else 0) < upto:
-            batch = self.reader.read_new(65_536)
-            assert batch, f"the file has no record {upto}"
-            self.seqs += [record.seq for record in batch if record.seq > (self.seqs[-1] if self.seqs else 0)]
-
-    def follow(self, upto: int) -> list[int]:
-        """All seqs until `upto` has been seen, from file and stream."""
-        self.read_file(self.hello["head_seq"])
-        while not self.seqs or self.seqs[-1] < upto:
-            content = self.read()
-            if content.get("op") == "gap":
-                self.gaps += 1
-                assert content["from"] <= content["to"]
-                assert LogReader(self.server.metrics, content["offset"]).read_new()[0].seq == content["from"]
-                self.read_file(content["to"])
-            elif "seq" in content and (not self.seqs or content["seq"] > self.seqs[-1]):
-                assert content["seq"] == (self.seqs[-1] if self.seqs else 0) + 1
-                self.seqs.append(content["seq"])
-        return self.seqs
-
-    def close(self) -> None:
-        self.file.close()
-        self.socket.close()
-
-
-def emit(server: Server, count: int, size: int = 0) -> int:
-    for _ in range(count):
-        server.log.emit(rec.Note(message="x" * size))
-    return server.log.seq
-
-
-def closing_word(server: Server, data: bytes, hello: bool = True) -> str:
-    """What the server says when it closes on this input; empty if it just closes."""
-    viewer = Viewer(server, None if hello else {})
-    try:
-        viewer.socket.sendall(data)
-    except BrokenPipeError:
-        pass  # it has closed already; its last word is still to be read
-    try:
-        content = json.loads(viewer.file.readline() or b"{}")
-    except ConnectionResetError:
-        content = {}
-    viewer.close()
-    return str(content.get("reason", ""))
-
-
-# --- hello, stream ------------------------------------------------------------------------------------------------------
 
 
 def test_ps05_hello_names_the_head_and_its_offset(server: Server) -> None:
@@ -213,9 +84,6 @@ def test_a_line_arrives_only_whole(server: Server) -> None:
     emitted.set()
     assert viewer.socket.recv(1000) == line
     viewer.close()
-
-
-# --- backpressure -------------------------------------------------------------------------------------------------------
 
 
 def test_ps03_eight_that_never_read_and_one_that_misses_nothing(server: Server) -> None:
@@ -328,9 +196,6 @@ def test_answers_that_nobody_reads_end_the_connection(server: Server) -> None:
     until(lambda: not server.viewers._clients)
     assert len(server.applied) == 1
     viewer.close()
-
-
-# --- limits and hostile input -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -464,183 +329,3 @@ def test_ps13_a_storm_of_connections(server: Server) -> None:
     assert viewer.follow(last)[-1] == last
     viewer.close()
     until(lambda: len(os.listdir("/proc/self/fd")) <= before)  # noqa: PTH208
-
-
-# --- commands -----------------------------------------------------------------------------------------------------------
-
-
-def test_ps14_the_same_id_is_applied_once(server: Server) -> None:
-    one, two = Viewer(server), Viewer(server)
-    for viewer in (one, two, one):
-        viewer.send({"op": "cmd", "id": "c1", "cmd": "checkpoint", "args": {}})
-        assert viewer.read() == {"op": "reply", "id": "c1", "ok": True}
-    assert server.applied == [("c1", "checkpoint", {})]
-    one.close()
-    two.close()
-
-
-def test_ps14_a_refusal_is_repeated_too(server: Server) -> None:
-    server.refuse = "not now"
-    viewer = Viewer(server)
-    for _ in range(2):
-        viewer.send({"op": "cmd", "id": "c1", "cmd": "pause"})
-        assert viewer.read() == {"op": "reply", "id": "c1", "ok": False, "error": "not now"}
-    assert len(server.applied) == 1
-    viewer.close()
-
-
-def test_ps14_an_id_whose_effect_is_in_the_log_is_not_applied_again(server: Server) -> None:
-    server.log.emit(rec.Change(what="learning_rate", id="from-the-log"))
-    until(lambda: server.tail.head_seq == 1)
-    viewer = Viewer(server)
-    viewer.send({"op": "cmd", "id": "from-the-log", "cmd": "set_lr", "args": {"lr": 0.1}})
-    assert viewer.read()["ok"] is True
-    assert server.applied == []
-    viewer.close()
-
-
-def test_ps14_ids_of_a_log_from_before(tmp_path: Path) -> None:
-    path = tmp_path / "m"
-    with MetricLog(path, 1, sync_interval=0) as log:
-        log.emit(rec.Change(what="a", id="one"))
-        for _ in range(6000):
-            log.emit(rec.Note(message='not an id: "id":"fake"' + "x" * 300))
-        log.emit(rec.Run(state="stopping", id="two"))
-    assert path.stat().st_size > 1 << 20
-    assert command_ids(path) == {"one", "two"}
-
-
-@pytest.mark.parametrize(
-    ("cmd", "args", "word"),
-    [
-        ("stopp", {}, "did you mean stop"),
-        ("preempt", {}, "there are stop, checkpoint"),
-        (None, {}, "there are"),
-        (["stop"], {}, "there are"),
-        ("stop", [], "must be an object"),
-        ("stop", {"save": 1}, "true or false"),
-        ("stop", {"now": True}, "takes save"),
-        ("pause", {"x": 1}, "takes no arguments"),
-        ("set_lr", {}, "number above 0"),
-        ("set_lr", {"lr": "1"}, "must be a number"),
-        ("set_lr", {"lr": True}, "must be a number"),
-        ("set_lr", {"lr": 0}, "number above 0"),
-        ("set_lr", {"lr": -1e-4}, "number above 0"),
-        ("set_lr", {"lr": float("nan")}, "number above 0"),
-        ("set_lr", {"lr": float("inf")}, "number above 0"),
-    ],
-)
-def test_c134_wrong_commands_are_refused_with_the_reason(cmd: object, args: object, word: str) -> None:
-    assert word in (check_command(cmd, args) or "")
-
-
-@pytest.mark.parametrize(
-    ("cmd", "args"), [("stop", {}), ("stop", {"save": False}), ("checkpoint", {}), ("pause", {}), ("set_lr", {"lr": 1e-9})]
-)
-def test_c134_right_commands(cmd: str, args: dict[str, Any]) -> None:
-    assert check_command(cmd, args) is None
-
-
-def test_depth_counts_brackets_outside_strings() -> None:
-    assert not too_deep(b'{"a":"' + b"[{" * 500 + b'\\""}')
-    assert not too_deep(b"[" * 32 + b"]" * 32)
-    assert too_deep(b"[" * 33 + b"]" * 33)
-    assert not too_deep(b"[" + b"[]," * 100 + b"1]")
-
-
-# --- where the socket lies ----------------------------------------------------------------------------------------------
-
-
-def test_ps10_a_deleted_socket_is_bound_again(tmp_path: Path) -> None:
-    server = Server(tmp_path, rebind_time=0.05)
-    first = Viewer(server)
-    server.path.unlink()
-    until(server.path.exists)
-    second = Viewer(server)
-    server.path.unlink()
-    server.path.parent.rmdir()
-    until(server.path.exists)
-    third = Viewer(server)
-    last = emit(server, 2)
-    for viewer in (first, second, third):
-        assert viewer.follow(last) == [1, 2]
-        viewer.close()
-    server.end()
-    assert not server.path.exists()
-
-
-def test_ps10_what_takes_the_socket_s_place_is_left_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    server = Server(tmp_path, rebind_time=0.02)
-    viewer = Viewer(server)
-    server.path.unlink()
-    server.path.write_text("mine")
-    until(lambda: server.viewers._complaint)
-    last = emit(server, 1)
-    assert viewer.follow(last) == [1], "whoever is connected stays so"
-    viewer.close()
-    server.end()
-    assert server.path.read_text() == "mine"
-    assert capfd.readouterr().err.count("viewers cannot connect") == 1
-
-
-def test_ps11_a_stale_socket_is_replaced(tmp_path: Path) -> None:
-    path = tmp_path / "s" / "a.sock"
-    bind_socket(path).close()
-    assert stat.S_ISSOCK(path.lstat().st_mode)
-    listener = bind_socket(path)
-    assert stat.S_IMODE(path.lstat().st_mode) == 0o600
-    with pytest.raises(RunError, match="another process answers there"):
-        bind_socket(path)
-    with pytest.raises(RunError, match="another process answers there"):
-        bind_socket(path, socket.SOCK_SEQPACKET)
-    listener.close()
-
-
-@pytest.mark.parametrize("kind", ["file", "link", "folder", "dangling"])
-def test_ps11_anything_else_in_its_place_is_refused_and_untouched(tmp_path: Path, kind: str) -> None:
-    path = tmp_path / "s" / "a.sock"
-    prepare_folder(path.parent)
-    target = tmp_path / "target"
-    if kind == "file":
-        path.write_text("mine")
-    elif kind == "folder":
-        path.mkdir()
-    else:
-        path.symlink_to(target)
-        if kind == "link":
-            target.write_text("mine")
-    before = path.lstat()
-    with pytest.raises(RunError, match=r"not a socket of yours: remove it") as caught:
-        bind_socket(path)
-    assert caught.value.exit_code == 65 and path.lstat() == before
-    assert target.exists() == (kind == "link")
-
-
-@pytest.mark.parametrize(
-    ("kind", "word"), [("open", "chmod 700"), ("file", "is a file"), ("link", "is a link"), ("foreign", "belongs to user")]
-)
-def test_ps12_the_folder_must_be_ours_alone(tmp_path: Path, kind: str, word: str) -> None:
-    folder = tmp_path / "sockets"
-    if kind == "open":
-        folder.mkdir()
-        folder.chmod(0o777)
-    elif kind == "file":
-        folder.write_text("")
-    elif kind == "link":
-        (tmp_path / "real").mkdir(mode=0o700)
-        folder.symlink_to(tmp_path / "real")
-    else:
-        folder.mkdir(mode=0o700)
-        if os.geteuid() != 0:
-            pytest.skip("only root can give a folder away")
-        os.chown(folder, 65534, 65534)
-    with pytest.raises(RunError, match=word):
-        bind_socket(folder / "a.sock")
-    assert not (folder / "a.sock").exists()
-
-
-def test_ps10_a_path_that_is_too_long_is_refused(tmp_path: Path) -> None:
-    folder = tmp_path / ("x" * (107 - len(str(tmp_path)) - 1 - len("/a.sock")))
-    bind_socket(folder / "a.sock").close()
-    with pytest.raises(RunError, match=r"longer than 107 bytes.*LUMINA_SOCKETS"):
-        bind_socket(folder / "ab.sock")

@@ -1,0 +1,232 @@
+"""Commands and viewers of a real run, and its engine.log."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.log import last_records, read_records
+from lumina_engine.run import launch
+from lumina_engine.run.client import RunClient, send_command
+from lumina_engine.run.directory import RunError
+from lumina_engine.run.process import descendants
+
+from .conftest import WORKER, Runs, until
+from .looks import gap_free, ranks_of, step, with_id, worker
+
+
+def test_c134_each_command_has_its_record(runs: Runs) -> None:
+    run = runs.running()
+    with RunClient(run) as client:
+        for cmd, args, kind in (
+            ("checkpoint", {}, rec.Checkpoint),
+            ("pause", {}, rec.Run),
+            ("resume", {}, rec.Run),
+            ("set_lr", {"lr": 5e-4}, rec.Change),
+            ("stop", {"save": True}, rec.Run),
+        ):
+            request = f"id-{cmd}"
+            assert client.send_command(cmd, args, request) == {"op": "reply", "id": request, "ok": True}
+            record = until(lambda request=request: with_id(run, request), f"the effect of {cmd}")
+            assert isinstance(record, kind)
+    assert launch.wait(run, 20) == 0
+    change = last_records(run.metrics_path, 1, ["change"])[0]
+    assert isinstance(change, rec.Change) and change.after == 5e-4
+
+
+def test_ps14_double_stop_and_repeated_ids(runs: Runs) -> None:
+    run = runs.running(deaf=False, pace=0.05)
+    with RunClient(run) as one, RunClient(run) as two:
+        assert one.send_command("stop", {"save": False}, "s1")["ok"]
+        assert two.send_command("stop", {"save": False}, "s1")["ok"]
+        second = two.send_command("stop", {}, "s2")
+        assert not second["ok"] and "stopping already" in second["error"]
+    assert launch.wait(run, 20) == 0
+    effects = [record for record in read_records(run.metrics_path) if getattr(record, "id", None) == "s1"]
+    assert [record.state for record in effects if isinstance(record, rec.Run)] == ["stopping", "finished"]
+    assert not last_records(run.metrics_path, 1, ["checkpoint"])
+
+
+def test_ps14_pause_and_resume_50_times(runs: Runs) -> None:
+    run = runs.running()
+    with RunClient(run) as client:
+        for number in range(50):
+            assert client.send_command("pause", {}, f"p{number}")["ok"]
+            assert client.send_command("resume", {}, f"r{number}")["ok"]
+    until(lambda: with_id(run, "r49"))
+    changes = [record.id for record in read_records(run.metrics_path) if isinstance(record, rec.Run) and record.id]
+    assert changes == [name for number in range(50) for name in (f"p{number}", f"r{number}")]
+    at = step(run)
+    until(lambda: step(run) > at)
+
+
+def test_ps14_an_id_of_an_earlier_start_is_known(runs: Runs) -> None:
+    run = runs.running()
+    with RunClient(run) as client:
+        client.send_command("set_lr", {"lr": 1e-4}, "once")
+    until(lambda: with_id(run, "once"))
+    send_command(run, "stop")
+    launch.wait(run, 20)
+    runs.start(run, resume=True)
+    with RunClient(run) as client:
+        assert client.send_command("set_lr", {"lr": 9e-4}, "once")["ok"]
+        assert client.send_command("set_lr", {"lr": 2e-4}, "twice")["ok"]
+    until(lambda: with_id(run, "twice"))
+    changes = [record.after for record in read_records(run.metrics_path) if isinstance(record, rec.Change)]
+    assert changes == [1e-4, 2e-4]
+
+
+def test_ps15_a_deaf_worker_and_its_setsid_grandchild_end_by_stop(runs: Runs) -> None:
+    bystander = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    run = runs.running(settings={"preempt_grace_s": 0.2}, deaf=True, grandchild=True, pace=0)
+    (run.path / "plan.json").write_text("{}")
+    owner = run.owner()
+    assert owner is not None
+    tree = descendants(owner.pid)
+    os.kill(worker(run).pid, signal.SIGSTOP)  # neither hears TERM nor moves
+    assert send_command(run, "stop")["ok"]
+    assert launch.wait(run, 20) == 1
+    assert "did not stop and was killed" in (run.info().reason or "")
+    assert [found for found in tree if found.alive] == [] and len(tree) == 2
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+
+
+def test_stop_between_two_starts(runs: Runs) -> None:
+    run = runs.start(runs.make(crash={"*": "1"}), restart_pause_s=1000)
+    until(lambda: run.info().state == "crashed" and run.alive)
+    with RunClient(run) as client:
+        refused = client.send_command("pause")
+        assert not refused["ok"] and "between two starts" in refused["error"]
+        assert client.send_command("stop", {}, "s1")["ok"]
+    assert launch.wait(run, 20) == 0
+    assert run.info().state == "finished" and with_id(run, "s1") is not None
+
+
+def test_commands_before_the_worker_listens_are_kept(runs: Runs) -> None:
+    run = runs.start(runs.make())
+    assert send_command(run, "stop")["ok"]
+    assert launch.wait(run, 20) == 0
+    assert run.info().state == "finished"
+
+
+def test_a_dead_run_is_named_by_the_client(runs: Runs) -> None:
+    run = runs.start(runs.make(steps=1))
+    launch.wait(run, 20)
+    with pytest.raises(RunError, match=r"run r is not running \(finished"):
+        send_command(run, "stop")
+    with pytest.raises(RunError, match=r"does not answer \(finished"):
+        RunClient(run)
+    with pytest.raises(RunError, match="never started"):
+        RunClient(runs.make("s"))
+
+
+def test_ps05_viewers_that_come_at_random_see_everything(runs: Runs) -> None:
+    run = runs.running(
+        settings={"restart_pause_s": 0.001}, steps=400, pace=0.002, crash={"1": "kill"}, crash_after=150, checkpoint_every=50
+    )
+    generator = random.Random(7)
+    results: list[list[int]] = []
+
+    def watch(start: int) -> None:
+        until(lambda: step(run) >= start or not run.alive)
+        try:
+            with RunClient(run, timeout=20) as client:
+                results.append([record.seq for record in client.records()])
+        except RunError:
+            pass  # the run was over before this viewer came
+
+    viewers = [threading.Thread(target=watch, args=(generator.randrange(300),)) for _ in range(12)]
+    for viewer in viewers:
+        viewer.start()
+    assert launch.wait(run, 30) == 0
+    for viewer in viewers:
+        viewer.join()
+    last = [record.seq for record in read_records(run.metrics_path)]
+    assert len(results) >= 6 and all(result == last for result in results)
+    assert run.info().inc == 2
+
+
+def test_ps02_killed_viewers_leave_nothing(runs: Runs) -> None:
+    run = runs.running()
+    owner = run.owner()
+    assert owner is not None
+
+    def counts() -> tuple[int, int]:
+        return len(list(Path(f"/proc/{owner.pid}/fd").iterdir())), len(list(Path(f"/proc/{owner.pid}/task").iterdir()))
+
+    until(lambda: ranks_of(run), "the rank's connection")
+    samples: list[tuple[int, int]] = []  # what is open for a moment only (that viewer, run.json) does not count
+    until(lambda: len(samples) > 30 or samples.append(counts()))  # type: ignore[func-returns-value]
+    before = min(samples)
+    script = (
+        "import sys; from lumina_engine.run.client import RunClient; from lumina_engine.run.directory import RunDirectory\n"
+        + textwrap.dedent(
+            """
+        clients = [RunClient(RunDirectory(sys.argv[1])) for _ in range(10)]
+        for client in clients: client.read_line()
+        print("on", flush=True)
+        sys.stdin.read()
+        """
+        )
+    )
+    for _ in range(3):
+        child = subprocess.Popen([sys.executable, "-c", script, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        assert child.stdout is not None and child.stdin is not None
+        assert child.stdout.readline() == b"on\n"
+        child.kill()
+        child.wait()
+        child.stdin.close()
+        child.stdout.close()
+    until(lambda: counts() <= before, "descriptors and threads to be as before")
+
+
+def test_the_hello_knows_the_ranks(runs: Runs) -> None:
+    run = runs.running()
+
+    (rank,) = until(lambda: [item for item in ranks_of(run) if item["step"]], "a heartbeat")
+    assert rank["rank"] == 0 and rank["pid"] == worker(run).pid and rank["section"] in ("data", "step", "save")
+    assert 0 <= rank["age_s"] < 20
+
+
+def test_ps16_a_flood_on_stdout_is_capped(runs: Runs) -> None:
+    run = runs.running(settings={"engine_log_mb": 1}, flood=True, pace=0.001)
+    old = run.log_path.with_name("engine.log.1")
+    until(old.exists, "the first copy")
+    size = old.stat().st_size
+    assert size > 1 << 20 and old.stat().st_mode & 0o777 == 0o600
+    at = step(run)
+    until(lambda: step(run) > at + 50)
+    assert run.log_path.stat().st_size < 200 << 20
+    assert send_command(run, "stop")["ok"] and launch.wait(run, 20) == 0
+
+
+def test_ck07_a_full_disk_stops_neither_run_nor_supervisor(runs: Runs) -> None:
+    """RLIMIT_FSIZE stands for the full disk: every file of worker and supervisor that would grow over it fails."""
+    script = textwrap.dedent(
+        """
+        import resource, sys
+        from lumina_engine.run import launch
+        from lumina_engine.run.directory import RunDirectory
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+        run = RunDirectory(sys.argv[1])
+        launch.start(run, [sys.executable, sys.argv[2], str(run.path)])
+        """
+    )
+    run = runs.make(steps=300, pace=0)
+    subprocess.run([sys.executable, "-c", script, str(run.path), WORKER], check=True, timeout=30)
+    assert launch.wait(run, 20) == 0
+    assert run.info().state == "finished" and run.metrics_path.stat().st_size <= 4000 and gap_free(run)
+    assert run.log_path.read_text().count("records are lost") == 2, "once by the worker, once by the supervisor"
+    assert json.loads(run.identity_path.read_text())["exit_code"] == 0
