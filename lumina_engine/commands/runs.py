@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from ..monitoring import record as rec
     from ..run.directory import RunDirectory, RunInfo
 
-HELP = "runs: list, show, tail, stop"
+HELP = "list, show, tail, stop"
 POLL_TIME = 0.2  # s between two looks at a log that is followed
 _COLUMNS = ("name", "state", "step", "loss", "tokens/s", "age", "path")
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..config.schema import Config
     from ..run.directory import RunDirectory
 
-HELP = "train: start a run (default: preset debug on the built-in corpus)"
+HELP = "start a run (default: preset debug on the built-in corpus)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
