@@ -76,17 +76,24 @@ class MonitorScreen(RunCommands, LuminaScreen):
         self._seen_alerts = 0
         self._rung = 0
         self._mode: Mode | None = None
+        cursor = Cursor()
+        self.charts = [LineChart(metric=name, cursor=cursor, id=name) for name in CHARTS]
+        self.loss = self.charts[0]
+        self.experts = ExpertMap(id="experts")
+        self.trend, self.devices = TrendPanel(id="trend"), HardwarePanel(id="devices")
+        self.log_view = LogView(id="log")
+        self.progress, self.status = ProgressLine(), StatusLine()
+        self.start, self.ticker = StartPanel(id="start"), Ticker()
 
     def content(self) -> Iterable[Widget]:
-        cursor = Cursor()
-        yield ProgressLine()
-        yield Ticker()
-        yield StartPanel(id="start")
-        yield Horizontal(LineChart(metric="loss", cursor=cursor, id="loss"), ExpertMap(id="experts"), id="top")
-        yield Horizontal(*(LineChart(metric=name, cursor=cursor, id=name) for name in CHARTS[1:]), id="charts")
-        yield TrendPanel(id="trend")
-        yield Horizontal(HardwarePanel(id="devices"), LogView(id="log"), id="bottom")
-        yield StatusLine()
+        yield self.progress
+        yield self.ticker
+        yield self.start
+        yield Horizontal(self.loss, self.experts, id="top")
+        yield Horizontal(*self.charts[1:], id="charts")
+        yield self.trend
+        yield Horizontal(self.devices, self.log_view, id="bottom")
+        yield self.status
 
     # choosing a run
 
@@ -119,12 +126,12 @@ class MonitorScreen(RunCommands, LuminaScreen):
             chart.set_state(State.LIVE)
             chart.show(feed.store)
         self.experts.show(feed.store)
-        self.query_one(TrendPanel).show(feed.store)
-        self.query_one(HardwarePanel).show(feed.store)
-        self.query_one(ProgressLine).show(feed)
-        self.query_one(StatusLine).show(feed)
-        self.query_one(StartPanel).show(feed)
-        self.query_one(Ticker).show(feed)
+        self.trend.show(feed.store)
+        self.devices.show(feed.store)
+        self.progress.show(feed)
+        self.status.show(feed)
+        self.start.show(feed)
+        self.ticker.show(feed)
         self.log_view.show(run.log_path)
         feed.start()
         self.feed = feed
@@ -140,24 +147,6 @@ class MonitorScreen(RunCommands, LuminaScreen):
     async def on_unmount(self) -> None:
         if self.feed is not None:
             await self.feed.close()
-
-    # parts
-
-    @property
-    def loss(self) -> LineChart:
-        return self.query_one("#loss", LineChart)
-
-    @property
-    def charts(self) -> list[LineChart]:
-        return list(self.query(LineChart))
-
-    @property
-    def experts(self) -> ExpertMap:
-        return self.query_one(ExpertMap)
-
-    @property
-    def log_view(self) -> LogView:
-        return self.query_one(LogView)
 
     @property
     def store(self) -> RunStore | None:
@@ -176,14 +165,14 @@ class MonitorScreen(RunCommands, LuminaScreen):
         for chart in self.charts:
             if chart.is_on_screen:
                 chart.sync()
-        for panel in (self.experts, self.query_one(TrendPanel), self.query_one(HardwarePanel), self.log_view):
+        for panel in (self.experts, self.trend, self.devices, self.log_view):
             if panel.is_on_screen:
                 panel.sync()
         for part in (
-            self.query_one(ProgressLine),
-            self.query_one(StatusLine),
-            self.query_one(StartPanel),
-            self.query_one(Ticker),
+            self.progress,
+            self.status,
+            self.start,
+            self.ticker,
         ):
             part.sync()
 

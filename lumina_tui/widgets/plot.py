@@ -235,7 +235,7 @@ class _Painter:
         after = np.where(inside_D, after_D, 1 if len(xs) > 1 else 0)
         before = np.maximum(after - 1, 0)
         x0, x1 = xs[before].astype(np.float64), xs[after].astype(np.float64)
-        with np.errstate(invalid="ignore", divide="ignore"):
+        with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
             share_D = np.where(x1 > x0, (self.middle_D - x0) / (x1 - x0), 0.0)
             line_D = values[before] + share_D * (values[after].astype(np.float64) - values[before])
         return np.where(inside_D, line_D, np.nan)
