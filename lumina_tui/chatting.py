@@ -19,16 +19,13 @@ from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 from lumina_engine.chat.client import ServerBackend, ServerGone, probe, socket_path
 from lumina_engine.chat.events import Event
 from lumina_engine.chat.modes import ChatError
 from lumina_engine.chat.session import ChatSession
 from lumina_engine.run.process import process, send_signal
-
-if TYPE_CHECKING:
-    from lumina_engine.chat.events import Backend
 
 START_TIME = 90.0  # s until `serve --detach` must have answered
 POLL = 0.05
@@ -56,7 +53,7 @@ class Progress:
 class Connected:
     """A server answers; `notice` says why this checkpoint."""
 
-    backend: Backend
+    backend: ServerBackend
     notice: str = ""
 
 
@@ -110,7 +107,7 @@ class ChatLink:
         self.save = save
         self._updates: deque[Update] = deque()
         self._attempt: _Attempt | None = None
-        self._backend: Backend | None = None
+        self._backend: ServerBackend | None = None
 
     def drain(self) -> list[Update]:
         """Everything since the last call, in order; the phase follows it."""
@@ -131,6 +128,11 @@ class ChatLink:
             self.phase = Phase.GONE
         elif isinstance(update, Refused | Saved):
             self.phase = Phase.READY
+
+    def watch(self) -> None:
+        """Notice a server that leaves while nothing is asked of it."""
+        if self.phase is Phase.READY and self._backend is not None and (reason := self._backend.gone()):
+            self._updates.append(Lost(reason))
 
     # connecting
 

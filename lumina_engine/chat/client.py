@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import select
 import socket
 import time
 import uuid
@@ -216,6 +217,22 @@ class ServerBackend:
     def cancel(self) -> None:
         """End the reply that is being generated. Safe from any thread and from a signal handler: the reader sends the word."""
         self._cancel_wanted = self._answering
+
+    def gone(self) -> str | None:
+        """Why the server is gone, None while it is there. Never waits; only while no reply is being read."""
+        try:
+            if not select.select([self._socket], [], [], 0)[0]:
+                return None
+            data = self._socket.recv(_RECEIVE)
+        except (OSError, ValueError):  # ValueError: closed by us
+            data = b""
+        self._input += data
+        try:
+            for _ in self._answers(late=lambda: True):
+                pass
+        except ServerGone as error:
+            return error.cause
+        return None if data else self._gone().cause
 
     def close(self) -> None:
         """Leave the server; it goes on for others until its idle time is over."""

@@ -26,6 +26,7 @@ from .base import LuminaScreen, State
 if TYPE_CHECKING:
     from textual.app import ComposeResult
 
+WATCH_TIME = 1.0  # s between two looks whether the server is still there
 NEWER_TIME = 5.0  # s between two looks for a newer checkpoint of this run
 WRITING = "a reply is being written: Esc stops it"
 
@@ -68,6 +69,7 @@ class ChatScreen(LuminaScreen):
     def on_mount(self) -> None:
         self.link.save = not self.lumina.readonly
         self.set_interval(NEWER_TIME, self._look_for_newer)
+        self.set_interval(WATCH_TIME, lambda: self.link.watch())
         if self._wanted is None:
             self._choose()
         else:

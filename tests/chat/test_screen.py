@@ -240,6 +240,16 @@ async def test_c110_a_server_that_goes_mid_reply_costs_nothing_but_that_reply(ru
         assert [turn["content"] for turn in session.history] == ["first", "answer 1 to first", "question", "done now"]
 
 
+async def test_c110_a_server_that_leaves_between_replies_is_noticed(runs: Path, servers: Servers) -> None:
+    async with opened(runs, servers) as (app, pilot):
+        app.chat.link.watch()
+        assert app.chat.link.phase is Phase.READY
+        servers.stop("idle for 1800 s")
+        app.chat.link.watch()
+        await until(pilot, lambda: "NO SERVER" in app.shown)
+        assert shows(app, "the chat server has left (idle for 1800 s)")
+
+
 async def test_c110_a_server_that_cannot_start_says_why_and_r_tries_again(runs: Path, servers: Servers) -> None:
     servers.refuse = (
         "step-000200 is damaged: model/model.safetensors, chunk 0; verify it with `lumina-engine checkpoint verify`"

@@ -294,6 +294,17 @@ def _answers(path: Path) -> bool:
     return True
 
 
+def test_c110_a_server_that_leaves_while_nothing_is_asked(path: Path) -> None:
+    running = Running(path, FakeBackend())
+    backend = ServerBackend(path)
+    list(backend.generate([{"role": "user", "content": "a"}], MODES["precise"], 1))
+    assert backend.gone() is None
+    running.stop()
+    assert backend.gone() == "the chat server has left (the test is over)"
+    assert backend.gone() == f"the chat server (process {os.getpid()}) is gone"
+    backend.close()
+
+
 def test_c110_a_checkpoint_that_cannot_be_loaded_is_told_to_the_client(folder: Path, path: Path) -> None:
     def load(say: Callable[[str], None]) -> FakeBackend:
         say("reading weights")
