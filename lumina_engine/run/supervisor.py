@@ -80,7 +80,8 @@ class Supervisor:
         self.intent_at = 0.0
         self.intent_id: str | None = None  # the command behind it
         self.kill_at: float | None = None
-        self.killed = False
+        self.pressed = False  # TERM was sent to this incarnation
+        self.killed = False  # and KILL
         self.grown_at = 0.0  # when the log grew last
         self.log_checked = 0.0
         self._stack = contextlib.ExitStack()  # what release() undoes, the lock last
@@ -142,7 +143,7 @@ class Supervisor:
         """Start the ranks as a new incarnation. The main thread must do it: PR_SET_PDEATHSIG follows the starting thread."""
         self.inc += 1
         self.ranks.renew()
-        self.killed = False
+        self.pressed = self.killed = False
         self._record(rec.Run(state="preparing", reason=reason, world=self.world))
         environment = rank_environment(
             self.run, channel=self.ranks.path, nonce=self.nonce, inc=self.inc, resume=resume, world=self.world
@@ -239,7 +240,9 @@ class Supervisor:
     def _want(self, intent: str, command: Command) -> str | None:
         """Somebody wants the run to end, in an orderly way."""
         error = self.ranks.send(command) if self.child is not None else None
-        if error is None:
+        if (
+            error is None or command.cmd == "preempt" or intent == "interrupt"
+        ):  # a signal is no request: no answer can refuse it
             self.intent, self.intent_at, self.intent_id = intent, time.monotonic(), command.id
         return error
 
@@ -265,15 +268,19 @@ class Supervisor:
             self._want("preempt", Command(request, "preempt", {"grace": grace}))
             self.kill_at = now + grace
         if self.child is not None and not self.ranks.connected:
-            send_all(self._tree(), signal.SIGTERM)  # still starting: nothing to save, nobody to take the command
+            self._terminate()  # still starting: nothing to save, nobody to take the command
 
     def _tree(self) -> list[Process]:
         return descendants(os.getpid())
 
+    def _terminate(self) -> None:
+        self.pressed = True
+        send_all(self._tree(), signal.SIGTERM)
+
     def _kill(self, reason: str) -> None:
         if self.child is not None:
             print(f"lumina: {reason}: the run's processes are killed", file=sys.stderr, flush=True)
-            self.killed = True
+            self.killed = self.pressed = True
             send_all(self._tree(), signal.SIGKILL)
 
     # --- the ranks' end ------------------------------------------------------------------------------------------------
@@ -320,7 +327,7 @@ class Supervisor:
             slow = any(state.section in SLOW_SECTIONS for state in states)
             limit = SLOW_TIME if slow else self.settings.preempt_grace_s
             if self.kill_at is None and now - moved > limit:
-                send_all(self._tree(), signal.SIGTERM)
+                self._terminate()
                 self.kill_at = now + self.settings.preempt_grace_s
             elif self.kill_at is not None and now >= self.kill_at and not self.killed:
                 self._kill("the run did not stop")
@@ -354,6 +361,9 @@ class Supervisor:
         reason = reason or policy.cause(code, output.end_of(self.run.log_path))
         if self.intent == "preempt":
             self._finish("preempted", policy.PREEMPTED, "it was ended before a checkpoint: the newest one counts")
+        elif self.intent is not None and self.pressed and not any(item.step for item in self.ranks.ranks.values()):
+            code = policy.INTERRUPTED if self.intent == "interrupt" else policy.FINISHED
+            self._finish("finished", code, "stopped before its first step")
         elif self.intent is not None:
             code = policy.INTERRUPTED if self.intent == "interrupt" else policy.CRASHED
             how = "it did not stop and was killed" if self.killed else reason

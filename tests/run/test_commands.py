@@ -89,7 +89,7 @@ def test_ps14_an_id_of_an_earlier_start_is_known(runs: Runs) -> None:
 def test_ps15_a_deaf_worker_and_its_setsid_grandchild_end_by_stop(runs: Runs) -> None:
     bystander = subprocess.Popen(["sleep", "600"], start_new_session=True)
     run = runs.running(settings={"preempt_grace_s": 0.2}, deaf=True, grandchild=True, pace=0)
-    (run.path / "plan.json").write_text("{}")
+    until(lambda: [rank for rank in ranks_of(run) if rank["step"]], "a heartbeat")
     owner = run.owner()
     assert owner is not None
     tree = descendants(owner.pid)
@@ -112,6 +112,14 @@ def test_stop_between_two_starts(runs: Runs) -> None:
         assert client.send_command("stop", {}, "s1")["ok"]
     assert launch.wait(run, 20) == 0
     assert run.info().state == "finished" and with_id(run, "s1") is not None
+
+
+def test_a_stop_that_a_starting_worker_never_hears_ends_it_all_the_same(runs: Runs) -> None:
+    run = runs.make()
+    launch.start(run, ["sleep", "600"], settings={"preempt_grace_s": 0.1})
+    assert send_command(run, "stop")["ok"]
+    assert launch.wait(run, 20) == 0
+    assert (run.info().state, run.info().reason) == ("finished", "stopped before its first step")
 
 
 def test_commands_before_the_worker_listens_are_kept(runs: Runs) -> None:

@@ -212,12 +212,13 @@ def test_ft01_the_grace_ends_a_deaf_run(runs: Runs) -> None:
     assert "did not leave within 0.2 s" in run.log_path.read_text()
 
 
-def test_ft01_term_while_the_worker_still_starts(runs: Runs) -> None:
+@pytest.mark.parametrize(("number", "code", "state"), [(signal.SIGTERM, 75, "preempted"), (signal.SIGINT, 130, "finished")])
+def test_ft01_ft02_a_signal_while_the_worker_still_starts(runs: Runs, number: int, code: int, state: str) -> None:
     run = runs.make()
     launch.start(run, [sys.executable, "-c", "import threading; threading.Event().wait()"])
-    assert run.signal(signal.SIGTERM)
-    assert launch.wait(run, 20) == 75
-    assert run.info().state == "preempted"
+    assert run.signal(number)
+    assert launch.wait(run, 20) == code
+    assert run.info().state == state
 
 
 def test_ft01_term_between_two_starts(runs: Runs) -> None:
