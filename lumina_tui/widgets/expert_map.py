@@ -63,7 +63,7 @@ class ExpertMap(Drawn):
         rows = max(1, height - (1 if height >= 6 and len(layers) < height else 0))
         self._merged = max(1, -(-len(layers) // rows))
         groups = [layers[i : i + self._merged] for i in range(0, len(layers), self._merged)]
-        self._rows = [max(group, key=lambda item: _imbalance(item[1])) for group in groups]
+        self._rows = [max(group, key=lambda item: (bool(item[1].dead), _imbalance(item[1]))) for group in groups]
         self._row = min(self._row, max(0, len(self._rows) - 1))
         experts = max((len(load.load) for _, load in layers), default=0)
         self._column = min(self._column, max(0, experts - 1))
@@ -75,6 +75,7 @@ class ExpertMap(Drawn):
     def _foot(self, layers: list[tuple[int, LayerLoad]]) -> tuple[str, str]:
         if not layers:
             return "", ""
+        right = f"worst of {self._merged}" if self._merged > 1 else ""
         if self.has_focus and self._rows:
             layer, load = self._rows[self._row]
             if self._column < len(load.load):
@@ -87,7 +88,6 @@ class ExpertMap(Drawn):
         parts = [f"{dead} dead"]
         if dropped:
             parts.append(f"drop {100 * sum(dropped) / len(dropped):.1f} %")
-        right = f"worst of {self._merged}" if self._merged > 1 else ""
         return ", ".join(parts), right
 
     # painting
@@ -181,7 +181,7 @@ class ExpertMap(Drawn):
         glyphs = GLYPHS_ASCII if self.look.ascii else GLYPHS
         for start in range(0, len(load.load), merged):
             group = load.load[start : start + merged]
-            value = max(group, key=lambda tokens: abs(math.log2((tokens + 1e-9) / fair)) if fair else 0.0)
+            value = 0.0 if min(group) <= 0 else max(group)  # a dead expert is not hidden by its neighbours
             chosen = self.has_focus and row == self._row and start <= self._column < start + merged
             if value <= 0:
                 text, style = DEAD, self.palette.bad
