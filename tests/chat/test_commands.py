@@ -214,7 +214,7 @@ def test_c136_serve_answers_lives_on_and_leaves(root: Path, capfd: pytest.Captur
         os.kill(answer["pid"], signal.SIGTERM)
     until(lambda: not place.exists(), "the server leaves")
     until(lambda: probe(place) is None)
-    assert "stopped by SIGTERM" in place.with_suffix(".log").read_text()
+    until(lambda: "stopped by SIGTERM" in place.with_suffix(".log").read_text(), "its last word")
     assert oct(place.with_suffix(".log").stat().st_mode & 0o777) == "0o600"
     assert chat("autumn", "--prompt", "hi", "--seed", "1", "--max-new-tokens", "6") == 0
     assert capfd.readouterr().out == through  # the same text without the server
