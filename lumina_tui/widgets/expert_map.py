@@ -80,9 +80,8 @@ class ExpertMap(Drawn):
             layer, load = self._rows[self._row]
             if self._column < len(load.load):
                 tokens = load.load[self._column]
-                return f"L{layer} E{self._column}: {tokens * len(load.load) / (sum(load.load) or 1.0):.2f} x fair", count(
-                    tokens
-                )
+                share = tokens * len(load.load) / (sum(load.load) or 1.0)
+                return f"L{layer} E{self._column}: {share:.2f} x fair, {count(tokens)}", right
         dead = sum(load.dead or 0 for _, load in layers)
         dropped = [load.dropped for _, load in layers if load.dropped is not None and math.isfinite(load.dropped)]
         parts = [f"{dead} dead"]
