@@ -73,11 +73,6 @@ def counting(rng: Random) -> Item:
 
 
 _REPEAT = ("Repeat after me: {x}.", "Say these words: {x}.", "Please copy this list: {x}.", "Write this again: {x}.")
-_POSITION = (
-    "Here is a list: {x}. What is the {which} word?",
-    "Look at this list: {x}. Which word is {which}?",
-    "My list is {x}. Tell me the {which} word.",
-)
 
 
 def copying(rng: Random) -> Item:
@@ -85,14 +80,6 @@ def copying(rng: Random) -> Item:
     content, chosen = _some_words(rng, 3, 5)
     text = ", ".join(chosen)
     return Item((content,), (pick(rng, _REPEAT)[1].format(x=text), f"You said: {text}."))
-
-
-def lists(rng: Random) -> Item:
-    """The first, second or last word of three or four."""
-    content, chosen = _some_words(rng, 3, 4)
-    which, at = rng.choice(_WHICH)
-    text = pick(rng, _POSITION)[1].format(x=", ".join(chosen), which=which)
-    return Item((content,), (text, f"The {which} word is {chosen[at]}."), chosen[at])
 
 
 _COLOUR_ASKED = ("What colour is the {}?", "Which colour does the {} have?", "And what is the colour of the {}?")
@@ -131,13 +118,16 @@ def calendar(rng: Random) -> Item:
     if kind == 2:
         hour, later = rng.randrange(1, 13), rng.randrange(2, 5)
         which, template = pick(rng, words.CLOCK)
-        core = str((hour + later - 1) % 12 + 1)
-        return Item((f"clock {hour} {later} {which}",), (template.format(h=hour, k=later), f"It is {core} o'clock."), core)
-    names, templates = ((words.DAYS, words.DAY_ASKED), (words.MONTHS, words.MONTH_ASKED))[kind]
-    at, which = rng.randrange(len(names)), rng.randrange(len(templates))
-    template, step = templates[which]
+        then = (hour + later - 1) % 12 + 1
+        answer = f"{later} hours after {hour} o'clock is {then} o'clock."
+        return Item((f"clock {hour} {later} {which}",), (template.format(h=hour, k=later), answer), str(then))
+    names, asked = ((words.DAYS, words.DAY_ASKED), (words.MONTHS, words.MONTH_ASKED))[kind]
+    at = rng.randrange(len(names))
+    templates, step, answer = rng.choice(asked)
+    which, template = pick(rng, templates)
     core = names[(at + step) % len(names)]
-    return Item((f"calendar {names[at]} {which}",), (template.format(d=names[at]), f"It is {core}."), core)
+    content = f"calendar {names[at]} {step} {which}"
+    return Item((content,), (template.format(d=names[at]), answer.format(d=names[at], c=core)), core)
 
 
 def facts(rng: Random) -> Item:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from lumina_engine.data.sample_item import Item, pick
+from lumina_engine.data.sample_item import KNOWN, Item, pick
 
 _ADD = (
     "What is {a} + {b}?",
@@ -25,23 +25,29 @@ _SUBTRACT = (
 
 
 def sum_content(a: int, b: int) -> str:
-    """3 + 14 and 14 + 3 are the same content."""
-    return f"sum {min(a, b)} {max(a, b)}"
+    """3 + 14 and 14 + 3 are the same content; sums of two digits are known facts."""
+    return f"sum {min(a, b)} {max(a, b)}" if max(a, b) > 9 else KNOWN
+
+
+def _two_numbers(rng: Random) -> tuple[int, int]:
+    """Mostly a number of two digits and a digit, else two digits."""
+    return (rng.randrange(10, 100) if rng.random() < 0.75 else rng.randrange(10)), rng.randrange(10)
 
 
 def addition(rng: Random) -> Item:
-    """A number below 100 and a digit."""
-    a, b = rng.randrange(100), rng.randrange(10)
+    """A digit is added to a number below 100."""
+    a, b = _two_numbers(rng)
     text = pick(rng, _ADD)[1].format(a=a, b=b)
     return Item((sum_content(a, b),), (text, f"{a} + {b} = {a + b}"), str(a + b))
 
 
 def subtraction(rng: Random) -> Item:
-    """A digit from a number below 100, never below 0."""
-    b = rng.randrange(10)
-    a = rng.randrange(b, 100)
+    """A digit is taken from a number below 100, never below 0."""
+    a, b = _two_numbers(rng)
+    if b > a:
+        a, b = b, a
     text = pick(rng, _SUBTRACT)[1].format(a=a, b=b)
-    return Item((f"difference {a} {b}",), (text, f"{a} - {b} = {a - b}"), str(a - b))
+    return Item((f"difference {a} {b}" if a > 9 else KNOWN,), (text, f"{a} - {b} = {a - b}"), str(a - b))
 
 
 _COMPARE = (
@@ -144,7 +150,7 @@ def followup(rng: Random) -> Item:
     if kind == 0:
         first = addition(rng)
         total, c = int(first.core), rng.randrange(1, 10)
-        contents = (*first.contents, sum_content(total, c), f"{first.contents[0]} then {c}")
+        contents = (*first.contents, sum_content(total, c), f"sum {first.turns[1]} then {c}")
         return Item(contents, (*first.turns, pick(rng, _ADD_MORE)[1].format(c=c), f"{total} + {c} = {total + c}"))
     if kind == 1:
         first = comparing(rng)

@@ -57,22 +57,45 @@ MONTHS = (
 )  # fmt: skip
 SEASONS = {"spring": "summer", "summer": "autumn", "autumn": "winter", "winter": "spring"}
 
+# phrasings of the question, how far it is, and the answer
 DAY_ASKED = (
-    ("What day comes after {d}?", 1), ("Which day follows {d}?", 1), ("If today is {d}, what day is tomorrow?", 1),
-    ("Name the day after {d}.", 1), ("It is {d}. What day is it tomorrow?", 1),
-    ("What day comes before {d}?", -1), ("If today is {d}, what day was yesterday?", -1), ("Name the day before {d}.", -1),
-    ("It is {d}. What day was it yesterday?", -1),
-    ("What day is two days after {d}?", 2), ("If today is {d}, what day is it in two days?", 2),
-    ("It is {d}. What day will it be in two days?", 2),
-    ("What day is three days after {d}?", 3), ("If today is {d}, what day is it in three days?", 3),
-    ("It is {d}. What day will it be in three days?", 3),
+    (
+        ("What day comes after {d}?", "Which day follows {d}?", "If today is {d}, what day is tomorrow?",
+         "Name the day after {d}.", "It is {d}. What day is it tomorrow?"),
+        1, "The day after {d} is {c}.",
+    ),
+    (
+        ("What day comes before {d}?", "If today is {d}, what day was yesterday?", "Name the day before {d}.",
+         "It is {d}. What day was it yesterday?"),
+        -1, "The day before {d} is {c}.",
+    ),
+    (
+        ("What day is two days after {d}?", "If today is {d}, what day is it in two days?",
+         "It is {d}. What day will it be in two days?"),
+        2, "Two days after {d} is {c}.",
+    ),
+    (
+        ("What day is three days after {d}?", "If today is {d}, what day is it in three days?",
+         "It is {d}. What day will it be in three days?"),
+        3, "Three days after {d} is {c}.",
+    ),
 )  # fmt: skip
 MONTH_ASKED = (
-    ("What month comes after {d}?", 1), ("Which month follows {d}?", 1), ("Name the month after {d}.", 1),
-    ("It is {d}. What is the next month?", 1),
-    ("What month comes before {d}?", -1), ("Name the month before {d}.", -1), ("It is {d}. What was the last month?", -1),
-    ("Which month is just before {d}?", -1), ("What month is two months after {d}?", 2),
-    ("It is {d}. What month will it be in two months?", 2), ("Name the month two months after {d}.", 2),
+    (
+        ("What month comes after {d}?", "Which month follows {d}?", "Name the month after {d}.",
+         "It is {d}. What is the next month?"),
+        1, "The month after {d} is {c}.",
+    ),
+    (
+        ("What month comes before {d}?", "Name the month before {d}.", "It is {d}. What was the last month?",
+         "Which month is just before {d}?"),
+        -1, "The month before {d} is {c}.",
+    ),
+    (
+        ("What month is two months after {d}?", "It is {d}. What month will it be in two months?",
+         "Name the month two months after {d}."),
+        2, "Two months after {d} is {c}.",
+    ),
 )  # fmt: skip
 CLOCK = (
     "It is {h} o'clock. What time is it in {k} hours?", "What time is {k} hours after {h} o'clock?",
