@@ -73,7 +73,7 @@ print(digest.hexdigest())
 
 
 def test_c144_no_held_out_question_is_in_training(train: list[Conversation], asked: list[Question]) -> None:
-    text = "\n".join(normal(" ".join(m.content for m in c.messages if m.role != "system")) for c in train)
+    text = "\n".join("|".join(normal(m.content) for m in c.messages if m.role != "system") for c in train)
     seen_under: set[tuple[str, str]] = set()
     for conversation in train:
         if conversation.messages[0].role == "system":
@@ -84,7 +84,7 @@ def test_c144_no_held_out_question_is_in_training(train: list[Conversation], ask
             system, user = (m["content"] for m in question.conversation)
             assert (system, normal(user)) not in seen_under, question
         else:
-            assert normal(" ".join(m["content"] for m in question.conversation)) not in text, question
+            assert "|".join(normal(m["content"]) for m in question.conversation) not in text, question
 
 
 def test_c144_unseen_content_in_no_phrasing(train: list[Conversation], asked: list[Question]) -> None:
