@@ -131,6 +131,7 @@ def test_c139_budget_keys_for_every_preset(name: str, machine: Machine) -> None:
 
 def test_c113_time_grows_with_data_and_is_unknown_without() -> None:
     config = ConfigPresets.debug()
+    config.max_steps = None
     none = budget(config, LAPTOP)
     assert none["steps"] is None and none["time"]["p50_h"] is None and none["time"]["basis"].startswith("unknown")
     hours = [budget(config, LAPTOP, train_tokens=n)["time"]["p50_h"] for n in (10**6, 10**7, 10**8)]
