@@ -51,14 +51,6 @@ class KVCache:
         """Bytes of keys and values."""
         return self.keys.nbytes + self.values.nbytes
 
-    def truncate(self, length: int) -> None:
-        """Forgets every slot from `length` on, so that a changed ending can be fed again."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"KVCache.truncate: {length} is not in 0..{self.length}")
-        self.length = length
-        if self.valid_BT is not None:
-            self.valid_BT[:, length:] = True
-
     def reserve(self, batch: int, new: int) -> None:
         """Raises ValueError if `new` tokens of `batch` rows do not fit."""
         if batch != self.keys.shape[1]:

@@ -211,20 +211,6 @@ def test_r13_outputs_do_not_depend_on_the_rest_of_the_batch(tiny):
         torch.testing.assert_close(together[i : i + 1], model(tokens[i : i + 1]), atol=1e-5, rtol=1e-5)
 
 
-def test_cache_can_forget_an_ending(tiny):
-    model = tiny().eval()
-    tokens, other = ids(1, 10), ids(1, 3)
-    with torch.no_grad():
-        cache = KVCache(model.config, 1, 16)
-        model(tokens, cache=cache)
-        cache.truncate(6)
-        again = model(other, cache=cache)
-        expected = model(torch.cat((tokens[:, :6], other), 1))[:, 6:]
-    torch.testing.assert_close(again, expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(ValueError, match=r"truncate: 10 is not in 0\.\.9"):
-        cache.truncate(10)
-
-
 def test_cache_refuses_what_does_not_fit(tiny):
     model = tiny().eval()
     cache = KVCache(model.config, 1, 4)
