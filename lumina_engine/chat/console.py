@@ -67,26 +67,31 @@ class Console:
         Raises:
             ServerGone: after the conversation was saved.
         """
+        try:
+            self._converse()
+        except KeyboardInterrupt:
+            self._say("")
+            return INTERRUPTED
+        return 0
+
+    def _converse(self) -> None:
+        """Lines and replies to the end of input; a KeyboardInterrupt that leaves here is the second Ctrl-C."""
         while True:
             try:
                 line = self._ask()
             except KeyboardInterrupt:
                 self._interrupts += 1
                 if self._interrupts > 1:
-                    return INTERRUPTED
+                    raise
                 self._say("\nCtrl-C again leaves; so do /quit and Ctrl-D")
                 continue
             if line is None:
                 if self._interactive:
                     self._say("")
-                return 0
+                return
             self._interrupts = 0
-            try:
-                if not self._turn(line):
-                    return 0
-            except KeyboardInterrupt:
-                self._say("")
-                return INTERRUPTED
+            if not self._turn(line):
+                return
 
     # one turn
 
