@@ -16,15 +16,14 @@ EIGHTHS_ASCII = "__..-=*#"
 def spark(pyramid: Pyramid, width: int, keep: Literal["mean", "max"] = "mean", ascii_only: bool = False, last: int = 0) -> str:
     """At most `width` cells; each shows the mean or the maximum of its samples. `last` > 0: only about the newest samples.
 
-    The samples of a cell are the same from call to call (groups of a power of two, counted from the start), so that a new
-    sample changes the last cell only.
+    The samples of a cell are the same from call to call (groups of 1, 2, 3, 4, 6, 8, 12 … counted from the start), so that a
+    new sample changes the last cell only.
     """
     size = len(pyramid)
     if width <= 0 or not size:
         return " " * max(0, width)
-    group = 1
-    while min(size, last or size) > width * group:
-        group *= 2
+    need = min(size, last or size)
+    group = next(group for k in range(64) for group in (2**k, 3 * 2**k // 2) if need <= width * group)
     stop = -(-size // group)  # groups so far
     start = max(0, stop - width)
     if group == 1:
