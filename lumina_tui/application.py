@@ -6,7 +6,6 @@ import asyncio
 import importlib
 import importlib.util
 import os
-import signal
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from textual.screen import Screen
 from textual.theme import Theme
 
 from . import actions
+from .departure import Departure
 from .talking import Talks
 from .terminal import AsciiFilter, ControlFilter, Look, detect
 from .widgets.acts import Acts
@@ -141,32 +141,11 @@ class LuminaApp(Acts, Talks, inherit_bindings=False):
 
     def on_mount(self) -> None:
         self.set_interval(1 / self.look.hz, self._tick)
-        self.set_interval(1.0, self._watch_terminal)
-        loop = asyncio.get_running_loop()
         if not self.is_headless:
-            loop.add_signal_handler(signal.SIGHUP, self._hang_up)
-            loop.add_signal_handler(signal.SIGTERM, self._hang_up)
+            loop = asyncio.get_running_loop()
+            Departure(lambda: loop.call_soon_threadsafe(self.exit)).install()
         if self.start.preset is not None:
             self.spawn(self.start_preset(self.start.preset))
-
-    def _hang_up(self) -> None:
-        self.exit(return_code=0)
-
-    def _watch_terminal(self) -> None:
-        """Leave when the terminal is gone: Textual itself would go on and spin."""
-        if self.is_headless:
-            return
-        import select
-        import sys
-
-        try:
-            poll = select.poll()
-            poll.register(sys.__stdin__.fileno(), 0)  # type: ignore[union-attr]
-            gone = any(event & (select.POLLHUP | select.POLLERR | select.POLLNVAL) for _, event in poll.poll(0))
-        except (OSError, ValueError):
-            gone = True
-        if gone:
-            self.exit(return_code=0)
 
     def spawn(self, work: Any) -> asyncio.Task[Any]:
         """Run a coroutine beside the screens. Its failure is shown as a notice, never lost."""

@@ -168,6 +168,22 @@ def test_ps01_hang_up_and_a_closed_terminal_end_the_viewer(tmp_path):
             assert time.monotonic() < deadline
 
 
+def test_ps01_a_terminal_that_goes_while_records_stream_in_ends_the_viewer(tmp_path):
+    """The writer's queue fills up then and blocks the loop; the viewer must still leave."""
+    engine = FakeEngine(tmp_path, total_steps=None)
+    engine.emit(rec.Run(state="running"))
+    engine.steps(50)
+    with Terminal("--runs", str(tmp_path), "--fps", "10", "demo") as terminal:
+        terminal.expect(b"loss  EMA")
+        engine.steps(5)
+        os.close(terminal.fd)
+        deadline = time.monotonic() + 30
+        while os.waitpid(terminal.pid, os.WNOHANG)[0] == 0:
+            engine.steps(1)
+            engine.log("line")
+            assert time.monotonic() < deadline
+
+
 @pytest.mark.parametrize(("environ", "stdout"), [({"TERM": "xterm"}, "pipe"), ({"TERM": "dumb"}, "pty")])
 def test_no_full_screen_names_the_engine_in_one_line(tmp_path, environ, stdout):
     if stdout == "pty":
