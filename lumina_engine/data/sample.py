@@ -3,7 +3,8 @@
 Everything is a pure function of this code. A question is held out by its content (operands, word, list, story), so that no
 phrasing of it is in training; a look-up fact (opposites, facts, calendar) cannot be known without being seen, so there the
 pair of fact and phrasing is held out: the fact is known from other phrasings. Under a system prompt (`form`) the pair of form
-and question is held out. An answer is right if it equals the expected text, but for white space around it.
+and question is held out. Addition and subtraction of one digit and another are always taught and not asked by themselves.
+An answer is right if it equals the expected text, but for white space around it.
 """
 
 from __future__ import annotations
