@@ -102,6 +102,7 @@ class LuminaApp(Acts, Talks, inherit_bindings=False):
         self._screens: dict[int, LuminaScreen] = {}
         self._back: list[int] = []
         self._ticking = False
+        self._stride, self._skipped, self._calm_since = 1, 0, 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
         self.animation_level = "none"
         self.register_theme(THEME)
@@ -165,15 +166,35 @@ class LuminaApp(Acts, Talks, inherit_bindings=False):
             task.cancel()
 
     def _tick(self) -> None:
-        if self._ticking or not self.screen_stack:  # a slow tick drops the next one; on the way out there is no screen any more
+        if self._ticking or not self.is_running:  # a slow tick drops the next one instead of piling up
             return
-        self._ticking = True
+        self._skipped += 1
+        if self._skipped < self._stride:
+            return
+        self._skipped, self._ticking = 0, True
+        began = time.perf_counter()
         try:
             tick = getattr(self.screen, "tick", None)
             if tick is not None:
                 tick()
         finally:
             self._ticking = False
+        self._adapt(time.perf_counter() - began)
+
+    def _adapt(self, spent: float) -> None:
+        """Repaint half as often while a tick takes more than 30 % of its time; back again after ten calm seconds."""
+        now = time.monotonic()
+        if spent > 0.3 * self._stride / self.look.hz and self.look.hz / self._stride > 1:
+            self._stride *= 2
+            self._calm_since = now
+        elif self._stride > 1 and now - self._calm_since >= 10:
+            self._stride //= 2
+            self._calm_since = now
+
+    @property
+    def rate(self) -> float:
+        """Panel repaints a second at present."""
+        return self.look.hz / self._stride
 
     # screens
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -116,3 +117,14 @@ def preview(path: Path) -> Preview:
         checkpoint=next((item for item in saved if isinstance(item, rec.Checkpoint) and not item.failed), None),
         seconds_per_step=sum(times) / len(times) if times else None,
     )
+
+
+def held_out_score(path: Path) -> float | None:
+    """The share of held-out questions a finished run answers (reports/sample_eval.json); None without such a report."""
+    try:
+        with (path / "reports" / "sample_eval.json").open("rb") as file:
+            content = json.loads(file.read(1 << 20))
+    except (OSError, ValueError, RecursionError):
+        return None
+    overall = content.get("overall") if isinstance(content, dict) else None
+    return float(overall) if isinstance(overall, int | float) and 0 <= overall <= 1 else None

@@ -36,10 +36,17 @@ class Talks(App[None], inherit_bindings=False):
         super().__init__()
         self.notices: deque[Notice] = deque(maxlen=500)
 
-    def notice(self, text: str, severity: Severity = "information", *, timeout: float | None = None) -> None:
-        """A toast that is also kept in the notices list. Outside text may come as it is."""
+    def notice(
+        self, text: str, severity: Severity = "information", *, timeout: float | None = None, toast: bool = True
+    ) -> None:
+        """A toast that is also kept in the notices list. Outside text may come as it is.
+
+        `toast=False` only keeps it: for what the screen on top says anyway.
+        """
         text = clean(text)
         self.notices.append(Notice(time.time(), severity, text))
+        if not toast:
+            return
         shown = list(self._notifications)
         for old in shown[:-2]:
             self._unnotify(old, refresh=False)

@@ -32,7 +32,7 @@ MACHINE_S = 10.0
 GLYPHS = {"running": "●", "paused": "‖", "finished": "✓", "failed": "✗", "crashed": "✗", "preempted": "↓", "unreadable": "?"}
 COLUMNS = (
     Column("state", "state", 12),
-    Column("name", "name", 10, grow=True),
+    Column("name", "name", 22, grow=True),
     Column("preset", "preset", 8, rank=5),
     Column("step", "step", 9, "right", rank=1),
     Column("of", "of", 9, "right", rank=4),

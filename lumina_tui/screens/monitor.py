@@ -20,7 +20,8 @@ from ..series import RunStore
 from ..widgets.expert_map import ExpertMap
 from ..widgets.line_chart import Cursor, LineChart
 from ..widgets.log_view import LogView
-from ..widgets.run_panels import HardwarePanel, ProgressLine, StartPanel, StatusLine, Ticker, TrendPanel
+from ..widgets.run_panels import HardwarePanel, ProgressLine, StatusLine, TrendPanel
+from ..widgets.run_start import StartPanel, Ticker
 from ..widgets.table import Table
 from .base import Drawn, LuminaScreen, State
 from .run_commands import RunCommands
@@ -177,6 +178,7 @@ class MonitorScreen(RunCommands, LuminaScreen):
             part.sync()
 
     def _frame(self, feed: Feed) -> None:
+        feed.hz = self.lumina.rate
         store, badge = feed.store, feed.badge()
         state = "crashed" if feed.mode is Mode.DEAD else store.state or ("" if feed.mode is Mode.LOADING else "preparing")
         fresh = store.alerts[self._seen_alerts :]

@@ -53,7 +53,9 @@ class RunCommands(Acts):
         """Say in a notice how a command ended, also if another screen is shown by then."""
         while request.open:
             await asyncio.sleep(0.1)
-        self.lumina.notice(request.line(time.time()), "error" if request.phase.value == "refused" else "information")
+        failed = request.phase.value == "refused"
+        shown_here = self.lumina.screen is self and not failed  # by the status line
+        self.lumina.notice(request.line(time.time()), "error" if failed else "information", toast=not shown_here)
 
     def action_checkpoint(self) -> None:
         self._send("checkpoint", "checkpoint now")

@@ -14,6 +14,7 @@ from lumina_engine.monitoring.record import Device, Hardware
 
 from ..feed import Feed, Mode
 from ..paint import Piece, clean, count, duration, fit, line, size, whole
+from ..runs import held_out_score
 from ..series import METRICS, RunStore
 from .panel import Drawn
 from .plot import value_text
@@ -229,102 +230,6 @@ def _host(now: Hardware, width: int) -> list[Words]:
     return lines
 
 
-class StartPanel(Drawn):
-    """What happens before the first step: state, for how long, why."""
-
-    STEPS = ("run directory", "supervisor", "ranks", "first step")
-
-    def __init__(self, *, id: str | None = None) -> None:
-        super().__init__(title="start", id=id)
-        self.feed: Feed | None = None
-        self._seen: tuple[object, ...] = ()
-
-    def show(self, feed: Feed) -> None:
-        """Speak about another run."""
-        self.feed, self._seen = feed, ()
-        self.sync()
-
-    def sync(self) -> None:
-        """Repaint once a second while something is awaited."""
-        feed = self.feed
-        if feed is None or not self.is_attached or not self.is_on_screen:
-            return
-        now = (feed.store.state_version, feed.alive, feed.mode, int(feed.clock()))
-        if now != self._seen:
-            self._seen = now
-            self.repaint_changed()
-
-    def draw(self, y: int, width: int, height: int) -> Sequence[Piece]:
-        feed = self.feed
-        if feed is None:
-            return ()
-        store = feed.store
-        if store.final or feed.mode is Mode.DEAD:
-            return self._ended(y, feed)
-        reached = 2 if store.state in ("compiling", "running", "paused") else 1 if feed.alive else 0
-        if y < len(self.STEPS):
-            done = y <= reached
-            mark = "ok " if done else ".. " if y == reached + 1 else "   "
-            style = self.palette.good if done else self.palette.accent if y == reached + 1 else self.palette.faint
-            pieces: list[Piece] = [
-                (f"  {mark}", style),
-                (fit(self.STEPS[y], 16), self.palette.text if done else self.palette.dim),
-            ]
-            if y == reached + 1 and store.state:
-                since = feed.clock() - store.state_since if store.state_since else 0.0
-                pieces.append((f"{store.state} {duration(max(0.0, since))}", self.palette.accent))
-                pieces.append((f"  {clean(store.reason)}" if store.reason else "", self.palette.dim))
-            return pieces
-        if y == len(self.STEPS) + 1:
-            return [("  Charts appear with the first step; the log below shows what is being done.", self.palette.faint)]
-        return ()
-
-    def _ended(self, y: int, feed: Feed) -> Sequence[Piece]:
-        store = feed.store
-        state = store.state if store.final else "crashed"
-        lines: list[Piece] = [
-            (f"  {state} before the first step", self.palette.bad),
-            (f"  {clean(store.reason or 'its supervisor was killed, or the machine went down')}", self.palette.text),
-            ("  The log below says more. 1 Home: R resumes it, a starts a new run.", self.palette.dim),
-        ]
-        return [lines[y]] if y < len(lines) else ()
-
-
-class Ticker(Widget):
-    """Three lines for a very small terminal: state, step, loss and alerts."""
-
-    DEFAULT_CSS = "Ticker { height: 3; }"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.feed: Feed | None = None
-        self._words: list[str] = []
-
-    def show(self, feed: Feed) -> None:
-        """Speak about another run."""
-        self.feed = feed
-        self.sync()
-
-    def sync(self) -> None:
-        """Repaint if the words have changed."""
-        feed = self.feed
-        if feed is None:
-            return
-        store = feed.store
-        words = [
-            f"{store.state or 'preparing'} {feed.badge().text}",
-            f"{whole(store.step)} / {whole(store.total_steps)}  {duration(store.seconds_left())}",
-            f"loss {value_text('loss', store.steps.last('loss'))}  !{len(store.alerts)}",
-        ]
-        if words != self._words:
-            self._words = words
-            self.refresh()
-
-    def render_line(self, y: int) -> Strip:
-        text = self._words[y] if y < len(self._words) else ""
-        return line(self.size.width, [(clean(text), None)], base=self.rich_style)
-
-
 class StatusLine(Widget):
     """One line: the newest command while it is open or just answered, else the newest alert, else the newest checkpoint."""
 
@@ -336,11 +241,12 @@ class StatusLine(Widget):
         self.feed: Feed | None = None
         self._words: Words = []
         self._answered: dict[str, float] = {}
+        self._score: float | None = None  # of the finished run; -1: it has no report
 
     def show(self, feed: Feed) -> None:
         """Speak about another run."""
         self.feed = feed
-        self._answered = {}
+        self._answered, self._score = {}, None
         self.sync()
 
     def sync(self) -> None:
@@ -367,7 +273,9 @@ class StatusLine(Widget):
                 (f"{len(feed.reader.errors)} unreadable place(s) in the log, the last at byte {start:,} to {stop:,}", "warn")
             ]
         store = feed.store
-        if store.final and store.state != "finished":
+        if store.state == "finished" and store.step is not None:
+            return [(self._finished(feed), "good")]
+        if store.final:
             return [(f"{store.state}: {store.reason or 'no reason given'}", "bad")]
         if store.alerts:
             alert = store.alerts[-1]
@@ -387,6 +295,16 @@ class StatusLine(Widget):
             text += f", best at {whole(best.step)}" if best else ""
             return [(text, "dim")]
         return [(store.reason or "", "dim")]
+
+    def _finished(self, feed: Feed) -> str:
+        store = feed.store
+        text = f"finished at step {whole(store.step)}, loss {value_text('loss', store.steps.last('loss'))}"
+        if self._score is None:
+            self._score = held_out_score(feed.run.path) or -1.0
+        if self._score >= 0:
+            text += f", held-out questions right: {100 * self._score:.0f} %"
+        best = next((item for item in reversed(store.checkpoints) if item.best), None)
+        return text + (f", best checkpoint at {whole(best.step)}" if best else "") + ". T chats with it."
 
     def render_line(self, y: int) -> Strip:
         palette: Any = self.app.look.palette  # type: ignore[attr-defined]
