@@ -149,7 +149,11 @@ class ChatScreen(LuminaScreen):
         if self.link.session.unsent:
             self.talk.say("note", ". sends the last message again")
         self.talk.transcript.set_title(info.name, f"{info.precision} {info.device}")
-        self.talk.field.focus()
+        if self.has_class("-choosing"):
+            # the list is on screen and keeps the keys: a hidden field must not take them
+            self.set_frame(badge="READY, Esc goes to it", badge_role="good")
+        else:
+            self.talk.field.focus()
 
     def _gone(self, error: str) -> None:
         """No server. What was said stays, and so does the message that got no answer."""
