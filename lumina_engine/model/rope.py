@@ -53,9 +53,8 @@ def inverse_frequencies(
     high = min(math.ceil(channel(beta_slow)), head_dim - 1)
     ramp = (torch.arange(head_dim // 2, dtype=torch.float64, device="cpu") - low) / (high - low if high > low else 0.001)
     share_scaled = ramp.clamp(0, 1)
-    return frequencies * (1 - share_scaled) + frequencies / factor * share_scaled, 0.1 * math.log(
-        factor
-    ) + 1.0 if factor > 1 else 1.0
+    blended = frequencies * (1 - share_scaled) + frequencies / factor * share_scaled
+    return blended, 0.1 * math.log(factor) + 1.0
 
 
 def cos_sin(positions: Tensor, frequencies: Tensor, magnitude: float = 1.0) -> tuple[Tensor, Tensor]:
