@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -110,6 +111,7 @@ class Terminal:
         self.master, slave = pty.openpty()
 
         def take_terminal() -> None:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run started in the background ignores it, and so would this
             os.setsid()
             fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
