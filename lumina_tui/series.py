@@ -9,47 +9,21 @@ from __future__ import annotations
 import bisect
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from operator import attrgetter
 
 import numpy as np
 
 from lumina_engine.monitoring import record as rec
-from lumina_engine.monitoring.reduce import Buffer, Pyramid, Smooth, thin
+from lumina_engine.monitoring.reduce import thin
 
-Base = Literal["step", "tokens", "hours"]
-BASES: tuple[Base, ...] = ("step", "tokens", "hours")
+from .history import EVAL_METRICS, RECENT, STEP_METRICS, Base, History
 
-
-@dataclass(frozen=True)
-class Metric:
-    """How a series is named and reduced. `keep` is what a narrow column shows: its mean, or its maximum; a series that is
-    not `noisy` (the learning rate) is shown as it is: without smoothing, in its whole range."""
-
-    name: str
-    label: str
-    unit: str = ""
-    keep: Literal["mean", "max"] = "mean"
-    noisy: bool = True
-
-
-STEP_METRICS = (
-    Metric("loss", "loss", "nats per token"),
-    Metric("tokens_per_s", "tokens/s", "tokens/s"),
-    Metric("grad_norm", "grad norm", "", "max"),
-    Metric("lr", "learning rate", noisy=False),
-    Metric("aux_loss", "balance loss"),
-    Metric("z_loss", "z loss", "", "max"),
-    Metric("step_time", "step time", "s", "max"),
-    Metric("mfu", "MFU", "share of peak"),
-)
-EVAL_METRICS = (Metric("loss", "eval loss"), Metric("perplexity", "perplexity"), Metric("accuracy", "accuracy"))
-METRICS = {metric.name: metric for metric in STEP_METRICS}
-
+_GETTERS = {metric.name: attrgetter(metric.name) for metric in STEP_METRICS}
+_STEP, _TOKENS, _SKIPPED = attrgetter("step"), attrgetter("tokens"), attrgetter("skipped")
 _MAX_TAILS = 16
 _TAIL_POINTS = 4096
-_RECENT = 100  # steps that rates and the time left are taken from
 
 
 @dataclass(frozen=True)
@@ -60,68 +34,6 @@ class Event:
     sign: str
     text: str
     t: float
-
-
-class History:
-    """Values over steps: one X column per base, one pyramid per metric, cut together."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.step = Buffer(np.int64)
-        self.tokens = Buffer(np.float64)
-        self.hours = Buffer(np.float64)
-        self.metrics: dict[str, Pyramid] = {name: Pyramid() for name in names}
-        self.version = 0
-        self._smooth: dict[tuple[str, float], Smooth] = {}
-
-    def __len__(self) -> int:
-        return len(self.step)
-
-    def x(self, base: Base) -> np.ndarray:
-        """The X column of a base; never falls."""
-        buffer = {"step": self.step, "tokens": self.tokens, "hours": self.hours}[base]
-        return buffer.values
-
-    def smooth(self, name: str, weight: float) -> Pyramid:
-        """The debiased moving average of a metric over its whole history."""
-        found = self._smooth.get((name, weight))
-        if found is None:
-            for old in [key for key in self._smooth if key[0] == name]:
-                del self._smooth[old]
-            found = self._smooth[(name, weight)] = Smooth(weight)
-        found.catch_up(self.metrics[name].values)
-        return found.pyramid
-
-    def extend(self, step: np.ndarray, tokens: np.ndarray, hours: np.ndarray, values: dict[str, np.ndarray]) -> None:
-        """Append rows; `step` rises."""
-        self.step.extend(step)
-        self.tokens.extend(tokens)
-        self.hours.extend(hours)
-        for name, pyramid in self.metrics.items():
-            pyramid.extend(values[name])
-        self.version += 1
-
-    def truncate(self, size: int) -> None:
-        """Keep the first `size` rows."""
-        if size >= len(self):
-            return
-        for (name, _), smooth in self._smooth.items():
-            smooth.truncate(size, self.metrics[name].values)
-        for column in (self.step, self.tokens, self.hours):
-            column.truncate(size)
-        for pyramid in self.metrics.values():
-            pyramid.truncate(size)
-        self.version += 1
-
-    def last(self, name: str) -> float | None:
-        """The newest value of a metric, also if it is not finite (as NaN); None without any."""
-        values = self.metrics[name].values
-        return float(values[-1]) if len(values) else None
-
-    def mean(self, name: str, count: int = _RECENT) -> float | None:
-        """The mean of the finite values among the newest `count`."""
-        values = self.metrics[name].values[-count:]
-        values = values[np.isfinite(values)]
-        return float(values.mean()) if len(values) else None
 
 
 @dataclass
@@ -190,33 +102,49 @@ class RunStore:
 
     def apply(self, records: Iterable[rec.Record]) -> None:
         """Take records in the order of their `seq`; those seen before are passed over."""
-        changed = False
+        before = self.seq
+        rows, newest = self._rows, -1
         for record in records:
             if record.seq <= self.seq:
                 continue
-            self.seq, self.t = record.seq, record.t or self.t
-            changed = True
+            self.seq = record.seq
             if record.inc > self.inc:
-                if self.inc and self.step is not None:
-                    self._event(Event(self.step, "|", f"start {record.inc}", record.t))
-                self.inc, self._t_before = record.inc, None
-            match record:
-                case rec.Step():
-                    if self._rows and record.step <= self._rows[-1].step:
-                        self._flush()
-                    self._rows.append(record)
-                case rec.Eval():
-                    self._evals.append(record)
-                case rec.Experts():
-                    self._experts[tuple(record.layers)] = record
-                case rec.Rewind():
+                self._begin(record)
+                rows, newest = self._rows, -1
+            if type(record) is rec.Step:
+                if record.step <= newest:
                     self._flush()
-                    self._rewind(record.to_step)
-                    self._event(Event(record.to_step, "<", record.reason or f"back to step {record.to_step}", record.t))
-                case _:
-                    self._take(record)
+                    rows = self._rows
+                rows.append(record)
+                newest = record.step
+                self.t = record.t
+            else:
+                self._sort(record)
+                rows, newest = self._rows, newest if self._rows else -1
         self._flush()
-        self.version += changed
+        self.version += self.seq != before
+
+    def _begin(self, record: rec.Record) -> None:
+        """A new incarnation starts with this record."""
+        self._flush()
+        if self.inc and self.step is not None:
+            self._event(Event(self.step, "|", f"start {record.inc}", record.t))
+        self.inc, self._t_before = record.inc, None
+
+    def _sort(self, record: rec.Record) -> None:
+        """Keep what can wait for the end of the batch, take the rest now."""
+        self.t = record.t or self.t
+        match record:
+            case rec.Eval():
+                self._evals.append(record)
+            case rec.Experts():
+                self._experts[tuple(record.layers)] = record
+            case rec.Rewind():
+                self._flush()
+                self._rewind(record.to_step)
+                self._event(Event(record.to_step, "<", record.reason or f"back to step {record.to_step}", record.t))
+            case _:
+                self._take(record)
 
     def _take(self, record: rec.Record) -> None:
         identity = getattr(record, "id", None)
@@ -303,23 +231,25 @@ class RunStore:
     def _extend(self, rows: list[rec.Step]) -> None:
         if len(self.steps) and rows[0].step <= int(self.steps.step.values[-1]):
             self._rewind(rows[0].step - 1)  # a value per step: what comes later in the file holds
-        hours = np.empty(len(rows))
-        before = float(self.steps.hours.values[-1]) if len(self.steps) else 0.0
-        for i, row in enumerate(rows):
-            spent = row.step_time
-            if spent is None or not math.isfinite(spent):
-                spent = row.t - self._t_before if self._t_before is not None else 0.0
-            self._t_before = row.t
-            before += max(0.0, spent) / 3600.0
-            hours[i] = before
-        tokens = np.array([row.tokens for row in rows], np.float64)
+        tokens = np.array(list(map(_TOKENS, rows)), np.float64)
         if len(self.steps):
             tokens = np.maximum(tokens, self.steps.tokens.values[-1])
-        values = {name: _column([getattr(row, name) for row in rows]) for name in self.steps.metrics}
-        steps = np.array([row.step for row in rows], np.int64)
-        self.steps.extend(steps, np.maximum.accumulate(tokens), hours, values)
+        values = {name: _column(list(map(_GETTERS[name], rows))) for name in self.steps.metrics}
+        steps = np.array(list(map(_STEP, rows)), np.int64)
+        self.steps.extend(steps, np.maximum.accumulate(tokens), self._hours(rows, values["step_time"]), values)
         self.epoch = rows[-1].epoch
-        self.skipped += sum(row.skipped for row in rows)
+        self.skipped += sum(map(_SKIPPED, rows))
+
+    def _hours(self, rows: list[rec.Step], step_time: np.ndarray) -> np.ndarray:
+        """Hours of training up to each row; where a step's time is unknown, the time since the row before counts."""
+        spent = step_time.astype(np.float64)
+        unknown = np.flatnonzero(~np.isfinite(spent))
+        if len(unknown):
+            t = np.array([rows[0].t if self._t_before is None else self._t_before, *(row.t for row in rows)])
+            spent[unknown] = np.diff(t)[unknown]
+        self._t_before = rows[-1].t
+        before = float(self.steps.hours.values[-1]) if len(self.steps) else 0.0
+        return before + np.cumsum(np.maximum(spent, 0.0)) / 3600.0
 
     def _rewind(self, to_step: int) -> None:
         history = self.steps
@@ -374,7 +304,7 @@ class RunStore:
 
     def median_step_time(self) -> float | None:
         """Median time of the newest steps, in seconds."""
-        values = self.steps.metrics["step_time"].values[-_RECENT:]
+        values = self.steps.metrics["step_time"].values[-RECENT:]
         values = values[np.isfinite(values)]
         return float(np.median(values)) if len(values) else None
 
@@ -384,9 +314,9 @@ class RunStore:
 
 
 def _column(values: list[float | None]) -> np.ndarray:
-    """As float32; unknown becomes NaN, what is too large becomes infinite."""
+    """As float32; unknown (None) becomes NaN, what is too large becomes infinite."""
     with np.errstate(over="ignore"):
-        return np.array([math.nan if value is None else value for value in values], np.float32)
+        return np.array(values, np.float64).astype(np.float32)
 
 
 def _thin(values: np.ndarray) -> np.ndarray:

@@ -11,8 +11,9 @@ from textual.geometry import Region
 from textual.strip import Strip
 
 from ..actions import bindings
+from ..history import BASES, METRICS, STEP_METRICS
 from ..paint import Piece, line, whole
-from ..series import BASES, METRICS, STEP_METRICS, RunStore
+from ..series import RunStore
 from . import plot as plotting
 from .canvas import Frame, changed_regions
 from .panel import Drawn

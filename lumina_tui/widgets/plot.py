@@ -13,8 +13,9 @@ import numpy as np
 
 from lumina_engine.monitoring.reduce import Columns, Pyramid, percentile_range
 
+from ..history import METRICS, Base, History
 from ..paint import number
-from ..series import METRICS, Base, Event, History, RunStore
+from ..series import Event, RunStore
 from ..terminal import Glyphs
 from .axis import Scale, ticks, x_labels, x_limit, y_labels, y_limits
 from .canvas import DOTS, SPACE, Frame, Spans, cells, dots, joined

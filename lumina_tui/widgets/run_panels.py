@@ -13,9 +13,10 @@ from textual.widget import Widget
 from lumina_engine.monitoring.record import Device, Hardware
 
 from ..feed import Feed, Mode
+from ..history import METRICS
 from ..paint import Piece, clean, count, duration, fit, line, size, whole
 from ..runs import held_out_score
-from ..series import METRICS, RunStore
+from ..series import RunStore
 from .panel import Drawn
 from .plot import value_text
 from .sparkline import spark, spark_values
