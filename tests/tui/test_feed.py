@@ -125,8 +125,8 @@ async def test_ps05_attach_at_random_moments_with_restarts(tmp_path):
                     await engine.crash()
                     await engine.restart(max(0, engine.step_number - 15))
                 engine.steps(1)
-                last = engine.step_number
-                await wait(lambda feed=feed, last=last: feed.store.step == last)
+                last = engine._log.seq
+                await wait(lambda feed=feed, last=last: feed.store.seq == last)
                 same(feed)
 
 
