@@ -104,7 +104,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     look = detect(os.environ, ascii_only=args.ascii, slow=args.slow, hz=args.fps)
     app = LuminaApp(runs_root, look=look, readonly=args.readonly, start=start)
     app.run(mouse=not args.no_mouse)
+    if not app.return_code:
+        for text in farewell(runs_root, args.runs):
+            print(safe_text(text))
     return app.return_code or 0
+
+
+def farewell(runs_root: Path, given: str | None) -> list[str]:
+    """Which runs go on, and how to return to them."""
+    from .runs import RunList
+
+    try:
+        rows = [row for row in RunList(runs_root).refresh() if row.alive]
+    except OSError:
+        return []
+    where = f" --runs {given}" if given else ""
+    lines = [
+        f"{row.name} goes on (step {row.step:,}{f' of {row.total_steps:,}' if row.total_steps else ''})"
+        if row.step is not None
+        else f"{row.name} goes on"
+        for row in rows
+    ]
+    return [*lines, f"return with: lumina{where} {rows[0].name if len(rows) == 1 else ''}".rstrip()] if rows else []
 
 
 if __name__ == "__main__":

@@ -121,7 +121,14 @@ class Feed:
     def start(self) -> None:
         """Begin reading."""
         self._task = asyncio.create_task(self._run(), name=f"feed {self.run.name}")
+        self._task.add_done_callback(self._ended)
         self._lock_task = asyncio.create_task(self._watch_lock(), name=f"lock {self.run.name}")
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """A defect must not leave a screen that looks alive: it is shown where read errors are."""
+        if not task.cancelled() and task.exception() is not None:
+            error = task.exception()
+            self.mode, self.error = Mode.FILE, f"reading stopped: {type(error).__name__}: {error}; r reads the run again"
 
     async def close(self) -> None:
         """Let go of the run. The run does not notice."""

@@ -233,3 +233,25 @@ def test_nan_gaps_and_time_left(tmp_path):
     assert math.isnan(feed.store.steps.metrics["loss"].values[2])
     assert feed.store.seconds_left() == 200.0
     assert feed.store.x_of(10, "hours") == pytest.approx(20 / 3600)
+
+
+async def test_a_defect_in_reading_is_shown(tmp_path, monkeypatch):
+    async with FakeEngine(tmp_path) as engine:
+        engine.state("running")
+        feed = Feed(RunDirectory(engine.run.path))
+        monkeypatch.setattr(feed.store, "apply", lambda records: 1 // 0)
+        feed.start()
+        await wait(lambda: feed.error)
+        assert "ZeroDivisionError" in feed.error and "r reads the run again" in feed.error
+        await feed.close()
+
+
+def test_farewell_names_living_runs(tmp_path):
+    from lumina_tui.app import farewell
+
+    engine = FakeEngine(tmp_path)
+    assert farewell(tmp_path, None) == [] and farewell(tmp_path / "none", None) == []
+    asyncio.run(engine.serve(socket=False))
+    engine.steps(7)
+    assert farewell(tmp_path, "x") == ["demo goes on (step 7 of 1,000)", "return with: lumina --runs x demo"]
+    asyncio.run(engine.end())
