@@ -61,7 +61,11 @@ def main(argv: list[str] | None = None) -> int:
             near = difflib.get_close_matches(verb, VERBS, n=1)
             hint = f"did you mean {near[0]}?" if near else "verbs: " + ", ".join(VERBS)
             raise UserError(f"unknown verb {verb!r}: {hint}")
-        args = _parser(verb).parse_args(argv)
+        args, rest = _parser(verb).parse_known_args(argv)
+        if rest and hasattr(args, "overrides") and not any(word.startswith("-") for word in rest):
+            args.overrides = [*args.overrides, *rest]  # key=value words may stand on both sides of an option
+        elif rest:
+            raise UserError(f"unrecognized arguments: {' '.join(rest)} (see `lumina-engine {verb} --help`)")
         code = import_module(f".commands.{args.verb}", __package__).run(args)
     except KeyboardInterrupt:
         return 130

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 HELP = "start a run (default: preset debug on the built-in corpus)"
 
 
+# Their optimizer state is stored differently, and converting it does not exist yet.
+LAYOUT = frozenset({"zero_stage", "precision", "use_deepspeed", "num_gpus"})
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_config_arguments(parser)
     parser.add_argument("--run", metavar="NAME", help="name of the run (the same as experiment_name=NAME)")
@@ -223,7 +227,7 @@ def _changed(config: Config, args: argparse.Namespace, fields: dict[str, Any], e
         value = getattr(wanted.config, key)
         if value == getattr(config, key) or (value == "auto"):
             continue
-        if not fields[key].resume_may_change:
+        if not fields[key].resume_may_change or key in LAYOUT:
             fix = f"leave it at {getattr(config, key)!r}, or start a new run"
             refused.append(finding("resume_key", "error", (key,), f"{key} cannot change in a resumed run", fix))
         else:

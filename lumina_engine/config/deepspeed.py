@@ -94,6 +94,12 @@ REFUSED = {
     "quantize_training": "DeepSpeed removed it: remove it",
     "nebula": "DeepSpeed removed it: remove it",
     "graph_harvesting": "DeepSpeed removed it: remove it",
+    "comet": "Lumina opens no connection and stores no secret: remove it",
+    "wandb": "Lumina opens no connection and stores no secret: remove it",
+    "autotuning": "nothing here runs DeepSpeed's tuner: remove it",
+    "compile": "it is not available yet: remove it",
+    "hybrid_engine": "nothing here calls it: remove it",
+    "tensor_parallel": "Lumina has no tensor parallelism: remove it",
 }
 # DeepSpeed path → the key of Config that decides it.
 COVERED = {

@@ -19,7 +19,7 @@ _NAME_FORM = "at most 64 letters, digits, '.', '_' or '-', the first one a lette
 
 
 class DeepSpeedKeys(Section):
-    """ZeRO, offload, communication. All of it may change on resume: checkpoints fit every stage and world size."""
+    """ZeRO, offload, communication. What decides how optimizer state is stored cannot change on resume yet."""
 
     section_name: ClassVar[str] = "deepspeed"
 
@@ -260,7 +260,7 @@ class AdaptiveKeys(Section):
 
     adaptive: Literal["off", "advise", "act"] = key(
         "advise",
-        "off computes nothing, advise tells what it would do, act does it.",
+        "Not available yet: nothing is computed, advised or done, whatever the value. Later: off, advise, act.",
         resume=True,
         read_by="training/orchestrator.py",
     )
@@ -272,7 +272,10 @@ class AdaptiveKeys(Section):
     )
     max_adaptive_actions: int = key(20, "Actions in one run.", minimum=0, resume=True, read_by=_ADAPTIVE)
     expert_growth: Literal["off", "advise", "act"] = key(
-        "advise", "Whether experts may be added or removed; never further than adaptive.", resume=True, read_by=_ADAPTIVE
+        "advise",
+        "Not available yet, whatever the value. Later: whether experts may be added or removed.",
+        resume=True,
+        read_by=_ADAPTIVE,
     )
     max_num_experts: int = key(
         64, "Most experts that growth may reach.", unit="experts", minimum=1, maximum=1_024, resume=True, read_by=_ADAPTIVE

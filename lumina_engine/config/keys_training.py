@@ -211,15 +211,15 @@ class DataKeys(Section):
     )
     num_workers: int = key(
         2,
-        "Loader processes; 0 loads in the training process.",
-        unit="processes",
+        "Loader threads; 0 loads in the training thread.",
+        unit="threads",
         minimum=0,
         maximum=64,
         resume=True,
         read_by=_BATCH,
     )
     prefetch_batches: int = key(
-        2, "Batches that each loader process keeps ready.", unit="batches", minimum=1, maximum=64, resume=True, read_by=_BATCH
+        2, "Batches that each loader thread keeps ready.", unit="batches", minimum=1, maximum=64, resume=True, read_by=_BATCH
     )
     data_cache_dir: str = key(
         "data/cache", "Folder of tokenised data.", pattern=r".+", form="a path", resume=True, read_by="data/store.py"

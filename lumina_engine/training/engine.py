@@ -84,6 +84,12 @@ def _named_state(optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str
                 yield f"optimizer.{key}.{names[parameter]}", torch.as_tensor(value)
 
 
+class StateMismatch(Exception):
+    """Saved optimizer state does not belong to this engine; the run is refused rather than started with half of it."""
+
+    exit_code = 65
+
+
 def _load_named_state(
     optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], tensors: dict[str, torch.Tensor]
 ) -> None:
@@ -93,7 +99,10 @@ def _load_named_state(
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 saved = tensors.get(f"optimizer.{key}.{names[parameter]}")
                 if saved is None:
-                    continue
+                    raise StateMismatch(
+                        f"the checkpoint has no optimizer state {key} of {names[parameter]}: it was saved with another "
+                        "zero_stage, precision or use_deepspeed; set them as they were"
+                    )
                 if key != "step" and saved.numel() != parameter.numel():
                     raise ValueError(
                         f"optimizer state {key} of {names[parameter]} has {saved.numel()} values, expected {parameter.numel()}"
@@ -253,7 +262,12 @@ class DeepSpeedEngine:
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         if self.stage > 0:
             for index, partition in self._partitions():
-                saved = tensors[f"master.group-{index}"]
+                saved = tensors.get(f"master.group-{index}")
+                if saved is None:
+                    raise StateMismatch(
+                        "the checkpoint has no partitioned optimizer state: it was saved with another zero_stage or precision; "
+                        "set them as they were"
+                    )
                 if saved.numel() != partition.numel():
                     raise ValueError(f"partition {index} has {saved.numel()} values, expected {partition.numel()}")
                 partition.data.copy_(saved)

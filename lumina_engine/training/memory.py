@@ -56,13 +56,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
+class DoesNotFit(MemoryError):
+    """The worst micro batch does not fit: a matter of the configuration, told before the first step."""
+
+    exit_code = 2
+
+
 def dry_run(model: Any, config: Any, device: torch.device, context: Any) -> None:
     """One forward and backward pass at the worst shape, before the first step: what does not fit fails now, with advice.
 
     Parameters, gradients and random state are as before. Rows are full, every token is trained.
 
     Raises:
-        MemoryError: it does not fit; the message names the keys that would help.
+        DoesNotFit: it does not fit; the message names the keys that would help.
     """
     rng = torch.get_rng_state()
     shape = (config.batch_size, config.seq_length)
@@ -77,7 +83,7 @@ def dry_run(model: Any, config: Any, device: torch.device, context: Any) -> None
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise MemoryError(
+        raise DoesNotFit(
             f"a micro batch of {shape[0]} rows of {shape[1]} tokens does not fit: lower batch_size (and raise "
             "gradient_accumulation_steps by the same factor), set gradient_checkpointing=true, or lower seq_length"
         ) from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -117,6 +118,8 @@ class EnhancedConversationTrainer:
         self.schedule: Schedule | None = None
         self.total_steps = 0
         self.last_loss = math.nan
+        self.pending: deque[Request] = deque()  # agreed by all ranks, not yet obeyed
+        self.at_boundary = True  # weights, progress and random state belong to the same step
         self.saved_step = 0  # of the newest checkpoint that was taken or restored
         self.bytes_V: torch.Tensor | None = None
         self.replay: dict[int, float] = {}  # step -> learning rate that the user set there before a restart
@@ -193,10 +196,12 @@ class EnhancedConversationTrainer:
         while self.progress.step < self.total_steps:
             begin = time.perf_counter()
             self._section("data", self.progress.step + 1)
+            self.at_boundary = False
             micro_batches = [batch.to(self.comm.device) for batch in next(steps)]
             data_time = time.perf_counter() - begin
             self._step(micro_batches, begin, data_time)
             self.progress.epoch, self.progress.index = loader.position.epoch, loader.position.index
+            self.at_boundary = True
             self._boundary(self.control.agree())
 
     def _step(self, micro_batches: list[Batch], begin: float, data_time: float) -> None:
@@ -296,8 +301,9 @@ class EnhancedConversationTrainer:
         self._boundary_tasks(final=False)
 
     def _obey_all(self, requests: list[Request]) -> None:
-        for request in requests:
-            self._obey(request)
+        self.pending.extend(requests)
+        while self.pending:  # a pause takes what stands behind it
+            self._obey(self.pending.popleft())
         replayed = self.replay.pop(self.progress.step + 1, None)
         if replayed is not None:
             self._set_lr(replayed, by="recovery")
@@ -360,17 +366,21 @@ class EnhancedConversationTrainer:
     def _pause(self, request: Request) -> None:
         """Stand still until `resume` (or an end). Ranks meet many times a second, so no collective times out."""
         self.emit(rec.Run(state="paused", reason=f"paused at step {self.progress.step}", id=request.id))
+        self._section("paused", self.progress.step)
         while True:
-            self._section("paused", self.progress.step)
-            time.sleep(0.05)
-            for other in self.control.agree():
+            self._settle_saves()
+            while self.pending:
+                other = self.pending.popleft()
                 if other.cmd == "resume":
-                    self.emit(rec.Run(state="running", total_steps=self.total_steps, world=self.comm.world_size, id=other.id))
+                    world, total = self.comm.world_size, self.total_steps
+                    self.emit(rec.Run(state="running", total_steps=total, world=world, id=other.id))
                     return
                 if other.cmd == "pause":
                     self.emit(rec.Note(message="already paused", step=self.progress.step, id=other.id))
                 else:
                     self._obey(other)
+            time.sleep(0.05)
+            self.pending.extend(self.control.agree())
 
     def _end(self, stop: Stop) -> None:
         """Save what a stop wants saved."""
@@ -388,6 +398,12 @@ class EnhancedConversationTrainer:
         if self.schedule is None:
             raise RuntimeError("adjust_learning_rate works while training; set learning_rate before")
         step = self.progress.step + 1
+        if step > self.total_steps or self.schedule.shape(step) < 1e-6:
+            message = f"learning rate not changed: step {step} is behind the end, or its rate in the schedule is 0"
+            self.emit(rec.Note(message=message, step=self.progress.step, id=id))
+            return
+        if by == "user":  # a newer choice: what was set in an abandoned branch does not come back
+            self.replay = {}
         before = self.schedule.lr(step)
         self.schedule.set_lr(step, lr)
         self.emit(rec.Change(what="learning_rate", step=step, before=before, after=lr, by=by, id=id))

@@ -52,7 +52,8 @@ class Worker:
             summary = self._train()
         except Exception as error:
             return self._failed(error)
-        if summary["state"] == "finished" and self.rank == 0 and self.is_sample:
+        complete = summary["state"] == "finished" and summary["step"] == summary["total_steps"]
+        if complete and self.rank == 0 and self.is_sample:
             self._examine_safely()
         return self._leave(summary["state"], summary["exit_code"], summary["reason"], summary["id"])
 
@@ -184,13 +185,16 @@ class Worker:
             self.emit(rec.Alert(severity="warning", code="examination_failed", message=message))
 
     def _examine(self) -> None:
-        """Ask the finished model the held-out questions of the built-in corpus, through the chat path."""
+        """Ask the finished model the held-out questions of the built-in corpus, through the chat path.
+
+        The last checkpoint, not the best one: `best` was chosen by the loss on these very questions.
+        """
         from ..chat.grade import grade_sample
         from ..checkpoint.manager import load_model, resolve_checkpoint
 
         begin = time.monotonic()
         self.channel.report(self.trainer.progress.step, "examination")
-        path = resolve_checkpoint(f"{self.directory.path.name}@best", self.directory.path.parent)
+        path = resolve_checkpoint(f"{self.directory.path.name}@latest", self.directory.path.parent)
         model, tokenizer, _ = load_model(path)
         result = grade_sample(model, tokenizer)
         target = self.directory.reports / "sample_eval.json"
@@ -207,10 +211,10 @@ class Worker:
 
     def _failed(self, error: Exception) -> int:
         """Say why. Errors that a restart would meet again end the run; the others leave it to the supervisor to restart."""
-        traceback.print_exception(error)  # engine.log
-        sys.stderr.flush()
         code = expected_exit_code(error)
         if code is None:
+            traceback.print_exception(error)  # engine.log
+            sys.stderr.flush()
             self._emergency_save(error)
         reason = str(error) if code is not None else f"{type(error).__name__}: {error}"
         if code is None:  # the supervisor records the crash, and decides about a restart
@@ -223,7 +227,7 @@ class Worker:
     def _emergency_save(self, error: Exception) -> None:
         """Beside the checkpoints, never in place of one. Needs no other rank, since the others may be gone."""
         trainer = self.trainer
-        usable = trainer is not None and trainer.schedule is not None and trainer.progress.step > 0
+        usable = trainer is not None and trainer.schedule is not None and trainer.progress.step > 0 and trainer.at_boundary
         if not (usable and self.config.enable_emergency_save and trainer.comm.world_size == 1):
             return
         from .state import payload
@@ -247,7 +251,7 @@ def expected_exit_code(error: BaseException) -> int | None:
     code = getattr(error, "exit_code", None)
     if isinstance(code, int):
         return code
-    named = {"ConfigError": 2, "DataError": REFUSED, "CheckpointError": REFUSED, "TokenizerError": 2, "MemoryError": 2}
+    named = {"ConfigError": 2, "DataError": REFUSED, "CheckpointError": REFUSED, "TokenizerError": 2}
     return next((named[cls.__name__] for cls in type(error).__mro__ if cls.__name__ in named), None)
 
 

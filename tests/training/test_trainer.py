@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from lumina_engine.data.batch import ConversationDataset
 from lumina_engine.data.tokenizer import ConversationTokenizer
 from lumina_engine.model.transformer import DeepSeekTransformer
 from lumina_engine.monitoring import record as rec
+from lumina_engine.run.rank import Command
 from lumina_engine.training.comm import Comm
+from lumina_engine.training.engine import StateMismatch
 from lumina_engine.training.memory import dry_run
 from lumina_engine.training.state import payload
 from lumina_engine.training.trainer import EnhancedConversationTrainer
@@ -206,3 +209,71 @@ def test_c076_save_comes_before_evaluate(tmp_path: Path) -> None:
     trainer.train(dataset, dataset)
     order = [(type(r).__name__, r.step) for r in records if isinstance(r, rec.Checkpoint | rec.Eval)]
     assert order == [("Checkpoint", 2), ("Eval", 2), ("Checkpoint", 4), ("Eval", 4)]
+
+
+class Channel:
+    """A channel whose commands come all at once."""
+
+    def __init__(self, *names: str) -> None:
+        self.commands = [Command(str(i), name) for i, name in enumerate(names)]
+        self.sections: list[str] = []
+
+    def report(self, step: int, section: str) -> None:
+        self.sections.append(section)
+
+    def poll(self) -> list[Command]:
+        taken, self.commands = self.commands, []
+        return taken
+
+
+def commanded(tmp_path: Path, *names: str) -> tuple[dict[str, Any], Records, EnhancedConversationTrainer]:
+    trainer, dataset, records = setup(tmp_path, manager=True, batch_size=4, max_steps=3, num_epochs=100, save_interval=0)
+    trainer.control.channel = trainer.channel = Channel(*names)
+    return trainer.train(dataset), records, trainer
+
+
+def test_ps14_a_stop_behind_a_pause_is_obeyed(tmp_path: Path) -> None:
+    summary, records, _ = commanded(tmp_path, "checkpoint", "pause", "pause", "stop")
+    assert (summary["state"], summary["exit_code"], summary["id"]) == ("finished", 0, "3")
+    assert [r.state for r in records if isinstance(r, rec.Run)] == ["running", "paused", "stopping"]
+
+
+def test_ps14_a_resume_behind_a_pause_goes_on(tmp_path: Path) -> None:
+    summary, records, _ = commanded(tmp_path, "pause", "resume", "resume")
+    assert summary["step"] == 3
+    assert [r.id for r in records if isinstance(r, rec.Run) and r.id] == ["0", "1"]
+    assert [r.id for r in records if isinstance(r, rec.Note) and r.id] == ["2"]
+
+
+def test_ft01_preemption_saves_and_leaves_with_75(tmp_path: Path) -> None:
+    trainer, dataset, _ = setup(tmp_path, manager=True, batch_size=4, max_steps=9, num_epochs=100, save_interval=0)
+    forward = trainer.engine.forward
+
+    def signalled(*args: Any, **kwargs: Any) -> Any:
+        trainer.control._handle(signal.SIGTERM, None)
+        return forward(*args, **kwargs)
+
+    trainer.engine.forward = signalled  # type: ignore[method-assign]
+    summary = trainer.train(dataset)
+    assert (summary["state"], summary["exit_code"], summary["step"]) == ("preempted", 75, 1)
+    assert (tmp_path / "run" / "checkpoints" / "step-000001").is_dir()
+
+
+def test_r29_a_rate_of_zero_cannot_be_scaled(tmp_path: Path) -> None:
+    trainer, dataset, records = setup(
+        tmp_path, max_steps=4, num_epochs=100, min_lr_ratio=0.0, warmup_steps=0, lr_schedule="linear"
+    )
+    trainer.prepare(dataset)
+    trainer.progress.step = 3
+    trainer.adjust_learning_rate(1e-4)
+    assert trainer.schedule is not None and trainer.schedule.multiplier == 1.0
+    assert "not changed" in records[-1].message
+
+
+def test_r33_state_of_another_stage_is_refused(tmp_path: Path) -> None:
+    trainer, dataset, _ = setup(tmp_path, batch_size=4, max_steps=2, num_epochs=100)
+    trainer.train(dataset)
+    state = trainer.engine.state_tensors()
+    missing = {name: tensor for name, tensor in state.items() if "exp_avg_sq" not in name}
+    with pytest.raises(StateMismatch, match="zero_stage"):
+        trainer.engine.load_state_tensors(missing)
