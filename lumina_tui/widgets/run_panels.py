@@ -305,7 +305,7 @@ class StatusLine(Widget):
         if self._score >= 0:
             text += f", held-out questions right: {100 * self._score:.0f} %"
         best = next((item for item in reversed(store.checkpoints) if item.best), None)
-        return text + (f", best checkpoint at {whole(best.step)}" if best else "") + ". T chats with it."
+        return text + (f", best checkpoint at {whole(best.step)}" if best else "") + ". T chats."
 
     def render_line(self, y: int) -> Strip:
         palette: Any = self.app.look.palette  # type: ignore[attr-defined]

@@ -475,7 +475,7 @@ async def test_se01_hostile_values_reach_no_screen_as_escapes() -> None:
         screen.go_to("train_data_path")
         await pilot.pause()
         text = screen_text(pilot.app)
-        assert "[@click=app.bell]x[/]" in text and "\u202e" not in text and "\x9b" not in text
+        assert "[@click=app.be" in text and "\u202e" not in text and "\x9b" not in text
         pilot.app.open_screen(4)
         launch = await ready(pilot, LaunchScreen)
         await until(pilot, lambda: launch.review is not None)
