@@ -84,8 +84,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     os.environ.setdefault("TEXTUAL_FPS", "15" if args.slow else "30")  # read when textual is imported
     os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
-    if not (sys.stdin.isatty() and sys.stdout.isatty()) or os.environ.get("TERM", "") in ("dumb", ""):
-        why = "TERM=dumb" if sys.stdout.isatty() and sys.stdin.isatty() else "no terminal"
+    for name in ("COLUMNS", "LINES"):  # textual would believe them, and never see the terminal change its size
+        os.environ.pop(name, None)
+    streams = {"input": sys.stdin, "output": sys.stdout, "error output (the screen is drawn there)": sys.stderr}
+    elsewhere = [name for name, stream in streams.items() if not stream.isatty()]
+    if elsewhere or os.environ.get("TERM", "") in ("dumb", ""):
+        why = f"{elsewhere[0]} is no terminal" if elsewhere else "TERM=dumb"
         print(
             f"lumina: {why}, no full screen; use lumina-engine (runs list, runs tail RUN, train --preset debug)",
             file=sys.stderr,

@@ -18,18 +18,22 @@ def end_of(path: Path, size: int = 16_384) -> str:
 
 
 def cap(path: Path, limit: int) -> None:
-    """Keep a log that others append to below `limit` bytes: copy it to <name>.1 and truncate. A full disk costs the copy."""
+    """Keep a log that others append to below `limit` bytes: copy it to <name>.1 and truncate. A full disk costs the copy.
+
+    <name>.1 appears whole and private, or not at all: a reader never meets a copy that is still being written.
+    """
     try:
         if path.stat().st_size <= limit:
             return
     except OSError:
         return
-    old = path.with_name(path.name + ".1")
+    old, partial = path.with_name(path.name + ".1"), path.with_name(path.name + ".partial")
     try:
-        shutil.copyfile(path, old)
-        old.chmod(0o600)
+        shutil.copyfile(path, partial)
+        partial.chmod(0o600)
+        partial.replace(old)
     except OSError:
-        old.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
     os.truncate(path, 0)
 
 

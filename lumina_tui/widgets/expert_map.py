@@ -217,7 +217,11 @@ class ExpertMap(Drawn):
         self.sync()
 
     def on_resize(self) -> None:
-        self._arrange()
+        self._seen = ()
+        self.sync()
+
+    def on_show(self) -> None:
+        self.sync()
 
 
 def _imbalance(load: LayerLoad) -> float:

@@ -1,0 +1,183 @@
+"""Whole screens as text that a reviewer can read (tests/tui/snapshots/*.txt), and the program in a real tmux.
+
+`LUMINA_SNAPSHOTS=write pytest tests/tui/test_snapshots.py` writes them again after a wanted change.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lumina_engine.monitoring import record as rec
+from lumina_tui.application import LuminaApp, Start
+from lumina_tui.feed import Mode
+from lumina_tui.screens import home
+from lumina_tui.terminal import NAMED, AsciiFilter, Look, to_ascii
+
+from .fake_engine import FakeEngine
+from .helpers import screen_text, until
+
+FOLDER = Path(__file__).parent / "snapshots"
+LOOKS = {"braille": Look(hz=4), "ascii": Look(glyphs="ascii", palette=NAMED, ansi=True, hz=4)}
+
+
+@pytest.fixture(autouse=True)
+def fixed_clock(monkeypatch):
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def compare(name: str, text: str) -> None:
+    """Against the stored picture; differences in age and rate are no differences."""
+    text = re.sub(r"LIVE [\d.]+ Hz", "LIVE 4 Hz", text)
+    text = "\n".join(line.rstrip() for line in text.split("\n")) + "\n"
+    path = FOLDER / f"{name}.txt"
+    if os.environ.get("LUMINA_SNAPSHOTS") == "write":
+        FOLDER.mkdir(exist_ok=True)
+        path.write_text(text)
+    assert path.exists(), f"{path.name} is missing; LUMINA_SNAPSHOTS=write makes it"
+    assert text == path.read_text(), f"{path.name} has changed:\n{text}"
+
+
+def story(engine: FakeEngine) -> None:
+    """The same run every time."""
+    engine.t = 1_764_000_000.0
+    engine.state("running")
+    for part in range(8):
+        engine.steps(50)
+        engine.experts(4, 8, hot=3 if part == 7 else None, dead=5)
+        engine.emit(rec.Eval(step=engine.step_number, loss=1.75 + 3.0 / (part + 1)))
+        engine.emit(rec.Checkpoint(step=engine.step_number, bytes=12_000_000, best=part == 7))
+    engine.emit(
+        rec.Alert(
+            severity="warning", code="loss_spike", message="6.3 sigma, step skipped", recommendation="Nothing to do.", step=333
+        )
+    )
+    engine.emit(
+        rec.Hardware(
+            cpu=93.0,
+            cpu_count=2,
+            memory_used=int(6.1e9),
+            memory_total=int(16e9),
+            rss=int(1.9e9),
+            disk_free=int(1.1e12),
+            disk_total=int(2e12),
+        )
+    )
+    engine.log("lumina engine", "device: cpu, 2 threads", "step 400: evaluated")
+
+
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (160, 45)], ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("glyphs", LOOKS)
+async def test_monitor(tmp_path, size, glyphs):
+    async with FakeEngine(tmp_path, "b1-oasst") as engine:
+        story(engine)
+        app = LuminaApp(tmp_path, look=LOOKS[glyphs], start=Start(run=engine.run.path))
+        async with app.run_test(size=size) as pilot:
+            await until(pilot, lambda: app.screen.feed is not None and app.screen.feed.mode is Mode.LIVE)
+            for chart in app.screen.charts:  # axes that remember no earlier picture
+                chart.show(app.screen.store)
+            await until(pilot, lambda: all(part in screen_text(app) for part in ("loss_spike", "C checkpoint", "2.58")))
+            text = screen_text(app)
+            if glyphs == "ascii":
+                assert any(isinstance(item, AsciiFilter) for item in app.get_line_filters())
+                assert text.isascii() or to_ascii(text).isascii()
+                text = to_ascii(text)
+            compare(f"monitor-{size[0]}x{size[1]}-{glyphs}", text)
+
+
+@pytest.mark.parametrize("size", [(80, 24), (160, 45)], ids=lambda size: f"{size[0]}x{size[1]}")
+async def test_home(tmp_path, size, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        home,
+        "_sample",
+        lambda root: rec.Hardware(cpu_count=2, memory_used=int(6e9), memory_total=int(16e9), disk_free=int(1.1e12)),
+    )
+    async with (
+        FakeEngine(Path("runs"), "b1-oasst", preset="b1") as live,
+        FakeEngine(Path("runs"), "debug-1") as over,
+        FakeEngine(Path("runs"), "crashed-one") as dead,
+    ):
+        for engine in (live, over, dead):
+            story(engine)
+        await over.finish()
+        await dead.crash()
+        app = LuminaApp("runs", look=LOOKS["braille"])
+        async with app.run_test(size=size) as pilot:
+            await until(
+                pilot,
+                lambda: len(app.screen.rows) == 3 and "disk free" in screen_text(app) and "step 400, best" in screen_text(app),
+            )
+            text = re.sub(r"made\s+\d{4}-\d\d-\d\d \d\d:\d\d", "made   2025-11-24 16:00", screen_text(app))
+            text = text.replace(str(tmp_path), "/home/user")
+            if size == (80, 24):
+                text = re.sub(r"path .*", "path …", text)
+            compare(f"home-{size[0]}x{size[1]}", re.sub(r"path +/[^│\n]*", lambda m: "path".ljust(len(m[0])), text))
+
+
+def test_no_snapshot_is_unused():
+    wanted = {f"monitor-{w}x{h}-{g}.txt" for w, h in ((80, 24), (120, 40), (160, 45)) for g in LOOKS} | {
+        "home-80x24.txt",
+        "home-160x45.txt",
+    }
+    assert {path.name for path in FOLDER.glob("*.txt")} == wanted
+
+
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
+@pytest.mark.parametrize("size", [(80, 24), (160, 45)], ids=lambda size: f"{size[0]}x{size[1]}")
+def test_c138_in_a_real_tmux(tmp_path, size):
+    engine = FakeEngine(tmp_path / "runs")
+    story(engine)
+    engine.emit(rec.Run(state="finished"))
+    socket = str(tmp_path / "tmux")
+    tmux = ["tmux", "-S", socket, "-f", "/dev/null"]
+    status = tmp_path / "status"
+    lumina = f"env LC_ALL=C.UTF-8 {sys.executable} -m lumina_tui.app --runs {tmp_path}/runs"
+    command = f"{lumina}; echo $? >{status}; cat"  # cat keeps the pane for what was printed last
+
+    def seen(*texts: str) -> str:
+        deadline = time.monotonic() + 30
+        while True:
+            pane = subprocess.run([*tmux, "capture-pane", "-p", "-t", "a"], capture_output=True, text=True).stdout
+            if all(text in pane for text in texts):
+                return pane
+            assert time.monotonic() < deadline, pane
+
+    def exit_status() -> str:
+        deadline = time.monotonic() + 30
+        while not (status.exists() and status.read_text().strip()):
+            assert time.monotonic() < deadline, "it did not end"
+        return status.read_text().strip()
+
+    def press(*keys: str) -> None:
+        subprocess.run([*tmux, "send-keys", "-t", "a", *keys], check=True)
+
+    new = [*tmux, "new-session", "-d", "-s", "a", "-x", str(size[0]), "-y", str(size[1])]
+    subprocess.run([*new, command], check=True)
+    try:
+        seen("demo")
+        press("Enter")
+        seen("FINISHED", "loss  EMA", "experts 4 x 8", "T chats")
+        press("?")
+        seen("Help: Monitor")
+        press("Escape")
+        subprocess.run([*tmux, "resize-window", "-t", "a", "-x", "50", "-y", "12"], check=True)
+        seen("400 / 1,000")
+        subprocess.run([*tmux, "resize-window", "-t", "a", "-x", str(size[0]), "-y", str(size[1])], check=True)
+        seen("loss  EMA")
+        press("q")
+        assert exit_status() == "0"
+        assert "Traceback" not in seen()
+    finally:
+        subprocess.run([*tmux, "kill-server"], capture_output=True)
