@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from lumina_engine.config.presets import NAMES
 from lumina_engine.config.schema import Config
 
 from .form import INFOS, Content, Form, check_value, reference_values
+from .places import state_dir
 
 MAX_BYTES = 1 << 20
 
 
 def draft_path() -> Path:
     """Where the draft lies: the user's state folder."""
-    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "lumina" / "draft.json"
+    return state_dir() / "draft.json"
 
 
 def save_draft(form: Form, path: Path | None = None) -> None:
