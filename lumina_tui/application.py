@@ -18,6 +18,8 @@ from textual.theme import Theme
 
 from . import actions
 from .departure import Departure
+from .memory import DELAY_S, Memory
+from .places import state_dir
 from .talking import Talks
 from .terminal import AsciiFilter, ControlFilter, Look, detect
 from .widgets.acts import Acts
@@ -99,6 +101,7 @@ class LuminaApp(Acts, Talks, inherit_bindings=False):
         self.runs_root = Path(runs_root)
         self.readonly = readonly
         self.start = start or Start()
+        self.memory = Memory(state_dir() / "session.json", readonly=readonly, wake=self._remember_soon)
         self._screens: dict[int, LuminaScreen] = {}
         self._back: list[int] = []
         self._ticking = False
@@ -144,7 +147,9 @@ class LuminaApp(Acts, Talks, inherit_bindings=False):
         self.set_interval(1 / self.look.hz, self._tick)
         if not self.is_headless:
             loop = asyncio.get_running_loop()
-            Departure(lambda: loop.call_soon_threadsafe(self.exit)).install()
+            Departure(lambda: loop.call_soon_threadsafe(self.exit), self.memory.flush).install()
+        if self.memory.problem:
+            self.notice(self.memory.problem, "warning")
         if self.start.preset is not None:
             self.spawn(self.start_preset(self.start.preset))
 
@@ -164,6 +169,17 @@ class LuminaApp(Acts, Talks, inherit_bindings=False):
     async def on_unmount(self) -> None:
         for task in list(self._tasks):
             task.cancel()
+        self._remember()
+
+    def _remember_soon(self) -> None:
+        self.set_timer(DELAY_S, self._remember)
+
+    def _remember(self) -> None:
+        """Write what is to be remembered: a few KiB, once a second at most."""
+        try:
+            self.memory.flush()
+        except OSError as error:
+            self.notice(f"{self.memory.path}: {error.strerror or error}; this session will not be remembered", "warning")
 
     def _tick(self) -> None:
         if self._ticking or not self.is_running:  # a slow tick drops the next one instead of piling up

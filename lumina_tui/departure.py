@@ -7,6 +7,7 @@ does not answer. Nothing is lost by that: a viewer owns nothing, runs go on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -20,10 +21,13 @@ PATIENCE_S = 2.0  # for the loop to end by itself
 
 
 class Departure:
-    """Calls `leave` (safe from any thread) when the terminal is gone or the process is asked to end."""
+    """Calls `leave` (safe from any thread) when the terminal is gone or the process is asked to end.
 
-    def __init__(self, leave: Callable[[], object]) -> None:
-        self._leave = leave
+    `keep` (safe from any thread; may raise OSError) writes what must not be lost if the loop is stuck.
+    """
+
+    def __init__(self, leave: Callable[[], object], keep: Callable[[], object] = lambda: None) -> None:
+        self._leave, self._keep = leave, keep
         self._leaving = threading.Event()
 
     def install(self) -> None:
@@ -53,5 +57,7 @@ class Departure:
 
     def _insist(self) -> None:
         self._leave()
+        with contextlib.suppress(OSError):  # nobody is there any more who could be told
+            self._keep()
         time.sleep(PATIENCE_S)
         os._exit(0)  # the loop is stuck in a write to a terminal that is not there

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -12,7 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 from textual.app import App
 
+from .files import write_atomic, write_new
 from .paint import clean
+from .places import cache_dir
 
 if TYPE_CHECKING:
     from .screens.dialogs import Choice
@@ -31,6 +32,9 @@ class Notice:
 
 class Talks(App[None], inherit_bindings=False):
     """The part of the application that speaks. Texts from outside may come as they are: they are made safe here."""
+
+    readonly = False
+    exports_folder = Path("exports")
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,13 +88,22 @@ class Talks(App[None], inherit_bindings=False):
         """Copy by OSC 52 (at most 8 KiB; no terminal answers whether it worked) and also into a file that the notice names."""
         if len(text.encode()) <= 8192:
             self.copy_to_clipboard(text)
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lumina"
+        path = cache_dir() / name
         try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            path = folder / name
-            path.write_text(text)
-            path.chmod(0o600)
+            write_atomic(path, text)
         except OSError as error:
             self.notice(f"copied, if the terminal allows it; the file copy failed: {error}", "warning")
             return
         self.notice(f"copied; also in {path}")
+
+    def save_export(self, stem: str, suffix: str, data: str | bytes) -> Path:
+        """Write `./exports/<stem>-<time>.<suffix>` (0600; never over another file), say where in a notice, give the path.
+
+        Raises:
+            OSError: it could not be written; the message names the path. PermissionError with --readonly.
+        """
+        if self.readonly:
+            raise PermissionError("--readonly: nothing is written")
+        path = write_new(self.exports_folder, stem, suffix, data)
+        self.notice(f"written to {path}")
+        return path
