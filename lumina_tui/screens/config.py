@@ -296,7 +296,7 @@ class ConfigScreen(ConfigFiles):
             self.lumina.notice(f"nothing to {way}")
             return
         if name in INFOS:
-            self.go_to(name)
+            self.go_to_field(name)
         self._edited()
 
     def action_reset(self) -> None:
@@ -304,8 +304,10 @@ class ConfigScreen(ConfigFiles):
             self.form.reset(self.fields.current)
             self._edited()
 
-    def go_to(self, name: str) -> None:
-        """Show a field wherever it is."""
+    def go_to_field(self, name: str) -> None:
+        """Put the cursor on a field, in whatever section it is; without a configuration nothing happens."""
+        if self.form is None or name not in INFOS:
+            return
         self.query_one("#sections", Table).move_to(INFOS[name].section)
         self._show()
         self.fields.go_to(name)
@@ -325,11 +327,11 @@ class ConfigScreen(ConfigFiles):
         finding = self.findings[self._current]
         name = next((key for key in finding.keys if key in INFOS), None)
         if name is not None:
-            self.go_to(name)
+            self.go_to_field(name)
         self._show()
 
     def action_search(self) -> None:
-        self.lumina.push_screen(FieldSearch(), lambda name: self.go_to(name) if name and self.form else None)
+        self.lumina.push_screen(FieldSearch(), lambda name: self.go_to_field(name) if name and self.form else None)
 
     def action_diff(self) -> None:
         from .sheets import lines_sheet

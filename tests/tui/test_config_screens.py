@@ -85,7 +85,7 @@ async def config_of(pilot: Any, **arguments: Any) -> ConfigScreen:
 
 async def enter(pilot: Any, screen: ConfigScreen, name: str, text: str) -> None:
     """Type a value into a field by keys."""
-    screen.go_to(name)
+    screen.go_to_field(name)
     await pilot.press("enter")
     field = screen.fields
     assert field.editing == name
@@ -196,7 +196,7 @@ async def test_c129_journey_with_two_wrong_values() -> None:
 async def test_c129_problem_stands_under_the_field_while_typing() -> None:
     async with App().run_test(size=(80, 24)) as pilot:
         screen = await config_of(pilot, preset="debug")
-        screen.go_to("num_layers")
+        screen.go_to_field("num_layers")
         await pilot.press("enter", "9", "9", "9")
         await until(pilot, lambda: "999: must be a whole number from 1 to 512" in screen_text(pilot.app))
         assert screen.form.value("num_layers") == 2 and not screen.form.dirty
@@ -208,17 +208,17 @@ async def test_c129_problem_stands_under_the_field_while_typing() -> None:
 async def test_c129_choices_by_arrow_and_by_list() -> None:
     async with App().run_test(size=(80, 24)) as pilot:
         screen = await config_of(pilot, preset="b1")
-        screen.go_to("precision")
+        screen.go_to_field("precision")
         await pilot.press("right")
         assert screen.form.value("precision") == "fp32"
         await pilot.press("left", "enter")
         await until(pilot, lambda: isinstance(pilot.app.screen, Question))
         await pilot.press("3")
         await until(pilot, lambda: screen.is_current and screen.form.value("precision") == "bf16")
-        screen.go_to("qk_norm")
+        screen.go_to_field("qk_norm")
         await pilot.press("space")
         assert screen.form.value("qk_norm") is True
-        screen.go_to("num_layers")
+        screen.go_to_field("num_layers")
         await pilot.press("right")
         assert any("no fixed choices" in n.text for n in pilot.app.notices)
 
@@ -472,7 +472,7 @@ async def test_se01_hostile_values_reach_no_screen_as_escapes() -> None:
     config.train_data_path = "[@click=app.bell]x[/]\u202e\u009b2J"
     async with App().run_test(size=(80, 24)) as pilot:
         screen = await config_of(pilot, config=config, preset="debug")
-        screen.go_to("train_data_path")
+        screen.go_to_field("train_data_path")
         await pilot.pause()
         text = screen_text(pilot.app)
         assert "[@click=app.be" in text and "\u202e" not in text and "\x9b" not in text
