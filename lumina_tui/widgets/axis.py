@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..paint import count
+from lumina_engine.monitoring.ticks import clock_labels, count_labels, hour_labels, round_step
 
 
 @dataclass(frozen=True)
@@ -39,34 +38,6 @@ class Scale:
         return self.low + share * (self.high - self.low)
 
 
-def round_step(raw: float) -> float:
-    """The smallest of 1, 2, 2.5, 5 times a power of ten that is at least `raw`."""
-    if not raw > 0 or not math.isfinite(raw):
-        return 1.0
-    power = 10.0 ** math.floor(math.log10(raw))
-    for factor in (1.0, 2.0, 2.5, 5.0, 10.0):
-        if factor * power >= raw * (1 - 1e-9):
-            return factor * power
-    return 10.0 * power
-
-
-def ticks(low: float, high: float, most: int, log: bool = False, whole: bool = False) -> list[float]:
-    """At most about `most` round values in [low, high]."""
-    if most < 1 or not (math.isfinite(low) and math.isfinite(high)) or high < low:
-        return []
-    if log and low > 0:
-        first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
-        if last - first + 1 >= 2:
-            stride = max(1, -(-(last - first + 1) // most))
-            return [10.0**power for power in range(first, last + 1, stride)]
-    step = round_step((high - low) / most) if high > low else 1.0
-    if whole:
-        step = max(1.0, math.ceil(step))
-    start = math.ceil(low / step - 1e-9)
-    found = [i * step for i in range(start, start + most + 2) if i * step <= high + step * 1e-9]
-    return [0.0 if value == 0 else value for value in found]
-
-
 def y_limits(low: float, high: float, rows: int, log: bool, before: tuple[float, float] | None) -> tuple[float, float]:
     """Round limits around [low, high]; the limits before are kept as long as they fit and do not waste a third."""
     if log:
@@ -94,41 +65,6 @@ def x_limit(newest: float, first: float, before: float | None) -> float:
     return first + math.ceil((newest - first) / step + 1e-6) * step
 
 
-def y_labels(values: list[float], log: bool) -> list[str]:
-    """Labels with as many decimals as tell them apart."""
-    if not values:
-        return []
-    if log or max(abs(value) for value in values) >= 1e4 or max(abs(value) for value in values) < 0.01:
-        return [_short(value) for value in values]
-    gap = min((b - a for a, b in itertools.pairwise(values)), default=abs(values[0]) or 1.0)
-    decimals = max(0, min(6, -math.floor(math.log10(gap) + 1e-9))) if gap > 0 else 2
-    if decimals and any(round(value, decimals) != round(value, decimals + 1) for value in values):
-        decimals += 1  # steps of 2.5
-    return [f"{value:.{decimals}f}" for value in values]
-
-
-def _short(value: float) -> str:
-    """A round value without empty zeros: 10k, 2.5k, 1e-3."""
-    if abs(value) >= 1000:
-        digits, _, prefix = count(value).partition(" ")
-        return (digits.rstrip("0").rstrip(".") if "." in digits else digits) + prefix
-    if value and abs(value) < 0.01:
-        return _exponent(value)
-    return f"{value:g}"
-
-
-def _exponent(value: float) -> str:
-    mantissa, _, power = f"{value:.2e}".partition("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
-
-
 def x_labels(values: list[float], base: str) -> list[str]:
-    """Labels of an X axis: steps and tokens with prefixes, hours as time."""
-    if base == "hours":
-        most = max(values, default=0.0)
-        if most < 2 / 60:
-            return [f"{value * 3600:.0f}s" for value in values]
-        if most < 2:
-            return [f"{value * 60:.3g}m" for value in values]
-        return [f"{value:.3g}h" for value in values]
-    return [_short(value) for value in values]
+    """Labels of an X axis: steps and tokens with prefixes, hours as a length of time, clock time as local time."""
+    return {"hours": hour_labels, "clock": clock_labels}.get(base, count_labels)(values)

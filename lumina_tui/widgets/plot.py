@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lumina_engine.monitoring.reduce import Columns, Pyramid, percentile_range
+from lumina_engine.monitoring.ticks import ticks, value_labels
 
 from ..history import METRICS, Base, History
 from ..paint import number
 from ..series import Event, RunStore
 from ..terminal import Glyphs
-from .axis import Scale, ticks, x_labels, x_limit, y_labels, y_limits
+from .axis import Scale, x_labels, x_limit, y_limits
 from .canvas import DOTS, SPACE, Frame, Spans, cells, dots, joined
 
 # style numbers of a frame, in the order of STYLE_ROLES
@@ -117,7 +118,7 @@ def build(store: RunStore, options: Options, width: int, height: int, glyphs: Gl
         low, high = _y_range(store, options, edges_D, x)
         y = y_limits(low, high, rows, options.log_y, before.y)
         marks = ticks(y[0], y[1], min(8, max(2, rows // 2)), options.log_y)
-        labels = y_labels(marks, options.log_y)
+        labels = value_labels(marks, options.log_y)
         need = max((len(label) for label in labels), default=1)
         if need <= gutter:
             break

@@ -11,10 +11,11 @@ import pytest
 from textual.app import App
 
 from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.ticks import ticks, value_labels
 from lumina_tui.application import LuminaApp
 from lumina_tui.series import RunStore
 from lumina_tui.terminal import Look
-from lumina_tui.widgets.axis import Scale, ticks, x_labels, x_limit, y_labels, y_limits
+from lumina_tui.widgets.axis import Scale, x_labels, x_limit, y_limits
 from lumina_tui.widgets.canvas import DOTS, SPACE, Frame, cells, changed_regions, dots, joined
 from lumina_tui.widgets.expert_map import ExpertMap, level_of
 from lumina_tui.widgets.line_chart import LineChart
@@ -146,7 +147,7 @@ def test_axes_are_round_and_hold_still():
     assert ticks(1e-5, 1e-2, 5, log=True) == pytest.approx([1e-5, 1e-4, 1e-3, 1e-2])
     assert ticks(0, 3, 10, whole=True) == [0, 1, 2, 3] and ticks(math.nan, 1, 3) == [] and ticks(5, 1, 3) == []
     assert x_labels([0, 10_000, 2_500_000], "step") == ["0", "10k", "2.5M"] and x_labels([0.5], "hours") == ["30m"]
-    assert y_labels([1.5, 2.0, 2.5], False) == ["1.5", "2.0", "2.5"] and y_labels([0.0, 2.5e-4, 5e-4], False)[1] == "2.5e-4"
+    assert value_labels([1.5, 2.0, 2.5]) == ["1.5", "2.0", "2.5"] and value_labels([0.0, 2.5e-4, 5e-4])[1] == "2.5e-4"
     limit, changes = None, 0
     for newest in range(10, 5_000):
         new = x_limit(float(newest), 0.0, limit)
