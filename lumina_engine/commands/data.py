@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import json
+import signal
 import sys
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from .common import UserError, add_config_arguments, add_json, load_config, print_json, safe, table
 
 if TYPE_CHECKING:
+    from ..data.check import Check, Sofar
     from ..data.inspection import PreviewRow
 
 HELP = "convert, check, preview and prepare training data"
@@ -28,31 +32,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("out", metavar="OUT", help="the file to write")
     _add_format(convert)
     convert.add_argument("--strict", action="store_true", help="a record that would be dropped or cut is an error")
-    add_json(convert)
+    _add_json(convert)
 
     validate = add("validate", "check files; lists every problem with file and line (exit code 1 if there is one)")
-    validate.add_argument("paths", nargs="+", metavar="PATH", help="files, folders or globs")
+    validate.add_argument("paths", nargs="*", metavar="PATH", help="files, folders or globs (default: the built-in corpus)")
     _add_format(validate)
     validate.add_argument("--tokenizer", metavar="NAME", help="count tokens with this tokenizer too")
-    add_json(validate)
+    validate.add_argument("--sample", type=int, default=0, metavar="N", help="tokenise N conversations, 0 = all (default)")
+    validate.add_argument("--seq-length", type=int, metavar="S", help="count what rows of S tokens would cut off")
+    validate.add_argument("--against", action="append", metavar="EVAL", help="evaluation data to look for the same ones in")
+    _add_json(validate)
 
     preview = add("preview", "rows as training sees them: trained, context and padding tokens marked")
     preview.add_argument("path", nargs="?", metavar="PATH", help="file, folder or glob (default: the configured data)")
     add_config_arguments(preview)
     preview.add_argument("--tokenizer", metavar="NAME", help="the same as tokenizer=NAME")
     preview.add_argument("--rows", type=int, default=2, metavar="N", help="rows to show (default 2)")
+    preview.add_argument("--first", type=int, default=0, metavar="N", help="begin with row N (default 0)")
     preview.add_argument("--sample", type=int, default=500, metavar="N", help="conversations to pack, 0 = all (default 500)")
-    add_json(preview)
+    _add_json(preview)
 
     prepare = add("prepare", "tokenise the configured data into the token store now")
     add_config_arguments(prepare)
-    add_json(prepare)
+    _add_json(prepare)
 
     sample = add("sample", "write the built-in corpus")
     sample.add_argument("out", nargs="?", metavar="OUT", help="file to write (default: standard output)")
     sample.add_argument("--split", choices=("train", "eval"), default="train")
     sample.add_argument("--skills", metavar="LIST", help="only these skills, separated by commas")
     add_json(sample)
+
+
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
+    parser.add_argument("--progress", choices=("json",), help="figures so far as JSON lines on standard error, 5 a second")
 
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
@@ -69,13 +82,21 @@ def run(args: argparse.Namespace) -> int:
         "prepare": _prepare,
         "sample": _sample,
     }
-    return actions[args.action](args)
+    before = signal.signal(signal.SIGTERM, _leave)  # so that what is half written is cleared away
+    try:
+        return actions[args.action](args)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
 
 
 def _convert(args: argparse.Namespace) -> int:
     from ..data.formats import convert
 
-    meter = _Meter("conversations read")
+    meter = _Meter("conversations read", args.progress)
     result = convert(args.inputs, args.out, args.format, strict=args.strict, progress=meter.show)
     meter.end()
     if args.json:
@@ -89,32 +110,73 @@ def _convert(args: argparse.Namespace) -> int:
 
 
 def _validate(args: argparse.Namespace) -> int:
-    from ..data.inspection import check_files
+    from ..data.check import check_files
 
+    _at_least(args, sample=0, seq_length=1)
     tokenizer = None
     if args.tokenizer:
         from ..data.tokenizer import ConversationTokenizer
 
         tokenizer = ConversationTokenizer(args.tokenizer)
-    check = check_files(args.paths, args.format, tokenizer)
+    meter = _Meter("conversations checked", args.progress)
+
+    def told(sofar: Sofar) -> None:
+        meter.show(sofar.conversations, sofar.tokens, problems=sofar.problems, bytes=sofar.bytes, total_bytes=sofar.total_bytes)
+
+    check = check_files(
+        args.paths or None,
+        args.format,
+        tokenizer,
+        sample=args.sample,
+        seq_length=args.seq_length,
+        against=args.against,
+        progress=told,
+    )
+    meter.end()
     total = check.counts.total()
     if args.json:
         print_json(check.to_dict())
         return 1 if total else 0
+    _print_check(check)
+    return 1 if total else 0
+
+
+def _print_check(check: Check) -> None:
     rows = [(safe(entry["path"]), entry["format"] or "?", f"{entry['conversations']:,}") for entry in check.files]
     print(table(rows, ("file", "format", "conversations"), right=(2,)))
     roles = ", ".join(f"{count:,} {role}" for role, count in sorted(check.messages.items()))
     print(f"{check.conversations:,} conversations" + (f": {roles}" if roles else ""))
-    if check.tokens is not None:
-        print(f"{check.tokens:,} tokens, {check.trained_tokens:,} trained, longest conversation {check.longest:,}")
+    figures = check.to_dict()
+    if "tokens" in figures:
+        basis = figures["tokens_basis"] if check.measured else f"guessed from {figures['sampled_conversations']:,}"
+        print(
+            f"{figures['tokens']:,} tokens ({basis}), {figures['trained_tokens']:,} trained "
+            f"({100 * figures['trained_share']:.1f} %), longest conversation {figures['longest']:,}"
+        )
+        if figures["cut"] and figures["cut"]["conversations"]:
+            cut = figures["cut"]
+            how = ", ".join(f"{kind} in {count:,}" for kind, count in sorted(cut["how"].items()))
+            print(f"{cut['conversations']:,} longer than {cut['seq_length']:,}: {cut['lost_tokens']:,} tokens cut off ({how})")
+    for what, repeats in (("repeats of earlier ones", check.duplicates), ("also in the evaluation data", check.overlap)):
+        if repeats is not None and repeats.conversations:
+            first = repeats.examples[0]
+            print(safe(f"{repeats.conversations:,} {what}, the first: {first.path}:{first.line}"))
+    total = check.counts.total()
     for problem in check.problems[:_SHOWN_PROBLEMS]:
         print(safe(str(problem)))
     if total > _SHOWN_PROBLEMS:
         print(f"… and {total - _SHOWN_PROBLEMS:,} more")
     for reason, count in check.counts.most_common():
         print(f"  {count:,} × {safe(reason)}")
-    print("no problems" if not total else f"{total:,} problems")
-    return 1 if total else 0
+    print("no problems" if not total else f"{total:,} problem{'s' if total > 1 else ''}")
+
+
+def _at_least(args: argparse.Namespace, **least: int) -> None:
+    """Refuse options below their least value."""
+    for name, value in least.items():
+        given = getattr(args, name)
+        if given is not None and given < value:
+            raise UserError(f"--{name.replace('_', '-')} {given}: give at least {value}")
 
 
 def _preview(args: argparse.Namespace) -> int:
@@ -123,8 +185,9 @@ def _preview(args: argparse.Namespace) -> int:
         args.path = None
     if args.tokenizer:
         args.overrides.append(f"tokenizer={args.tokenizer}")
+    _at_least(args, rows=1, first=0, sample=0)
     config = load_config(args, default_preset="debug").config
-    from ..data.inspection import preview_rows
+    from ..data.inspection import preview
     from ..data.layouts import Tally
     from ..data.rows import RowOptions
     from ..data.store import file_source, sample_source
@@ -134,12 +197,25 @@ def _preview(args: argparse.Namespace) -> int:
     source = sample_source("train") if path is None else file_source(path, config, "PATH")
     tokenizer = ConversationTokenizer(config.tokenizer)
     options = RowOptions.from_config(config)
-    rows = list(preview_rows(source.read(Tally()), tokenizer, options, max(1, args.rows), max(0, args.sample)))
+    meter = _Meter("conversations tokenised", args.progress)
+    seen = preview(source.read(Tally()), tokenizer, options, args.rows, args.sample, first=args.first, progress=meter.show)
+    meter.end()
     if args.json:
-        print_json({"source": source.label, "tokenizer": tokenizer.name, "rows": [_row_json(row) for row in rows]})
+        print_json(
+            {
+                "source": source.label,
+                "tokenizer": tokenizer.name,
+                "seq_length": options.seq_length,
+                "packing": options.packing,
+                "conversations": seen.conversations,
+                "total_rows": seen.total_rows,
+                "first": seen.first,
+                "rows": [_row_json(row) for row in seen.rows],
+            }
+        )
         return 0
     print(safe(f"{source.label}, tokenizer {tokenizer.name}, seq_length {options.seq_length:,}, packing {options.packing}"))
-    for number, row in enumerate(rows):
+    for number, row in enumerate(seen.rows, seen.first):
         _print_row(number, row)
     return 0
 
@@ -173,7 +249,7 @@ def _prepare(args: argparse.Namespace) -> int:
     from ..data.tokenizer import ConversationTokenizer
 
     tokenizer = ConversationTokenizer(config.tokenizer)
-    meter = _Meter("conversations tokenised")
+    meter = _Meter("conversations tokenised", args.progress)
     started = time.monotonic()
     data = open_data(config, tokenizer, progress=meter.show)
     seconds = time.monotonic() - started
@@ -201,7 +277,6 @@ def _prepare(args: argparse.Namespace) -> int:
 
 def _sample(args: argparse.Namespace) -> int:
     import difflib
-    import json
 
     from ..data import sample
 
@@ -226,21 +301,27 @@ def _sample(args: argparse.Namespace) -> int:
 
 
 class _Meter:
-    """A progress line on standard error, where that is a terminal."""
+    """What was done so far, at most five times a second on standard error: a line for a person where that is a terminal, or
+    with `form` "json" one JSON object a line: `progress` (what is counted), `conversations`, `tokens`, and further figures."""
 
-    def __init__(self, what: str) -> None:
-        self.what = what
+    def __init__(self, what: str, form: str | None) -> None:
+        self.what, self.form = what, form
         self.shown = 0.0
         self.live = sys.stderr.isatty()
 
-    def show(self, count: int, tokens: int | None = None) -> None:
-        """Show `count` (and tokens) unless it was shown less than 0.2 s ago."""
-        if self.live and time.monotonic() - self.shown > 0.2:
-            self.shown = time.monotonic()
-            extra = f", {tokens / 1e6:.1f}M tokens" if tokens is not None else ""
-            print(f"\r{count:,} {self.what}{extra}\x1b[K", end="", file=sys.stderr, flush=True)
+    def show(self, count: int, tokens: int | None = None, **more: int) -> None:
+        """Show `count` (and tokens) unless something was shown less than 0.2 s ago."""
+        if not (self.live or self.form) or time.monotonic() - self.shown < 0.2:
+            return
+        self.shown = time.monotonic()
+        if self.form == "json":
+            line = {"progress": self.what, "conversations": count, "tokens": tokens, **more}
+            print(json.dumps(line), file=sys.stderr, flush=True)
+            return
+        extra = f", {tokens / 1e6:.1f}M tokens" if tokens is not None else ""
+        print(f"\r{count:,} {self.what}{extra}\x1b[K", end="", file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        """Clear the line."""
-        if self.live and self.shown:
+        """Clear the line for a person."""
+        if self.live and self.shown and self.form is None:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -42,7 +42,8 @@ class DataError(Exception):
     """Bad input data. `str()` is one line: "file:line: message; fix".
 
     `reason` is a short name of the kind of fault, equal for equal faults, for counting. `exit_code` is 65 (the data are
-    refused), or 2 where the name or the setting is wrong.
+    refused), or 2 where the name or the setting is wrong. `excerpt` is what stands there, made visible: (the text before
+    the fault, the text from the fault on); None where no single place is at fault.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class DataError(Exception):
         fix: str = "",
         reason: str = "",
         exit_code: int = 65,
+        excerpt: tuple[str, str] | None = None,
     ) -> None:
         self.message = message
         self.path = None if path is None else str(path)
@@ -61,6 +63,7 @@ class DataError(Exception):
         self.fix = fix
         self.reason = reason or message
         self.exit_code = exit_code
+        self.excerpt = excerpt
         place = "" if self.path is None else self.path if line is None else f"{self.path}:{line}"
         super().__init__((f"{place}: " if place else "") + message + (f"; {fix}" if fix else ""))
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from ..text import safe_text
 from .conversation import DataError, nearest
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -27,16 +28,31 @@ _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet", b"PK\x03\x04": "zip", b"BZh": "bzip2"}
 _CHUNK = 1 << 20  # characters read at a time from a JSON list
 _SPACE = " \t\r\n"
+_MAX_PROBE = 1 << 26  # bytes of one line that are looked at to tell the container
+_BEFORE, _BEHIND = 24, 32  # bytes or characters shown before a fault, and from it on
 _MAX_TEXT = 1 << 15  # characters of one plain-text document; longer files are cut at an empty line or a line end
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One JSON value and the line (from 1) where it begins."""
+    """One JSON value and the line (from 1) where it begins. `offset`: bytes of the file that were read when it was whole."""
 
     path: Path
     line: int
     value: object
+    offset: int = 0
+
+
+def excerpt(data: bytes | str, at: int) -> tuple[str, str]:
+    """What stands before place `at` and from there on, made visible: bytes outside printable ASCII as \\xNN."""
+    before, behind = data[max(0, at - _BEFORE) : at], data[at : at + _BEHIND]
+    return _visible(before), _visible(behind)
+
+
+def _visible(data: bytes | str) -> str:
+    if isinstance(data, str):
+        return safe_text(data).replace("\n", "␊").replace("\t", "␉")
+    return "".join(chr(byte) if 32 <= byte < 127 else f"\\x{byte:02x}" for byte in data)
 
 
 def expand(paths: Paths, key: str = "data path") -> list[Path]:
@@ -126,9 +142,21 @@ def container(path: Path) -> str:
                 raise DataError("the file is empty", path=path, fix="name a file with conversations", reason="empty file")
             for magic, name in _PACKED.items():
                 if start.startswith(magic):
-                    raise DataError(f"{name} files are not available yet", path=path, fix="unpack it to JSON Lines first")
+                    raise DataError(
+                        f"{name} files are not available yet",
+                        path=path,
+                        fix="unpack it to JSON Lines first",
+                        excerpt=excerpt(start, 0),
+                    )
             if b"\0" in start:
-                raise DataError("binary content (a zero byte)", path=path, fix="name a UTF-8 JSON, JSON Lines or text file")
+                at = start.index(b"\0")
+                raise DataError(
+                    "binary content (a zero byte)",
+                    path=path,
+                    line=start.count(b"\n", 0, at) + 1,
+                    fix="name a UTF-8 JSON, JSON Lines or text file",
+                    excerpt=excerpt(start, at),
+                )
             handle.seek(0)
             lines = _first_lines(handle)
     except OSError as error:
@@ -146,9 +174,9 @@ def container(path: Path) -> str:
 
 
 def _first_lines(handle: IO[bytes]) -> list[bytes]:
-    """The first two lines that are not blank."""
+    """The first two lines that are not blank; of a very long one its beginning."""
     lines: list[bytes] = []
-    for line in handle:
+    while line := handle.readline(_MAX_PROBE):
         if line.strip():
             lines.append(line)
         if len(lines) == 2:
@@ -175,8 +203,10 @@ def records(path: Path, kind: str, on_error: OnError | None = None) -> Iterator[
 
 
 def _lines(path: Path, on_error: OnError | None) -> Iterator[Record]:
+    offset = 0
     with path.open("rb") as handle:
         for number, line in enumerate(handle, 1):
+            offset += len(line)
             if number == 1:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
@@ -188,21 +218,24 @@ def _lines(path: Path, on_error: OnError | None) -> Iterator[Record]:
                     raise
                 on_error(error)
                 continue
-            yield Record(path, number, value)
+            yield Record(path, number, value, offset)
 
 
 def _loads(line: bytes, path: Path, number: int) -> object:
+    seen = None
     try:
         return json.loads(line.decode("utf-8"), parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         cause, fix = f"byte {error.start + 1} is not UTF-8", "save the file as UTF-8"
+        seen = excerpt(line, error.start)
     except json.JSONDecodeError as error:
         cause, fix = f"not valid JSON: {error.msg} at column {error.colno}", "write one complete JSON object per line"
+        seen = excerpt(error.doc, error.pos)
     except ValueError as error:  # from _no_constant, or a number of more digits than int() takes
         cause, fix = f"not valid JSON: {error}", "write one complete JSON object per line"
     except RecursionError:
         cause, fix = "not valid JSON: nested too deeply", "write one complete JSON object per line"
-    raise DataError(cause, path=path, line=number, fix=fix, reason="malformed JSON")
+    raise DataError(cause, path=path, line=number, fix=fix, reason="malformed JSON", excerpt=seen)
 
 
 def _no_constant(name: str) -> object:
@@ -227,7 +260,12 @@ class _Window:
         except UnicodeDecodeError as error:
             line = self.line + self.text.count("\n", self.at) + error.object[: error.start].count(b"\n")
             raise DataError(
-                "not UTF-8", path=self._path, line=line, fix="save the file as UTF-8", reason="malformed JSON"
+                "not UTF-8",
+                path=self._path,
+                line=line,
+                fix="save the file as UTF-8",
+                reason="malformed JSON",
+                excerpt=excerpt(bytes(error.object), error.start),
             ) from None
         self.text, self.at, self.ended = self.text[self.at :] + piece, 0, not block
         return True
@@ -274,7 +312,7 @@ def _values(path: Path, on_error: OnError | None) -> Iterator[Record]:
                 window.skip(window.at + 1)
             while window.peek() not in ("", "]" if in_list else ""):
                 line = window.line
-                yield Record(path, line, _next_value(decoder, window, path))
+                yield Record(path, line, _next_value(decoder, window, path), handle.tell())
                 if in_list and window.peek() == ",":
                     window.skip(window.at + 1)
                     if window.peek() in ("]", ""):
@@ -319,7 +357,14 @@ def _next_value(decoder: json.JSONDecoder, window: _Window, path: Path) -> objec
                 continue
             line = window.line + window.text.count("\n", window.at, error.pos)
             fix = "the file may be cut off, or a quote, comma or bracket is missing"
-            raise DataError(f"not valid JSON: {error.msg}", path=path, line=line, fix=fix, reason="malformed JSON") from None
+            raise DataError(
+                f"not valid JSON: {error.msg}",
+                path=path,
+                line=line,
+                fix=fix,
+                reason="malformed JSON",
+                excerpt=excerpt(window.text, error.pos),
+            ) from None
         except (ValueError, RecursionError) as error:
             cause = "nested too deeply" if isinstance(error, RecursionError) else str(error)
             raise DataError(f"not valid JSON: {cause}", path=path, line=window.line, reason="malformed JSON") from None
@@ -338,6 +383,6 @@ def texts(path: Path) -> Iterator[Record]:
                 line = window.line
                 window.skip(window.at + len(text))
                 if text.strip():
-                    yield Record(path, line, {"text": text})
+                    yield Record(path, line, {"text": text}, handle.tell())
     except OSError as error:
         raise _unreadable(path, error) from None

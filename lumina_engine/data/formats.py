@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .conversation import DataError, Document, nearest, shown
-from .files import OnError, Paths, container, expand, records, texts
+from .files import OnError, Paths, Record, container, expand, records, texts
 from .layouts import READERS, Tally, layout_of, strict
 
 FORMATS = ("auto", "messages", "alpaca", "sharegpt", "text")
@@ -101,7 +101,21 @@ def read_conversations(
     on_error: OnError | None = None,
     key: str = "data path",
 ) -> Iterator[Document]:
-    """Every conversation of files, folders and globs, in order, one in memory at a time.
+    """Every conversation of files, folders and globs, in order, one in memory at a time. See `read_located`."""
+    located = read_located(paths, format, tally=tally, tidy=tidy, on_error=on_error, key=key)
+    return (document for _, document in located)
+
+
+def read_located(
+    paths: Paths,
+    format: str = "auto",
+    *,
+    tally: Tally | None = None,
+    tidy: bool = False,
+    on_error: OnError | None = None,
+    key: str = "data path",
+) -> Iterator[tuple[Record, Document]]:
+    """Every conversation with the record that it comes from.
 
     `format` "auto" detects each file by itself. `tidy` also tidies the messages layout, which is read strictly otherwise.
     `tally` counts. Raises `DataError` with file:line for a malformed record; with `on_error` it is handed there instead and
@@ -115,7 +129,8 @@ def read_conversations(
         read = READERS[layout] if layout != "messages" or tidy else strict
         for record in source:
             try:
-                yield from read(record, tally)
+                for document in read(record, tally):
+                    yield record, document
             except DataError as error:
                 if on_error is None:
                     raise

@@ -179,7 +179,7 @@ def test_c028_tidying_is_counted_and_an_empty_answer_is_never_a_target(write, ro
         ("empty.jsonl", "", "empty.jsonl: the file is empty"),
         ("blank.jsonl", "\n \n", "blank.jsonl: the file is empty"),
         ("x.gz", b"\x1f\x8b\x08\x00rest", "x.gz: gzip files are not available yet; unpack it"),
-        ("x.bin", b"ab\x00cd", "x.bin: binary content"),
+        ("x.bin", b"ab\x00cd", "x.bin:1: binary content"),
         ("o.jsonl", [{"message_tree_id": "a", "prompt": {"message_id": "a"}}], "the oasst layout is not available yet"),
         ("o.jsonl", [{"message_id": "a", "parent_id": None, "text": "q"}], "the oasst layout is not available yet"),
         ("o.jsonl", [{"conversation_id": "a", "messages": []}], "the oasst layout is not available yet"),

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lumina_engine.data.batch import ConversationDataset, TrainLoader
+from lumina_engine.data.check import check_files
 from lumina_engine.data.formats import convert, read_conversations
-from lumina_engine.data.inspection import check_files
 from lumina_engine.data.layouts import Tally
 from lumina_engine.data.store import open_data
 

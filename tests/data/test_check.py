@@ -1,0 +1,228 @@
+"""C030: the check of data against counts made by hand, hostile files included."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lumina_engine.commands import data as command
+from lumina_engine.data.check import Sofar, check_files
+from lumina_engine.data.conversation import Conversation, DataError, Message
+from lumina_engine.data.cut import Samples
+from lumina_engine.data.files import excerpt
+from lumina_engine.data.store import build_store
+
+from .conftest import ByteTokenizer
+
+TOKENIZER = ByteTokenizer()
+TALKS = st.lists(
+    st.lists(st.sampled_from(["a", "bb", "some longer text", "x" * 90]), min_size=2, max_size=8).map(
+        lambda texts: texts[: len(texts) // 2 * 2]
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+def record(turns: list[str]) -> dict[str, object]:
+    return {"messages": [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]}
+
+
+def conversation(turns: list[str]) -> Conversation:
+    return Conversation(tuple(Message(("user", "assistant")[n % 2], text) for n, text in enumerate(turns)))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(talks=TALKS, others=TALKS, limit=st.integers(16, 300), width=st.integers(1, 4))
+def test_c030_figures_equal_plain_loops_over_several_files(tmp_path_factory, talks, others, limit, width):
+    folder = tmp_path_factory.mktemp("check")
+    paths = [folder / f"{part}.jsonl" for part in range(width)]
+    for part, path in enumerate(paths):
+        path.write_text("\n" + "".join(json.dumps(record(t)) + "\n" for t in talks[part::width]))
+    against = folder / "eval.jsonl"
+    against.write_text("".join(json.dumps(record(t)) + "\n" for t in others))
+    full = [path for path in paths if path.read_text().strip()]
+    found = check_files(full, tokenizer=TOKENIZER, seq_length=limit, against=against).to_dict()
+
+    order = [(str(path), line, t) for part, path in enumerate(paths) for line, t in enumerate(talks[part::width], 2)]
+    sizes = [len(TOKENIZER.encode_with_mask(conversation(t))[0]) for _, _, t in order]
+    trained = sum(sum(TOKENIZER.encode_with_mask(conversation(t))[1]) for _, _, t in order)
+    assert found["total_conversations"] == len(talks) == found["sampled_conversations"]
+    assert found["tokens"] == sum(sizes) and found["tokens_basis"] == "measured"
+    assert found["trained_tokens"] == trained and found["longest"] == max(sizes)
+    bars = found["lengths"]
+    for low, high, count in zip(bars["edges"][:-1], bars["edges"][1:], bars["counts"], strict=True):
+        assert count == sum(low < size <= high for size in sizes)
+    assert sum(bars["counts"]) == len(sizes) and limit in bars["edges"]
+    assert found["cut"]["conversations"] == sum(size > limit for size in sizes)
+    samples = Samples(
+        build_store((conversation(t) for _, _, t in order), TOKENIZER, folder / "cache", source_digest="x"), limit
+    )
+    assert found["cut"]["lost_tokens"] == samples.lost_tokens and found["cut"]["how"] == samples.shortened
+
+    first: dict[tuple[str, ...], tuple[str, int]] = {}
+    repeats = []
+    for path, line, turns in order:
+        if tuple(turns) in first:
+            repeats.append(
+                {"path": path, "line": line, **dict(zip(("first_path", "first_line"), first[tuple(turns)], strict=True))}
+            )
+        first.setdefault(tuple(turns), (path, line))
+    assert found["duplicates"] == {"conversations": len(repeats), "examples": repeats}
+    shared = [(path, line) for path, line, turns in order if turns in others]
+    assert found["overlap"]["conversations"] == len(shared)
+    assert [(e["path"], e["line"]) for e in found["overlap"]["examples"]] == shared
+
+
+def test_c030_a_sample_gives_a_guess_that_says_so(write):
+    path = write("a.jsonl", [record(["q", "a" * n]) for n in range(1, 201)])
+    whole = check_files(path, tokenizer=TOKENIZER).to_dict()
+    guess = check_files(path, tokenizer=TOKENIZER, sample=50).to_dict()
+    assert guess["tokens_basis"] == "guessed" and guess["sampled_conversations"] == 50 and guess["total_conversations"] == 200
+    assert guess["tokens"] == round(guess["avg_tokens"] * 200)
+    assert abs(guess["tokens"] - whole["tokens"]) < 0.25 * whole["tokens"]
+    assert check_files(path, tokenizer=TOKENIZER, sample=200).to_dict()["tokens_basis"] == "measured"
+    assert "tokens" not in check_files(path).to_dict()
+
+
+def test_c030_answers_of_weight_0_are_not_trained(write, talk):
+    talks = [talk("q", "abc", "r", "de", weights={1: 0.0}), talk("q", "abcd")]
+    path = write("w.jsonl", [t.to_record() for t in talks])
+    assert check_files(path, tokenizer=TOKENIZER).to_dict()["trained_tokens"] == len("de") + 1 + len("abcd") + 1
+
+
+def test_c030_built_in_corpus_holds_nothing_of_its_own_evaluation(tokenizer):
+    found = check_files(None, tokenizer=None).to_dict()
+    assert found["total_conversations"] >= 20_000 and found["problems"] == []
+    assert found["overlap"]["conversations"] == 0 and found["files"][0]["path"] == "built-in corpus"
+
+
+GOOD = json.dumps(record(["q", "a"]))
+HOSTILE = {
+    "nul.jsonl": (b'{"messages"\x00: 1}\n', 1, "binary content", ['{"messages"', "\\x00: 1}\\x0a"]),
+    "latin.jsonl": (
+        GOOD.encode() + b'\n{"messages": "caf\xe9"}\n',
+        2,
+        "byte 18 is not UTF-8",
+        ['{"messages": "caf', '\\xe9"}\\x0a'],
+    ),
+    "cut.jsonl": (GOOD.encode() + b'\n{"messages": [', 2, "not valid JSON", ['{"messages": [', ""]),
+    "esc.jsonl": (GOOD.encode() + b'\n{"messages"\x1b[2J: 1}\n', 2, "not valid JSON", ['{"messages"', "␛[2J: 1}␊"]),
+    "list.json": (f"[{GOOD}\n oops]".encode(), 2, "a comma is missing", None),
+    "latin.json": (b'[\n{"instruction": "caf\xe9"}]', 2, "not UTF-8", ['[\\x0a{"instruction": "caf', '\\xe9"}]']),
+    "latin.txt": (b"one\ncaf\xe9\n", 2, "not UTF-8", ["one\\x0acaf", "\\xe9\\x0a"]),
+    "gz.jsonl": (b"\x1f\x8b\x08\x00abc", None, "gzip files are not available yet", ["", "\\x1f\\x8b\\x08\\x00abc"]),
+    "empty.jsonl": (b"", None, "the file is empty", None),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_c137_faults_show_the_first_bad_bytes_and_other_files_stay(write, name):
+    content, line, cause, seen = HOSTILE[name]
+    bad, good = write(name, content), write("good.jsonl", GOOD + "\n")
+    check = check_files([bad, good], tokenizer=TOKENIZER)
+    found = check.to_dict()
+    assert found["files"][1]["conversations"] == 1 and found["files"][1]["format"] == "messages"
+    problem = found["problems"][0]
+    assert problem["path"] == str(bad) and problem["line"] == line and cause in problem["message"]
+    if seen is not None:
+        assert problem["excerpt"] == seen
+    text = json.dumps(found, ensure_ascii=False)
+    assert "\x1b" not in text and "\\u001b" not in text.replace("\\\\u001b", "")
+
+
+def test_c030_crlf_bom_blank_lines_and_long_lines_are_no_problem(write):
+    long = json.dumps(record(["q", "a" * 10_000_000]))
+    path = write("ok.jsonl", b"\xef\xbb\xbf" + f"{GOOD}\r\n\r\n{GOOD}\r\n{long}\n".encode())
+    found = check_files(path).to_dict()
+    assert found["total_conversations"] == 3 and found["problems"] == []
+    assert found["duplicates"]["examples"] == [{"path": str(path), "line": 3, "first_path": str(path), "first_line": 1}]
+
+
+def test_c030_pipes_folders_and_vanished_files(tmp_path, write, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match="not a regular file"):
+        check_files(tmp_path / "pipe.jsonl")
+    with pytest.raises(DataError, match="holds no"):
+        check_files(tmp_path)
+    (tmp_path / "folder.jsonl").mkdir()
+    good = write("folder.jsonl/a.jsonl", GOOD)
+    gone = write("folder.jsonl/b.jsonl", GOOD)
+    from lumina_engine.data import check as module
+
+    real = module.expand
+    monkeypatch.setattr(module, "expand", lambda *args: (real(*args), gone.unlink())[0])
+    found = check_files(tmp_path / "folder.jsonl").to_dict()
+    assert found["files"][0]["conversations"] == 1 and found["files"][0]["path"] == str(good)
+    assert found["problems"][0]["path"] == str(gone) and "No such file" in found["problems"][0]["message"]
+
+
+def test_c137_progress_grows_to_the_whole(write):
+    path = write("a.jsonl", [record(["q", str(n)]) for n in range(2000)])
+    told: list[Sofar] = []
+    check = check_files(path, tokenizer=TOKENIZER, progress=told.append)
+    assert len(told) == 8 and [s.conversations for s in told] == sorted({s.conversations for s in told})
+    assert all(0 < s.bytes <= s.total_bytes == path.stat().st_size for s in told)
+    assert told[-1].tokens is not None and told[-1].tokens <= check.tokens
+
+
+def test_c137_progress_is_json_lines_on_stderr_and_stdout_one_document(write, capsys):
+    path = write("a.jsonl", [record(["q", str(n)]) for n in range(300)])
+    for argv in (["validate", path], ["convert", path, path.with_name("o.jsonl")], ["preview", path, "tokenizer=lumina-1k"]):
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        assert command.run(parser.parse_args([*map(str, argv), "--json", "--progress", "json"])) == 0
+        out, err = capsys.readouterr()
+        json.loads(out)
+        lines = [json.loads(line) for line in err.splitlines()]
+        assert argv[0] == "convert" or lines
+        assert all(line["progress"] and line["conversations"] >= 0 for line in lines)
+
+
+def test_c137_sigterm_ends_a_conversion_and_leaves_nothing(tmp_path, write):
+    path = write("a.jsonl", [record(["q", "a" * 50 + str(n)]) for n in range(300_000)])
+    argv = [sys.executable, "-m", "lumina_engine.cli", "data", "convert", str(path), str(tmp_path / "out" / "o.jsonl")]
+    process = subprocess.Popen([*argv, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob("out/.*.tmp")):
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143 and out == b"" and list((tmp_path / "out").iterdir()) == []
+
+
+def test_c142_every_row_can_be_asked_for(write, capsys):
+    path = write("a.jsonl", [record(["question", f"answer {n}" * 3]) for n in range(12)])
+
+    def rows(first: int, count: int) -> dict:
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        argv = ["preview", path, "seq_length=64", "tokenizer=lumina-1k", "--json", "--first", first, "--rows", count]
+        assert command.run(parser.parse_args([str(word) for word in argv])) == 0
+        return json.loads(capsys.readouterr().out)
+
+    whole = rows(0, 100)
+    assert whole["total_rows"] == len(whole["rows"]) > 3 and whole["conversations"] == 12
+    assert rows(1, 2)["rows"] == whole["rows"][1:3] and rows(1, 2)["first"] == 1
+    ends = Counter(p["ends_turn"] for row in whole["rows"] for p in row["pieces"] if p["kind"] == "trained")
+    assert ends == {True: 12}
+
+
+def test_excerpt_makes_every_byte_visible():
+    before, behind = excerpt(bytes(range(256)), 128)
+    assert (before + behind).isprintable() and (before + behind).isascii()
+    assert excerpt("a\x1b\u202eb\n", 1) == ("a", "␛\ufffdb␊")
