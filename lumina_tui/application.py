@@ -22,6 +22,7 @@ from .memory import DELAY_S, Memory
 from .places import state_dir
 from .talking import Talks
 from .terminal import AsciiFilter, ControlFilter, Look, detect
+from .typeahead import TypeAhead
 from .widgets.acts import Acts
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Start:
     preset: str | None = None  # start a run from it, then open its monitor
 
 
-class LuminaApp(Acts, Talks, inherit_bindings=False):
+class LuminaApp(Acts, Talks, TypeAhead, inherit_bindings=False):
     """The full-screen program. Killing it at any moment changes no run.
 
     Args:

@@ -1,0 +1,86 @@
+"""`lumina` in a detached tmux pane: keys in, screen text out. For journeys through the real program."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+class Pane:
+    """One tmux server of its own; `start()` runs a command in it, which leaves its exit status in `status`."""
+
+    def __init__(self, folder: Path, size: tuple[int, int] = (80, 24), **environ: str) -> None:
+        self.folder, self.size = folder, size
+        self.environ = {"LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", **environ}
+        self.status = folder / "status"
+        self._socket = str(folder / "tmux")
+
+    def tmux(self, *arguments: str) -> str:
+        return subprocess.run(
+            ["tmux", "-S", self._socket, "-f", "/dev/null", *arguments], capture_output=True, text=True, check=False
+        ).stdout
+
+    def __enter__(self) -> Pane:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.tmux("kill-server")
+
+    def start(self, *arguments: str) -> None:
+        """Run `lumina` with these arguments. The pane stays when it has ended, for what it printed last."""
+        self.status.unlink(missing_ok=True)
+        settings = [f"{name}={value}" for name, value in self.environ.items()]
+        words = ["env", "-u", "COLORTERM", *settings, sys.executable, "-m", "lumina_tui.app", *arguments]
+        command = f"{shlex.join(words)}; echo $? >{shlex.quote(str(self.status))}; cat"
+        width, height = map(str, self.size)
+        self.tmux("new-session", "-d", "-s", "a", "-x", width, "-y", height, "-c", str(self.folder), command)
+
+    def text(self) -> str:
+        return self.tmux("capture-pane", "-p", "-t", "a")
+
+    def see(self, *texts: str, seconds: float = 60.0) -> str:
+        """Wait until all texts stand on the screen at once, and return the screen."""
+        deadline = time.monotonic() + seconds
+        while True:
+            pane = self.text()
+            if all(text in pane for text in texts):
+                return pane
+            assert time.monotonic() < deadline, f"waited for {texts} on:\n{pane}"
+            time.sleep(0.05)  # between two looks: tmux has no way to wait for text
+
+    def lose(self, text: str, seconds: float = 60.0) -> str:
+        """Wait until a text is gone."""
+        deadline = time.monotonic() + seconds
+        while text in (pane := self.text()):
+            assert time.monotonic() < deadline, f"still there: {text} on:\n{pane}"
+            time.sleep(0.05)  # between two looks: tmux has no way to wait for text
+        return pane
+
+    def press(self, *keys: str) -> None:
+        """Keys by tmux name (`Enter`, `Escape`, `C-u`, `a`)."""
+        self.tmux("send-keys", "-t", "a", "--", *keys)
+
+    def type(self, text: str) -> None:
+        self.tmux("send-keys", "-t", "a", "-l", "--", text)
+
+    def pid(self) -> int:
+        """The process of `lumina` in the pane."""
+        shell = int(self.tmux("display-message", "-p", "-t", "a", "#{pane_pid}"))
+        import psutil
+
+        deadline = time.monotonic() + 30
+        while True:
+            for child in psutil.Process(shell).children(recursive=True):
+                if "lumina_tui.app" in " ".join(child.cmdline()):
+                    return child.pid
+            assert time.monotonic() < deadline, "lumina has not started"
+
+    def ended(self, seconds: float = 30.0) -> int:
+        """The exit status of `lumina`, once it has left."""
+        deadline = time.monotonic() + seconds
+        while not (self.status.exists() and self.status.read_text().strip()):
+            assert time.monotonic() < deadline, f"it did not end:\n{self.text()}"
+        return int(self.status.read_text())
