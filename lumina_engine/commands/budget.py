@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from . import common
 
 HELP = "parameters, memory, disk and time of a run, for this machine or others"
-
-# A guess for planning only: bytes of conversation files per token of a byte-pair vocabulary.
-_BYTES_PER_TOKEN = 4.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from ..config.budget import budget, parse_devices
     from ..config.checks import check
     from ..config.schema import ConfigError
+    from ..data.size import train_tokens
     from ..monitoring.hardware import detect
 
     config = common.load_config(args, default_preset="debug").config
@@ -59,27 +55,6 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(common.safe(describe(figures)))
     return 0
-
-
-def train_tokens(config: Any, given: int | None = None) -> tuple[int | None, str]:
-    """Tokens of one epoch and how they are known: given, guessed from the files' size, or unknown (the built-in corpus)."""
-    if given:
-        return given, "given"
-    size = sum(path.stat().st_size for path in data_files(config.train_data_path))
-    return (int(size / _BYTES_PER_TOKEN), "guessed from the size of the files") if size else (None, "")
-
-
-def data_files(value: str | list[str] | None) -> Iterable[Path]:
-    """The regular files that a data path names: files, folders, globs or a list of them."""
-    import glob
-
-    for text in [value] if isinstance(value, str) else value or []:
-        matches = sorted(glob.glob(text, recursive=True))  # noqa: PTH207  (a pattern may be absolute)
-        for found in matches or [text]:
-            path = Path(found)
-            yield from (
-                (p for p in sorted(path.rglob("*")) if p.is_file()) if path.is_dir() else [path] if path.is_file() else []
-            )
 
 
 def describe(figures: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -17,10 +18,6 @@ if TYPE_CHECKING:
     from ..run.directory import RunDirectory
 
 HELP = "start a run (default: preset debug on the built-in corpus)"
-
-
-# Their optimizer state is stored differently, and converting it does not exist yet.
-LAYOUT = frozenset({"zero_stage", "precision", "use_deepspeed", "num_gpus"})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,13 +73,15 @@ def _plan(args: argparse.Namespace, name: str | None) -> Plan:
     Raises:
         ConfigError: there are errors.
     """
+    from ..run.directory import auto_name
+
     loaded = common.load_config(args, default_preset="debug")
     config = loaded.config
     preset = args.preset or (None if args.config else "debug")
     if name:
         config.experiment_name = name
     elif config.experiment_name == "auto":
-        config.experiment_name = f"{preset or Path(args.config).stem[:40]}-{time.strftime('%Y%m%d-%H%M%S')}"
+        config.experiment_name = auto_name(preset or Path(args.config).stem)
     return _checked(config, preset)
 
 
@@ -105,19 +104,19 @@ def _checked(config: Config, preset: str | None) -> Plan:
 
 
 def fix_paths(config: Config) -> None:
-    """Make relative paths absolute (the run works in its own folder), and refuse missing data before anything is made.
+    """Make relative paths absolute (the run works in its own folder), and refuse bad data before anything is made.
 
     Raises:
-        DataError: a path that names nothing or only empty files; the key, the path and what to do (exit code 2).
+        DataError: a path that names nothing or only empty files (exit code 2), a file whose head training could not read (65);
+            the key or the file and line, and what to do.
     """
-    from ..data.files import container, expand
+    from ..data.size import check_head
 
     for key in ("train_data_path", "eval_data_path"):
         given = getattr(config, key)
         if given is None:
             continue
-        for path in expand(given, key):
-            container(path)
+        check_head(given, config.data_format, key=key)
         absolute = [os.path.abspath(Path(entry).expanduser()) for entry in ([given] if isinstance(given, str) else given)]  # noqa: PTH100
         setattr(config, key, absolute[0] if isinstance(given, str) else absolute)
     config.data_cache_dir = os.path.abspath(Path(config.data_cache_dir).expanduser())  # noqa: PTH100
@@ -149,21 +148,51 @@ def _show(args: argparse.Namespace, plan: Plan) -> int:
 
 
 def _start(args: argparse.Namespace, plan: Plan, root: Path, existing: Any) -> int:
-    from ..run.directory import RunDirectory, require_free_space, write_json
+    from ..run.directory import RunDirectory, require_free_space
 
     for finding in plan.findings:
         if finding.severity == "warning":
             print(common.safe(finding.line()), file=sys.stderr)
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     require_free_space(root, _first_checkpoint_bytes(plan))
+    _require_cache_space(plan.config)
     if existing is not None:
         _move_aside(existing)
-    directory = RunDirectory.create(root, plan.config.experiment_name, preset=plan.preset)
+    path = root / plan.config.experiment_name
+    there = path.exists()
+    try:
+        directory = RunDirectory.create(root, plan.config.experiment_name, preset=plan.preset)
+        _write_plan(directory, plan)
+    except OSError:
+        if not there:  # nothing was started: the name is free again
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+    _launch(directory, plan, resume=False)
+    return _after_start(args, directory)
+
+
+def _write_plan(directory: RunDirectory, plan: Plan) -> None:
+    from ..run.directory import write_json
+
     _save_config(directory, plan.config)
     if plan.deepspeed is not None:
         write_json(directory.deepspeed_path, plan.deepspeed)
-    _launch(directory, plan, resume=False)
-    return _after_start(args, directory)
+
+
+def _require_cache_space(config: Config) -> None:
+    """Refuse where the token stores have no room, unless they are there already.
+
+    Raises:
+        RunError: too little is free (exit code 2).
+    """
+    from ..data.size import cache_bytes, content_digest, counted
+    from ..run.directory import RunError, require_free_space
+
+    try:
+        require_free_space(config.data_cache_dir, cache_bytes(config), "free space there, or set data_cache_dir")
+    except RunError:
+        if counted(config, content_digest(config)) is None:
+            raise
 
 
 def _save_config(directory: RunDirectory, config: Config) -> None:
@@ -198,7 +227,7 @@ def _first_checkpoint_bytes(plan: Plan) -> int:
 
 def _resume(args: argparse.Namespace, directory: Any) -> int:
     """Go on with a run: its own configuration, plus the keys that a resumed run may change."""
-    from ..config.schema import Config, ConfigError, Finding, fields_info
+    from ..config.schema import Config
 
     if directory.alive:
         owner = directory.owner()
@@ -208,7 +237,7 @@ def _resume(args: argparse.Namespace, directory: Any) -> int:
         )
     config = Config.load(directory.config_path)
     if args.preset or args.config or args.overrides:
-        config = _changed(config, args, {f.name: f for f in fields_info()}, ConfigError, Finding)
+        config = _changed(config, args)
     plan = _checked(config, None)
     if args.dry_run:
         return _show(args, plan)
@@ -217,24 +246,23 @@ def _resume(args: argparse.Namespace, directory: Any) -> int:
     return _after_start(args, directory)
 
 
-def _changed(config: Config, args: argparse.Namespace, fields: dict[str, Any], error: Any, finding: Any) -> Config:
+def _changed(config: Config, args: argparse.Namespace) -> Config:
+    """A run's own configuration with the keys that were given. Raises `ConfigError` for those that a resumed run must keep."""
+    from ..config.checks import resume_findings
     from ..config.loading import merge
+    from ..config.resolve import world_size
+    from ..config.schema import Config, ConfigError
+    from ..monitoring.hardware import detect
 
     wanted = merge(args.preset, Path(args.config) if args.config else None, list(args.overrides))
     given = [key for key, origin in wanted.origins.items() if origin != "default" and key != "experiment_name"]
-    refused = []
-    for key in given:
-        value = getattr(wanted.config, key)
-        if value == getattr(config, key) or (value == "auto"):
-            continue
-        if not fields[key].resume_may_change or key in LAYOUT:
-            fix = f"leave it at {getattr(config, key)!r}, or start a new run"
-            refused.append(finding("resume_key", "error", (key,), f"{key} cannot change in a resumed run", fix))
-        else:
-            setattr(config, key, value)
-    if refused:
-        raise error(refused)
-    return config
+    changes = {key: getattr(wanted.config, key) for key in given if getattr(wanted.config, key) != "auto"}
+    new = Config(**(config.to_dict(sectioned=False) | changes))
+    machine = detect()
+    findings = resume_findings(config, new, world_size(config, machine), world_size(new, machine))
+    if findings:
+        raise ConfigError(findings)
+    return new
 
 
 def _after_start(args: argparse.Namespace, directory: Any) -> int:

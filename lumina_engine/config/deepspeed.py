@@ -101,6 +101,11 @@ REFUSED = {
     "hybrid_engine": "nothing here calls it: remove it",
     "tensor_parallel": "Lumina has no tensor parallelism: remove it",
 }
+# DeepSpeed path → why it must stay true: a step with a broken gradient would be applied, and nobody would see it.
+GUARDS = {
+    "zero_optimization.compute_grad_norm": "without the norm a gradient that is not finite is not seen and the step is applied",
+    "bf16.check_grad_overflow": "without the check a gradient that is not finite is applied to the weights",
+}
 # DeepSpeed path → the key of Config that decides it.
 COVERED = {
     "train_batch_size": "batch_size",
@@ -196,7 +201,7 @@ def check_overrides(config: Config, world: int | None = None) -> list[Finding]:
         message = "deepspeed_overrides is set, but use_deepspeed is false"
         fix = "set use_deepspeed=true or remove the overrides"
         return [Finding("deepspeed_off", "error", ("deepspeed_overrides", "use_deepspeed"), message, fix)]
-    findings = _unknown(overrides, KNOWN, "")
+    findings = [*_unknown(overrides, KNOWN, ""), *_unguarded(overrides)]
     generated = _generated(config, world or 1)
     for path, name in COVERED.items():
         given = _at(overrides, path)
@@ -226,6 +231,17 @@ def _unknown(block: Mapping[str, Any], known: Keys, path: str) -> list[Finding]:
                 message = f"deepspeed_overrides: {full} = {show(value)}: must be a block of keys"
                 fix = f"write {full}: {{{next(iter(known[name]))}: …}}"
                 findings.append(Finding("deepspeed_block", "error", ("deepspeed_overrides",), message, fix))
+    return findings
+
+
+def _unguarded(overrides: Mapping[str, Any]) -> list[Finding]:
+    """Overrides that switch a guard off."""
+    findings = []
+    for path, reason in GUARDS.items():
+        given = _at(overrides, path)
+        if given not in (None, True):
+            message = f"deepspeed_overrides: {path} = {show(given)} is refused: {reason}"
+            findings.append(Finding("deepspeed_guard", "error", ("deepspeed_overrides",), message, f"remove {path}"))
     return findings
 
 

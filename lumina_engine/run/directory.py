@@ -325,6 +325,12 @@ def check_name(name: str) -> None:
         )
 
 
+def auto_name(stem: str, now: float | None = None) -> str:
+    """The name of a run whose experiment_name is auto: the preset or file it comes from, and the time (local)."""
+    kept = re.sub(r"[^A-Za-z0-9._-]", "-", stem)[:40].lstrip("._-") or "run"
+    return f"{kept}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now))}"
+
+
 def runs_root() -> Path:
     """Where runs are: $LUMINA_RUNS, else ./runs."""
     return Path(os.environ.get("LUMINA_RUNS") or "runs")
@@ -362,25 +368,31 @@ def find(reference: str, root: str | os.PathLike[str]) -> RunDirectory:
     raise RunError(f"no run {reference!r} in {root}: {hint}")
 
 
-def require_free_space(path: str | os.PathLike[str], needed: int) -> None:
+RUNS_FIX = "free space there, or set LUMINA_RUNS (or --runs) to a folder on another disk"
+
+
+def require_free_space(path: str | os.PathLike[str], needed: int, fix: str = RUNS_FIX) -> None:
     """Refuse before anything is made.
 
     Args:
         path: a folder, or one to be made: the nearest existing parent counts.
         needed: bytes.
+        fix: what to do where there is less.
 
     Raises:
         RunError: less is free (exit code 2).
     """
+    place, free = free_space(path)
+    if free < needed:
+        raise RunError(f"{place}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed: {fix}")
+
+
+def free_space(path: str | os.PathLike[str]) -> tuple[Path, int]:
+    """The nearest existing folder at or above a path, and the bytes that are free there."""
     place = Path(os.path.abspath(path))  # noqa: PTH100
     while not place.exists():
         place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed:
-        raise RunError(
-            f"{place}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed: free space there, or set LUMINA_RUNS "
-            "(or --runs) to a folder on another disk"
-        )
+    return place, shutil.disk_usage(place).free
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

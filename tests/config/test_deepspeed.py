@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lumina_engine.config.checks import check
-from lumina_engine.config.deepspeed import ANY, COVERED, KNOWN, REFUSED, to_deepspeed
+from lumina_engine.config.deepspeed import ANY, COVERED, GUARDS, KNOWN, REFUSED, to_deepspeed
 from lumina_engine.config.schema import Config, ConfigError
 
 
@@ -161,3 +161,13 @@ def test_r19_key_lists_are_those_of_the_installed_deepspeed(ds) -> None:
     assert read and read <= set(KNOWN) | {"seq_parallel_communication_data_type"}
     assert set(ds["config"]._REMOVED_TOP_LEVEL_CONFIG_KEYS) <= set(REFUSED)
     assert all(value is None or value == ANY or isinstance(value, dict) for value in KNOWN.values())
+
+
+@pytest.mark.parametrize("path", GUARDS)
+def test_r22_an_override_cannot_switch_a_guard_off(path: str) -> None:
+    block, name = path.split(".")
+    assert errors({block: {name: True}}) == []
+    for value in (False, 0, "off"):
+        assert any(
+            f"{path} = " in line and "is refused" in line and "finite" in line for line in errors({block: {name: value}})
+        )

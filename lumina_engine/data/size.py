@@ -1,0 +1,122 @@
+"""A look at the data that a configuration names, before training reads it: files, bytes, digest, tokens, room in the cache.
+
+Names and sizes only, but for `content_digest`, which reads the files, and `check_head`, which reads their beginning. Never
+imports a tokenizer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .conversation import DataError
+from .files import Paths, expand
+from .formats import read_conversations
+
+if TYPE_CHECKING:
+    from ..config.schema import Config
+
+# Guesses: bytes of conversation files per token, and bytes of a token store per byte of them (at most a token for two bytes,
+# five bytes a token, and the offsets and digests of the conversations).
+BYTES_PER_TOKEN = 4.0
+_STORE_SHARE = 3.0
+_CORPUS_STORE_BYTES = 64_000_000  # room that the built-in corpus takes at most
+MAX_STORES = 1_000  # folders of the cache that are looked at
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """A token store of this data that is in the cache: tokens and conversations as counted, and its fingerprint."""
+
+    tokens: int
+    documents: int
+    fingerprint: str
+
+
+def data_files(value: str | Sequence[str] | None) -> list[Path]:
+    """The files that a data path names, as training finds them; what names nothing is left out."""
+    found: list[Path] = []
+    for text in [value] if isinstance(value, str) else value or []:
+        with contextlib.suppress(DataError):
+            found += [path for path in expand(text) if path not in found]
+    return found
+
+
+def data_bytes(value: str | Sequence[str] | None) -> int:
+    """Bytes of the files that a data path names."""
+    size = 0
+    for path in data_files(value):
+        with contextlib.suppress(OSError):  # removed since it was listed
+            size += path.stat().st_size
+    return size
+
+
+def train_tokens(config: Config, given: int | None = None) -> tuple[int | None, str]:
+    """Tokens of one epoch and how they are known: given, guessed from the files' size, or unknown (the built-in corpus)."""
+    if given:
+        return given, "given"
+    size = data_bytes(config.train_data_path)
+    return (int(size / BYTES_PER_TOKEN), "guessed from the size of the files") if size else (None, "")
+
+
+def cache_bytes(config: Config) -> int:
+    """Room that the token stores of a configuration may take in `data_cache_dir` (guessed), in bytes."""
+    size = 0
+    for value in (config.train_data_path, config.eval_data_path):
+        size += int(data_bytes(value) * _STORE_SHARE)
+    return size + (_CORPUS_STORE_BYTES if config.train_data_path is None else 0)
+
+
+def content_digest(config: Config) -> str:
+    """The digest of the training data as a store names its source (64 hex digits). Reads all of it.
+
+    Raises:
+        DataError: files that are missing, unreadable or too large.
+    """
+    from .store import file_source, sample_source
+
+    if config.train_data_path is None:
+        return sample_source("train").digest
+    return file_source(config.train_data_path, config, "train_data_path").digest
+
+
+def counted(config: Config, digest: str) -> Counted | None:
+    """What the cache knows of training data with this digest under the configured tokenizer; None if it was never prepared."""
+    best: Counted | None = None
+    for meta in _stores(Path(config.data_cache_dir).expanduser()):
+        try:
+            if meta["source"]["digest"] != digest or meta["tokenizer"]["name"] != config.tokenizer:
+                continue
+            found = Counted(int(meta["tokens"]), int(meta["documents"]), str(meta["fingerprint"]))
+        except (KeyError, TypeError, ValueError):
+            continue
+        if best is None or found.tokens > best.tokens:  # the larger part is the one that is trained on
+            best = found
+    return best
+
+
+def _stores(cache: Path) -> Iterator[dict[str, Any]]:
+    try:
+        folders = sorted(cache.iterdir())[:MAX_STORES]
+    except OSError:
+        return
+    for folder in folders:
+        with contextlib.suppress(OSError, ValueError):
+            yield json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+
+
+def check_head(paths: Paths, format: str = "auto", *, key: str = "data path", conversations: int = 2_000) -> None:
+    """Read the first conversations of every file as training would; `conversations` are shared out over the files.
+
+    Raises `DataError`: what names nothing, an empty file, an unknown layout, a malformed record at the head of a file.
+    """
+    files = expand(paths, key)
+    share = max(1, conversations // len(files))
+    for path in files:
+        for _ in islice(read_conversations(path, format, key=key), share):
+            pass

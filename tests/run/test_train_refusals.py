@@ -1,0 +1,117 @@
+"""`lumina-engine train` refuses before anything is made: malformed data, no room, keys that a resumed run must keep."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lumina_engine.commands import train
+from lumina_engine.config.presets import ConfigPresets
+from lumina_engine.config.schema import Config, ConfigError
+from lumina_engine.data import size
+from lumina_engine.data.conversation import DataError
+from lumina_engine.run import directory
+from lumina_engine.run.directory import RunDirectory, RunError, auto_name, check_name
+
+GOOD = json.dumps({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}) + "\n"
+
+
+def call(root: Path, *words: str, limit: int | None = None) -> subprocess.CompletedProcess[str]:
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    argv = [sys.executable, "-m", "lumina_engine.cli", "train", "--preset", "debug", "--runs", str(root / "runs"), *words]
+    return subprocess.run(
+        argv, cwd=root, capture_output=True, text=True, timeout=120, preexec_fn=small_files if limit else None
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ('{"messages": [\n', "d.jsonl:2"),
+        (GOOD + "not json\n", "d.jsonl:2"),
+        ('{"a": 1}\n', "no known layout"),
+        ("[" + GOOD.strip(), "not closed"),
+    ],
+)
+def test_c130_malformed_data_is_refused_before_the_folder_exists(tmp_path: Path, text: str, place: str) -> None:
+    (tmp_path / "d.jsonl").write_text(text)
+    done = call(tmp_path, "--run", "mine", "--detach", "train_data_path=d.jsonl")
+    assert done.returncode == 65 and place in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs" / "mine").exists()
+
+
+def test_c130_the_head_of_every_file_is_read_and_no_more(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / f"{number}.jsonl").write_text(GOOD * 50)
+    size.check_head(str(tmp_path), conversations=30)
+    (tmp_path / "2.jsonl").write_text(GOOD * 50 + "x\n")
+    size.check_head(str(tmp_path), conversations=30)
+    with pytest.raises(DataError, match=r"2\.jsonl:51"):
+        size.check_head(str(tmp_path), conversations=300)
+
+
+def test_c130_a_disk_that_fills_while_the_folder_is_made_leaves_the_name_free(tmp_path: Path) -> None:
+    done = call(tmp_path, "--run", "mine", "--detach", limit=1024)
+    assert done.returncode == 1 and "File too large" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "runs" / "mine").exists()
+
+
+def test_c130_room_for_the_token_stores_is_asked_unless_they_are_there(tmp_path: Path, monkeypatch) -> None:
+    data = tmp_path / "d.jsonl"
+    data.write_text(GOOD * 1000)
+    config = Config(train_data_path=str(data), data_cache_dir=str(tmp_path / "cache"), tokenizer="lumina-1k")
+    need = size.cache_bytes(config)
+    assert need >= 2 * data.stat().st_size
+    monkeypatch.setattr(directory, "free_space", lambda path: (Path(path), need - 1))
+    with pytest.raises(RunError, match="set data_cache_dir") as caught:
+        train._require_cache_space(config)
+    assert str(tmp_path / "cache") in str(caught.value)
+    from lumina_engine.data.store import open_data
+    from lumina_engine.data.tokenizer import ConversationTokenizer
+
+    opened = open_data(config, ConversationTokenizer("lumina-1k"))
+    train._require_cache_space(config)
+    found = size.counted(config, size.content_digest(config))
+    assert found is not None and found.tokens == opened.train.num_tokens and found.fingerprint == opened.train.fingerprint
+    data.write_text(GOOD * 999)
+    assert size.counted(config, size.content_digest(config)) is None
+
+
+def test_c139_tokens_are_guessed_from_what_training_would_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(GOOD * 10)
+    (tmp_path / "notes.pdf").write_bytes(b"x" * 10_000)
+    assert size.data_files(str(tmp_path)) == [tmp_path / "a.jsonl"]
+    tokens, basis = size.train_tokens(Config(train_data_path=str(tmp_path)))
+    assert tokens == len(GOOD) * 10 // 4 and basis.startswith("guessed")
+    assert size.train_tokens(Config()) == (None, "") and size.train_tokens(Config(), 5) == (5, "given")
+    assert size.data_bytes(["missing", str(tmp_path / "*.jsonl")]) == len(GOOD) * 10
+
+
+def test_c085_resume_has_one_rule_for_what_may_change(tmp_path: Path) -> None:
+    old = ConfigPresets.debug()
+    for words, key in (
+        (["hidden_size=256"], "hidden_size"),
+        (["zero_stage=1"], "zero_stage"),
+        (["batch_size=4"], "batch_size"),
+    ):
+        arguments = train.argparse.Namespace(preset=None, config=None, overrides=words)
+        with pytest.raises(ConfigError) as caught:
+            train._changed(old, arguments)
+        assert [f.keys[0] for f in caught.value.findings] == [key]
+    arguments.overrides = ["batch_size=4", "gradient_accumulation_steps=2", "max_steps=9", "zero_stage=auto"]
+    new = train._changed(old, arguments)
+    assert (new.batch_size, new.max_steps, new.hidden_size) == (4, 9, 128)
+
+
+def test_c130_names_made_up_are_names(tmp_path: Path) -> None:
+    for number, stem in enumerate(("debug", "../x", "", "ä b\x1b", "a" * 200, "-.-")):
+        name = auto_name(stem, float(number))
+        check_name(name)
+        assert RunDirectory.create(tmp_path, name).path.parent == tmp_path
