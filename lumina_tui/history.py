@@ -10,8 +10,8 @@ import numpy as np
 
 from lumina_engine.monitoring.reduce import Buffer, Pyramid, Smooth
 
-Base = Literal["step", "tokens", "hours"]
-BASES: tuple[Base, ...] = ("step", "tokens", "hours")
+Base = Literal["step", "tokens", "hours", "clock"]  # clock: local time, kept as unix seconds
+BASES: tuple[Base, ...] = ("step", "tokens", "hours", "clock")
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,19 @@ STEP_METRICS = (
     Metric("z_loss", "z loss", "", "max"),
     Metric("step_time", "step time", "s", "max"),
     Metric("mfu", "MFU", "share of peak"),
+    Metric("data_time", "data time", "s", "max"),
+    Metric("forward_time", "forward time", "s", "max"),
+    Metric("backward_time", "backward time", "s", "max"),
+    Metric("optimizer_time", "optimizer time", "s", "max"),
 )
 EVAL_METRICS = (Metric("loss", "eval loss"), Metric("perplexity", "perplexity"), Metric("accuracy", "accuracy"))
-METRICS = {metric.name: metric for metric in STEP_METRICS}
+EXPERT_METRICS = (
+    Metric("imbalance", "imbalance", "max / mean, worst layer", "max"),
+    Metric("entropy", "routing entropy", "mean of the layers, 1 = balanced"),
+    Metric("dropped", "dropped share", "of the choices", "max"),
+)
+CHART_METRICS = (*STEP_METRICS, *EXPERT_METRICS)
+METRICS = {metric.name: metric for metric in CHART_METRICS}
 
 RECENT = 100  # steps that rates and the time left are taken from
 
@@ -49,6 +59,7 @@ class History:
         self.step = Buffer(np.int64)
         self.tokens = Buffer(np.float64)
         self.hours = Buffer(np.float64)
+        self.clock = Buffer(np.float64)
         self.metrics: dict[str, Pyramid] = {name: Pyramid() for name in names}
         self.version = 0
         self._smooth: dict[tuple[str, float], Smooth] = {}
@@ -58,7 +69,7 @@ class History:
 
     def x(self, base: Base) -> np.ndarray:
         """The X column of a base; never falls."""
-        buffer = {"step": self.step, "tokens": self.tokens, "hours": self.hours}[base]
+        buffer = {"step": self.step, "tokens": self.tokens, "hours": self.hours, "clock": self.clock}[base]
         return buffer.values
 
     def smooth(self, name: str, weight: float) -> Pyramid:
@@ -71,8 +82,18 @@ class History:
         found.catch_up(self.metrics[name].values)
         return found.pyramid
 
-    def extend(self, step: np.ndarray, tokens: np.ndarray, hours: np.ndarray, values: dict[str, np.ndarray]) -> None:
-        """Append rows; `step` rises."""
+    def extend(
+        self,
+        step: np.ndarray,
+        tokens: np.ndarray,
+        hours: np.ndarray,
+        values: dict[str, np.ndarray],
+        clock: np.ndarray | None = None,
+    ) -> None:
+        """Append rows; `step` rises. `clock`: when each was written, unix seconds; unknown ones count as the time before."""
+        before = float(self.clock.values[-1]) if len(self.clock) else 0.0
+        times = np.full(len(step), before) if clock is None else np.asarray(clock, np.float64)
+        self.clock.extend(np.maximum(np.maximum.accumulate(times), before))  # a clock that was set back stands still
         self.step.extend(step)
         self.tokens.extend(tokens)
         self.hours.extend(hours)
@@ -86,7 +107,7 @@ class History:
             return
         for (name, _), smooth in self._smooth.items():
             smooth.truncate(size, self.metrics[name].values)
-        for column in (self.step, self.tokens, self.hours):
+        for column in (self.step, self.tokens, self.hours, self.clock):
             column.truncate(size)
         for pyramid in self.metrics.values():
             pyramid.truncate(size)

@@ -18,10 +18,11 @@ import numpy as np
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.reduce import thin
 
-from .history import EVAL_METRICS, RECENT, STEP_METRICS, Base, History
+from .history import BASES, EVAL_METRICS, EXPERT_METRICS, RECENT, STEP_METRICS, Base, History
+from .routing import RoutingHistory
 
 _GETTERS = {metric.name: attrgetter(metric.name) for metric in STEP_METRICS}
-_STEP, _TOKENS, _SKIPPED = attrgetter("step"), attrgetter("tokens"), attrgetter("skipped")
+_STEP, _TOKENS, _SKIPPED, _TIME = attrgetter("step"), attrgetter("tokens"), attrgetter("skipped"), attrgetter("t")
 _MAX_TAILS = 16
 _TAIL_POINTS = 4096
 
@@ -52,10 +53,14 @@ class LayerLoad:
 
 @dataclass(frozen=True)
 class Tail:
-    """What a rewind cut off: steps and values of each metric, thinned."""
+    """What a rewind cut off: values of each metric over each X base, thinned."""
 
-    step: np.ndarray
+    x: dict[Base, np.ndarray]
     metrics: dict[str, np.ndarray]
+
+    @property
+    def step(self) -> np.ndarray:
+        return self.x["step"]
 
 
 @dataclass
@@ -64,6 +69,8 @@ class RunStore:
 
     steps: History = field(default_factory=lambda: History([metric.name for metric in STEP_METRICS]))
     evals: History = field(default_factory=lambda: History([metric.name for metric in EVAL_METRICS]))
+    experts: History = field(default_factory=lambda: History([*(metric.name for metric in EXPERT_METRICS), "layers"]))
+    routing: RoutingHistory = field(default_factory=RoutingHistory)
     layers: dict[int, LayerLoad] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     alerts: list[rec.Alert] = field(default_factory=list)
@@ -95,7 +102,7 @@ class RunStore:
     # taken together at the end of a batch: one array operation instead of one for each record
     _rows: list[rec.Step] = field(default_factory=list)
     _evals: list[rec.Eval] = field(default_factory=list)
-    _experts: dict[tuple[int, ...], rec.Experts] = field(default_factory=dict)
+    _experts: list[rec.Experts] = field(default_factory=list)
     _t_before: float | None = None
 
     # reading
@@ -138,7 +145,7 @@ class RunStore:
             case rec.Eval():
                 self._evals.append(record)
             case rec.Experts():
-                self._experts[tuple(record.layers)] = record
+                self._experts.append(record)
             case rec.Rewind():
                 self._flush()
                 self._rewind(record.to_step)
@@ -213,9 +220,9 @@ class RunStore:
         history = self.evals
         if len(history) and record.step <= int(history.step.values[-1]):
             history.truncate(int(np.searchsorted(history.step.values, record.step)))
-        tokens, hours = self.x_of(record.step, "tokens"), self.x_of(record.step, "hours")
+        tokens, hours, clock = (np.array([self.x_of(record.step, base)]) for base in BASES[1:])
         values = {name: _column([getattr(record, name)]) for name in history.metrics}
-        history.extend(np.array([record.step]), np.array([tokens]), np.array([hours]), values)
+        history.extend(np.array([record.step]), tokens, hours, values, clock)
 
     def _flush(self) -> None:
         rows, self._rows = self._rows, []
@@ -224,9 +231,9 @@ class RunStore:
         evals, self._evals = self._evals, []
         for evaluation in evals:
             self._take_eval(evaluation)
-        experts, self._experts = self._experts, {}
-        for observation in experts.values():
-            self._take_experts(observation)
+        experts, self._experts = self._experts, []
+        if experts:
+            self._extend_experts(experts)
 
     def _extend(self, rows: list[rec.Step]) -> None:
         if len(self.steps) and rows[0].step <= int(self.steps.step.values[-1]):
@@ -236,9 +243,26 @@ class RunStore:
             tokens = np.maximum(tokens, self.steps.tokens.values[-1])
         values = {name: _column(list(map(_GETTERS[name], rows))) for name in self.steps.metrics}
         steps = np.array(list(map(_STEP, rows)), np.int64)
-        self.steps.extend(steps, np.maximum.accumulate(tokens), self._hours(rows, values["step_time"]), values)
+        hours, clock = self._hours(rows, values["step_time"]), np.array(list(map(_TIME, rows)), np.float64)
+        self.steps.extend(steps, np.maximum.accumulate(tokens), hours, values, clock)
         self.epoch = rows[-1].epoch
         self.skipped += sum(map(_SKIPPED, rows))
+
+    def _extend_experts(self, records: list[rec.Experts]) -> None:
+        for newest in {tuple(record.layers): record for record in records}.values():
+            self._take_experts(newest)
+        rows = self.routing.extend(records)
+        history, size = self.experts, len(rows.step_N)
+        values = [rows.imbalance_N, rows.entropy_N, rows.dropped_N, rows.layers_N.astype(np.float64)]
+        if size and len(history) and int(rows.step_N[0]) <= int(history.step.values[-1]):
+            if int(rows.step_N[0]) == int(history.step.values[-1]):  # the other layers of the same step
+                before = [float(history.metrics[name].values[-1]) for name in history.metrics]
+                _mix(values, before)
+            history.truncate(int(np.searchsorted(history.step.values, int(rows.step_N[0]))))
+        if size:
+            tokens, hours, clock = (self.xs_of(rows.step_N, base) for base in BASES[1:])
+            columns = {name: column.astype(np.float32) for name, column in zip(history.metrics, values, strict=True)}
+            history.extend(rows.step_N, tokens, hours, columns, clock)
 
     def _hours(self, rows: list[rec.Step], step_time: np.ndarray) -> np.ndarray:
         """Hours of training up to each row; where a step's time is unknown, the time since the row before counts."""
@@ -256,9 +280,12 @@ class RunStore:
         size = int(np.searchsorted(history.step.values, to_step, side="right"))
         if size < len(history):
             cut = {name: _thin(pyramid.values[size:]) for name, pyramid in history.metrics.items()}
-            self.tails = [*self.tails, Tail(_thin(history.step.values[size:]), cut)][-_MAX_TAILS:]
+            x = {base: _thin(history.x(base)[size:]) for base in BASES}
+            self.tails = [*self.tails, Tail(x, cut)][-_MAX_TAILS:]
             history.truncate(size)
-        self.evals.truncate(int(np.searchsorted(self.evals.step.values, to_step, side="right")))
+        for sparse in (self.evals, self.experts):
+            sparse.truncate(int(np.searchsorted(sparse.step.values, to_step, side="right")))
+        self.routing.truncate(to_step)
         self.checkpoints = [item for item in self.checkpoints if item.step <= to_step]
         self._t_before = None
 
@@ -287,9 +314,17 @@ class RunStore:
 
     def x_of(self, step: int, base: Base) -> float:
         """Where a step lies on an X axis."""
+        return float(self.xs_of(np.array([step]), base)[0])
+
+    def xs_of(self, step_N: np.ndarray, base: Base) -> np.ndarray:
+        """Where steps lie on an X axis, as float64."""
         if base == "step" or not len(self.steps):
-            return float(step)
-        return float(np.interp(step, self.steps.step.values, self.steps.x(base)))
+            return step_N.astype(np.float64)
+        return np.interp(step_N, self.steps.step.values, self.steps.x(base))
+
+    def history(self, metric: str) -> History:
+        """The history that has a metric of a chart: every step's, or the routing's with an own row per observation."""
+        return self.steps if metric in self.steps.metrics else self.experts
 
     def seconds_per_step(self) -> float | None:
         """Mean time of the newest steps, in seconds; None before any."""
@@ -311,6 +346,15 @@ class RunStore:
     def longest_save(self) -> float:
         """The longest time the newest checkpoints made training wait, in seconds."""
         return max((item.blocking or item.seconds or 0.0 for item in self.checkpoints[-5:]), default=0.0)
+
+
+def _mix(values: list[np.ndarray], before: list[float]) -> None:
+    """Add what was known of the first row's step: the worst imbalance, means weighted by layers, the sum of layers."""
+    layers = before[3] + values[3][0]
+    values[0][0] = np.fmax(values[0][0], before[0])
+    for at in (1, 2):
+        values[at][0] = (before[at] * before[3] + values[at][0] * values[3][0]) / layers
+    values[3][0] = layers
 
 
 def _column(values: list[float | None]) -> np.ndarray:

@@ -11,7 +11,7 @@ from textual.geometry import Region
 from textual.strip import Strip
 
 from ..actions import bindings
-from ..history import BASES, METRICS, STEP_METRICS
+from ..history import BASES, CHART_METRICS, METRICS
 from ..paint import Piece, line, whole
 from ..series import RunStore
 from . import plot as plotting
@@ -32,7 +32,7 @@ class Cursor:
 
 
 class LineChart(Drawn):
-    """Shows `store.steps.metrics[metric]`. Call `sync()` on each tick: it does nothing while nothing has changed."""
+    """Shows one metric of `store.history(metric)`. Call `sync()` on each tick: it does nothing while nothing has changed."""
 
     scope = "chart"
     BINDINGS: ClassVar[list[BindingType]] = list(bindings("chart"))
@@ -58,7 +58,7 @@ class LineChart(Drawn):
 
     def _now(self) -> tuple[object, ...]:
         store = self.store
-        versions = (store.steps.version, store.evals.version, store.event_version)
+        versions = (store.steps.version, store.experts.version, store.evals.version, store.event_version)
         return (*versions, self.inner, self.options, self.cursor.step, self.cursor.pin, id(store))
 
     def sync(self) -> None:
@@ -145,7 +145,7 @@ class LineChart(Drawn):
     def _small(self, y: int, width: int, height: int) -> Sequence[Piece]:
         if y != height // 2:
             return ()
-        pyramid = self.store.steps.metrics[self.options.metric]
+        pyramid = self.store.history(self.options.metric).metrics[self.options.metric]
         return [(spark(pyramid, width, "mean", self.look.ascii), self.palette.curve)]
 
     def on_resize(self) -> None:
@@ -186,7 +186,7 @@ class LineChart(Drawn):
         here = self._plot.column_of(self.store.x_of(self.cursor.step, self.options.base))
         at = plotting.read(self.store, self.options, self._plot.x_at(here + columns))
         if at is not None and at.step == self.cursor.step:  # sparse: the neighbour, however far it is
-            steps = self.store.steps.step.values
+            steps = self.store.history(self.options.metric).step.values
             index = min(max(0, at.index + (1 if columns > 0 else -1)), len(steps) - 1)
             self.cursor.step = int(steps[index])
         elif at is not None:
@@ -278,8 +278,8 @@ class LineChart(Drawn):
     def _metric(self, direction: int) -> None:
         import numpy as np
 
-        names = [metric.name for metric in STEP_METRICS]
-        known = [name for name in names if np.isfinite(self.store.steps.metrics[name].values).any()] or names[:1]
+        names = [metric.name for metric in CHART_METRICS]
+        known = [name for name in names if np.isfinite(self.store.history(name).metrics[name].values).any()] or names[:1]
         index = known.index(self.options.metric) if self.options.metric in known else 0
         name = known[(index + direction) % len(known)]
         self._set(metric=name, **_habits(name))

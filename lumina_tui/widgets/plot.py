@@ -86,7 +86,7 @@ class Reading:
 
 def read(store: RunStore, options: Options, x: float | None = None) -> Reading | None:
     """The sample nearest to `x` (None: the newest); None without samples."""
-    history = store.steps
+    history = store.history(options.metric)
     if not len(history):
         return None
     xs = history.x(options.base)
@@ -103,7 +103,7 @@ def read(store: RunStore, options: Options, x: float | None = None) -> Reading |
 def build(store: RunStore, options: Options, width: int, height: int, glyphs: Glyphs, before: Limits) -> Plot:
     """Paint `width` x `height` cells."""
     plot = Plot(Frame(max(0, width), max(0, height)))
-    if width < 12 or height < 4 or not len(store.steps):
+    if width < 12 or height < 4 or not len(store.history(options.metric)):
         return plot
     key = (options.metric, options.base, options.log_y, options.view, options.outliers, height)
     if before.key != key:
@@ -114,7 +114,7 @@ def build(store: RunStore, options: Options, width: int, height: int, glyphs: Gl
     for _ in range(2):  # the labels' width decides how many dots there are, and the dots the labels
         plot.left, plot.across = gutter + 1, width - gutter - 1
         bounds_D = np.linspace(x[0], x[1], plot.across * DOTS[glyphs][0] + 1)
-        edges_D = _edges(store.steps.x(options.base), bounds_D)
+        edges_D = _edges(store.history(options.metric).x(options.base), bounds_D)
         low, high = _y_range(store, options, edges_D, x)
         y = y_limits(low, high, rows, options.log_y, before.y)
         marks = ticks(y[0], y[1], min(8, max(2, rows // 2)), options.log_y)
@@ -137,7 +137,7 @@ def build(store: RunStore, options: Options, width: int, height: int, glyphs: Gl
 def _x_range(store: RunStore, options: Options, before: Limits) -> tuple[tuple[float, float], float | None]:
     if options.view is not None:
         return options.view, None
-    xs = store.steps.x(options.base)
+    xs = store.history(options.metric).x(options.base)
     first, newest = float(xs[0]), float(xs[-1])
     start = 0.0 if first <= 0.1 * newest else first
     end = x_limit(newest, start, before.x_end)
@@ -152,7 +152,7 @@ def _edges(xs: np.ndarray, bounds_D: np.ndarray) -> np.ndarray:
 
 def _y_range(store: RunStore, options: Options, edges_D: np.ndarray, x: tuple[float, float]) -> tuple[float, float]:
     """Lowest and highest value to show: of the middle 90 %, or of everything; evaluations and the newest value always fit."""
-    history = store.steps
+    history = store.history(options.metric)
     a, b = int(edges_D[0]), int(edges_D[-1])
     values = history.metrics[options.metric].values[max(0, a - 1) : b + 1]
     if options.log_y:
@@ -199,10 +199,10 @@ class _Painter:
     # curves
 
     def curves(self) -> None:
-        history, options = self.store.steps, self.options
-        if options.abandoned and options.base == "step":
-            for tail in self.store.tails:
-                self._layer(self._tail(tail.step, tail.metrics[options.metric]), TAIL)
+        history, options = self.store.history(self.options.metric), self.options
+        if options.abandoned:
+            for tail in (item for item in self.store.tails if options.metric in item.metrics):
+                self._layer(self._tail(tail.x[options.base], tail.metrics[options.metric]), TAIL)
         raw = history.metrics[options.metric]
         reduced = raw.columns(self.edges_D)
         spans = self._spans(raw, reduced)
@@ -231,7 +231,7 @@ class _Painter:
         return joined(low_D, high_D)
 
     def _between(self, values: np.ndarray) -> np.ndarray:
-        xs = self.store.steps.x(self.options.base)
+        xs = self.store.history(self.options.metric).x(self.options.base)
         after_D = self.edges_D[:-1]
         inside_D = (after_D > 0) & (after_D < len(xs))
         after = np.where(inside_D, after_D, 1 if len(xs) > 1 else 0)
@@ -273,7 +273,7 @@ class _Painter:
         a, b = int(self.edges_D[0]), int(self.edges_D[-1])
         finite = np.isfinite(raw.values[:b])
         good, bad = np.flatnonzero(finite), np.flatnonzero(~finite[a:]) + a
-        xs = self.store.steps.x(self.options.base)
+        xs = self.store.history(self.options.metric).x(self.options.base)
         columns = [self.plot.column_of(float(x)) for x in xs[bad[-2000:]].tolist()]
         for column, index in dict(zip(columns, bad[-2000:].tolist(), strict=True)).items():
             if 0 <= column < self.plot.across:

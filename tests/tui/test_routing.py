@@ -12,6 +12,7 @@ import pytest
 from lumina_engine.monitoring import record as rec
 from lumina_tui import routing
 from lumina_tui.routing import RoutingHistory
+from lumina_tui.series import RunStore
 
 
 def observation(step: int, generator: random.Random, layers: int = 3, experts: int = 5) -> rec.Experts:
@@ -166,3 +167,27 @@ def test_ragged_empty_and_hostile_records_do_no_harm():
     for n in range(100):
         history.extend([rec.Experts(step=n, layers=[n, n + 1], load=[[1], [1]])])
     assert len(history._blocks) <= routing.BLOCKS
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_c132_store_has_one_row_per_observed_step(size):
+    records: list[rec.Record] = []
+    for n in range(1, 41):
+        records.append(rec.Step(step=n, tokens=10 * n, loss=1.0, step_time=36.0))
+        if n % 5 == 0:  # two records of one step: a long one is split by layers
+            records.append(rec.Experts(step=n, layers=[0, 1], load=[[1, 3], [2, 2]], entropy=[0.8, 1.0], dropped=[0.0, 0.2]))
+            records.append(rec.Experts(step=n, layers=[2], load=[[0, 4]], entropy=[0.0], dropped=[0.4]))
+    for seq, record in enumerate(records, start=1):
+        record.seq = seq
+    store = RunStore()
+    for start in range(0, len(records), size):
+        store.apply(records[start : start + size])
+    history = store.history("imbalance")
+    assert history is store.experts and store.history("loss") is store.steps
+    assert history.step.values.tolist() == list(range(5, 41, 5))
+    np.testing.assert_allclose(history.metrics["imbalance"].values, 2.0)
+    np.testing.assert_allclose(history.metrics["entropy"].values, 0.6, rtol=1e-6)
+    np.testing.assert_allclose(history.metrics["dropped"].values, 0.2, rtol=1e-6)
+    assert history.x("tokens").tolist() == [10.0 * n for n in range(5, 41, 5)]
+    store.apply([rec.Rewind(seq=len(records) + 1, to_step=22)])
+    assert history.step.values.tolist() == [5, 10, 15, 20] and store.routing.layer(2).last_T[-1] == 20
