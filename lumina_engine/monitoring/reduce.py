@@ -17,6 +17,8 @@ FANOUT = 4  # blocks of one level in a block of the next
 _MAX_BLOCKS = 32_768  # blocks looked at for one picture; beyond, the next level is used
 _SAMPLE = 16_384  # values that a percentile is estimated from
 _SAVE_EVERY = 4096  # samples between two saved states of the smoothing
+_PIECE = 1 << 16  # samples smoothed at once: they fit the processor's cache
+_SCAN = 64  # terms that the smoothing adds up in one matrix product
 
 
 class Buffer:
@@ -235,14 +237,20 @@ class Smooth:
 
     def catch_up(self, values_N: np.ndarray) -> None:
         """Continue over a series whose first `len(self.pyramid)` samples have been seen (after `truncate`, if it was cut)."""
-        at = len(self._shown)
-        while at < len(values_N):
-            stop = min(len(values_N), (at // _SAVE_EVERY + 1) * _SAVE_EVERY)
-            shown, self._m, self._n = smooth_chunk(values_N[at:stop], self.weight, self._m, self._n)
-            self._shown.extend(shown)
-            at = stop
-            if at % _SAVE_EVERY == 0:
-                self._states.append((self._m, self._n))
+        for at in range(len(self._shown), len(values_N), _PIECE):
+            self._continue(values_N[at : at + _PIECE], at)
+
+    def _continue(self, values_N: np.ndarray, at: int) -> None:
+        """Take the samples `at` and following."""
+        finite_N = np.isfinite(values_N)
+        terms_F = (values_N if finite_N.all() else values_N[finite_N]).astype(np.float64)
+        state_F = _decayed((1.0 - self.weight) * terms_F, self.weight, self._m)
+        for save in range((at // _SAVE_EVERY + 1) * _SAVE_EVERY, at + len(values_N) + 1, _SAVE_EVERY):
+            seen = int(np.count_nonzero(finite_N[: save - at]))
+            self._states.append((float(state_F[seen - 1]) if seen else self._m, self._n + seen))
+        self._shown.extend(_shown(state_F, finite_N, self.weight, self._n))
+        self._m = float(state_F[-1]) if len(state_F) else self._m
+        self._n += len(state_F)
 
     def truncate(self, size: int, values_N: np.ndarray) -> None:
         """Forget the samples from `size` on; `values_N` are the raw samples, of which the first `size` still hold."""
@@ -255,35 +263,52 @@ class Smooth:
         self.catch_up(values_N[:size])
 
 
-def smooth_chunk(values_N: np.ndarray, weight: float, m: float, n: int) -> tuple[np.ndarray, float, int]:
-    """Smooth a piece that follows `n` finite samples with state `m`. Returns (shown_N, m, n).
+def _decayed(terms_N: np.ndarray, weight: float, state: float) -> Floats:
+    """`s = weight*s + term` for each term, beginning with `state`.
 
-    The recurrence is summed by doubling: after the step of distance d each value holds its 2*d newest terms, so it costs
-    log2 of the memory's length in whole-array operations instead of one Python step a sample.
+    A block scan: all blocks of _SCAN terms at once as one matrix product, then the states between the blocks by the same rule
+    (with the weight of a whole block), so that a million terms cost no Python loop over samples.
     """
+    size = len(terms_N)
+    if weight == 0.0 or not size:
+        return np.asarray(terms_N, np.float64)
+    if size <= _SCAN:
+        scanned_N = np.empty(size)
+        for i, term in enumerate(terms_N.tolist()):
+            state = weight * state + term
+            scanned_N[i] = state
+        return scanned_N
+    power_S = weight ** np.arange(_SCAN + 1)
+    apart_SS = np.arange(_SCAN)[None, :] - np.arange(_SCAN)[:, None]
+    padded_N = np.zeros(-(-size // _SCAN) * _SCAN)
+    padded_N[:size] = terms_N
+    inside_BS = padded_N.reshape(-1, _SCAN) @ np.where(apart_SS >= 0, power_S[np.maximum(apart_SS, 0)], 0.0)
+    carried_B = np.empty(len(inside_BS))
+    carried_B[0] = state
+    carried_B[1:] = _decayed(inside_BS[:-1, -1], float(power_S[-1]), state)
+    inside_BS += carried_B[:, None] * power_S[None, 1:]
+    return inside_BS.reshape(-1)[:size]
+
+
+def _shown(state_F: np.ndarray, finite_N: np.ndarray, weight: float, seen: int) -> Floats:
+    """The states without their bias towards 0, in the places of the finite samples, of which `seen` came before."""
+    shown_F = state_F
+    biased = 0 if weight == 0.0 else min(len(state_F), max(0, int(-40.0 / np.log(weight)) + 1 - seen))  # w**n < 1e-17 beyond
+    if biased > 0:
+        shown_F = state_F.copy()
+        shown_F[:biased] /= -np.expm1((seen + np.arange(1, biased + 1)) * np.log(weight))
+    if len(state_F) == len(finite_N):
+        return shown_F
+    shown_N = np.full(len(finite_N), np.nan)
+    shown_N[finite_N] = shown_F
+    return shown_N
+
+
+def smooth(values_N: np.ndarray, weight: float) -> Floats:
+    """The debiased moving average of a whole series; NaN where a value is not finite."""
     values_N = np.asarray(values_N, np.float64)
     finite_N = np.isfinite(values_N)
-    y = values_N[finite_N]
-    shown_N = np.full(len(values_N), np.nan)
-    if not len(y):
-        return shown_N, m, n
-    if weight == 0.0:
-        shown_N[finite_N] = y
-        return shown_N, float(y[-1]), n + len(y)
-    state = (1.0 - weight) * y
-    distance = 1
-    while distance < len(state) and weight**distance > 1e-18:
-        state[distance:] = state[distance:] + weight**distance * state[:-distance]
-        distance *= 2
-    count = np.arange(1, len(y) + 1)
-    state += m * weight**count
-    shown_N[finite_N] = state / -np.expm1((n + count) * np.log(weight))
-    return shown_N, float(state[-1]), n + len(y)
-
-
-def smooth(values_N: np.ndarray, weight: float) -> np.ndarray:
-    """The debiased moving average of a whole series."""
-    return smooth_chunk(values_N, weight, 0.0, 0)[0]
+    return _shown(_decayed((1.0 - weight) * values_N[finite_N], weight, 0.0), finite_N, weight, 0)
 
 
 def percentile_range(values_N: np.ndarray, low: float = 5.0, high: float = 95.0) -> tuple[float, float] | None:
