@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from lumina_engine.chat.client import ServerBackend, ServerGone, probe, socket_path
-from lumina_engine.chat.events import Event
+from lumina_engine.chat.events import Event, Loading
 from lumina_engine.chat.modes import ChatError
 from lumina_engine.chat.session import ChatSession
 from lumina_engine.run.process import process, send_signal
@@ -43,10 +43,11 @@ class Phase(Enum):
 
 @dataclass(frozen=True)
 class Progress:
-    """What is being done while connecting, and since when (seconds)."""
+    """What is being done while connecting, since when (seconds), and the share of the weights that is read, if known."""
 
     detail: str
     seconds: float
+    share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -162,15 +163,16 @@ class ChatLink:
             if not attempt.given_up.is_set():
                 updates.append(update)
 
-        def loading(detail: str, _seconds: float) -> None:
-            tell(Progress(detail, time.monotonic() - began))
+        def loading(progress: Loading) -> None:
+            share = progress.bytes_read / progress.bytes_total if progress.bytes_read and progress.bytes_total else None
+            tell(Progress(progress.detail, time.monotonic() - began, share))
 
         given_up = attempt.given_up.is_set
         started = 0
         try:
             place = socket_path(attempt.path)
             if probe(place) is None:
-                loading("starting the chat server", 0.0)
+                loading(Loading("starting the chat server", 0.0))
                 started = self._starter(attempt.path, given_up)
             backend = ServerBackend(place, client="lumina", loading=loading, given_up=given_up)
             if given_up():

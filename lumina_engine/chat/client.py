@@ -29,6 +29,7 @@ from .events import (
     ModelInfo,
     Queued,
     Ready,
+    Routed,
     ServerHello,
     Start,
     Token,
@@ -96,7 +97,7 @@ class ServerBackend:
 
     Args:
         path: the server's socket.
-        loading: called with (what, seconds) while the server loads its model.
+        loading: told what the server does while it loads its model.
         patience_s: how long loading may take.
         given_up: asked while waiting; true ends the wait with `ServerGone`.
 
@@ -109,13 +110,14 @@ class ServerBackend:
         path: Path,
         *,
         client: str = "chat",
-        loading: Callable[[str, float], None] | None = None,
+        loading: Callable[[Loading], None] | None = None,
         patience_s: float = 3600.0,
         given_up: Callable[[], bool] | None = None,
     ) -> None:
         self.path = path
         self.pid = 0
         self.idle_timeout_s = 0.0
+        self.traces = False  # whether this server can tell where tokens went
         self._input = bytearray()
         self._cancel_wanted = False
         self._answering = False
@@ -145,7 +147,7 @@ class ServerBackend:
         assert self._info is not None  # the constructor returns only once it is known
         return self._info
 
-    def _wait_until_ready(self, loading: Callable[[str, float], None] | None, patience_s: float) -> ModelInfo:
+    def _wait_until_ready(self, loading: Callable[[Loading], None] | None, patience_s: float) -> ModelInfo:
         began = time.monotonic()
         patience = [CONNECT_TIME]  # the hello must come soon, the model may take its time
         for answer in self._answers(lambda: time.monotonic() - began > patience[0]):
@@ -155,11 +157,11 @@ class ServerBackend:
                     raise ServerGone(
                         f"the chat server speaks protocol {answer.proto}, this program {PROTO}: restart the server"
                     )
-                self.pid, self.idle_timeout_s = answer.pid, answer.idle_timeout_s
+                self.pid, self.idle_timeout_s, self.traces = answer.pid, answer.idle_timeout_s, answer.trace
                 if loading is not None and answer.state == "loading":
-                    loading(answer.detail, 0.0)
+                    loading(Loading(answer.detail, 0.0))
             elif isinstance(answer, Loading) and loading is not None:
-                loading(answer.detail, answer.seconds)
+                loading(answer)
             elif isinstance(answer, Ready):
                 return answer.info
         raise ServerGone(f"the chat server at {self.path} did not become ready", _RESTART)
@@ -167,16 +169,16 @@ class ServerBackend:
     # replies
 
     def generate(
-        self, messages: Sequence[Message], sampling: Sampling, seed: int, *, alternatives: int = 0
+        self, messages: Sequence[Message], sampling: Sampling, seed: int, *, alternatives: int = 0, trace: bool = False
     ) -> Generator[Event, None, None]:
-        """See `Backend`. Closing the generator early cancels the reply.
+        """See `Backend`. Closing the generator early cancels the reply. A server without traces gives none.
 
         Raises:
             ServerGone: the server ended.
             ChatError: the server refused or failed to answer.
         """
         request = uuid.uuid4().hex
-        line, dropped = _request_line(request, messages, sampling, seed, alternatives)
+        line, dropped = _request_line(request, messages, sampling, seed, alternatives, trace and self.traces)
         self._settle()
         self._cancel_wanted, self._answering = False, True
         ended = False
@@ -192,7 +194,7 @@ class ServerBackend:
                     answer = Start(
                         prompt_tokens=answer.prompt_tokens, context_limit=answer.context_limit, dropped=answer.dropped + dropped
                     )
-                if isinstance(answer, Start | Token | Done):
+                if isinstance(answer, Start | Token | Routed | Done):
                     ended = isinstance(answer, Done)
                     yield answer
                     if ended:
@@ -296,7 +298,7 @@ _RESTART = "start it again with `lumina-engine serve CHECKPOINT`; the conversati
 
 
 def _request_line(
-    request: str, messages: Sequence[Message], sampling: Sampling, seed: int, alternatives: int
+    request: str, messages: Sequence[Message], sampling: Sampling, seed: int, alternatives: int, trace: bool
 ) -> tuple[bytes, int]:
     """The request, without as many of the oldest messages as a line cannot hold; and how many those are.
 
@@ -314,6 +316,7 @@ def _request_line(
                 sampling=sampling,
                 seed=seed,
                 alternatives=alternatives,
+                trace=trace,
             )
         )
         if len(line) <= MAX_LINE:

@@ -13,7 +13,7 @@ import msgspec
 
 from ..text import safe_text
 from .client import ServerGone
-from .events import Done, Event, Start, Token
+from .events import Done, Event, Routed, Start, Token
 from .modes import ChatError
 from .session import ChatSession
 
@@ -135,6 +135,8 @@ class Console:
                 if isinstance(event, Start):
                     start = event
                     continue
+                if isinstance(event, Routed):
+                    continue  # this console shows no routing
                 text = event.text if isinstance(event, Token) else event.tail
                 parts.append(text)
                 if not self.show.json:

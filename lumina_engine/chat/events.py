@@ -18,6 +18,7 @@ PROTO = 1
 MAX_LINE = 65_536  # bytes in one line of a client
 MAX_MESSAGES = 4_096
 MAX_ALTERNATIVES = 20
+TRACE_ALTERNATIVES = 5  # of a traced reply that asks for no number
 
 Message: TypeAlias = dict[str, str]  # {"role": system | user | assistant | tool, "content": text}
 StopReason: TypeAlias = Literal["stop", "length", "context", "cancelled"]
@@ -79,12 +80,41 @@ class Start(msgspec.Struct, frozen=True, kw_only=True, tag="start", tag_field="o
 
 
 class Token(msgspec.Struct, frozen=True, kw_only=True, tag="token", tag_field="op", omit_defaults=True):
-    """One sampled token. `text` holds the whole characters that it completes: it may be empty, or hold several."""
+    """One sampled token. `text` holds the whole characters that it completes: it may be empty, or hold several.
+
+    probability: the model's own, the softmax of its raw logits: at temperature 1, over all ids, before penalty and cuts.
+    chance: with which it was drawn here: after mask, penalty, temperature, top-k and top-p; 1 at temperature 0. Traced only.
+    """
 
     text: str = ""
     token: int = 0
     probability: float | None = None
+    chance: float | None = None
     alternatives: list[Alternative] = []
+    id: str = ""
+
+
+class Route(msgspec.Struct, frozen=True, array_like=True):
+    """The experts that one token was routed to in one layer, and the gates that their outputs were multiplied by.
+
+    layer: of all layers of the model, counted from 0; layers without experts are left out.
+    """
+
+    layer: int
+    experts: list[int]
+    gates: list[float]
+
+
+class Routed(msgspec.Struct, frozen=True, kw_only=True, tag="routed", tag_field="op"):
+    """Where the sampled token number `index` (from 0) of a traced reply went, layer by layer; of `experts` experts each.
+
+    It comes after its `Token`: a token is routed when the model reads it, which is one step after it was chosen. Dense models
+    send none.
+    """
+
+    index: int
+    experts: int
+    routes: list[Route]
     id: str = ""
 
 
@@ -108,7 +138,7 @@ class Done(msgspec.Struct, frozen=True, kw_only=True, tag="done", tag_field="op"
         return self.tokens / self.seconds if self.seconds > 0 and self.tokens else None
 
 
-Event: TypeAlias = Start | Token | Done
+Event: TypeAlias = Start | Token | Routed | Done
 
 
 class Backend(Protocol):
@@ -118,9 +148,9 @@ class Backend(Protocol):
     def info(self) -> ModelInfo: ...
 
     def generate(
-        self, messages: Sequence[Message], sampling: Sampling, seed: int, *, alternatives: int = 0
+        self, messages: Sequence[Message], sampling: Sampling, seed: int, *, alternatives: int = 0, trace: bool = False
     ) -> Generator[Event, None, None]:
-        """Answer the conversation: Start, Tokens, Done. Raises ChatError."""
+        """Answer the conversation: Start, Tokens (each followed by its Routed, if traced), Done. Raises ChatError."""
         ...
 
     def cancel(self) -> None:
@@ -143,12 +173,23 @@ class WireMessage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     content: str
 
 
-class Generate(msgspec.Struct, frozen=True, kw_only=True, tag="generate", tag_field="op", forbid_unknown_fields=True):
+class Generate(
+    msgspec.Struct,
+    frozen=True,
+    kw_only=True,
+    tag="generate",
+    tag_field="op",
+    forbid_unknown_fields=True,
+    omit_defaults=True,  # a server that knows no `trace` must not see it
+):
+    """Ask for a reply. `trace` adds probabilities, alternatives and a `routed` line to each token; see `ServerHello.trace`."""
+
     id: str
     messages: list[WireMessage]
     sampling: Sampling
     seed: int
     alternatives: int = 0
+    trace: bool = False
 
 
 class Cancel(msgspec.Struct, frozen=True, tag="cancel", tag_field="op", forbid_unknown_fields=True):
@@ -165,18 +206,26 @@ Request: TypeAlias = ClientHello | Generate | Cancel | Bye
 
 
 class ServerHello(msgspec.Struct, frozen=True, kw_only=True, tag="hello", tag_field="op"):
-    """Answer to the client's hello. `info` comes with `ready`, once the weights are loaded."""
+    """Answer to the client's hello. `info` comes with `ready`, once the weights are loaded.
+
+    trace: whether this server understands `Generate.trace`; those that do not say so refuse it.
+    """
 
     proto: int = PROTO
     pid: int = 0
     state: Literal["loading", "ready"] = "loading"
     detail: str = ""
     idle_timeout_s: float = 0.0
+    trace: bool = False
 
 
-class Loading(msgspec.Struct, frozen=True, tag="loading", tag_field="op"):
+class Loading(msgspec.Struct, frozen=True, tag="loading", tag_field="op", omit_defaults=True):
+    """What is being done, since when, and how many bytes of weights of how many were read and found sound so far."""
+
     detail: str
     seconds: float
+    bytes_read: int | None = None
+    bytes_total: int | None = None
 
 
 class Ready(msgspec.Struct, frozen=True, tag="ready", tag_field="op"):
@@ -197,7 +246,7 @@ class Failed(msgspec.Struct, frozen=True, tag="error", tag_field="op"):
     id: str = ""
 
 
-Answer: TypeAlias = ServerHello | Loading | Ready | Queued | Start | Token | Done | Failed | Bye
+Answer: TypeAlias = ServerHello | Loading | Ready | Queued | Start | Token | Routed | Done | Failed | Bye
 
 _encoder = msgspec.json.Encoder()
 _requests: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)

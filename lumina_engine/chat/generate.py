@@ -18,11 +18,12 @@ from torch import Tensor
 from lumina_engine.data.tokenizer import ConversationTokenizer, StreamDecoder
 
 from .context import Prompt, fit_prompt
-from .events import Alternative, Done, Event, Message, ModelInfo, Start, StopReason, Token
+from .events import TRACE_ALTERNATIVES, Alternative, Done, Event, Message, ModelInfo, Route, Routed, Start, StopReason, Token
 from .modes import DEFAULT_MODE, MODES, ChatError, Sampling
-from .sampling import Sampler
+from .sampling import Sampler, chance
 
 if TYPE_CHECKING:
+    from lumina_engine.model.moe import LayerRoute
     from lumina_engine.model.transformer import DeepSeekTransformer
 
 PREFILL_CHUNK = 1024  # prompt tokens per forward: bounds the attention mask and the expert buffers of a long prompt
@@ -39,10 +40,16 @@ class Reply:
 
 @dataclass(frozen=True)
 class _Step:
-    """What one decoding step sampled: ids (B,), and the raw logits (B, V) they came from."""
+    """What one decoding step sampled: ids (B,), and the raw logits (B, V) they came from.
+
+    With a trace, `chances` (B,) are those of the draw, and `routes` are those of the token of the step before, which this step
+    has read. The last step of a reply that ends by its length has no ids: it only tells these routes.
+    """
 
     ids: list[int]
     logits_BV: Tensor
+    chances: list[float] | None = None
+    routes: list[LayerRoute] | None = None
 
 
 def stop_ids(tokenizer: ConversationTokenizer) -> frozenset[int]:
@@ -86,9 +93,9 @@ def _prefill(model: DeepSeekTransformer, prompts: list[list[int]], cache: object
 
 
 @torch.inference_mode()
-def _feed(model: DeepSeekTransformer, ids_B: Tensor, cache: object) -> Tensor:
-    """Feed one token per row; returns the logits (B, V) behind it."""
-    return model(ids_B[:, None], cache=cache)[:, -1]
+def _feed(model: DeepSeekTransformer, ids_B: Tensor, cache: object, routes: list[LayerRoute] | None) -> Tensor:
+    """Feed one token per row; returns the logits (B, V) behind it, and fills `routes`."""
+    return model(ids_B[:, None], cache=cache, routes=routes)[:, -1]
 
 
 def _steps(
@@ -98,8 +105,9 @@ def _steps(
     sampling: Sampling,
     seeds: list[int],
     most: int,
+    trace: bool = False,
 ) -> Iterator[_Step]:
-    """Sample up to `most` tokens for every row. Ending a row early is the caller's business.
+    """Sample up to `most` tokens for every row. Ending a row early is the caller's business. For `trace` see `_Step`.
 
     Raises:
         ChatError: the logits hold no number.
@@ -120,28 +128,45 @@ def _steps(
         spared=tokenizer.special_ids,
         device=weight.device,
     )
+    routes: list[LayerRoute] | None = None
     for number in range(most):
         if bool(torch.isnan(logits_BV).any()):
             raise ChatError(
                 "the model's output is not a number: this checkpoint is damaged or diverged; choose an earlier one", 65
             )
-        ids_B = sampler(logits_BV)
-        yield _Step(ids_B.tolist(), logits_BV)
-        if number + 1 < most:
-            logits_BV = _feed(model, ids_B, cache)
+        adjusted_BV = sampler.adjust(logits_BV)
+        ids_B = sampler.draw(adjusted_BV)
+        chances = chance(adjusted_BV, sampling, ids_B).tolist() if trace else None
+        yield _Step(ids_B.tolist(), logits_BV, chances, routes)
+        if number + 1 < most or trace:
+            routes = [] if trace else None
+            logits_BV = _feed(model, ids_B, cache, routes)
+    if trace:
+        yield _Step([], logits_BV, None, routes)
 
 
-def _token(tokenizer: ConversationTokenizer, text: str, token: int, logits_V: Tensor, alternatives: int) -> Token:
+def _token(tokenizer: ConversationTokenizer, text: str, step: _Step, alternatives: int) -> Token:
     """The event of one token; with `alternatives`, the model's own probabilities of it and of the likeliest ones."""
+    token = step.ids[0]
     if not alternatives:
         return Token(text=text, token=token)
-    logp_V = logits_V.float().log_softmax(-1)
+    logp_V = step.logits_BV[0].float().log_softmax(-1)
     best = logp_V.topk(min(alternatives, logp_V.shape[-1]))
     others = [
         Alternative(tokenizer.decode([index]), index, probability)
         for index, probability in zip(best.indices.tolist(), best.values.exp().tolist(), strict=True)
     ]
-    return Token(text=text, token=token, probability=float(logp_V[token].exp()), alternatives=others)
+    own = None if step.chances is None else step.chances[0]
+    return Token(text=text, token=token, probability=float(logp_V[token].exp()), chance=own, alternatives=others)
+
+
+def _routed(model: DeepSeekTransformer, index: int, routes: list[LayerRoute]) -> Routed:
+    """Where a token went; one transfer from the device for all layers."""
+    experts_LK = torch.stack([route.experts_BSK[0, -1] for route in routes]).tolist()
+    gates_LK = torch.stack([route.gates_BSK[0, -1] for route in routes]).tolist()
+    layers = zip(model.expert_layer_numbers, experts_LK, gates_LK, strict=True)
+    found = [Route(layer, experts, [round(gate, 6) for gate in gates]) for layer, experts, gates in layers]
+    return Routed(index=index, experts=model.config.num_experts, routes=found)
 
 
 def generate(
@@ -153,6 +178,7 @@ def generate(
     *,
     stop: Iterable[int] | None = None,
     alternatives: int = 0,
+    trace: bool = False,
     cancelled: Callable[[], bool] | None = None,
 ) -> Generator[Event, None, None]:
     """Stream one reply: `Start`, a `Token` for each sampled token, `Done`. Same prompt, sampling and seed: same text.
@@ -162,7 +188,9 @@ def generate(
             assistant header are added and whose oldest pairs go if it does not fit the model's `seq_length`.
         sampling: mode `standard` if None.
         stop: ids that end the reply; `<|im_end|>` and `<|endoftext|>` if None.
-        alternatives: likeliest other tokens reported with each token.
+        alternatives: number of likeliest tokens reported with each token.
+        trace: also tell with which chance each token was drawn and, in a `Routed` after it, the experts that it was routed to;
+            `alternatives` is then at least `TRACE_ALTERNATIVES`.
         cancelled: asked before each token; true ends the reply.
 
     Raises:
@@ -176,9 +204,15 @@ def generate(
     decoder = StreamDecoder(tokenizer)
     reason: StopReason = "length" if fitted.room == sampling.max_new_tokens else "context"
     count, first = 0, None
+    if trace:
+        alternatives = max(alternatives, TRACE_ALTERNATIVES)
     yield Start(prompt_tokens=len(fitted.ids), context_limit=limit, dropped=fitted.dropped)
     with _evaluating(model), _one_line_errors():
-        for step in _steps(model, tokenizer, [fitted.ids], sampling, [seed], fitted.room):
+        for step in _steps(model, tokenizer, [fitted.ids], sampling, [seed], fitted.room, trace):
+            if step.routes:
+                yield _routed(model, count - 1, step.routes)
+            if not step.ids:
+                break
             token = step.ids[0]
             if cancelled is not None and cancelled():
                 reason = "cancelled"
@@ -189,7 +223,7 @@ def generate(
             count += 1
             if first is None:
                 first = time.monotonic() - began
-            yield _token(tokenizer, decoder.push(token), token, step.logits_BV[0], alternatives)
+            yield _token(tokenizer, decoder.push(token), step, alternatives)
     seconds = time.monotonic() - began
     yield Done(reason=reason, tokens=count, seconds=seconds, first_token_s=first, seed=seed, tail=decoder.flush())
 
@@ -273,7 +307,7 @@ class LocalBackend:
         self._cancelled = threading.Event()
 
     def generate(
-        self, messages: Sequence[Message], sampling: Sampling, seed: int, *, alternatives: int = 0
+        self, messages: Sequence[Message], sampling: Sampling, seed: int, *, alternatives: int = 0, trace: bool = False
     ) -> Generator[Event, None, None]:
         """See `Backend`."""
         self._cancelled.clear()
@@ -284,6 +318,7 @@ class LocalBackend:
             sampling,
             seed,
             alternatives=alternatives,
+            trace=trace,
             cancelled=self._cancelled.is_set,
         )
 

@@ -14,7 +14,7 @@ from lumina_engine.checkpoint.manager import load_model
 from lumina_engine.config.counts import parameter_counts
 
 from .catalogue import loss_of
-from .events import ModelInfo
+from .events import Loading, ModelInfo
 from .generate import LocalBackend
 from .modes import ChatError
 
@@ -85,9 +85,9 @@ def _one_token(model: DeepSeekTransformer) -> float:
 
 
 def open_backend(
-    path: Path, device: str = "auto", precision: str = "auto", say: Callable[[str], None] | None = None
+    path: Path, device: str = "auto", precision: str = "auto", say: Callable[[Loading], None] | None = None
 ) -> LocalBackend:
-    """Load a committed checkpoint. `say` is told what is being done.
+    """Load a committed checkpoint. `say` is told what is being done; the caller knows since when (seconds stay 0).
 
     Raises:
         ChatError: no such device or precision, or not enough memory.
@@ -95,10 +95,16 @@ def open_backend(
     """
     where = choose_device(device)
     kind = choose_precision(precision, where)
+    reading = f"checking and reading {path.name}"
+
+    def read(done: int, total: int) -> None:
+        if say is not None:
+            say(Loading(reading, 0.0, done, total) if done < total else Loading(f"placing {path.name} on {where}", 0.0))
+
     if say is not None:
-        say(f"checking and reading {path.name}")
+        say(Loading(reading, 0.0))
     try:
-        model, tokenizer, facts = load_model(path, device=where, dtype=PRECISIONS[kind])
+        model, tokenizer, facts = load_model(path, device=where, dtype=PRECISIONS[kind], progress=read)
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise ChatError(f"{path} does not fit the memory of {where}: use --precision bf16, or --device cpu") from error
     counts = parameter_counts(model.config)

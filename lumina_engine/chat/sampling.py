@@ -49,6 +49,14 @@ def choose(logits_BV: Tensor, sampling: Sampling, uniform_B: Tensor) -> Tensor:
     return ids_BK.gather(-1, index_B1)[:, 0]
 
 
+def chance(logits_BV: Tensor, sampling: Sampling, ids_B: Tensor) -> Tensor:
+    """With which probability (B,) `choose` takes these ids: 1 at temperature 0, 0 for what top-k or top-p cut."""
+    if sampling.temperature == 0:
+        return torch.ones_like(ids_B, dtype=torch.float32)
+    probabilities_BK, kept_BK = nucleus(logits_BV, sampling)
+    return (probabilities_BK * (kept_BK == ids_B[:, None])).sum(-1)
+
+
 class Sampler:
     """The state that sampling needs for B replies: masks, tokens seen, one generator a row.
 
@@ -83,9 +91,17 @@ class Sampler:
 
     def __call__(self, logits_BV: Tensor) -> Tensor:
         """The next ids (B,) on the logits' device. Every call draws one number per row, also at temperature 0."""
+        return self.draw(self.adjust(logits_BV))
+
+    def adjust(self, logits_BV: Tensor) -> Tensor:
+        """Logits (B, V), float32, with the banned ids masked and the tokens seen so far penalised."""
         logits_BV = logits_BV.float().masked_fill(self.banned_V, float("-inf"))
         if self.seen_BV is not None:
             logits_BV = penalise(logits_BV, self.seen_BV, self.sampling.repetition_penalty)
+        return logits_BV
+
+    def draw(self, logits_BV: Tensor) -> Tensor:
+        """The next ids (B,) from adjusted logits; they count as seen from then on."""
         uniform_B = torch.stack([torch.rand((), generator=generator, dtype=torch.float64) for generator in self.generators])
         ids_B = choose(logits_BV, self.sampling, uniform_B)
         if self.seen_BV is not None:

@@ -12,7 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from .events import Message, ModelInfo
+import msgspec
+
+from .events import Done, Message, ModelInfo, StopReason
 from .modes import MODES, SAMPLING_NAMES, ChatError, Sampling
 
 MAX_FILE_BYTES = 16 << 20
@@ -20,9 +22,58 @@ ROLES = ("system", "user", "assistant", "tool")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
+class Version(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One answer to a message, how it went (None: not known) and which checkpoint gave it. Times in seconds."""
+
+    text: str
+    source: str = ""
+    reason: StopReason | None = None
+    tokens: int | None = None
+    seconds: float | None = None
+    first_token_s: float | None = None
+    seed: int | None = None
+
+    @property
+    def done(self) -> Done | None:
+        """The end of the reply as it was told, if it is known."""
+        if self.reason is None or self.tokens is None or self.seconds is None:
+            return None
+        return Done(
+            reason=self.reason,
+            tokens=self.tokens,
+            seconds=self.seconds,
+            first_token_s=self.first_token_s,
+            seed=self.seed or 0,
+        )
+
+    @classmethod
+    def of(cls, text: str, done: Done, source: str) -> Version:
+        """The version that a reply became."""
+        return cls(
+            text=text,
+            source=source,
+            reason=done.reason,
+            tokens=done.tokens,
+            seconds=done.seconds,
+            first_token_s=done.first_token_s,
+            seed=done.seed,
+        )
+
+
+class Versions(msgspec.Struct, kw_only=True):
+    """All answers to one message. `turn` is the index of the answer in the conversation, `chosen` the one that stands there."""
+
+    turn: int
+    replies: list[Version]
+    chosen: int = 0
+
+
 @dataclass(frozen=True)
 class SavedChat:
-    """What a saved file says, checked. `checkpoint` has path, step and digest."""
+    """What a saved file says, checked. `checkpoint` has path, step and digest.
+
+    `versions` by the index of the answer; `second` is what another checkpoint answered to the same messages.
+    """
 
     name: str
     conversation: list[Message]
@@ -30,6 +81,9 @@ class SavedChat:
     system_prompt: str | None
     sampling: Sampling | None
     checkpoint: dict[str, Any]
+    seed: int | None = None
+    versions: tuple[Versions, ...] = ()
+    second: SavedChat | None = None
 
 
 def default_name(now: datetime) -> str:
@@ -65,8 +119,10 @@ def document(
     info: ModelInfo,
     sampling: Sampling,
     statistics: dict[str, Any],
+    seed: int | None = None,
+    versions: list[Versions] | None = None,
 ) -> dict[str, Any]:
-    """The saved JSON, key by key as capabilities 5.4 names them."""
+    """The saved JSON. `conversation` holds the chosen answers; `versions` all of them, where there is more to say."""
     return {
         "name": name,
         "conversation": conversation,
@@ -74,7 +130,9 @@ def document(
         "system_prompt": system_prompt,
         "checkpoint": {"path": info.path, "step": info.step, "digest": info.digest},
         "sampling": sampling.to_dict(),
+        "seed": seed,
         "statistics": statistics,
+        "versions": msgspec.to_builtins(versions or []),
     }
 
 
@@ -158,6 +216,10 @@ def _checked(content: Any, path: Path) -> SavedChat:
         settings = Sampling(**sampling)
     checkpoint = content.get("checkpoint")
     name = content.get("name")
+    seed = content.get("seed")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**62):
+        raise ValueError("seed: a whole number from 0 on, or null, is expected")
+    second = content.get("second")
     return SavedChat(
         name=name if isinstance(name, str) and _NAME.fullmatch(name) else path.stem,
         conversation=conversation,
@@ -165,7 +227,29 @@ def _checked(content: Any, path: Path) -> SavedChat:
         system_prompt=system_prompt or None,
         sampling=settings,
         checkpoint=checkpoint if isinstance(checkpoint, dict) else {},
+        seed=seed,
+        versions=_versions(content.get("versions") or [], conversation),
+        second=_checked(second, path) if isinstance(second, dict) and "second" not in second else None,
     )
+
+
+def _versions(content: Any, conversation: list[Message]) -> tuple[Versions, ...]:
+    """The versions of answers that are in the conversation.
+
+    Raises:
+        ValueError: of another kind, or of no answer.
+    """
+    try:
+        found = msgspec.convert(content, list[Versions])
+    except msgspec.ValidationError as error:
+        raise ValueError(f"versions: {error}") from error
+    for entry in found:
+        there = conversation[entry.turn] if 0 <= entry.turn < len(conversation) else None
+        if there is None or there["role"] != "assistant":
+            raise ValueError(f"versions: turn {entry.turn} is no answer")
+        if not 0 <= entry.chosen < len(entry.replies) or entry.replies[entry.chosen].text != there["content"]:
+            raise ValueError(f"versions: the chosen one of turn {entry.turn} is not the answer in the conversation")
+    return tuple(found)
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -182,4 +266,6 @@ def markdown(content: dict[str, Any]) -> str:
         lines += ["## System", "", content["system_prompt"], ""]
     for turn in content["conversation"]:
         lines += [f"## {heads[turn['role']]}", "", turn["content"], ""]
+    if second := content.get("second"):
+        lines += ["---", "", markdown({**second, "name": f"{content['name']}, the other checkpoint"})]
     return "\n".join(lines)

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..run.socket import REBIND_TIME
+from ..run.socket import QUEUE_LIMIT, REBIND_TIME
 from .connections import Client, Connections
 from .events import (
     PROTO,
@@ -36,7 +36,9 @@ from .events import (
     Queued,
     Ready,
     Request,
+    Routed,
     ServerHello,
+    Token,
     WireError,
     decode_request,
     encode_line,
@@ -48,7 +50,9 @@ LOADING_TIME = 0.5  # s between two words about loading
 IDLE_TIMEOUT = 1800.0  # s without a request until the server leaves
 MAX_BAD_LINES = 32  # unreadable lines until a client is sent away
 
-Load = Callable[[Callable[[str], None]], Backend]  # (say what is being done) -> backend
+TRACE_QUEUE = QUEUE_LIMIT // 4  # bytes waiting for a client from which on its reply goes without a trace
+
+Load = Callable[[Callable[[Loading], None]], Backend]  # (say what is being done) -> backend
 
 
 class _Job:
@@ -92,7 +96,7 @@ class ChatServer:
         self._jobs: deque[_Job] = deque()  # the first is being answered
         self._todo: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
         self._posts: deque[Callable[[], None]] = deque()  # from the answering thread to this one
-        self._detail = "starting"
+        self._loading = Loading("starting", 0.0)
         self._failure: BaseException | None = None
         self._stop: str | None = None
         self._started = self._active = self._said = clock()
@@ -167,13 +171,15 @@ class ChatServer:
         while (job := self._todo.get()) is not None:
             self._answer(backend, job)
 
-    def _say(self, detail: str) -> None:
-        self._detail = detail
+    def _say(self, progress: Loading) -> None:
+        self._loading = progress
 
     def _answer(self, backend: Backend, job: _Job) -> None:
         request = job.request
         messages: list[Message] = [{"role": message.role, "content": message.content} for message in request.messages]
-        stream = backend.generate(messages, request.sampling, request.seed, alternatives=request.alternatives)
+        stream = backend.generate(
+            messages, request.sampling, request.seed, alternatives=request.alternatives, trace=request.trace
+        )
         last: Event | Failed | None = None
         try:
             if job.cancelled.is_set():  # while it waited for its turn
@@ -197,7 +203,17 @@ class ChatServer:
 
     def _post_line(self, job: _Job, event: Event) -> None:
         line = encode_line(msgspec.structs.replace(event, id=job.request.id))
-        self._post(lambda: self._connections.send(job.client, line))
+        bare = line
+        if isinstance(event, Routed):
+            bare = b""
+        elif isinstance(event, Token) and event.alternatives:
+            bare = encode_line(Token(text=event.text, token=event.token, id=job.request.id))
+
+        def send() -> None:  # a client that falls behind loses the trace, not the reply
+            if chosen := bare if len(job.client.output) > TRACE_QUEUE else line:
+                self._connections.send(job.client, chosen)
+
+        self._post(send)
 
     def _post(self, action: Callable[[], None]) -> None:
         self._posts.append(action)
@@ -225,7 +241,8 @@ class ChatServer:
         self._connections.tick()
         if self.backend is None and now - self._said > LOADING_TIME:
             self._said = now
-            self._connections.send_all(encode_line(Loading(self._detail, round(now - self._started, 1))))
+            progress = msgspec.structs.replace(self._loading, seconds=round(now - self._started, 1))
+            self._connections.send_all(encode_line(progress))
         if self.backend is not None and not self._jobs and 0 < self._idle_timeout < now - self._active:
             self._stop = f"idle for {self._idle_timeout:g} s"
 
@@ -265,8 +282,9 @@ class ChatServer:
         hello = ServerHello(
             pid=os.getpid(),
             state="loading" if self.backend is None else "ready",
-            detail=self._detail,
+            detail=self._loading.detail,
             idle_timeout_s=self._idle_timeout,
+            trace=True,
         )
         self._connections.send(client, encode_line(hello))
         if self.backend is not None:
@@ -276,7 +294,7 @@ class ChatServer:
     def _take_job(self, client: Client, request: Generate) -> None:
         reason = None
         if self.backend is None:
-            reason = f"the model is still loading ({self._detail})"
+            reason = f"the model is still loading ({self._loading.detail})"
         elif self._jobs_of(client):
             reason = "a reply is still being written: cancel it first"
         if reason is not None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import secrets
+import threading
 import time
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from . import saved
 from .context import recent
 from .events import Backend, Done, Event, Message, Start, Token
 from .modes import DEFAULT_MODE, MODES, ChatError, Sampling, check_mode, overrides_of, sampling_for
+from .saved import Version, Versions
 
 MAX_HISTORY = 20
 
@@ -73,7 +75,10 @@ class ChatSession:
         overrides: sampling values that win over the mode's (None = the mode's).
         max_history: messages sent to the model, the system prompt not counted.
         seed: the same conversation, mode and seed give the same text; None draws a new seed for each reply.
+        trace: ask for probabilities, alternatives and experts of each token.
         chats_dir: where `/save` writes.
+
+    `second` may be set to a session in which another checkpoint answers the same messages: it is saved with this one.
     """
 
     def __init__(
@@ -86,6 +91,7 @@ class ChatSession:
         overrides: Mapping[str, float | None] | None = None,
         seed: int | None = None,
         alternatives: int = 0,
+        trace: bool = False,
         chats_dir: Path | str = "chats",
         clock: Callable[[], float] = time.monotonic,
         now: Callable[[], datetime] = datetime.now,
@@ -102,6 +108,9 @@ class ChatSession:
         self.max_history = max_history
         self.seed = seed
         self.alternatives = alternatives
+        self.trace = trace
+        self.second: ChatSession | None = None
+        self.versions: dict[int, Versions] = {}  # by the answer's index in the history
         self.chats_dir = Path(chats_dir)
         self.history: list[Message] = []
         self.unsent: str | None = None  # a message whose reply failed; /retry sends it again
@@ -110,6 +119,7 @@ class ChatSession:
         self.context_used = 0  # tokens of the last prompt and its reply
         self._attempt = 0
         self._busy = False
+        self._saving = threading.Lock()
         self._clock, self._now = clock, now
         self._stats = _Statistics(started=clock())
 
@@ -134,10 +144,11 @@ class ChatSession:
         head: list[Message] = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
         return head + recent(self.history, self.max_history)
 
-    def send(self, text: str) -> Generator[Event, None, None]:
+    def send(self, text: str, seed: int | None = None) -> Generator[Event, None, None]:
         """Add a user's message and stream the reply; the history holds both once the reply has ended.
 
-        A reply that was cancelled is kept as far as it came. If the backend fails, the message moves to `unsent`.
+        A reply that was cancelled is kept as far as it came. If the backend fails, the message moves to `unsent`. `seed` is
+        for this reply only.
 
         Raises:
             ChatError: a reply is still being generated, or the backend failed.
@@ -148,30 +159,57 @@ class ChatSession:
         self._attempt = 0
         self.history.append({"role": "user", "content": text})
         self._stats.messages_sent += 1
-        yield from self._reply()
+        yield from self._reply(seed)
 
-    def retry(self) -> Generator[Event, None, None]:
-        """Answer the last message again: a message that failed is sent again, else the last reply is replaced.
+    def retry(self, seed: int | None = None) -> Generator[Event, None, None]:
+        """Answer the last message again: a message that failed is sent again, else the last reply gets another version.
 
         Raises:
             ChatError: there is nothing to answer, or as `send`.
         """
         self._ready()
         if self.unsent is not None:
-            text, self.unsent = self.unsent, None
+            text, self.unsent, self._attempt = self.unsent, None, 0
             self.history.append({"role": "user", "content": text})
-            yield from self._reply()
+            yield from self._reply(seed)
             return
         if not self.can_retry:
             raise ChatError("nothing to answer again: send a message first", 2)
         previous = self.history.pop()
-        self._attempt += 1
+        self._attempt = len(self._versions_at(len(self.history), previous["content"]).replies)
         try:
-            yield from self._reply()
+            yield from self._reply(seed)
         finally:
             if self.unsent is not None:  # the second try failed: the first answer stays
                 self.history += [{"role": "user", "content": self.unsent}, previous]
                 self.unsent = None
+
+    def _versions_at(self, turn: int, text: str) -> Versions:
+        """The versions of an answer; of one that was loaded without any, itself."""
+        return self.versions.setdefault(turn, Versions(turn=turn, replies=[Version(text=text)]))
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Which version of the last answer stands in the history, counted from 1, of how many; (0, 0) without an answer."""
+        if not self.history or self.history[-1]["role"] != "assistant":
+            return 0, 0
+        entry = self._versions_at(len(self.history) - 1, self.history[-1]["content"])
+        return entry.chosen + 1, len(entry.replies)
+
+    def choose_version(self, step: int) -> bool:
+        """Put the version `step` further (or back) of the last answer into the history; false if there is none.
+
+        Raises:
+            ChatError: a reply is still being generated.
+        """
+        self._ready()
+        chosen, total = self.version
+        if not 1 <= chosen + step <= total:
+            return False
+        entry = self.versions[len(self.history) - 1]
+        entry.chosen += step
+        self.history[-1] = {"role": "assistant", "content": entry.replies[entry.chosen].text}
+        return True
 
     @property
     def can_retry(self) -> bool:
@@ -185,24 +223,29 @@ class ChatSession:
         if self._busy:
             raise ChatError("a reply is still being written: stop it first", 2)
 
-    def _reply_seed(self) -> int:
-        return secrets.randbits(31) if self.seed is None else self.seed + self._attempt
+    def reply_seed(self, again: bool = False) -> int:
+        """The seed of the next reply, `again`: of another version of the last one. Drawn, if the session has none."""
+        if self.seed is None:
+            return secrets.randbits(31)
+        return self.seed + (self.version[1] if again and self.unsent is None else 0)
 
-    def _reply(self) -> Generator[Event, None, None]:
+    def _reply(self, seed: int | None) -> Generator[Event, None, None]:
         """Stream one answer to the last message of the history; see `send`."""
         self._busy = True
         started = self._clock()
         parts: list[str] = []
         done: Done | None = None
         prompt_tokens = 0
-        stream = self.backend.generate(self.messages(), self.sampling, self._reply_seed(), alternatives=self.alternatives)
+        if seed is None:
+            seed = secrets.randbits(31) if self.seed is None else self.seed + self._attempt
+        stream = self.backend.generate(self.messages(), self.sampling, seed, alternatives=self.alternatives, trace=self.trace)
         try:
             for event in stream:
                 if isinstance(event, Start):
                     prompt_tokens = event.prompt_tokens
                 elif isinstance(event, Token):
                     parts.append(event.text)
-                else:
+                elif isinstance(event, Done):
                     done = event
                     parts.append(event.tail)
                     self._finish("".join(parts), event, prompt_tokens, self._clock() - started)
@@ -214,6 +257,14 @@ class ChatSession:
                 self.unsent = self.history.pop()["content"]
 
     def _finish(self, text: str, done: Done, prompt_tokens: int, seconds: float) -> None:
+        version = Version.of(text, done, self.backend.info.name)
+        turn = len(self.history)
+        entry = self.versions.get(turn)
+        if entry is not None and self._attempt:
+            entry.replies.append(version)
+            entry.chosen = len(entry.replies) - 1
+        else:
+            self.versions[turn] = Versions(turn=turn, replies=[version])
         self.history.append({"role": "assistant", "content": text})
         self.last = done
         self.unsent = None
@@ -294,6 +345,7 @@ class ChatSession:
     def clear(self) -> None:
         """Forget the conversation, not the system prompt; the next save is another file."""
         self.history.clear()
+        self.versions.clear()
         self.unsent = None
         self.name = None
         self.last = None
@@ -323,12 +375,13 @@ class ChatSession:
         Raises:
             ChatError: a name that is no file name, one that another conversation has, or a folder that cannot be written.
         """
-        if name is None:
-            name = self.name or saved.free_name(self.chats_dir, saved.default_name(self._now()))
-        name = saved.check_name(name)
-        path = saved.write(self.chats_dir / f"{name}.json", self._document(name), replace=name == self.name)
-        self.name = name
-        return path
+        with self._saving:  # two sessions of one conversation may end their replies at the same time
+            if name is None:
+                name = self.name or saved.free_name(self.chats_dir, saved.default_name(self._now()))
+            name = saved.check_name(name)
+            path = saved.write(self.chats_dir / f"{name}.json", self.document(name), replace=name == self.name)
+            self.name = name
+            return path
 
     def export_markdown(self) -> Path:
         """Write the conversation as Markdown beside the saved JSON, for people; returns the path.
@@ -337,18 +390,23 @@ class ChatSession:
             ChatError: as `save`.
         """
         name = self.save().stem
-        return saved.write(self.chats_dir / f"{name}.md", saved.markdown(self._document(name)), replace=True)
+        return saved.write(self.chats_dir / f"{name}.md", saved.markdown(self.document(name)), replace=True)
 
-    def _document(self, name: str) -> dict[str, Any]:
-        return saved.document(
+    def document(self, name: str) -> dict[str, Any]:
+        """What `save` writes."""
+        history = list(self.history)
+        content = saved.document(
             name=name,
-            conversation=[*self.history, *([{"role": "user", "content": self.unsent}] if self.unsent else [])],
+            conversation=[*history, *([{"role": "user", "content": self.unsent}] if self.unsent else [])],
             mode=self.mode,
             system_prompt=self.system_prompt,
             info=self.backend.info,
             sampling=self.sampling,
             statistics=self.statistics(),
+            seed=self.seed,
+            versions=[entry for turn, entry in sorted(self.versions.items()) if turn < len(history)],
         )
+        return content if self.second is None else {**content, "second": self.second.document(name)}
 
     def load(self, path: Path) -> saved.SavedChat:
         """Continue a saved conversation: history, mode, sampling and system prompt are replaced.
@@ -357,15 +415,22 @@ class ChatSession:
             ChatError: the file cannot be used; then nothing changed.
         """
         chat = saved.read(path)
-        overrides = overrides_of(chat.mode, chat.sampling) if chat.sampling else {}
-        self.clear()
-        self.history = list(chat.conversation)
-        self.mode, self.overrides, self.system_prompt = chat.mode, overrides, chat.system_prompt
-        if self.history and self.history[-1]["role"] == "user":
-            self.unsent = self.history.pop()["content"]  # /retry answers it
+        self.restore(chat)
         here = path.resolve().parent == self.chats_dir.resolve() and path.stem == chat.name
         self.name = chat.name if here else None
         return chat
+
+    def restore(self, chat: saved.SavedChat) -> None:
+        """Continue a conversation that was read: history, versions, mode, sampling, seed and system prompt are replaced."""
+        overrides = overrides_of(chat.mode, chat.sampling) if chat.sampling else {}
+        self.clear()
+        self.history = list(chat.conversation)
+        self.versions = {
+            entry.turn: Versions(turn=entry.turn, replies=list(entry.replies), chosen=entry.chosen) for entry in chat.versions
+        }
+        self.mode, self.overrides, self.system_prompt, self.seed = chat.mode, overrides, chat.system_prompt, chat.seed
+        if self.history and self.history[-1]["role"] == "user":
+            self.unsent = self.history.pop()["content"]  # /retry answers it
 
 
 def help_text() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 
 
 def load_model(
-    path: str | os.PathLike[str], device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path: str | os.PathLike[str],
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[DeepSeekTransformer, ConversationTokenizer, dict[str, Any]]:
     """The model of a committed checkpoint in evaluation mode, its tokenizer, and facts about them.
 
@@ -32,6 +36,7 @@ def load_model(
 
     Args:
         path: what `resolve_checkpoint` understands.
+        progress: told how many bytes under model/ of how many were read and found sound.
 
     Returns:
         model, tokenizer, and a mapping with path, name, run (its folder's name), step, epoch, tokens, metrics, digest (SHA-256
@@ -43,7 +48,7 @@ def load_model(
     """
     path = resolve_checkpoint(path)
     with leased(path) as folder:
-        report = require(verify(path, select=lambda name: name.startswith("model/")))
+        report = require(verify(path, select=lambda name: name.startswith("model/"), progress=progress))
         check_ledger(report)
         missing = sorted({MODEL, MODEL_CONFIG, TOKENIZER} - {entry.path for entry in report.files})
         if missing:

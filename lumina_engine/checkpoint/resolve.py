@@ -76,7 +76,8 @@ def _from_run(run: Path, wanted: str) -> tuple[Path, str]:
 def _choose(checkpoints: Path, wanted: str, owner: str) -> tuple[Path, str]:
     names = list_steps(checkpoints)
     if not names:
-        raise CheckpointError(f"{owner} has no checkpoint yet")
+        others = _names_text(_runs(checkpoints.parent.parent))
+        raise CheckpointError(f"{owner} has no checkpoint yet{others}")
     if wanted not in POINTERS:
         if wanted not in names:
             raise CheckpointError(f"{owner} has no {wanted}; it has {', '.join(names[:5])}")
@@ -90,14 +91,15 @@ def _choose(checkpoints: Path, wanted: str, owner: str) -> tuple[Path, str]:
 
 
 def _runs(root: Path) -> list[str]:
+    """Names of the runs that have a committed checkpoint."""
     try:
-        return sorted(entry.name for entry in root.iterdir() if (entry / "checkpoints").is_dir())
+        return sorted(e.name for e in root.iterdir() if (e / "checkpoints").is_dir() and list_steps(e / "checkpoints"))
     except OSError:
         return []
 
 
 def _newest_run(root: Path) -> tuple[Path, str]:
-    found = [(_updated(root / name), name) for name in _runs(root) if list_steps(root / name / "checkpoints")]
+    found = [(_updated(root / name), name) for name in _runs(root)]
     if not found:
         raise CheckpointError(f"no run with a checkpoint in {root}; train one with `lumina-engine train`, or name a checkpoint")
     name = max(found)[1]
@@ -120,7 +122,12 @@ def _nearest(name: str, names: list[str]) -> str:
     near = difflib.get_close_matches(name, names, n=1)
     if near:
         return f"; did you mean {near[0]}?"
-    return f"; runs with checkpoints: {', '.join(names[:5])}" if names else "; no run has a checkpoint yet"
+    return _names_text(names) or "; no run has a checkpoint yet"
+
+
+def _names_text(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"; runs with checkpoints: {', '.join(names[:5])}{more}" if names else ""
 
 
 def _nearby(path: Path) -> str:

@@ -99,7 +99,13 @@ class Report:
         return "; ".join(str(problem) for problem in self.problems)
 
 
-def verify(path: Path, full: bool = True, select: Callable[[str], bool] | None = None, every: bool = False) -> Report:
+def verify(
+    path: Path,
+    full: bool = True,
+    select: Callable[[str], bool] | None = None,
+    every: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
     """Check one checkpoint folder.
 
     Args:
@@ -107,6 +113,7 @@ def verify(path: Path, full: bool = True, select: Callable[[str], bool] | None =
         full: compare digests; False checks the manifest, presence and sizes only.
         select: which listed paths to compare digests of (a rank reads only its own); None = all.
         every: go on after the first damaged file.
+        progress: told (bytes whose digest was compared, bytes to compare) after each chunk.
 
     Raises:
         OSError: this process cannot read (permission, descriptors, memory); that says nothing about the checkpoint.
@@ -120,7 +127,7 @@ def verify(path: Path, full: bool = True, select: Callable[[str], bool] | None =
     try:
         _read_manifest(folder, report)
         if report.ok:
-            _check_files(folder, report, (select or (lambda _: True)) if full else None, every)
+            _check_files(folder, report, (select or (lambda _: True)) if full else None, every, progress)
             report.strays = sorted(set(_walk(folder)) - {entry.path for entry in report.files} - {MANIFEST, MANIFEST_DIGEST})
     finally:
         os.close(folder)
@@ -209,7 +216,13 @@ def _read_entries(report: Report, manifest: Any) -> None:
     report.files = files
 
 
-def _check_files(folder: int, report: Report, select: Callable[[str], bool] | None, every: bool) -> None:
+def _check_files(
+    folder: int,
+    report: Report,
+    select: Callable[[str], bool] | None,
+    every: bool,
+    progress: Callable[[int, int], None] | None,
+) -> None:
     """Sizes of all files first (cheap, finds truncation at once), then digests."""
     for entry in report.files:
         try:
@@ -223,10 +236,18 @@ def _check_files(folder: int, report: Report, select: Callable[[str], bool] | No
     if select is None or (report.problems and not every):
         return
     bad = {problem.file for problem in report.problems}
+    done, total = 0, sum(entry.size for entry in report.files if select(entry.path))
+
+    def read(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
     for entry in report.files:
         if entry.path in bad or not select(entry.path):
             continue
-        problem = _check_digests(folder, entry, report.manifest["chunk_bytes"])
+        problem = _check_digests(folder, entry, report.manifest["chunk_bytes"], read)
         if problem:
             report.problems.append(problem)
             if not every:
@@ -250,7 +271,7 @@ def opened(folder: int, relpath: str) -> Iterator[tuple[int, int]]:
         os.close(fd)
 
 
-def _check_digests(folder: int, entry: FileEntry, chunk_bytes: int) -> Problem | None:
+def _check_digests(folder: int, entry: FileEntry, chunk_bytes: int, read: Callable[[int], None]) -> Problem | None:
     tensors = entry.path.endswith(".safetensors")
     try:
         with opened(folder, entry.path) as (fd, size):
@@ -262,6 +283,7 @@ def _check_digests(folder: int, entry: FileEntry, chunk_bytes: int) -> Problem |
                     names = _tensors_between(fd, size, entry.path, begin, end) if tensors else ()
                     return Problem(entry.path, f"bytes {begin} to {end - 1} are not what was written", names)
                 begin += len(piece)
+                read(len(piece))
             if chunks:
                 return Problem(entry.path, f"ends at byte {begin} of {entry.size}")
             if tensors:

@@ -111,7 +111,7 @@ def _running_server(path: Path, device: str, precision: str) -> Backend | None:
     if not place.exists():
         return None
     try:
-        backend = ServerBackend(place, loading=lambda detail, _: None)
+        backend = ServerBackend(place, loading=lambda progress: None)
     except ServerGone:
         return None  # a stale socket, or a server on its way out: this process can load the model itself
     _say(f"through the chat server that has it loaded (process {backend.pid})")

@@ -60,10 +60,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace, path: Path, place: Path, why: str) -> int:
+    from ..chat.events import Loading
     from ..chat.server import ChatServer
 
-    def load(say: Callable[[str], None]) -> Backend:
-        say("starting torch")
+    def load(say: Callable[[Loading], None]) -> Backend:
+        say(Loading("starting torch", 0.0))
         from ..chat.loading import open_backend, tune_threads
 
         backend = open_backend(path, args.device, args.precision, say)

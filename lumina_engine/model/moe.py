@@ -35,6 +35,13 @@ class LayerStats(NamedTuple):
     top_score_sum: Tensor  # highest unbiased score per token
 
 
+class LayerRoute(NamedTuple):
+    """Where the tokens of one forward went in one expert layer: the router's own choice, also for padding."""
+
+    experts_BSK: Tensor
+    gates_BSK: Tensor  # float32; what the experts' outputs were multiplied by
+
+
 @dataclass
 class RouterStats:
     """The statistics of all expert layers, layer index first, in float32. Sums: add them over micro batches and ranks."""
@@ -171,12 +178,20 @@ class MoE(nn.Module):
         self.w2 = nn.Parameter(torch.empty(self.num_experts, hidden, width))
         self.shared = SwiGLU(hidden, config.num_shared_experts * width) if config.num_shared_experts else None
 
-    def forward(self, x_BSD: Tensor, valid_BS: Tensor | None = None) -> tuple[Tensor, LayerStats]:
-        """Output (B, S, D), zero where a token lost all its choices to capacity, and the statistics of this call."""
+    def forward(
+        self, x_BSD: Tensor, valid_BS: Tensor | None = None, routes: list[LayerRoute] | None = None
+    ) -> tuple[Tensor, LayerStats]:
+        """Output (B, S, D), zero where a token lost all its choices to capacity, and the statistics of this call.
+
+        The routing is appended to `routes`, if given.
+        """
         batch, length, hidden = x_BSD.shape
         x_TD = x_BSD.reshape(-1, hidden)
         valid_T = None if valid_BS is None else valid_BS.reshape(-1)
         logits_TE, scores_TE, experts_TK, gates_TK = self.router(x_TD)
+        if routes is not None:
+            shape = (batch, length, self.top_k)
+            routes.append(LayerRoute(experts_TK.detach().view(shape), gates_TK.detach().view(shape)))
         capacity = None
         if self.training and self.capacity_factor is not None:
             tokens = len(x_TD) if valid_T is None else valid_T.sum()

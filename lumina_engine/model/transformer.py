@@ -19,7 +19,7 @@ from lumina_engine.config.schema import Config, DeepSeekConfig
 from lumina_engine.model.attention import Attention, AttentionPlan, KVCache, cached_mask, document_mask
 from lumina_engine.model.layers import RMSNorm, SwiGLU
 from lumina_engine.model.loss import IGNORED, cross_entropy_and_correct, cross_entropy_sum, shifted_targets
-from lumina_engine.model.moe import LayerStats, MoE, RouterStats
+from lumina_engine.model.moe import LayerRoute, LayerStats, MoE, RouterStats
 from lumina_engine.model.rope import RotaryTables, inverse_frequencies
 from lumina_engine.model.segments import Segments
 
@@ -66,13 +66,18 @@ class Block(nn.Module):
         self.dropout = config.dropout
 
     def forward(
-        self, x_BSD: Tensor, plan: AttentionPlan, valid_BS: Tensor | None, cache: KVCache | None
+        self,
+        x_BSD: Tensor,
+        plan: AttentionPlan,
+        valid_BS: Tensor | None,
+        cache: KVCache | None,
+        routes: list[LayerRoute] | None = None,
     ) -> tuple[Tensor, LayerStats | None]:
         x_BSD = x_BSD + self._drop(self.attention(self.attention_norm(x_BSD), plan, cache))
         stats: LayerStats | None = None
         branch = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoE):
-            branch, stats = self.ffn(branch, valid_BS)
+            branch, stats = self.ffn(branch, valid_BS, routes)
         else:
             branch = self.ffn(branch)
         return x_BSD + self._drop(branch), stats
@@ -147,6 +152,11 @@ class DeepSeekTransformer(nn.Module):
         """The expert layers, first layer first."""
         return [block.ffn for block in self.blocks if isinstance(block, Block) and isinstance(block.ffn, MoE)]
 
+    @property
+    def expert_layer_numbers(self) -> list[int]:
+        """Which of all layers, counted from 0, the expert layers are."""
+        return [number for number, block in enumerate(self.blocks) if isinstance(block, Block) and isinstance(block.ffn, MoE)]
+
     def forward(
         self,
         input_ids: Tensor,
@@ -159,6 +169,7 @@ class DeepSeekTransformer(nn.Module):
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
         return_aux: bool = False,
+        routes: list[LayerRoute] | None = None,
     ) -> Tensor | ModelOutput:
         """Logits (B, S, V); with `labels` the mean loss; with `return_aux` a `ModelOutput`.
 
@@ -166,11 +177,12 @@ class DeepSeekTransformer(nn.Module):
         `document_ids` (B, S): tokens attend within their document, 0 is padding. `position_ids` (B, S) default to counting the
         real tokens of each document from 0, behind a cache onwards. `labels` (B, S) lie on their own token, -100 carries no
         loss; `weights` (B, S) multiply them (the mean is then the weighted mean). `logits_to_keep` > 0 gives the logits of that
-        many last positions only. Evaluation mode never drops a token for capacity.
+        many last positions only. Evaluation mode never drops a token for capacity. `routes`, a list, receives what the routers
+        chose, an entry per expert layer, first layer first; not together with gradient checkpointing, which runs layers twice.
         """
         if document_ids is None and attention_mask is not None:
             document_ids = attention_mask[:, -input_ids.shape[1] :].long()
-        hidden, stats, valid = self._hidden(input_ids, document_ids, position_ids, cache)
+        hidden, stats, valid = self._hidden(input_ids, document_ids, position_ids, cache, routes)
         output = ModelOutput()
         if labels is None:
             if logits_to_keep:
@@ -197,7 +209,12 @@ class DeepSeekTransformer(nn.Module):
         return output.loss_sum / output.weight_sum.clamp(min=1e-20)
 
     def _hidden(
-        self, input_ids: Tensor, document_ids: Tensor | None, position_ids: Tensor | None, cache: KVCache | None
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor | None,
+        position_ids: Tensor | None,
+        cache: KVCache | None,
+        routes: list[LayerRoute] | None = None,
     ) -> tuple[Tensor, list[LayerStats], Tensor | None]:
         """Hidden states before the final norm, statistics of the expert layers, and which tokens are real (None = all)."""
         valid = None if document_ids is None else document_ids > 0
@@ -211,7 +228,7 @@ class DeepSeekTransformer(nn.Module):
             if recompute:
                 x, layer_stats = checkpoint(block, x, plan, valid, cache, use_reentrant=False)
             else:
-                x, layer_stats = block(x, plan, valid, cache)
+                x, layer_stats = block(x, plan, valid, cache, routes)
             if layer_stats is not None:
                 stats.append(layer_stats)
         if cache is not None:

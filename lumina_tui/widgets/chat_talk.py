@@ -84,8 +84,10 @@ class Talk(Vertical):
             if notice := event.notice():
                 self.transcript.items.insert(-1, Item("note", notice))
         elif self._reply is not None:
-            self._reply.text += event.text if isinstance(event, Token) else event.tail
-            if isinstance(event, Done):
+            if isinstance(event, Token):
+                self._reply.text += event.text
+            elif isinstance(event, Done):
+                self._reply.text += event.tail
                 self._reply.foot = timing(event) + _ENDS[event.reason]
                 self._reply = None
         self._grown = True

@@ -41,7 +41,7 @@ class FakeBackend:
         self.reply: str | None = None
 
     def generate(
-        self, messages: Sequence[Message], sampling: Sampling, seed: int, *, alternatives: int = 0
+        self, messages: Sequence[Message], sampling: Sampling, seed: int, *, alternatives: int = 0, trace: bool = False
     ) -> Generator[Event, None, None]:
         self.asked.append((list(messages), sampling, seed))
         self.cancelled = False

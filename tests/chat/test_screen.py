@@ -21,6 +21,7 @@ from textual.screen import Screen
 import lumina_tui.application
 from lumina_engine.chat.catalogue import list_entries
 from lumina_engine.chat.client import probe, socket_path
+from lumina_engine.chat.events import Loading
 from lumina_engine.chat.modes import ChatError
 from lumina_engine.chat.server import ChatServer
 from lumina_tui.application import LuminaApp
@@ -49,8 +50,8 @@ class Servers:
             raise ChatError(self.refuse)
         self.started.append(path)
 
-        def load(say: Callable[[str], None]) -> FakeBackend:
-            say("checking and reading step-000200")
+        def load(say: Callable[[Loading], None]) -> FakeBackend:
+            say(Loading("checking and reading step-000200", 0.0))
             while not self.load.wait(0.01):
                 pass
             return self.backend

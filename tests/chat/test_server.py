@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from lumina_engine.chat.client import ServerBackend, ServerGone, server_sockets, socket_path
-from lumina_engine.chat.events import Done, Event, Start, Token, decode_answer, decode_request, encode_line
+from lumina_engine.chat.events import Done, Event, Loading, Start, Token, decode_answer, decode_request, encode_line
 from lumina_engine.chat.modes import MODES, ChatError, Sampling
 from lumina_engine.chat.server import ChatServer
 from lumina_engine.chat.session import ChatSession
@@ -306,8 +306,8 @@ def test_c110_a_server_that_leaves_while_nothing_is_asked(path: Path) -> None:
 
 
 def test_c110_a_checkpoint_that_cannot_be_loaded_is_told_to_the_client(folder: Path, path: Path) -> None:
-    def load(say: Callable[[str], None]) -> FakeBackend:
-        say("reading weights")
+    def load(say: Callable[[Loading], None]) -> FakeBackend:
+        say(Loading("reading weights", 0.0))
         until(lambda: connected.is_set())
         raise ChatError("the checkpoint is damaged: choose another", 65)
 
@@ -324,8 +324,8 @@ def test_c110_a_checkpoint_that_cannot_be_loaded_is_told_to_the_client(folder: P
     thread.start()
     seen: list[str] = []
 
-    def loading(detail: str, seconds: float) -> None:
-        seen.append(detail)
+    def loading(progress: Loading) -> None:
+        seen.append(progress.detail)
         connected.set()
 
     with pytest.raises(ServerGone, match=r"^the checkpoint is damaged: choose another$"):
@@ -337,8 +337,8 @@ def test_c110_a_checkpoint_that_cannot_be_loaded_is_told_to_the_client(folder: P
 def test_c110_loading_is_told_and_can_be_given_up(folder: Path, path: Path) -> None:
     go = threading.Event()
 
-    def load(say: Callable[[str], None]) -> FakeBackend:
-        say("reading 13.5 MB")
+    def load(say: Callable[[Loading], None]) -> FakeBackend:
+        say(Loading("reading 13.5 MB", 0.0))
         assert go.wait(DEADLINE)
         return FakeBackend()
 
@@ -347,7 +347,9 @@ def test_c110_loading_is_told_and_can_be_given_up(folder: Path, path: Path) -> N
     thread.start()
     told: list[tuple[str, float]] = []
     with pytest.raises(ServerGone, match="given up"):
-        ServerBackend(path, loading=lambda detail, seconds: told.append((detail, seconds)), given_up=lambda: len(told) > 1)
+        ServerBackend(
+            path, loading=lambda progress: told.append((progress.detail, progress.seconds)), given_up=lambda: len(told) > 1
+        )
     assert ("reading 13.5 MB") in {detail for detail, _ in told}
     raw = Raw(path, hello=False)
     raw.send(HELLO + request("1", "early"))
