@@ -7,7 +7,7 @@ A node that cannot do it now says why in `why_not(action_id)`; the user sees the
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from textual.binding import Binding
@@ -19,7 +19,8 @@ class Action:
 
     `keys` are Textual key names or single characters; `footer` > 0 puts it in the last line (lowest first, at most 6);
     `danger` makes the palette show it as such; `method` and `args` replace the default `action_<name>()`; `short` is the
-    footer's text where the title is too long.
+    footer's text where the title is too long. `changes`: it changes a run, starts a process or writes a file, so `--readonly`
+    refuses it.
     """
 
     id: str
@@ -31,6 +32,7 @@ class Action:
     method: str = ""
     args: tuple[object, ...] = ()
     short: str = ""
+    changes: bool = False
 
     @property
     def scope(self) -> str:
@@ -41,6 +43,14 @@ class Action:
         return "action_" + (self.method or self.id.rpartition(".")[2])
 
 
+def finding(scope: str) -> tuple[Action, ...]:
+    """`n` and `N` for a panel with the mixin `Finds`."""
+    return (
+        Action(f"{scope}.next_match", "Next match", "The next match of the search or filter", ("n",)),
+        Action(f"{scope}.previous_match", "Match before", "The match before", ("N",)),
+    )
+
+
 APP = (
     Action("app.back", "Back", "Leave the top layer, else go to the screen before", ("escape",)),
     Action("app.help", "Help", "Keys and signs of this screen", ("?", "f1"), footer=99, short="help"),
@@ -48,6 +58,8 @@ APP = (
     Action("app.notices", "Notices", "What was said so far", ("!",)),
     Action("app.next_panel", "Next panel", "Move to the next panel or field", ("tab",)),
     Action("app.previous_panel", "Previous panel", "Move to the panel or field before", ("shift+tab",)),
+    Action("app.jump", "Jump", "A letter on every panel and field; it moves there", ("ctrl+o",)),
+    Action("app.maximise", "Maximise", "The focused panel alone, and back", ("m",), footer=5, short="maximise"),
     Action("app.leave", "Quit", "Leave lumina; runs go on", ("q", "ctrl+q")),
     Action("app.interrupt", "Quit", "Says how to leave: ctrl+c stops nothing here", ("ctrl+c",)),
 )
@@ -77,6 +89,7 @@ TABLE = (
     Action("table.page_down", "Page down", "A page further", ("ctrl+d", "pagedown")),
     Action("table.page_up", "Page up", "A page back", ("ctrl+u", "pageup")),
     Action("table.choose", "Open", "Open the chosen row", ("enter",), footer=1, short="open"),
+    *finding("table"),
 )
 
 CHART = (
@@ -122,8 +135,16 @@ LOG = (
 
 HOME = (
     Action("home.new", "New run", "Start a run from a preset", ("a",), footer=2, short="new"),
-    Action("home.resume", "Resume", "Continue the chosen run from its newest checkpoint", ("R",), footer=3, short="resume"),
-    Action("home.stop", "Stop", "Stop the chosen run", ("X",), footer=4, danger=True, short="stop"),
+    Action(
+        "home.resume",
+        "Resume",
+        "Continue the chosen run from its newest checkpoint",
+        ("R",),
+        footer=3,
+        short="resume",
+        changes=True,
+    ),
+    Action("home.stop", "Stop", "Stop the chosen run", ("X",), footer=4, danger=True, short="stop", changes=True),
     Action("home.chat", "Chat", "Talk to the best checkpoint of the chosen run", ("T",), footer=5, short="chat"),
     Action("home.sort", "Sort", "Sort by age, name, state or loss", ("o",)),
     Action("home.filter", "Filter", "Only runs with these words; state:failed, preset:b1", ("/",)),
@@ -132,15 +153,43 @@ HOME = (
 )
 
 MONITOR = (
-    Action("monitor.checkpoint", "Checkpoint now", "Save at the next step boundary", ("C",), footer=1, short="checkpoint"),
     Action(
-        "monitor.pause", "Pause or resume", "Hold the run at a step boundary, or let it go on", ("P",), footer=2, short="pause"
+        "monitor.checkpoint",
+        "Checkpoint now",
+        "Save at the next step boundary",
+        ("C",),
+        footer=1,
+        short="checkpoint",
+        changes=True,
     ),
-    Action("monitor.stop", "Stop", "Save and stop, or stop without saving", ("X",), footer=3, danger=True, short="stop"),
     Action(
-        "monitor.set_lr", "Set learning rate", "Change the learning rate from the next step", ("S",), footer=4, short="set lr"
+        "monitor.pause",
+        "Pause or resume",
+        "Hold the run at a step boundary, or let it go on",
+        ("P",),
+        footer=2,
+        short="pause",
+        changes=True,
     ),
-    Action("monitor.maximise", "Maximise", "The focused panel alone, and back", ("m",), footer=5, short="maximise"),
+    Action(
+        "monitor.stop",
+        "Stop",
+        "Save and stop, or stop without saving",
+        ("X",),
+        footer=3,
+        danger=True,
+        short="stop",
+        changes=True,
+    ),
+    Action(
+        "monitor.set_lr",
+        "Set learning rate",
+        "Change the learning rate from the next step",
+        ("S",),
+        footer=4,
+        short="set lr",
+        changes=True,
+    ),
     Action("monitor.log", "Log", "Show or hide engine.log", ("t",), footer=6, short="log"),
     Action("monitor.chat", "Chat", "Talk to the best checkpoint of this run", ("T",)),
     Action("monitor.alerts", "Alerts", "All alerts with what to do", ("A",)),
@@ -173,7 +222,7 @@ CHAT = (
         short="reload",
     ),
     Action("chat.copy", "Copy reply", "Copy the last reply", ("y",)),
-    Action("chat.export", "Export", "Write the conversation as JSON or Markdown", ("e",)),
+    Action("chat.export", "Export", "Write the conversation as JSON or Markdown", ("e",), changes=True),
 )
 
 PRESETS = (
@@ -209,7 +258,7 @@ CONFIG = (
     Action("config.undo", "Undo", "Take the last change back", ("u",), footer=2, short="undo"),
     Action("config.redo", "Redo", "Make an undone change again", ("ctrl+r",)),
     Action("config.diff", "Diff", "Everything that differs from the preset", ("d",), footer=3, short="diff"),
-    Action("config.write", "Write", "Write the configuration to a file", ("w",), footer=4, short="write"),
+    Action("config.write", "Write", "Write the configuration to a file", ("w",), footer=4, short="write", changes=True),
     Action("config.start", "Start", "Review and start (the same as 4)", ("a",), footer=5, short="start"),
     Action("config.reset", "Field back to preset", "The preset's value for this field", ("D",)),
     Action("config.next_problem", "Next problem", "To the field of the next finding", ("]",)),
@@ -230,14 +279,36 @@ TEXT = (
 )
 
 LAUNCH = (
-    Action("launch.start", "Launch", "Start the run as reviewed", ("enter",), footer=1, short="launch"),
+    Action("launch.start", "Launch", "Start the run as reviewed", ("enter",), footer=1, short="launch", changes=True),
     Action("launch.diff", "Diff", "Everything that differs from the preset", ("d",), footer=2, short="diff"),
     Action("launch.edit", "Edit", "Back to the fields", ("E",), footer=3, short="edit"),
     Action("launch.copy", "Copy command", "Copy the command, for use without lumina", ("Y",), footer=4, short="copy command"),
-    Action("launch.write", "Write", "Write the configuration to a file", ("w",), footer=5, short="write"),
+    Action("launch.write", "Write", "Write the configuration to a file", ("w",), footer=5, short="write", changes=True),
     Action("launch.next_finding", "Next finding", "The next finding", ("]",)),
     Action("launch.previous_finding", "Finding before", "The finding before", ("[",)),
     Action("launch.reload", "Review again", "Check configuration, data and machine again", ("r",)),
+)
+
+# layers over a screen: nothing below one gets a key
+LAYER = (Action("layer.leave", "Back", "Close this layer", ("escape",)),)
+SHEET = (
+    Action("sheet.leave", "Back", "Close this text", ("escape", "q", "?", "!", "f1", "enter")),
+    Action("sheet.down", "Down", "Next line", ("j", "down")),
+    Action("sheet.up", "Up", "Line before", ("k", "up")),
+    Action("sheet.top", "First", "First line", ("g", "home")),
+    Action("sheet.bottom", "Last", "Last line", ("G", "end")),
+    Action("sheet.page_down", "Page down", "A page further", ("ctrl+d", "pagedown", "space")),
+    Action("sheet.page_up", "Page up", "A page back", ("ctrl+u", "pageup")),
+    Action("sheet.find", "Find", "Lines with these words", ("/",)),
+    *finding("sheet"),
+    Action("sheet.copy", "Copy", "Copy this text", ("y",)),
+)
+PALETTE = (
+    Action("palette.leave", "Back", "Close the palette", ("escape",)),
+    Action("palette.down", "Down", "Next row", ("down", "ctrl+n")),
+    Action("palette.up", "Up", "Row before", ("up", "ctrl+p")),
+    Action("palette.page_down", "Page down", "A page further", ("pagedown",)),
+    Action("palette.page_up", "Page up", "A page back", ("pageup",)),
 )
 
 # Append the block of your screen here: NAME = (Action("name.verb", …), …), then add it to ACTIONS.
@@ -260,6 +331,9 @@ ACTIONS: tuple[Action, ...] = (
     *YAML,
     *TEXT,
     *LAUNCH,
+    *LAYER,
+    *SHEET,
+    *PALETTE,
 )
 
 # kinds of panel that stand on a screen: their keys must not clash with the screen's
@@ -273,6 +347,30 @@ PANELS: dict[str, tuple[str, ...]] = {
 }
 
 
+# keys that must not be bound, and why
+FORBIDDEN_KEYS: Mapping[str, str] = {
+    "ctrl+i": "arrives as Tab",
+    "ctrl+m": "arrives as Enter",
+    "ctrl+h": "arrives as Backspace",
+    "ctrl+s": "stops the output of many terminals (flow control)",
+    "ctrl+a": "is the command key of screen",
+    "ctrl+b": "is the command key of tmux",
+    "shift+enter": "is not sent without the kitty protocol",
+    "ctrl+enter": "is not sent without the kitty protocol",
+    "alt+enter": "arrives as plain Enter",
+    **{f"alt+{digit}": "arrives as a stray character" for digit in range(10)},
+}
+
+
+def together() -> list[tuple[str, ...]]:
+    """Groups of scopes that can be alive at the same time: in each group every key must be unique."""
+    screens = [title.lower() for _, title, _ in SCREENS]
+    groups: list[tuple[str, ...]] = [("app", screen, panel) for screen in screens for panel in PANELS.get(screen, ())]
+    groups += [("app", screen) for screen in screens if not PANELS.get(screen)]
+    met = {scope for group in groups for scope in group}
+    return [*groups, *((scope,) for scope in sorted({action.scope for action in ACTIONS} - met))]
+
+
 def by_id() -> Mapping[str, Action]:
     """All actions by id."""
     return {action.id: action for action in ACTIONS}
@@ -281,6 +379,11 @@ def by_id() -> Mapping[str, Action]:
 def of_scope(scope: str) -> list[Action]:
     """The actions of a scope in the order of their declaration."""
     return [action for action in ACTIONS if action.scope == scope]
+
+
+def plain_key(key: str) -> str:
+    """A key as Textual names it: `question_mark` for `?`."""
+    return next(iter(Binding.make_bindings([Binding("comma" if key == "," else key, "")]))).key
 
 
 def bindings(scope: str) -> list[Binding]:
@@ -318,14 +421,3 @@ _KEY_NAMES = {
 def key_text(key: str) -> str:
     """A key as a person writes it: Enter, ctrl+p, ?"""
     return _KEY_NAMES.get(key, key)
-
-
-def key_table(scopes: Iterable[str] | None = None) -> list[tuple[str, str, str, str]]:
-    """Rows (scope, keys, title, help) for help screens and documentation."""
-    wanted = None if scopes is None else list(scopes)
-    rows = [
-        (action.scope, " ".join(key_text(key) for key in action.keys), action.title, action.help)
-        for action in ACTIONS
-        if wanted is None or action.scope in wanted
-    ]
-    return rows if wanted is None else sorted(rows, key=lambda row: wanted.index(row[0]))

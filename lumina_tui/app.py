@@ -77,11 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of the `lumina` command. Returns the exit code."""
     args = parser().parse_args(argv)
     if args.print_keys:
-        from .actions import key_table
-
-        for scope, keys, title, help_ in key_table():
-            print(f"{scope:<9} {keys:<18} {title:<18} {help_}")
-        return 0
+        return print_keys()
     os.environ.setdefault("TEXTUAL_FPS", "15" if args.slow else "30")  # read when textual is imported
     os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
     for name in ("COLUMNS", "LINES"):  # textual would believe them, and never see the terminal change its size
@@ -112,6 +108,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         for text in farewell(runs_root, args.runs):
             print(safe_text(text))
     return app.return_code or 0
+
+
+def print_keys() -> int:
+    """Print the keys in force, and on stderr what is wrong with the user's own; 1 if something is."""
+    from .keymap import load_keymap
+    from .places import config_dir
+
+    keymap = load_keymap(config_dir() / "keys.yaml")
+    for name, keys, title, help_ in keymap.table():
+        print(f"{name:<24} {keys:<18} {'own' if name in keymap.own else '':<4} {title:<18} {help_}")
+    for problem in keymap.problems:
+        print(f"lumina: {problem}", file=sys.stderr)
+    return 1 if keymap.problems else 0
 
 
 def farewell(runs_root: Path, given: str | None) -> list[str]:

@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Any
 from textual.filter import ANSIToTruecolor, LineFilter, NoColor
 from textual.screen import Screen
 from textual.theme import Theme
+from textual.widget import Widget
 
 from . import actions
 from .departure import Departure
+from .keymap import load_keymap
 from .memory import DELAY_S, Memory
-from .places import state_dir
+from .places import config_dir, state_dir
 from .talking import Talks
 from .terminal import AsciiFilter, ControlFilter, Look, detect
 from .typeahead import TypeAhead
 from .widgets.acts import Acts
+from .widgets.panel import Panel
 
 if TYPE_CHECKING:
     from .launching import Launched
@@ -108,6 +111,8 @@ class LuminaApp(Acts, Talks, TypeAhead, inherit_bindings=False):
         self._ticking = False
         self._stride, self._skipped, self._calm_since = 1, 0, 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
+        self.keys = load_keymap(config_dir() / "keys.yaml")
+        self.set_keymap(self.keys.for_textual())
         self.animation_level = "none"
         self.register_theme(THEME)
         self.theme = "ansi-dark" if self.look.ansi else "lumina"
@@ -149,8 +154,9 @@ class LuminaApp(Acts, Talks, TypeAhead, inherit_bindings=False):
         if not self.is_headless:
             loop = asyncio.get_running_loop()
             Departure(lambda: loop.call_soon_threadsafe(self.exit), self.memory.flush).install()
-        if self.memory.problem:
-            self.notice(self.memory.problem, "warning")
+        for problem in (self.memory.problem, *self.keys.problems):
+            if problem:
+                self.notice(problem, "warning", timeout=20)
         if self.start.preset is not None:
             self.spawn(self.start_preset(self.start.preset))
 
@@ -356,6 +362,13 @@ class LuminaApp(Acts, Talks, TypeAhead, inherit_bindings=False):
         if action_id.startswith("app.screen_"):
             number = int(action_id.rpartition("_")[2])
             return None if self.has_screen(number) else "this version has no such screen"
+        if action_id == "app.maximise" and self.screen.maximized is None:
+            if self.focused_panel() is None:
+                return "no panel has the focus: Tab moves to one"
+            if sum(panel.is_on_screen for panel in self.screen.query(Panel)) < 2:
+                return "it is the only panel here"
+        if action_id == "app.jump" and not self.screen.focus_chain:
+            return "nothing on this screen can have the focus"
         return None
 
     def action_screen(self, number: int) -> None:
@@ -393,6 +406,30 @@ class LuminaApp(Acts, Talks, TypeAhead, inherit_bindings=False):
 
         screen: Any = self.screen
         self.push_screen(Palette(screen))
+
+    def action_jump(self) -> None:
+        from .screens.jump import Jump
+
+        below = self.screen
+
+        def focus(widget: Widget | None) -> None:
+            if widget is not None and widget.is_attached:
+                below.set_focus(widget)
+
+        self.push_screen(Jump(below), focus)
+
+    def focused_panel(self) -> Panel | None:
+        """The panel that has the focus, itself or something in it."""
+        focused = self.screen.focused
+        found = None if focused is None else next((n for n in focused.ancestors_with_self if isinstance(n, Panel)), None)
+        return found
+
+    def action_maximise(self) -> None:
+        panel = self.focused_panel()
+        if self.screen.maximized is not None:
+            self.screen.minimize()
+        elif panel is not None:
+            self.screen.maximize(panel, container=False)
 
     def action_next_panel(self) -> None:
         self.screen.focus_next()

@@ -45,6 +45,7 @@ class LuminaScreen(Acts, Screen[None], inherit_bindings=False):
     number: ClassVar[int] = 0
     heading: ClassVar[str] = ""
     smallest: ClassVar[tuple[int, int]] = (60, 15)  # below: one sentence says what the screen needs and has
+    ALLOW_IN_MAXIMIZED_VIEW: ClassVar[str] = "TitleBar, KeyBar"
     BINDINGS: ClassVar[list[BindingType]] = []
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

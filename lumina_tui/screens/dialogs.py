@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
-from textual.binding import Binding
 from textual.containers import VerticalScroll
 from textual.content import Content
-from textual.screen import ModalScreen
 from textual.widgets import Input, Static
 
-from ..actions import key_table, key_text, of_scope
+from ..actions import key_text, of_scope
 from ..paint import clean
+from ..widgets.acts import Finds
+from .layer import Layer
 
 if TYPE_CHECKING:
     from textual.app import ComposeResult
@@ -31,10 +31,8 @@ class Choice:
     value: str
 
 
-class Question(ModalScreen[str | None]):
+class Question(Layer[str]):
     """A question that names the thing, with one key per answer; Esc gives None. Enter answers nothing: no accident."""
-
-    BINDINGS = [Binding("escape", "answer('')", show=False)]
 
     def __init__(self, question: str, lines: Sequence[str], choices: Sequence[Choice]) -> None:
         super().__init__()
@@ -54,14 +52,9 @@ class Question(ModalScreen[str | None]):
                 event.stop()
                 self.dismiss(choice.value)
 
-    def action_answer(self, value: str) -> None:
-        self.dismiss(value or None)
 
-
-class Prompt(ModalScreen[str | None]):
+class Prompt(Layer[str]):
     """One line of input. `check(text)` gives what is wrong with it, or None; Enter is refused while something is wrong."""
-
-    BINDINGS = [Binding("escape", "leave", show=False)]
 
     def __init__(
         self,
@@ -95,36 +88,70 @@ class Prompt(ModalScreen[str | None]):
     def _show(self, wrong: str | None) -> None:
         self.query_one("#wrong", Static).update(Content(clean(wrong or "")))
 
-    def action_leave(self) -> None:
-        self.dismiss(None)
 
+class Sheet(Finds, Layer[None]):
+    """Text to read and leave: Esc, q or the key that opened it. `/` finds lines."""
 
-class Sheet(ModalScreen[None]):
-    """Text to read and leave: Esc, q or the key that opened it."""
-
-    BINDINGS = [
-        Binding("escape,q,question_mark,exclamation_mark,f1,enter", "leave", show=False),
-        Binding("j,down", "scroll(1)", show=False),
-        Binding("k,up", "scroll(-1)", show=False),
-        Binding("ctrl+d,pagedown,space", "scroll(10)", show=False),
-        Binding("ctrl+u,pageup", "scroll(-10)", show=False),
-    ]
+    scope = "sheet"
 
     def __init__(self, heading: str, text: Content) -> None:
         super().__init__()
         self.heading, self.text = heading, text
+        self._found = -1
 
     def compose(self) -> ComposeResult:
         with VerticalScroll(classes="dialog sheet") as box:
             yield Static(self.text, markup=False)
         box.border_title = Content(f" {clean(self.heading)} ")
-        box.border_subtitle = Content(" j k scroll  Esc back ")
+        box.border_subtitle = Content(" j k scroll  / find  y copy  Esc back ")
 
-    def action_leave(self) -> None:
-        self.dismiss(None)
+    @property
+    def box(self) -> VerticalScroll:
+        return self.query_one(VerticalScroll)
 
-    def action_scroll(self, lines: int) -> None:
-        self.query_one(VerticalScroll).scroll_relative(y=lines, animate=False)
+    # searching
+
+    def find_lines(self) -> Sequence[str]:
+        return self.text.plain.split("\n")
+
+    def find_at(self) -> int:
+        return max(0, self._found)
+
+    def find_show(self, index: int) -> None:
+        """Mark the line and bring it into sight; a wrapped line above it takes more than one row."""
+        self._found = index
+        lines = self.text.split("\n", allow_blank=True)
+        shown = self.query_one(Static)
+        shown.update(Content("\n").join([*lines[:index], lines[index].stylize("reverse"), *lines[index + 1 :]]))
+        width = max(1, shown.size.width)
+        above = sum(max(1, -(-cell_len(line) // width)) for line in self.find_lines()[:index])
+        self.box.scroll_to(y=max(0, above - self.box.size.height // 2), animate=False)
+
+    # actions
+
+    def action_find(self) -> None:
+        self.lumina.prompt("Find", self.find, value=self.needle)
+
+    def action_copy(self) -> None:
+        self.lumina.copy_text(self.text.plain)
+
+    def action_down(self) -> None:
+        self.box.scroll_relative(y=1, animate=False)
+
+    def action_up(self) -> None:
+        self.box.scroll_relative(y=-1, animate=False)
+
+    def action_top(self) -> None:
+        self.box.scroll_home(animate=False)
+
+    def action_bottom(self) -> None:
+        self.box.scroll_end(animate=False)
+
+    def action_page_down(self) -> None:
+        self.box.scroll_page_down(animate=False)
+
+    def action_page_up(self) -> None:
+        self.box.scroll_page_up(animate=False)
 
 
 SIGNS = """\
@@ -148,15 +175,15 @@ def help_text(screen: LuminaScreen) -> Content:
     if screen.scope:
         scopes.append((screen.scope, screen.heading, screen))
     scopes.append(("app", "Everywhere", screen.lumina))
-    by_scope = {scope: key_table([scope]) for scope, _, _ in scopes}
+    keymap = screen.lumina.keys
     parts: list[Content | str | tuple[str, Any]] = []
     for scope, heading, node in scopes:
         parts.append((("\n" if parts else "") + heading + "\n", "bold"))
-        for action, (_, keys, _, help_) in zip(of_scope(scope), by_scope[scope], strict=True):
+        for action in of_scope(scope):
             if action.method == "screen" and not screen.lumina.has_screen(int(str(action.args[0]))):
                 continue
-            reason = node.why_not(action.id)
-            parts.append(f"  {keys:<16} {action.title:<18} {help_}")
+            reason = node.refusal(action.id)
+            parts.append(f"  {keymap.text(action):<16} {action.title:<18} {action.help}")
             if reason:
                 parts.append((f"  (not now: {clean(reason)})", "dim"))
             parts.append("\n")

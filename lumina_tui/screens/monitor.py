@@ -22,8 +22,7 @@ from ..widgets.line_chart import Cursor, LineChart
 from ..widgets.log_view import LogView
 from ..widgets.run_panels import HardwarePanel, ProgressLine, StatusLine, TrendPanel
 from ..widgets.run_start import StartPanel, Ticker
-from ..widgets.table import Table
-from .base import Drawn, LuminaScreen, State
+from .base import LuminaScreen, State
 from .run_commands import RunCommands
 
 CHARTS = ("loss", "tokens_per_s", "grad_norm", "lr")
@@ -228,12 +227,6 @@ class MonitorScreen(RunCommands, LuminaScreen):
         if action.id == "monitor.pause" and self.state_word == "paused":
             return "resume"
         return super().footer_text(action)
-
-    def action_maximise(self) -> None:
-        if self.maximized is not None:
-            self.minimize()
-        elif isinstance(self.focused, Drawn) and not isinstance(self.focused, Table):
-            self.maximize(self.focused, container=False)
 
     def action_log(self) -> None:
         self._log_chosen = not self._log_shown

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
-from textual.binding import Binding, BindingType
 from textual.containers import Vertical
-from textual.screen import ModalScreen
 from textual.widgets import Input
 
 from ..actions import key_text, of_scope
 from ..paint import clean
 from ..widgets.table import Column, Row, Table
+from .layer import Layer
 
 if TYPE_CHECKING:
     from textual.app import ComposeResult
@@ -49,7 +48,7 @@ def entries(screen: LuminaScreen) -> list[Entry]:
             def run(node: Any = node, identity: str = action.id) -> Any:
                 return node.action_do(identity)
 
-            entry = Entry(action.id, action.title, keys, action.help, run, node.why_not(action.id), action.danger)
+            entry = Entry(action.id, action.title, keys, action.help, run, node.refusal(action.id), action.danger)
             found.setdefault(action.id, entry)
     return list(found.values())
 
@@ -63,14 +62,10 @@ def matching(all_entries: list[Entry], text: str) -> list[Entry]:
     return sorted(rows, key=lambda e: (not e.title.lower().startswith(text.lower().strip()), e.reason is not None))
 
 
-class Palette(ModalScreen[None]):
+class Palette(Layer[None]):
     """A field and the list of what matches it. Enter runs the chosen row."""
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("escape", "leave", show=False),
-        Binding("down,ctrl+n", "move(1)", show=False, priority=True),
-        Binding("up,ctrl+p", "move(-1)", show=False, priority=True),
-    ]
+    scope = "palette"
     DEFAULT_CSS = """
     Palette { align: center top; background: $background 60%; }
     Palette > Vertical { width: 90%; max-width: 100; height: 80%; max-height: 24; margin: 1 0; background: $surface; }
@@ -130,9 +125,18 @@ class Palette(ModalScreen[None]):
         self.dismiss(None)
         self.below.lumina.call_later(entry.run)
 
-    def action_move(self, rows: int) -> None:
-        table = self.query_one(Table)
-        (table.action_down if rows > 0 else table.action_up)()
+    @property
+    def table(self) -> Table:
+        return self.query_one(Table)
 
-    def action_leave(self) -> None:
-        self.dismiss(None)
+    def action_down(self) -> None:
+        self.table.action_down()
+
+    def action_up(self) -> None:
+        self.table.action_up()
+
+    def action_page_down(self) -> None:
+        self.table.action_page_down()
+
+    def action_page_up(self) -> None:
+        self.table.action_page_up()

@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from textual.strip import Strip
 from textual.widget import Widget
 
-from ..actions import Action, key_text, of_scope
+from ..actions import Action, of_scope
 from ..paint import Piece, clean, fit, line
 
 if TYPE_CHECKING:
@@ -25,6 +25,9 @@ STATE_ROLES = {
     "failed": "bad",
     "crashed": "bad",
 }
+
+
+LAST = 99  # this rank always has its place, at the right end
 
 
 class TitleBar(Widget):
@@ -67,24 +70,24 @@ class KeyBar(Widget):
     DEFAULT_CSS = "KeyBar { height: 1; dock: bottom; background: $bar; }"
 
     def actions_here(self) -> list[Action]:
-        """Footer actions of the focused panel and the screen, best first, without those that cannot run now."""
+        """Footer actions of the focused panel, the screen and the app, best first, without those that cannot run now."""
         screen: LuminaScreen = self.screen  # type: ignore[assignment]
-        nodes: list[Any] = [node for node in (screen.focused, screen) if node is not None]
+        nodes: list[Any] = [node for node in (screen.focused, screen, screen.lumina) if node is not None]
         found: dict[str, Action] = {}
         for node in nodes:
             scope = getattr(node, "scope", "")
             for action in of_scope(scope) if scope else ():
-                if action.footer and node.why_not(action.id) is None:
+                if action.footer and node.refusal(action.id) is None:
                     found.setdefault(action.id, action)
-        ranked = sorted(found.values(), key=lambda action: action.footer)[:5]
-        return [*ranked, *(action for action in of_scope("app") if action.footer)]
+        ranked = sorted(found.values(), key=lambda action: action.footer)
+        return [*[action for action in ranked if action.footer < LAST][:5], *(a for a in ranked if a.footer >= LAST)]
 
     def render_line(self, y: int) -> Strip:
         app: Any = self.app
         palette = app.look.palette
         width = self.size.width
         screen: LuminaScreen = self.screen  # type: ignore[assignment]
-        items = [(key_text(action.keys[0]), screen.footer_text(action)) for action in self.actions_here()]
+        items = [(app.keys.first(action.id), screen.footer_text(action)) for action in self.actions_here()]
         while len(items) > 1 and sum(len(key) + len(text) + 3 for key, text in items) > width + 1:
             del items[-2]
         pieces: list[Piece] = [(" ", None)]

@@ -45,6 +45,7 @@ class Panel(Acts, Widget):
     .-ascii Panel:focus, .-ascii Panel:focus-within { border: ascii $focus; }
     Panel.-message > * { display: none; }
     """
+    ALLOW_MAXIMIZE = True
 
     def __init__(self, *children: Widget, title: str = "", id: str | None = None, classes: str | None = None) -> None:
         super().__init__(*children, id=id, classes=classes)

@@ -14,6 +14,7 @@ from textual.strip import Strip
 
 from ..actions import bindings
 from ..paint import Align, Piece, clean, fit, line
+from .acts import Finds
 from .panel import Drawn
 
 Cell = tuple[str, str]  # text (made safe when painted), role of the palette
@@ -40,7 +41,7 @@ class Row:
     rule: bool = False
 
 
-class Table(Drawn):
+class Table(Finds, Drawn):
     """Rows with a cursor. Posts `Moved` when the cursor is on another row and `Chosen` for Enter or a second click."""
 
     scope = "table"
@@ -117,6 +118,17 @@ class Table(Drawn):
         for index, row in enumerate(self.rows):
             if row.key == key and not row.rule:
                 self._go(index, 1)
+
+    # searching
+
+    def find_lines(self) -> Sequence[str]:
+        return ["" if row.rule else " ".join(text for text, _ in row.cells) for row in self.rows]
+
+    def find_at(self) -> int:
+        return self._cursor
+
+    def find_show(self, index: int) -> None:
+        self._go(index, 1)
 
     # cursor
 

@@ -14,8 +14,6 @@ from lumina_tui.application import SCREENS, LuminaApp
 from lumina_tui.screens.base import LuminaScreen
 from lumina_tui.widgets.acts import Acts
 
-FORBIDDEN = {"ctrl+i", "ctrl+m", "ctrl+h", "ctrl+s", "ctrl+a", "ctrl+b", "shift+enter", "ctrl+enter", "alt+enter"}
-
 
 def subclasses(cls: type) -> set[type]:
     return {cls}.union(*(subclasses(sub) for sub in cls.__subclasses__()))
@@ -35,7 +33,7 @@ def test_ids_are_unique_and_each_action_explains_itself():
     assert len(ids) == len(set(ids))
     for action in actions.ACTIONS:
         assert action.title and action.help and action.keys, action.id
-        assert not FORBIDDEN & set(action.keys), action.id
+        assert not set(actions.FORBIDDEN_KEYS) & set(action.keys), action.id
         assert not any(key.startswith("alt+") and key[4:].isdigit() for key in action.keys), action.id
 
 
@@ -47,18 +45,22 @@ def test_every_action_has_a_method_where_its_scope_lives():
 
 
 def test_no_key_twice_where_scopes_overlap():
-    def normal(key: str) -> str:
-        return next(iter(Binding.make_bindings([Binding("comma" if key == "," else key, "x")]))).key
+    for group in actions.together():
+        keys: dict[str, str] = {}
+        for scope in group:
+            for action in actions.of_scope(scope):
+                for key in map(actions.plain_key, action.keys):
+                    assert key not in keys, f"{key}: {keys.get(key)} and {action.id}"
+                    keys[key] = action.id
 
+
+def test_every_screen_and_panel_that_meet_are_checked_together():
     screens = {cls.scope for cls in nodes().values() if issubclass(cls, LuminaScreen)}
+    groups = actions.together()
     for screen in screens:
-        for panel in (*actions.PANELS.get(screen, ()), None):
-            keys: dict[str, str] = {}
-            for scope in ("app", screen, panel):
-                for action in actions.of_scope(scope) if scope else ():
-                    for key in map(normal, action.keys):
-                        assert key not in keys, f"{key}: {keys.get(key)} and {action.id}"
-                        keys[key] = action.id
+        for panel in actions.PANELS.get(screen, ()):
+            assert ("app", screen, panel) in groups
+        assert any("app" in group and screen in group for group in groups), screen
 
 
 def test_bindings_of_screens_and_panels_come_from_the_registry():
