@@ -319,6 +319,14 @@ class LogReader:
         return records
 
     def _lines(self, data: bytes, records: list[rec.Record]) -> None:
+        found = _all_records(data)
+        if found is None:
+            self._one_by_one(data, records)
+            return
+        records += found
+        self.offset += len(data)
+
+    def _one_by_one(self, data: bytes, records: list[rec.Record]) -> None:
         start, last = 0, len(data)
         while start < last:
             stop = data.find(b"\n", start) + 1 or last
@@ -340,6 +348,15 @@ class LogReader:
         if self.errors and self.errors[-1][1] == start:
             start = self.errors.pop()[0]
         self.errors.append((start, end))
+
+
+def _all_records(data: bytes) -> list[rec.Record] | None:
+    """The records of these lines; None if one of the lines is none, so that each has to be looked at."""
+    try:
+        found = rec.decode_lines(data)
+    except rec.RecordError:
+        return None
+    return found if len(found) == data.count(b"\n") and all(record.seq > 0 for record in found) else None
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[rec.Record]:

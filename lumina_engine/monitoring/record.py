@@ -42,7 +42,12 @@ class Run(_Record, tag="run"):
 
 
 class Step(_Record, tag="step"):
-    """One optimizer step. Loss in nats per trained token; rates per second; times in seconds; lengths in tokens."""
+    """One optimizer step. Loss in nats per trained token; rates per second; times in seconds; lengths in tokens.
+
+    The four times of its parts are rank 0's, over all micro batches; what remains of `step_time` is counting, records and
+    waiting. On a GPU they are device time, and `optimizer_time` is that of the update whose kernels ran in this step's time:
+    the one before.
+    """
 
     step: int
     epoch: int = 0
@@ -217,3 +222,16 @@ def decode(line: bytes | str) -> Record:
         return _decoder.decode(line)
     except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
         raise RecordError(str(error)) from error
+
+
+def decode_lines(data: bytes) -> list[Record]:
+    """The records of whole lines at once: several times faster than line by line, for those who read a long log.
+
+    Raises:
+        RecordError: at least one line is no record; `decode` each to learn which.
+    """
+    try:
+        found: list[Record] = _decoder.decode_lines(data)
+    except (msgspec.DecodeError, msgspec.ValidationError, UnicodeDecodeError, RecursionError) as error:
+        raise RecordError(str(error)) from error
+    return found
