@@ -40,6 +40,7 @@ __all__ = [
     "Memory",
     "budget",
     "count_text",
+    "device_peak",
     "devices_needed",
     "flops_text",
     "forward_flops",
@@ -168,7 +169,7 @@ def _time(
 ) -> dict[str, Any]:
     if machine.devices:
         name = machine.devices[0].name
-        peak = next((value for key, value in _PEAK.items() if key in name), _PEAK_UNKNOWN) * world
+        peak = (device_peak(name) or _PEAK_UNKNOWN) * world
     else:
         peak = _PEAK_CPU_CORE * machine.cpu_count
     speed = [peak * share / flops for share in _SHARE]
@@ -180,6 +181,11 @@ def _time(
         basis += f"; length of the data {tokens_basis}"
     p50, p90 = (steps * tokens_per_step / s / 3600 for s in speed)
     return {"p50_h": p50, "p90_h": p90, "tokens_per_s": speed[0], "basis": basis}
+
+
+def device_peak(name: str) -> float | None:
+    """Dense peak of a GPU in bf16 (FLOP/s) by its product name, None if it is not in the table."""
+    return next((value for key, value in _PEAK.items() if key in name), None)
 
 
 def stage_table(config: Config, machine: Machine, tokenizer_vocab: int | None = None) -> list[dict[str, Any]]:

@@ -29,6 +29,7 @@ from .objective import GlobalBatch, Objective
 from .precision import Precision
 from .routing import RoutingWindow
 from .schedule import Schedule
+from .step_clock import StepClock, Utilisation
 
 
 class Stop(Exception):
@@ -114,6 +115,10 @@ class EnhancedConversationTrainer:
         self.top_k = shape.moe_top_k
         layers = list(range(shape.num_dense_layers, shape.num_layers)) if shape.use_moe else []
         self.window = RoutingWindow(layers, shape.num_experts, self.top_k, self.comm) if layers else None
+        self.clock = StepClock(self.comm.device)
+        self.utilisation = Utilisation(
+            shape, self.config.seq_length, self.config.precision, self.comm.device, self.comm.world_size
+        )
         self.progress = Progress()
         self.schedule: Schedule | None = None
         self.total_steps = 0
@@ -212,9 +217,8 @@ class EnhancedConversationTrainer:
         totals = GlobalBatch.of(micro_batches, self.comm)
         cfg = self.config
         objective = Objective(totals, self.comm, cfg.load_balancing_weight, cfg.router_z_loss_weight, self.top_k)
-        forward_time = backward_time = 0.0
         for number, batch in enumerate(micro_batches, start=1):
-            mark = time.perf_counter()
+            self.clock.start("forward")
             self._section("forward", step)
             output = self.engine.forward(
                 batch.input_ids_BS,
@@ -227,22 +231,21 @@ class EnhancedConversationTrainer:
             loss = objective.add(output, batch.num_tokens)
             if self.window is not None:
                 self.window.add(output.router)
-            middle = time.perf_counter()
-            forward_time += middle - mark
+            self.clock.start("backward")
             self._section("backward", step)
             self.engine.backward(loss, last=number == len(micro_batches))
-            backward_time += time.perf_counter() - middle
-        mark = time.perf_counter()
+        self.clock.start("optimizer")
         self._section("step", step)
         loss_value, balance, z = objective.reduce()
         result = self.engine.step(lr)
         if result.applied and self.window is not None and cfg.router_bias_rate > 0:
             self.model.update_router_bias(objective.counts_LE, cfg.router_bias_rate)
+        times = self.clock.times()
         now = time.perf_counter()
         self._count(step, totals, sum(b.input_ids_BS.shape[0] for b in micro_batches), result.applied, now - begin)
         self.last_loss = loss_value
         if step % cfg.log_interval == 0 or not result.applied:
-            on_cpu = self.comm.device.type == "cpu"  # elsewhere kernels run behind the clock
+            tokens_per_s = totals.tokens / (now - begin)
             self.emit(
                 rec.Step(
                     step=step,
@@ -254,14 +257,15 @@ class EnhancedConversationTrainer:
                     lr=lr,
                     grad_norm=result.grad_norm,
                     step_time=now - begin,
-                    tokens_per_s=totals.tokens / (now - begin),
+                    tokens_per_s=tokens_per_s,
+                    mfu=self.utilisation.of(tokens_per_s),
                     seq_length=cfg.seq_length,
                     batch=len(micro_batches) * cfg.batch_size * self.comm.world_size,
                     skipped=not result.applied,
                     data_time=data_time,
-                    forward_time=forward_time if on_cpu else None,
-                    backward_time=backward_time if on_cpu else None,
-                    optimizer_time=now - mark if on_cpu else None,
+                    forward_time=times["forward"],
+                    backward_time=times["backward"],
+                    optimizer_time=times["optimizer"],
                 )
             )
         if not result.applied:
