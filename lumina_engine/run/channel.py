@@ -87,10 +87,18 @@ class RankServer:
         return self._connection(0) is not None
 
     def shown(self) -> list[dict[str, Any]]:
-        """The ranks for a viewer: rank, pid, step, section, seconds in it."""
+        """The ranks for a viewer: rank, pid, step, section, seconds in it, whether it is there, its exit code if it has one."""
         now = time.monotonic()
         return [
-            {"rank": rank, "pid": state.process.pid, "step": state.step, "section": state.section, "age_s": now - state.at}
+            {
+                "rank": rank,
+                "pid": state.process.pid,
+                "step": state.step,
+                "section": state.section,
+                "age_s": now - state.at,
+                "connected": state.connected,
+                "exit_code": state.exit_code,
+            }
             for rank, state in sorted(self.ranks.items())
         ]
 

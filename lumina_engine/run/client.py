@@ -105,6 +105,21 @@ class RunClient:
                     raise RunError(f"run {self.run.name} closed the connection: {content.get('reason')}", 1)
         raise RunError(f"run {self.run.name} did not answer ({info_line(self.run)})", 1)
 
+    def ask(self, op: str) -> dict[str, Any]:
+        """Ask for what the hello lists in `asks` and return the answer; records that come in between are skipped.
+
+        Raises:
+            RunError: this supervisor does not know it, or ended without an answer.
+        """
+        if op not in self.hello.get("asks", ()):
+            raise RunError(f"the supervisor of run {self.run.name} does not tell its {op}: it is of an older version", 1)
+        self._send({"op": op})
+        with contextlib.suppress(OSError):
+            while (content := self.read()) is not None:
+                if content.get("op") == op:
+                    return content
+        raise RunError(f"run {self.run.name} did not answer ({info_line(self.run)})", 1)
+
     def records(self) -> Iterator[rec.Record]:
         """Every record of the run, from seq 1 until the supervisor ends, each once and in order.
 

@@ -2,6 +2,18 @@
 
 One thread, one selector (the supervisor's). A viewer that reads too slowly is cut back to the file with a `gap`; one that
 reads nothing at all is dropped. Also here: how a Unix socket is placed safely under /tmp.
+
+The wire: one JSON object a line. Records are the log's own lines; everything else has `op`.
+
+    viewer      {"op": "hello", "proto": 1, "client": NAME}           first, within 2 s
+    supervisor  {"op": "hello", "proto": 1, "run", "inc", "state", "head_seq", "offset", "world", "ranks", "asks"}
+    viewer      {"op": "cmd", "id": ID, "cmd": CMD, "args": {…}}       supervisor {"op": "reply", "id": ID, "ok", "error"?}
+    viewer      {"op": "ranks"}      if "ranks" is among `asks`        supervisor {"op": "ranks", "ranks": […]}
+    supervisor  {"op": "gap", "from": SEQ, "to": SEQ, "offset": BYTE}  records that were not sent: they are in the file
+    supervisor  {"op": "bye", "reason": TEXT}                          last
+
+Each of `ranks` is {rank, pid, step, section, age_s, connected, exit_code}: where a rank is and for how long. Heartbeats change
+many times a second, so they are answered when somebody asks, and are no records.
 """
 
 from __future__ import annotations
@@ -16,7 +28,7 @@ import struct
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +228,7 @@ class ViewerServer:
         selector: the owner's; registered objects carry a callable as data, to be called when they are ready.
         hello: content of the answer to a hello (run, inc, state, head_seq, offset, …).
         answer: (id, cmd, args) -> the reply to a command.
+        asks: what else a viewer may ask for, by op, and what makes the content of the answer.
 
     Raises:
         RunError: the socket cannot be placed safely.
@@ -228,6 +241,7 @@ class ViewerServer:
         hello: Callable[[], dict[str, Any]],
         answer: Callable[[str, object, object], dict[str, Any]],
         *,
+        asks: Mapping[str, Callable[[], dict[str, Any]]] | None = None,
         rebind_time: float = REBIND_TIME,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -237,6 +251,7 @@ class ViewerServer:
         self._selector = selector
         self._hello = hello
         self._answer = answer
+        self._asks = dict(asks or {})
         self._clients: dict[int, _Client] = {}
         self._rebind_time = rebind_time
         self._looked = 0.0
@@ -362,13 +377,17 @@ class ViewerServer:
             if content.get("proto") != PROTO:
                 return f"only protocol {PROTO} is spoken here; the run's files stay readable"
             client.ready = True
-            client.put(_line({"op": "hello", "proto": PROTO, **self._hello()}))
+            asks = {"asks": sorted(self._asks)} if self._asks else {}
+            client.put(_line({"op": "hello", "proto": PROTO, **self._hello(), **asks}))
             return None
-        request = content.get("id")
-        if content.get("op") != "cmd" or not isinstance(request, str) or not ID_PATTERN.fullmatch(request):
-            return "only commands with an id are understood"
         if client.queued > QUEUE_LIMIT:
             return "answers are not read"
+        op, request = content.get("op"), content.get("id")
+        if isinstance(op, str) and op in self._asks:
+            client.put(_line({"op": op, **self._asks[op]()}))
+            return None
+        if op != "cmd" or not isinstance(request, str) or not ID_PATTERN.fullmatch(request):
+            return "only commands with an id are understood"
         client.put(_line(self._answer(request, content.get("cmd"), content.get("args", {}))))
         return None
 

@@ -113,7 +113,12 @@ class Supervisor:
         self.inc = max(int(before.get("inc") or 0), last[0].inc if last else 0)
         self.book = RequestBook(self._command, command_ids(self.run.metrics_path))
         self.viewers = ViewerServer(
-            self.socket_path, self.selector, self._hello, self.book.answer, rebind_time=self.settings.rebind_s
+            self.socket_path,
+            self.selector,
+            self._hello,
+            self.book.answer,
+            asks={"ranks": self._ranks},
+            rebind_time=self.settings.rebind_s,
         )
         self._stack.callback(lambda: self.viewers.close(f"the run is over: {self.state}"))
         self.viewers.head_seq = self.tail.head_seq
@@ -189,8 +194,11 @@ class Supervisor:
             "state": self.state,
             "head_seq": self.tail.head_seq,
             "offset": self.tail.offset,
-            "ranks": self.ranks.shown(),
+            **self._ranks(),
         }
+
+    def _ranks(self) -> dict[str, Any]:
+        return {"world": self.world, "ranks": self.ranks.shown()}
 
     def _read_log(self, now: float) -> None:
         chunks, heads = self.tail.poll()

@@ -22,7 +22,7 @@ from lumina_engine.run.directory import RunError
 from lumina_engine.run.process import descendants
 
 from .conftest import WORKER, Runs, until
-from .looks import gap_free, ranks_of, step, with_id, worker
+from .looks import LAUNCHER_OF_TWO, gap_free, ranks_of, step, with_id, worker
 
 
 def test_c134_each_command_has_its_record(runs: Runs) -> None:
@@ -206,6 +206,28 @@ def test_the_hello_knows_the_ranks(runs: Runs) -> None:
     (rank,) = until(lambda: [item for item in ranks_of(run) if item["step"]], "a heartbeat")
     assert rank["rank"] == 0 and rank["pid"] == worker(run).pid and rank["section"] in ("data", "step", "save")
     assert 0 <= rank["age_s"] < 20
+
+
+def test_c131_ranks_are_told_whenever_a_viewer_asks(runs: Runs) -> None:
+    run = runs.running()
+    with RunClient(run) as client:
+        assert client.hello["asks"] == ["ranks"] and client.hello["world"] == 1
+        (first,) = until(lambda: [item for item in client.ask("ranks")["ranks"] if item["step"]], "a heartbeat")
+        until(lambda: client.ask("ranks")["ranks"][0]["step"] > first["step"], "the heartbeat to go on")
+        (rank,) = client.ask("ranks")["ranks"]
+        assert (rank["rank"], rank["pid"], rank["connected"], rank["exit_code"]) == (0, worker(run).pid, True, None)
+        assert isinstance(rank["age_s"], float) and client.send_command("checkpoint")["ok"], "commands work beside it"
+
+
+def test_c131_a_rank_that_has_died_is_told_while_the_others_wait_for_it(runs: Runs) -> None:
+    run = runs.make(ranks=["kill", "stuck"])
+    launch.start(run, [sys.executable, LAUNCHER_OF_TWO, str(run.path)], world=2, settings={"survivors_s": 60.0})
+    with RunClient(run) as client:
+        ranks = until(
+            lambda: [item for item in client.ask("ranks")["ranks"] if not item["connected"]] and client.ask("ranks")["ranks"],
+            "the first rank to die",
+        )
+    assert [(item["rank"], item["connected"], item["exit_code"]) for item in ranks] == [(0, False, None), (1, True, None)]
 
 
 def test_ps16_a_flood_on_stdout_is_capped(runs: Runs) -> None:
