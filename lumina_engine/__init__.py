@@ -24,6 +24,7 @@ _PUBLIC = {
     "CheckpointManager": "lumina_engine.checkpoint.manager",
     "load_model": "lumina_engine.checkpoint.manager",
     "generate": "lumina_engine.chat.generate",
+    "validate_environment": "lumina_engine.doctor.run",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

@@ -24,6 +24,7 @@ BANNED = {
     "lumina_engine.model": {"deepspeed", "textual"},
     "lumina_engine.checkpoint": {"deepspeed", "textual"},
     "lumina_engine.chat": {"deepspeed", "textual"},
+    "lumina_engine.doctor": {"torch", "deepspeed", "textual"},
     "lumina_engine.commands": {"deepspeed", "textual"},
 }
 # Rooms of ours, lowest first; a room may import itself and those before it. Rooms on one rung may not import each other
@@ -38,6 +39,7 @@ RANK = {
     "model": 4,
     "checkpoint": 5,
     "chat": 6,
+    "doctor": 6,
     "training": 7,
 }
 

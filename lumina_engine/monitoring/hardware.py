@@ -73,6 +73,22 @@ class Nvml:
             chosen += matches
         return chosen
 
+    def driver_version(self) -> str | None:
+        """The driver's version, None where it is not told."""
+        return _decoded(self._system("nvmlSystemGetDriverVersion"))
+
+    def cuda_version(self) -> tuple[int, int] | None:
+        """(major, minor) of the newest CUDA that the driver runs, None where it is not told."""
+        number = self._system("nvmlSystemGetCudaDriverVersion")
+        return (number // 1000, number % 1000 // 10) if isinstance(number, int) else None
+
+    def _system(self, function: str) -> Any:
+        """One figure of the driver, None where it does not offer it."""
+        try:
+            return getattr(self._library, function)()
+        except (self._error, AttributeError):
+            return None
+
     def _uuid(self, index: int) -> str:
         return _decoded(self._value("nvmlDeviceGetUUID", index)) or ""
 
