@@ -18,6 +18,7 @@ from textual.theme import Theme
 from textual.widget import Widget
 
 from . import actions
+from .defects import Defects
 from .departure import Departure
 from .keymap import load_keymap
 from .memory import DELAY_S, Memory
@@ -80,7 +81,7 @@ class Start:
     preset: str | None = None  # start a run from it, then open its monitor
 
 
-class LuminaApp(Acts, Talks, TypeAhead, inherit_bindings=False):
+class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
     """The full-screen program. Killing it at any moment changes no run.
 
     Args:

@@ -32,7 +32,7 @@ OURS = sorted(TUI.rglob("*.py"))
 class Terminal:
     """`lumina` in a pty. `expect` reads until a text has come; everything that left is in `raw`."""
 
-    def __init__(self, *arguments: str, size: tuple[int, int] = (80, 24), **environ: str) -> None:
+    def __init__(self, *arguments: str, size: tuple[int, int] = (80, 24), script: str = "", **environ: str) -> None:
         self.raw = b""
         base = {
             key: os.environ[key]
@@ -42,7 +42,9 @@ class Terminal:
         self.environ = {**base, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", **environ}
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            os.execve(sys.executable, [sys.executable, "-m", "lumina_tui.app", *arguments], self.environ)
+            os.execve(
+                sys.executable, [sys.executable, *([script] if script else ["-m", "lumina_tui.app"]), *arguments], self.environ
+            )
         fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
 
     def __enter__(self) -> Terminal:
@@ -83,6 +85,9 @@ class Terminal:
                 self.read(0.02)
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
+                while self.read():  # what it wrote last may still be on its way
+                    if not select.select([self.fd], [], [], 0)[0]:
+                        break
                 return os.waitstatus_to_exitcode(status)
             assert time.monotonic() < deadline, self.raw[-2000:].decode(errors="replace")
 
