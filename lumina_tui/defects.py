@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import traceback
 
-from rich.segment import Segment, Segments
+from rich.text import Text
 from textual.app import App
 
 from lumina_engine.text import safe_text
@@ -29,5 +28,5 @@ class Defects(App[None], inherit_bindings=False):
             lines.append(f"The details could not be written: {refused.strerror or refused}")
         if "debug" in self.features:
             super()._fatal_error()
-        self._exit_renderables.insert(0, Segments([Segment(os.linesep.join(lines))]))
+        self._exit_renderables.insert(0, Text("\n".join(lines), overflow="fold"))
         self._close_messages_no_wait()
