@@ -1,7 +1,8 @@
 """Keeps a `RunStore` up to date: the file is the truth, the socket only makes it fresh (wire: one JSON object a line).
 
 One asyncio task per attached run, no thread of its own; the file is read in slices in a worker thread. The feed calls no
-widget. A run without a live supervisor, or one that refuses the socket, is polled from its file each second.
+widget. A run without a live supervisor, or one that refuses the socket, is polled from its file each second. A long log is
+opened from its column cache, or else shown as a preview while a thread reads all of it.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from lumina_engine.monitoring import record as rec
-from lumina_engine.monitoring.log import LogReader
+from lumina_engine.monitoring.log import LogReader, sampled_records
 from lumina_engine.run.directory import RunDirectory, RunError
 
+from . import columns
 from .paint import duration
+from .ranks import Ranks, beats
 from .series import RunStore
 
 PROTO = 1
@@ -33,6 +37,7 @@ HELLO_S = 2.0
 QUIET_S = 20.0  # at least, before a silent run is called quiet
 WAITS_S = 10.0  # after which a command says what it waits for
 LINE_LIMIT = 1 << 20
+ASK_S = 2.0  # between two questions where the ranks are
 RESYNC = 5_000  # live records after which the place in the file is brought up to date
 
 
@@ -114,7 +119,13 @@ class Feed:
         self._wake = asyncio.Event()
         self._since_file = 0
         self._restarts = 0
+        self._cached = 0  # byte of the log up to which the column cache goes
+        self._closed = False
+        self._saving: asyncio.Task[bool] | None = None
         self.arrived = self.clock()  # when the newest record came
+        self._answer_of: dict[str, Any] = {}  # the newest message about the ranks, and when it came
+        self._answered = self._asked = 0.0
+        self._asks: list[str] = []  # what the supervisor can be asked for
 
     # life
 
@@ -132,11 +143,18 @@ class Feed:
 
     async def close(self) -> None:
         """Let go of the run. The run does not notice."""
+        self._closed = True
         for task in (self._task, self._lock_task):
             while task is not None and not task.done():  # wait_for of Python 3.10 and 3.11 can swallow a cancellation
                 task.cancel()
                 await asyncio.wait([task], timeout=0.2)
         self._hang_up()
+        if self._saving is not None:
+            await asyncio.wait([self._saving])
+        if self.mode is not Mode.LOADING:
+            self._keep(columns.GROWN // 4)
+            if self._saving is not None:
+                await asyncio.wait([self._saving])
 
     def wake(self) -> None:
         """Read the file and try the socket now."""
@@ -149,6 +167,44 @@ class Feed:
 
     # the file
 
+    async def _open(self) -> None:
+        """The first reading. A long log comes from its column cache; without one a preview stands in for it meanwhile."""
+        try:
+            length = await asyncio.to_thread(_length, self.reader)
+            if length >= columns.LEAST and not await self._from_cache():
+                await self._from_scratch()
+        except OSError as error:  # what was read so far is not the whole: the next look begins again
+            self.error = f"{self.reader.path}: {error.strerror or error}"
+            self.reader = LogReader(self.reader.path)
+            self.store.become(RunStore())
+            return
+        await self._read_file()
+        self._keep(columns.GROWN)
+
+    async def _from_cache(self) -> bool:
+        cached = await asyncio.to_thread(columns.load, self.run)
+        if cached is None:
+            return False
+        self.reader.offset, self.reader.errors = cached.offset, cached.errors
+        self._cached = cached.offset
+        self.store.become(cached.store)
+        return True
+
+    async def _from_scratch(self) -> None:
+        """Show a preview, read all of the log in a thread, then show that."""
+        self.store.become(await asyncio.to_thread(_preview, self.reader.path))
+        self.store.become(await asyncio.to_thread(self._read_all, RunStore()))
+
+    def _read_all(self, store: RunStore) -> RunStore:
+        """Runs in a thread, with a store that nobody else sees."""
+        length = _length(self.reader)
+        while not self._closed and (records := self.reader.read_new(SLICE)):
+            if self.reader.restarts != self._restarts:
+                self._restarts, store = self.reader.restarts, RunStore()
+            store.apply(records)
+            self.progress = min(1.0, self.reader.offset / max(1, length))
+        return store
+
     async def _read_file(self, upto: int | None = None) -> None:
         """Take everything the file has now, in slices, yielding between them."""
         while upto is None or self.reader.offset < upto:
@@ -160,7 +216,8 @@ class Feed:
             self.error = ""
             if self.reader.restarts != self._restarts:  # the file was replaced: begin again with what it has
                 self._restarts = self.reader.restarts
-                self.store.__init__()  # type: ignore[misc]
+                self._cached = 0
+                self.store.become(RunStore())
             if not records:
                 break
             self._apply(records)
@@ -168,6 +225,17 @@ class Feed:
                 self.progress = min(1.0, self.reader.offset / max(1, _length(self.reader)))
             await asyncio.sleep(0)
         self._since_file = 0
+
+    def _keep(self, grown: int) -> None:
+        """Write the column cache in a thread if the log is long and has `grown` since, unless that is being done."""
+        busy = self._saving is not None and not self._saving.done()
+        offset, fresh = self.reader.offset, self.reader.offset - self._cached
+        if busy or offset < columns.LEAST or (fresh < grown and self._cached) or not self.store.seq or self.store.preview:
+            return
+        taken = columns.snapshot(self.store)
+        self._cached = offset
+        work = asyncio.to_thread(columns.write, self.run, taken, offset, list(self.reader.errors))
+        self._saving = asyncio.create_task(work, name=f"columns {self.run.name}")
 
     def _apply(self, records: list[rec.Record]) -> None:
         before = self.store.seq
@@ -179,7 +247,7 @@ class Feed:
     # the socket
 
     async def _run(self) -> None:
-        await self._read_file()
+        await self._open()
         self.alive = await asyncio.to_thread(lambda: self.run.alive)
         self._settle()
         while True:
@@ -241,6 +309,8 @@ class Feed:
             raise EOFError(self.why)
         await self._read_file(int(first.get("offset", 0)))
         self.why, self.mode = "", Mode.LIVE
+        self._asks = first["asks"] if isinstance(first.get("asks"), list) else []
+        self._answer_of, self._answered = first, self.clock()
         self.attachments += 1
         pending = b""
         began = time.monotonic()
@@ -288,6 +358,7 @@ class Feed:
         self._since_file += len(records)
         if self._since_file > RESYNC:
             await self._read_file()
+            self._keep(columns.GROWN)
 
     async def _control(self, message: dict[str, Any]) -> None:
         match message.get("op"):
@@ -296,6 +367,8 @@ class Feed:
                 await self._read_file()
             case "reply":
                 self._reply(message)
+            case "ranks":
+                self._answer_of, self._answered = message, self.clock()
             case "bye":
                 self.why = f"the supervisor closed the connection: {message.get('reason', 'no reason given')}"
                 raise EOFError(self.why)
@@ -308,12 +381,31 @@ class Feed:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+        self._answer_of = {}
         for request in self.requests:
             if request.phase is Phase.SENT:
                 request.phase, request.note = (
                     Phase.REFUSED,
                     "the connection was lost before the run answered; look, then repeat",
                 )
+
+    # the ranks
+
+    def ask_ranks(self) -> None:
+        """Ask where the ranks are, every two seconds at most. Whoever shows them calls this on each tick."""
+        if self.mode is Mode.LIVE and self._writer is not None and "ranks" in self._asks:
+            now = time.monotonic()
+            if now - self._asked >= ASK_S:
+                self._asked = now
+                self._send({"op": "ranks"})
+
+    @property
+    def ranks(self) -> Ranks:
+        """Where the ranks are, as far as the supervisor has told; none without a connection."""
+        world = self._answer_of.get("world")
+        since = max(0.0, self.clock() - self._answered)
+        usual = self.store.median_step_time()
+        return Ranks(beats(self._answer_of.get("ranks")), world if isinstance(world, int) else None, since, usual)
 
     # commands
 
@@ -392,6 +484,13 @@ class Feed:
         if store.state == "running" and silence > self.quiet_after():
             return Badge(f"QUIET {duration(silence)}", "warn", f"the supervisor lives, but record {store.seq} was the last")
         return Badge(f"LIVE {self.hz:g} Hz", "good", "records arrive as they are written")
+
+
+def _preview(path: Path) -> RunStore:
+    """A store made of some lines of a log."""
+    store = RunStore(preview=True)
+    store.apply(sampled_records(path))
+    return store
 
 
 def _length(reader: LogReader) -> int:

@@ -92,6 +92,7 @@ class RunStore:
     skipped: int = 0
     seq: int = 0
     t: float = 0.0
+    preview: bool = False  # a part of the log stands for the whole: spikes may be missing
 
     version: int = 0
     expert_version: int = 0
@@ -106,6 +107,18 @@ class RunStore:
     _t_before: float | None = None
 
     # reading
+
+    def become(self, other: RunStore) -> None:
+        """Take over all that another store has; nobody may use that one any more. Every version is a new one."""
+        parts = ("steps", "evals", "experts", "routing")
+        versions = {name: getattr(self, name) for name in vars(self) if name.endswith("version")}
+        inner = {name: getattr(self, name).version for name in parts}
+        vars(self).update(vars(other))
+        for name, version in versions.items():
+            setattr(self, name, max(version, getattr(self, name)) + 1)
+        for name, version in inner.items():
+            part = getattr(self, name)
+            part.version = max(version, part.version) + 1
 
     def apply(self, records: Iterable[rec.Record]) -> None:
         """Take records in the order of their `seq`; those seen before are passed over."""
@@ -265,15 +278,18 @@ class RunStore:
             history.extend(rows.step_N, tokens, hours, columns, clock)
 
     def _hours(self, rows: list[rec.Step], step_time: np.ndarray) -> np.ndarray:
-        """Hours of training up to each row; where a step's time is unknown, the time since the row before counts."""
-        spent = step_time.astype(np.float64)
+        """Hours of training up to each row. Steps between two rows are taken to last as long as the later one; where a
+        step's time is unknown, the time since the row before counts."""
+        before = int(self.steps.step.values[-1]) if len(self.steps) else rows[0].step - 1
+        spent = step_time.astype(np.float64) * np.diff(np.array([before, *map(_STEP, rows)]))
         unknown = np.flatnonzero(~np.isfinite(spent))
         if len(unknown):
             t = np.array([rows[0].t if self._t_before is None else self._t_before, *(row.t for row in rows)])
             spent[unknown] = np.diff(t)[unknown]
         self._t_before = rows[-1].t
-        before = float(self.steps.hours.values[-1]) if len(self.steps) else 0.0
-        return before + np.cumsum(np.maximum(spent, 0.0)) / 3600.0
+        start = float(self.steps.hours.values[-1]) if len(self.steps) else 0.0
+        # summed from the first row on, so that it does not matter where a batch ends
+        return np.cumsum(np.append(start, np.maximum(spent, 0.0) / 3600.0))[1:]
 
     def _rewind(self, to_step: int) -> None:
         history = self.steps

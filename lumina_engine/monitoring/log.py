@@ -22,6 +22,7 @@ from . import record as rec
 
 MAX_LINE = 65_536  # bytes of one line with its newline; a longer `experts` record is split by layer
 _BLOCK = 65_536  # bytes read at once
+_PROBE = 4_096  # bytes read for one line of a sample
 _READ_LIMIT = 8 << 20  # bytes that one read_new() takes at most, so that a viewer stays responsive on a long log
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})  # cost a record, never the run
 _ALERT_EVERY = 60.0  # s between two alerts about lost records: a nearly full disk must not add noise
@@ -278,8 +279,8 @@ class LogReader:
     """Reads a log that may still grow, from byte `offset` on.
 
     `offset` is the byte after the last whole line read. `errors` holds (first byte, byte after the last) of lines that are no
-    records; they are skipped. A line without its newline is left for the next call. If the file was replaced by a shorter one,
-    reading starts over and `restarts` counts up.
+    records; they are skipped. A line without its newline is left for the next call. If the file was replaced by another one, or
+    cut, reading starts over and `restarts` counts up.
     """
 
     def __init__(self, path: str | os.PathLike[str], offset: int = 0) -> None:
@@ -287,6 +288,7 @@ class LogReader:
         self.offset = offset
         self.errors: list[tuple[int, int]] = []
         self.restarts = 0
+        self._inode: int | None = None
 
     def read_new(self, limit: int = _READ_LIMIT) -> list[rec.Record]:
         """The records written since the last call, from at most `limit` bytes: an empty list means that all was read.
@@ -304,8 +306,10 @@ class LogReader:
             os.close(descriptor)
 
     def _read(self, descriptor: int, limit: int) -> list[rec.Record]:
-        size = os.fstat(descriptor).st_size
-        if size < self.offset:
+        status = os.fstat(descriptor)
+        size, known = status.st_size, self._inode
+        self._inode = status.st_ino
+        if size < self.offset or (known is not None and known != status.st_ino):
             self.offset, self.restarts, self.errors = 0, self.restarts + 1, []
         records: list[rec.Record] = []
         while not records and self.offset < size:  # go on while there is nothing but garbage
@@ -364,6 +368,39 @@ def read_records(path: str | os.PathLike[str]) -> Iterator[rec.Record]:
     reader = LogReader(path)
     while records := reader.read_new():
         yield from records
+
+
+def sampled_records(path: str | os.PathLike[str], lines: int = 2_000, near_end: int = 1 << 20) -> list[rec.Record]:
+    """What a long log looks like before it is read: its first block, `lines` lines at even offsets, its last bytes in full.
+
+    Oldest first, each record once. Lines longer than a few KiB are left out between the two ends; a missing file has none.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return []
+    try:
+        end = whole_end(descriptor)
+        last = max(0, end - near_end)
+        pieces = [os.pread(descriptor, min(_BLOCK, last), 0)]
+        for place in range(_BLOCK, last, max(1, last // max(1, lines))):
+            _, _, rest = os.pread(descriptor, _PROBE, place).partition(b"\n")
+            line, newline, _ = rest.partition(b"\n")
+            pieces.append(line + newline)
+        tail = os.pread(descriptor, end - last, last)
+        pieces.append(tail if last == 0 else tail.partition(b"\n")[2])
+    finally:
+        os.close(descriptor)
+    found: list[rec.Record] = []
+    for piece in pieces:
+        for line in piece[: piece.rfind(b"\n") + 1].splitlines():
+            try:
+                record = rec.decode(line)
+            except rec.RecordError:
+                continue
+            if record.seq > (found[-1].seq if found else 0):
+                found.append(record)
+    return found
 
 
 def last_records(

@@ -27,6 +27,15 @@ class Buffer:
     def __init__(self, dtype: type = np.float32) -> None:
         self._data: np.ndarray = np.empty(256, dtype)
         self._size = 0
+        self.cuts = 0  # how often it was cut: views taken before a cut may be overwritten
+
+    @classmethod
+    def of(cls, values: np.ndarray) -> Buffer:
+        """A buffer that begins with `values` and owns the array."""
+        made = cls(values.dtype.type)
+        if len(values):
+            made._data, made._size = values, len(values)
+        return made
 
     def __len__(self) -> int:
         return self._size
@@ -48,7 +57,9 @@ class Buffer:
 
     def truncate(self, size: int) -> None:
         """Keep the first `size` values."""
-        self._size = min(self._size, max(0, size))
+        if size < self._size:
+            self._size = max(0, size)
+            self.cuts += 1
 
 
 @dataclass(frozen=True)
@@ -80,6 +91,19 @@ class Pyramid:
     def __init__(self) -> None:
         self._raw = Buffer(np.float32)
         self._levels: list[_Level] = []
+
+    @classmethod
+    def of(cls, raw: Buffer) -> Pyramid:
+        """The pyramid of samples that are finite or NaN; it owns the buffer."""
+        made = cls()
+        made._raw = raw
+        made._build()
+        return made
+
+    @property
+    def raw(self) -> Buffer:
+        """The samples (float32, finite or NaN)."""
+        return self._raw
 
     def __len__(self) -> int:
         return len(self._raw)
@@ -311,11 +335,15 @@ def smooth(values_N: np.ndarray, weight: float) -> Floats:
     return _shown(_decayed((1.0 - weight) * values_N[finite_N], weight, 0.0), finite_N, weight, 0)
 
 
-def percentile_range(values_N: np.ndarray, low: float = 5.0, high: float = 95.0) -> tuple[float, float] | None:
-    """The percentiles of the finite values, estimated from at most 16,384 evenly spread ones; None if there are none."""
+def percentile_range(
+    values_N: np.ndarray, low: float = 5.0, high: float = 95.0, positive: bool = False
+) -> tuple[float, float] | None:
+    """The percentiles of the finite (and positive) values, estimated from at most 16,384 evenly spread ones; None without any."""
     step = max(1, -(-len(values_N) // _SAMPLE))
     sample = np.asarray(values_N[::step], np.float64)
     sample = sample[np.isfinite(sample)]
+    if positive:
+        sample = sample[sample > 0]
     if not len(sample):
         return None
     a, b = np.percentile(sample, (low, high))
