@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from ..run.socket import QUEUE_LIMIT, REBIND_TIME
+from .card import own_card, remove_card, write_card
 from .connections import Client, Connections
 from .events import (
     PROTO,
@@ -106,6 +107,7 @@ class ChatServer:
             end.setblocking(False)
         self._selector.register(self._wake_out, selectors.EVENT_READ, self._woken)
         self._connections = Connections(path, self._selector, self._take, self._left, clock, rebind_time)
+        self._used()
 
     # life
 
@@ -154,6 +156,7 @@ class ChatServer:
             self.backend.cancel()
         self._todo.put(None)
         self._connections.close(reason)
+        remove_card(self.path)
         self._selector.close()
         self._wake_in.close()
         self._wake_out.close()
@@ -228,13 +231,27 @@ class ChatServer:
 
     def _loaded(self, backend: Backend) -> None:
         self.backend = backend
-        self._active = self._clock()
+        self._used()
         self._connections.send_all(encode_line(Ready(backend.info)))
 
     def _finished(self, job: _Job, end: Event | Failed) -> None:
         self._jobs.remove(job)
-        self._active = self._clock()
+        self._used()
         self._connections.send(job.client, encode_line(msgspec.structs.replace(end, id=job.request.id)))
+
+    def _used(self) -> None:
+        """Now counts as use; the card beside the socket tells it."""
+        self._active = self._clock()
+        info = self.backend.info if self.backend is not None else None
+        known = {"checkpoint": info.path, "name": info.name, "device": info.device} if info is not None else {}
+        card = own_card(
+            **known,
+            state="loading" if info is None else "ready",
+            weights_bytes=info.weights_bytes if info is not None else None,
+            active=None if self._jobs else time.time(),
+            idle_timeout_s=self._idle_timeout,
+        )
+        write_card(self.path, card)
 
     def _look_at_the_time(self) -> None:
         now = self._clock()
@@ -278,7 +295,7 @@ class ChatServer:
         if request.proto != PROTO:
             return f"only protocol {PROTO} is spoken here"
         client.greeted = True
-        self._active = self._clock()
+        self._used()
         hello = ServerHello(
             pid=os.getpid(),
             state="loading" if self.backend is None else "ready",
@@ -300,9 +317,9 @@ class ChatServer:
         if reason is not None:
             self._connections.send(client, encode_line(Failed(reason, request.id)))
             return
-        self._active = self._clock()
         job = _Job(client, request)
         self._jobs.append(job)
+        self._used()
         if len(self._jobs) > 1:
             self._connections.send(client, encode_line(Queued(request.id, len(self._jobs) - 1)))
         self._todo.put(job)

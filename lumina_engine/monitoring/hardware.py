@@ -108,6 +108,16 @@ class Nvml:
         memory = self._value("nvmlDeviceGetMemoryInfo", index)
         return int(memory.total) if memory is not None else 0
 
+    def process_memory(self, pid: int) -> int | None:
+        """Bytes that a process holds on all devices; None where that is not told (a container hides pids)."""
+        found = [
+            int(entry.usedGpuMemory)
+            for index in range(len(self._handles))
+            for entry in self._value("nvmlDeviceGetComputeRunningProcesses", index) or ()
+            if entry.pid == pid and entry.usedGpuMemory is not None
+        ]
+        return sum(found) if found else None
+
     def has_bf16(self, index: int) -> bool:
         """Whether the device computes bfloat16 natively."""
         capability = self._value("nvmlDeviceGetCudaComputeCapability", index)
