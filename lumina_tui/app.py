@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .colours import color_system
+
 if TYPE_CHECKING:
     from .application import LuminaApp, Start
 
@@ -80,6 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return print_keys()
     os.environ.setdefault("TEXTUAL_FPS", "15" if args.slow else "30")  # read when textual is imported
     os.environ.setdefault("TEXTUAL_ANIMATIONS", "none")
+    os.environ.setdefault("TEXTUAL_COLOR_SYSTEM", color_system(os.environ))
     for name in ("COLUMNS", "LINES"):  # textual would believe them, and never see the terminal change its size
         os.environ.pop(name, None)
     streams = {"input": sys.stdin, "output": sys.stdout, "error output (the screen is drawn there)": sys.stderr}
@@ -95,15 +98,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     from lumina_engine.text import safe_text
 
     from .application import LuminaApp
+    from .places import config_dir
+    from .settings import load_settings
     from .terminal import detect
 
     start = start_from(args.subject, args.start, runs_root)
     if isinstance(start, str):
         print(safe_text(start), file=sys.stderr)
         return 2
-    look = detect(os.environ, ascii_only=args.ascii, slow=args.slow, hz=args.fps)
-    app = LuminaApp(runs_root, look=look, readonly=args.readonly, start=start)
-    app.run(mouse=not args.no_mouse)
+    settings, problems = load_settings(config_dir() / "settings.yaml")
+    hz = args.fps if args.fps is not None else None if args.slow else settings.hz
+    glyphs = None if settings.glyphs == "auto" else settings.glyphs
+    look = detect(os.environ, ascii_only=args.ascii, slow=args.slow, hz=hz, glyphs=glyphs)
+    app = LuminaApp(runs_root, look=look, readonly=args.readonly, start=start, settings=settings)
+    app.problems += problems
+    app.run(mouse=settings.mouse and not args.no_mouse)
     if not app.return_code:
         for text in farewell(runs_root, args.runs):
             print(safe_text(text))

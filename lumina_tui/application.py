@@ -8,13 +8,12 @@ import importlib.util
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textual.filter import ANSIToTruecolor, LineFilter, NoColor
 from textual.screen import Screen
-from textual.theme import Theme
 from textual.widget import Widget
 
 from . import actions
@@ -23,8 +22,10 @@ from .departure import Departure
 from .keymap import load_keymap
 from .memory import DELAY_S, Memory
 from .places import config_dir, state_dir
+from .settings import Settings, load_settings
 from .talking import Talks
 from .terminal import AsciiFilter, ControlFilter, Look, detect
+from .themes import SKINS, Skin, skin_for
 from .typeahead import TypeAhead
 from .widgets.acts import Acts
 from .widgets.panel import Panel
@@ -46,30 +47,6 @@ SCREENS: Mapping[int, tuple[str, str]] = {
     9: ("doctor", "DoctorScreen"),
 }
 
-_EXTRA = {"line": "#4e4e4e", "focus": "#5fafd7", "bar": "#262626", "text-dim": "#8a8a8a"}
-_EXTRA_ANSI = {"line": "ansi_default", "focus": "ansi_cyan", "bar": "ansi_default", "text-dim": "ansi_default"}
-THEME = Theme(
-    name="lumina",
-    primary="#5fafd7",
-    secondary="#87afd7",
-    accent="#5fafd7",
-    warning="#d7af5f",
-    error="#d75f5f",
-    success="#87af5f",
-    foreground="#d0d0d0",
-    background="#121212",
-    surface="#1c1c1c",
-    panel="#262626",
-    dark=True,
-    variables={
-        "block-cursor-background": "#303030",
-        "block-cursor-foreground": "#d0d0d0",
-        "input-selection-background": "#005f87",
-        "scrollbar": "#4e4e4e",
-        "scrollbar-background": "#1c1c1c",
-    },
-)
-
 
 @dataclass(frozen=True)
 class Start:
@@ -89,6 +66,7 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
         look: what the terminal can show; detected from the environment if not given.
         readonly: refuse every action that changes a run or writes a file.
         start: what to open first.
+        settings: the user's; read from settings.yaml if not given.
     """
 
     CSS_PATH = "app.tcss"
@@ -99,14 +77,26 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
     scope = "app"
 
     def __init__(
-        self, runs_root: str | Path = "runs", *, look: Look | None = None, readonly: bool = False, start: Start | None = None
+        self,
+        runs_root: str | Path = "runs",
+        *,
+        look: Look | None = None,
+        readonly: bool = False,
+        start: Start | None = None,
+        settings: Settings | None = None,
     ) -> None:
+        problems: tuple[str, ...] = ()
+        if settings is None:
+            settings, problems = load_settings(config_dir() / "settings.yaml")
+        self.settings = settings
         self.look = look or detect(os.environ)
+        self.memory = Memory(state_dir() / "session.json", readonly=readonly, wake=self._remember_soon)
+        self.skin = skin_for(self._wanted_theme(), self.look.colours, self.look.light)
         super().__init__()
         self.runs_root = Path(runs_root)
         self.readonly = readonly
+        self.exports_folder = Path(settings.exports).expanduser()
         self.start = start or Start()
-        self.memory = Memory(state_dir() / "session.json", readonly=readonly, wake=self._remember_soon)
         self._screens: dict[int, LuminaScreen] = {}
         self._back: list[int] = []
         self._ticking = False
@@ -114,20 +104,42 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
         self._tasks: set[asyncio.Task[Any]] = set()
         self.keys = load_keymap(config_dir() / "keys.yaml")
         self.set_keymap(self.keys.for_textual())
+        self.problems = [text for text in (self.memory.problem, *problems, *self.keys.problems) if text]
         self.animation_level = "none"
-        self.register_theme(THEME)
-        self.theme = "ansi-dark" if self.look.ansi else "lumina"
+        for skin in SKINS.values():
+            if theme := skin.theme():
+                self.register_theme(theme)
         if self.look.ascii:
             self.add_class("-ascii")
+        self._wear(self.skin)
+
+    # terminal
+
+    def _wanted_theme(self) -> str:
+        """The theme chosen in the palette, as long as the setting is the one that it was chosen over."""
+        setting = self.settings.theme
+        over, chosen = self.memory.get("app.theme", ("", ""))[:2] or ("", "")
+        return chosen if over == setting else setting
+
+    def choose_theme(self, name: str) -> None:
+        """Change to a theme, now and in later sessions."""
+        self.memory.set("app.theme", [self.settings.theme, name])
+        self._wear(SKINS[name])
+        for screen in self.screen_stack:
+            for widget in screen.walk_children(Widget):
+                widget.refresh()
+
+    def _wear(self, skin: Skin) -> None:
+        self.skin = skin
+        self.look = replace(self.look, palette=skin.palette, ansi=skin.ansi)
         self._line_filters: list[LineFilter] = [ControlFilter()]
         if self.look.ascii:
             self._line_filters.append(AsciiFilter())
-        if not self.look.ansi:
+        self.theme = skin.textual
+        if not skin.ansi:
             self._line_filters.append(ANSIToTruecolor(self.ansi_theme))
-        elif self.no_color:
+        elif not self.look.colours:
             self._line_filters.append(NoColor())
-
-    # terminal
 
     def get_line_filters(self) -> Sequence[LineFilter]:
         """Filters over every line that leaves: control characters always, then ASCII and colour as the terminal needs."""
@@ -135,7 +147,7 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
 
     def get_theme_variable_defaults(self) -> dict[str, str]:
         """Colours that our style sheets use beyond Textual's."""
-        return _EXTRA_ANSI if self.look.ansi else _EXTRA
+        return self.skin.variables()
 
     # start and end
 
@@ -155,9 +167,8 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
         if not self.is_headless:
             loop = asyncio.get_running_loop()
             Departure(lambda: loop.call_soon_threadsafe(self.exit), self.memory.flush).install()
-        for problem in (self.memory.problem, *self.keys.problems):
-            if problem:
-                self.notice(problem, "warning", timeout=20)
+        for problem in self.problems:
+            self.notice(problem, "warning", timeout=20)
         if self.start.preset is not None:
             self.spawn(self.start_preset(self.start.preset))
 

@@ -14,6 +14,8 @@ from textual.filter import LineFilter
 
 from lumina_engine.text import safe_text
 
+from .colours import colours_of, light_background
+
 Glyphs = Literal["braille", "block", "ascii"]
 
 
@@ -35,51 +37,75 @@ class Palette:
     title: Style
     cursor: Style  # the chosen row
     heat: tuple[Style, Style, Style, Style, Style]  # share of the fair load: far below, below, fair, above, far above
+    runs: tuple[Style, ...]  # eight lines in one chart; roles run0 to run7
+
+    @property
+    def struck(self) -> Style:
+        """What cannot be read: struck out, and always with a word that says so."""
+        return self.dim + Style(strike=True)
+
+    @property
+    def trained(self) -> Style:
+        """Text that carries loss: underlined as well as coloured."""
+        return self.good + Style(underline=True)
 
     def of(self, role: str) -> Style:
         """The style of a role by name (`text`, `dim`, `good` …)."""
-        style = getattr(self, role)
+        style = self.runs[int(role[3:])] if role.startswith("run") else getattr(self, role)
         assert isinstance(style, Style)
         return style
 
 
-def _style(color: str | None = None, **flags: bool) -> Style:
+def style(color: str | None = None, **flags: bool) -> Style:
+    """A foreground style; flags are bold, dim, reverse."""
     return Style(color=color, bold=flags.get("bold"), dim=flags.get("dim"), reverse=flags.get("reverse"))
 
 
+def _styles(*colours: str) -> tuple[Style, ...]:
+    return tuple(style(colour, bold=True) for colour in colours)
+
+
+# Lines told apart without red against green, on a dark and on a light ground (after Okabe and Ito).
+RUNS_ON_DARK = _styles("#5fafff", "#ffaf00", "#00d7af", "#ffff5f", "#ff8787", "#d787d7", "#bcbcbc", "#87afaf")
+RUNS_ON_LIGHT = _styles("#005faf", "#af5f00", "#00875f", "#5f5f00", "#af0000", "#870087", "#4e4e4e", "#005f5f")
+RUNS_NAMED_LIGHT = _styles("blue", "red", "magenta", "default", "bright_blue", "bright_red", "bright_magenta", "bright_black")
+RUNS_NAMED = _styles("cyan", "yellow", "magenta", "green", "bright_blue", "bright_red", "bright_magenta", "bright_cyan")
+
 # Hex values of the 256-colour cube and grey ramp: truecolor and 256 look the same.
 COLOURS = Palette(
-    text=_style("#d0d0d0"),
-    dim=_style("#8a8a8a"),
-    faint=_style("#4e4e4e"),
-    accent=_style("#5fafd7"),
-    key=_style("#87afd7", bold=True),
-    good=_style("#87af5f"),
-    warn=_style("#d7af5f"),
-    bad=_style("#d75f5f", bold=True),
-    raw=_style("#5f87af"),
-    curve=_style("#87d7ff", bold=True),
-    second=_style("#ffaf5f", bold=True),
-    title=_style("#d0d0d0", bold=True),
+    text=style("#d0d0d0"),
+    dim=style("#949494"),
+    faint=style("#4e4e4e"),
+    accent=style("#5fafd7"),
+    key=style("#87afd7", bold=True),
+    good=style("#87af5f"),
+    warn=style("#d7af5f"),
+    bad=style("#ff5f5f", bold=True),
+    raw=style("#5f87af"),
+    curve=style("#87d7ff", bold=True),
+    second=style("#ffaf5f", bold=True),
+    title=style("#d0d0d0", bold=True),
     cursor=Style(bgcolor="#303030", bold=True),
-    heat=(_style("#5f87d7"), _style("#87afd7"), _style("#767676"), _style("#d7af5f"), _style("#ff8700")),
+    heat=(style("#5f87d7"), style("#87afd7"), style("#767676"), style("#d7af5f"), style("#ff8700")),
+    runs=RUNS_ON_DARK,
 )
 # 16 colours, or none at all: the terminal's own names, bold and reverse carry the meaning.
 NAMED = Palette(
-    text=_style(),
-    dim=_style(dim=True),
-    faint=_style(dim=True),
-    accent=_style("cyan"),
-    key=_style("cyan", bold=True),
-    good=_style("green"),
-    warn=_style("yellow"),
-    bad=_style("red", bold=True),
-    raw=_style("blue"),
-    curve=_style("cyan", bold=True),
-    second=_style("magenta", bold=True),
-    title=_style(bold=True),
-    cursor=_style(reverse=True),
-    heat=(_style("blue"), _style("cyan"), _style(), _style("yellow"), _style("red", bold=True)),
+    text=style(),
+    dim=style(dim=True),
+    faint=style(dim=True),
+    accent=style("cyan"),
+    key=style("cyan", bold=True),
+    good=style("green"),
+    warn=style("yellow"),
+    bad=style("bright_red", bold=True),
+    raw=style("bright_blue"),
+    curve=style("cyan", bold=True),
+    second=style("magenta", bold=True),
+    title=style(bold=True),
+    cursor=style(reverse=True),
+    heat=(style("bright_blue"), style("cyan"), style(), style("yellow"), style("bright_red", bold=True)),
+    runs=RUNS_NAMED,
 )
 
 
@@ -92,6 +118,8 @@ class Look:
     ansi: bool = False  # the terminal's own 16 colours, or no colours
     hz: float = 10.0  # panel repaints a second
     slow: bool = False
+    colours: int = 256  # that the terminal has; 0: none are wanted
+    light: bool = False  # its own background is light
 
     @property
     def ascii(self) -> bool:
@@ -110,20 +138,22 @@ def detect(
     slow: bool = False,
     hz: float | None = None,
     encoding: str | None = None,
+    glyphs: Glyphs | None = None,
 ) -> Look:
-    """The look for an environment (`TERM`, `COLORTERM`, `NO_COLOR`, `SSH_CONNECTION`, the locale's encoding)."""
-    term = environ.get("TERM", "")
+    """The look for an environment (`TERM`, `COLORTERM`, `NO_COLOR`, `SSH_CONNECTION`, the locale's encoding).
+
+    `glyphs` and `hz` are what the user wants; a locale without Unicode and `ascii_only` still mean ASCII.
+    """
     encoding = encoding or locale.getpreferredencoding(False)
-    glyphs: Glyphs = "braille"
     if ascii_only or "utf" not in encoding.lower():
         glyphs = "ascii"
-    elif term == "linux":
-        glyphs = "block"
-    many = environ.get("COLORTERM", "").lower() in ("truecolor", "24bit") or "256color" in term or "kitty" in term
-    ansi = "NO_COLOR" in environ or not many
+    elif glyphs is None:
+        glyphs = "block" if environ.get("TERM") == "linux" else "braille"
+    colours = colours_of(environ)
+    ansi = colours <= 16
     remote = "SSH_CONNECTION" in environ or "SSH_TTY" in environ
     rate = hz if hz is not None else (1.0 if slow else 4.0 if remote else 10.0)
-    return Look(glyphs, NAMED if ansi else COLOURS, ansi, min(10.0, max(0.2, rate)), slow)
+    return Look(glyphs, NAMED if ansi else COLOURS, ansi, min(10.0, max(0.2, rate)), slow, colours, light_background(environ))
 
 
 class ControlFilter(LineFilter):
