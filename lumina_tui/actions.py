@@ -247,6 +247,7 @@ FIELDS = (
     ),
     Action("fields.more", "Next choice", "The next of the possible values", ("l", "right", "space")),
     Action("fields.less", "Choice before", "The possible value before", ("h", "left")),
+    *finding("fields"),
 )
 
 FIELD = (
@@ -263,7 +264,10 @@ CONFIG = (
     Action("config.reset", "Field back to preset", "The preset's value for this field", ("D",)),
     Action("config.next_problem", "Next problem", "To the field of the next finding", ("]",)),
     Action("config.previous_problem", "Problem before", "To the field of the finding before", ("[",)),
-    Action("config.search", "Search", "Find a field in all sections", ("/",)),
+    Action("config.search", "Search", "Find a field in all sections; n and N go through what matched", ("/",)),
+    Action("config.budget", "Budget", "Memory by component, disk, steps and time, and what would make it fit", ("b",)),
+    Action("config.preview", "Preview", "The exact command, and the JSON that DeepSpeed gets", ("p",)),
+    Action("config.save_preset", "Save as preset", "Keep it under a name, listed in 2 Presets", ("W",), changes=True),
     Action("config.yaml", "Edit as YAML", "The whole configuration as text, with the same checks", ("E",)),
     Action("config.copy", "Copy command", "Copy the command that starts it", ("Y",)),
     Action("config.reload", "Reload", "Read the file again", ("r",)),

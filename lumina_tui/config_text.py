@@ -1,24 +1,23 @@
-"""What the configuration screens say: findings, help of a field, differences, budget, as lines of (text, role)."""
+"""What the configuration screens say: findings, help of a field, differences, previews, as lines of (text, role)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from lumina_engine.config.budget import count_text, flops_text, gb_text
 from lumina_engine.config.declare import show
 from lumina_engine.config.finding import Finding
+from lumina_engine.config.schema import ConfigError
 
-from .form import INFOS, Change, Form
-from .paint import duration
-from .widgets.fields import SEVERITY_MARKS
+from .field_lines import SEVERITY_MARKS
+from .form import INFOS, Change, Form, same
 from .widgets.text_panel import Line
 
 _WORDS = {
     "default": "the default",
     "preset": "from the preset",
     "file": "from the file",
-    "cli": "command line",
+    "cli": "from the command line",
     "you": "set by you",
 }
 
@@ -42,16 +41,6 @@ def finding_lines(findings: Sequence[Finding], current: int = -1) -> list[Line]:
     return lines
 
 
-def worst_by_field(findings: Iterable[Finding]) -> dict[str, Finding]:
-    """The worst finding of each field, shown below it: the first key of a finding is the one to change."""
-    rank = {"error": 0, "warning": 1, "info": 2}
-    found: dict[str, Finding] = {}
-    for finding in sorted(findings, key=lambda f: rank[f.severity]):
-        if finding.keys and finding.keys[0] in INFOS:
-            found.setdefault(finding.keys[0], finding)
-    return found
-
-
 def help_title(name: str) -> str:
     """The field and what it may be."""
     info = INFOS[name]
@@ -71,6 +60,18 @@ def help_foot(form: Form, name: str) -> str:
     return f"{_WORDS[form.origin(name)]}, {base}, {resume}"
 
 
+def document_name(form: Form) -> str:
+    """What is edited: the file's name, or what it is a copy of."""
+    return form.path.name if form.path else f"copy of {form.preset}" if form.preset else "new"
+
+
+def badge(form: Form) -> str:
+    """Preset, changes and whether they are written, for the first line."""
+    count = len(form.changes())
+    state = "not written" if form.dirty else "written" if form.path else "as it is"
+    return f"{base_name(form)} | {count} change{'s' if count != 1 else ''} | {state}"
+
+
 def diff_lines(changes: Sequence[Change], base: str) -> list[Line]:
     """Every change as `name  before → after`."""
     if not changes:
@@ -84,48 +85,14 @@ def base_name(form: Form) -> str:
     return f"preset {form.preset}" if form.preset else "the defaults"
 
 
-def budget_summary(figures: Mapping[str, Any]) -> list[Line]:
-    """Two lines: size and memory, then steps, time and disk."""
-    parameters, device, disk = figures["parameters"], figures["device"], figures["disk"]
-    over = device["total"] > device["limit"]
-    short = disk["available"] is not None and disk["total"] > disk["available"]
-    free = "" if disk["available"] is None else f" of {gb_text(disk['available'])} free"
-    first: Line = (
-        (f"{count_text(parameters['total'])} total, {count_text(parameters['active'])} active  ", "text"),
-        (f"{gb_text(device['total'])} of {gb_text(device['available'])} per rank  ", "bad" if over else "good"),
-        (f"{figures['tokens_per_step']:,} tokens/step", "text"),
-    )
-    second: Line = (
-        (f"disk {gb_text(disk['total'])}{free}  ", "bad" if short else "text"),
-        (time_text(figures), "dim"),
-    )
-    return [first, second]
-
-
-def budget_details(figures: Mapping[str, Any]) -> list[Line]:
-    """All parts of the budget, one a line, with what is computed and what is guessed."""
-    device, host, disk, resolved = figures["device"], figures["host"], figures["disk"], figures["resolved"]
-    parts = ("weights", "gradients", "optimizer", "activations", "logits", "buckets")
-    memory = ", ".join(f"{part} {gb_text(device[part])}" for part in parts if device[part])
-    rows = [
-        (
-            "devices",
-            f"{resolved['devices']}, {resolved['world']} rank{'s' if resolved['world'] > 1 else ''}, {resolved['precision']}",
-        ),
-        ("ZeRO", f"{resolved['zero_stage']}: {resolved['zero_reason']}"),
-        ("memory", f"{memory} (computed)"),
-        ("host", f"{gb_text(host['total'])} of {gb_text(host['available'])}"),
-        ("disk", f"{disk['checkpoints']} checkpoints of {gb_text(disk['checkpoint'])} (computed)"),
-        ("compute", f"{flops_text(figures['flops_per_token'])} per token (computed)"),
-        ("time", figures["time"]["basis"]),
-    ]
-    lines: list[Line] = [((f"{label:<9}", "dim"), (text, "text")) for label, text in rows]
-    return lines + [(("advice   ", "warn"), (text, "text")) for text in figures["advice"]]
-
-
-def time_text(figures: Mapping[str, Any]) -> str:
-    """Steps and the guessed time, or that the length of the data is not known yet."""
-    if figures["steps"] is None:
-        return "steps unknown until the data is counted"
-    low, high = (duration(figures["time"][key] * 3600) for key in ("p50_h", "p90_h"))
-    return f"{figures['steps']:,} steps, {low} to {high} (guessed)"
+def disk_lines(form: Form, path: Path) -> list[Line]:
+    """How the file differs from what is edited. Reads the file."""
+    head: Line = (("here → on disk", "title"),)
+    try:
+        other = Form.from_file(path)
+    except ConfigError as error:
+        return [head, ((str(error), "bad"),)]
+    if other.text is not None:
+        return [head, *finding_lines(other.text_findings)]
+    names = [n for n in INFOS if not same(form.value(n), other.value(n))]
+    return [head, *diff_lines([Change(n, form.shown(n), other.shown(n)) for n in names], "what is edited here")]

@@ -43,14 +43,41 @@ _PRESET_MARK = "preset:"
 TEXT_ONLY = frozenset({"yaml", "unknown_key", "wrong_section", "duplicate", "section"})
 
 
+Stamp = tuple[int, int, int]  # of a file: time of its last change (ns), bytes, inode
+
+
+@dataclass
+class Document:
+    """Where a configuration lives: its file, its values when it was last read or written, and the file's stamp then."""
+
+    path: Path | None = None
+    saved: Mapping[str, Any] = field(default_factory=dict)
+    stamp: Stamp | None = None
+
+
 @dataclass(frozen=True)
 class Content:
-    """One state of the form; undo keeps these. `values` has every key; refused ones hold the text that was typed."""
+    """One state of the form; undo keeps these. `values` has every key; refused ones hold the text that was typed.
+
+    `text` is the text of a file that the fields cannot hold, until it is mended, and `text_findings` say why.
+    """
 
     values: Mapping[str, Any]
     origins: Mapping[str, str]
     bad: Mapping[str, Finding] = field(default_factory=dict)
     preset: str | None = None
+    text: str | None = None
+    text_findings: tuple[Finding, ...] = ()
+    document: Document = field(default_factory=Document, compare=False)
+
+
+def stamp_of(path: Path | None) -> Stamp | None:
+    """The stamp of a file; None if there is none that can be looked at."""
+    try:
+        found = None if path is None else path.stat()
+    except OSError:
+        return None
+    return None if found is None else (found.st_mtime_ns, found.st_size, found.st_ino)
 
 
 @dataclass(frozen=True)
@@ -60,6 +87,11 @@ class Change:
     name: str
     before: str
     after: str
+
+
+def field_text(name: str) -> str:
+    """What a field is found by: name, help and section."""
+    return f"{name} {INFOS[name].help} {SECTION_TITLES[INFOS[name].section]}"
 
 
 def parse_value(info: FieldInfo, text: str) -> Any:
@@ -113,15 +145,13 @@ def check_value(info: FieldInfo, text: str) -> tuple[Any, Finding | None]:
 class Form:
     """A configuration that is being edited. Every method leaves it in a sound state; none touches the disk but `save`."""
 
-    def __init__(self, content: Content, path: Path | None = None, text: str | None = None, findings: tuple[Finding, ...] = ()):
+    def __init__(self, content: Content) -> None:
+        """A form of its own; `content.document` must describe where the values come from (`new_document` makes one)."""
         self._content = content
         self._undo: list[Content] = []
         self._redo: list[Content] = []
-        self._saved: Content = content
-        self.path = path
         self.stamp = time.monotonic()  # of the newest edit
-        self.text = text  # of a file that the form cannot hold, until it is mended
-        self.text_findings = findings
+        self.pending: str | None = None  # text in the YAML view that was not taken over yet
 
     # where it comes from
 
@@ -137,27 +167,53 @@ class Form:
         values = config.to_dict(sectioned=False)
         base = reference_values(preset)
         default = "preset" if preset else "default"
-        given = origins or {name: default if _same(values[name], base[name]) else "you" for name in values}
-        return cls(Content(values, {name: given.get(name, "default") for name in values}, preset=preset))
+        given = origins or {name: default if same(values[name], base[name]) else "you" for name in values}
+        found = {name: given.get(name, "default") for name in values}
+        return cls(Content(values, found, preset=preset, document=Document(saved=values)))
 
     @classmethod
     def from_file(cls, path: Path) -> Form:
         """A YAML file. Problems that a field can show are shown there; others leave the text in `text`, to be mended."""
-        layer = file_layer(path)
-        text: str | None = None
+        stamp = stamp_of(path)
         try:
             text = yaml_text.read_text(path)
         except yaml_text.YamlError:
-            raise ConfigError(layer.findings) from None
-        unfit = tuple(f for f in layer.findings if f.code in TEXT_ONLY)
-        form = cls(content_of(layer, named_preset(text)), path, text if unfit else None, unfit)
-        return form
+            raise ConfigError(file_layer(path).findings) from None
+        content = content_of(text_layer(text, str(path)), named_preset(text), text)
+        return cls(replace(content, document=Document(path, content.values, stamp)))
 
     # reading
 
     @property
+    def content(self) -> Content:
+        """The present state."""
+        return self._content
+
+    @property
     def preset(self) -> str | None:
         return self._content.preset
+
+    @property
+    def path(self) -> Path | None:
+        """The file that is edited, None while there is none."""
+        return self._content.document.path
+
+    @property
+    def text(self) -> str | None:
+        """The text of a file that the fields cannot hold: it is mended in the YAML view first."""
+        return self._content.text
+
+    @property
+    def text_findings(self) -> tuple[Finding, ...]:
+        return self._content.text_findings
+
+    def disk_state(self) -> str:
+        """How the file stands to what was read or written: same, changed or gone; same without a file. Looks at the disk."""
+        document = self._content.document
+        if document.path is None or document.stamp is None:
+            return "same"
+        now = stamp_of(document.path)
+        return "gone" if now is None else "same" if now == document.stamp else "changed"
 
     @property
     def bad(self) -> Mapping[str, Finding]:
@@ -183,7 +239,7 @@ class Form:
         return reference_values(self.preset)[name]
 
     def changed(self, name: str) -> bool:
-        return name in self.bad or self.value(name) != self.reference(name)
+        return name in self.bad or not same(self.value(name), self.reference(name))
 
     def changes(self) -> list[Change]:
         """All keys that differ from the preset, in the order of the sections."""
@@ -192,7 +248,8 @@ class Form:
     @property
     def dirty(self) -> bool:
         """Whether it differs from what was loaded or last written."""
-        return self._content.values != self._saved.values
+        saved = self._content.document.saved
+        return any(not same(value, saved.get(name, value)) for name, value in self._content.values.items())
 
     def config(self) -> Config:
         """The Config of all values that are valid; those that are not stand at the preset's value."""
@@ -201,13 +258,14 @@ class Form:
 
     def findings(self, machine: Machine | None = None, trial: tuple[str, str] | None = None) -> list[Finding]:
         """All problems: of single values first, then of the rules between keys. `trial` is a field's text not yet entered."""
-        form = self if trial is None else self._tried(*trial)
+        form = self if trial is None else self.tried(*trial)
         bad = list(form.bad.values())
         rules = [f for f in check(form.config(), None if bad else machine) if not form.bad.keys() & set(f.keys)]
         return [*self.text_findings, *bad, *rules]
 
-    def _tried(self, name: str, text: str) -> Form:
-        other = Form(self._content, self.path)
+    def tried(self, name: str, text: str) -> Form:
+        """A form like this one with a text in one field; this one stays as it is."""
+        other = Form(self._content)
         other.set_text(name, text)
         return other
 
@@ -223,13 +281,18 @@ class Form:
         """Enter a valid value."""
         self._put(name, value, None)
 
-    def cycle(self, name: str, step: int) -> bool:
-        """The next choice of a field that has choices or is true or false. False: it has none."""
+    @staticmethod
+    def choices(name: str) -> list[Any]:
+        """The possible values of a field that has choices or is true or false; empty for all others."""
         info = INFOS[name]
-        choices = [True, False] if info.kind == "bool" else list(info.choices) if info.kind == "choice" else []
+        return [True, False] if info.kind == "bool" else list(info.choices) if info.kind == "choice" else []
+
+    def cycle(self, name: str, step: int) -> bool:
+        """The next choice of a field that has choices. False: it has none."""
+        choices = self.choices(name)
         if not choices:
             return False
-        at = next((i for i, choice in enumerate(choices) if _same(choice, self.value(name))), -1)
+        at = next((i for i, choice in enumerate(choices) if same(choice, self.value(name))), -1)
         self._put(name, choices[(at + step) % len(choices)], None)
         return True
 
@@ -240,27 +303,31 @@ class Form:
 
     def load_preset(self, preset: str) -> None:
         """Take over a preset. One undo step."""
-        self._push(Form.from_preset(preset)._content)
+        self.load(Form.from_preset(preset))
 
-    def remember(self, other: Form) -> None:
-        """Make the state of another form the one that undo goes back to."""
-        self._undo.append(other._content)
+    def load(self, other: Form) -> None:
+        """Take over another form with its file. One undo step, which brings the earlier file back too."""
+        self.pending = None
+        self._push(other._content)
 
     def apply_yaml(self, text: str) -> list[Finding]:
         """Take over edited YAML: one undo step. Gives the problems that the form cannot hold; then nothing is taken over."""
-        layer = text_layer(text, "line")
-        unfit = [f for f in layer.findings if f.code in TEXT_ONLY]
-        if unfit:
-            return unfit
-        content = content_of(layer, self.preset)
-        origins = {n: self.origin(n) if _same(content.values[n], self.value(n)) else "you" for n in content.values}
-        if any(not _same(content.values[n], self.value(n)) for n in content.values):
-            self._push(replace(content, origins=origins))
-        self.text, self.text_findings = None, ()
+        content = content_of(text_layer(text, "line"), named_preset(text) or self.preset, text)
+        if content.text_findings:
+            return list(content.text_findings)
+        origins = {n: self.origin(n) if same(content.values[n], self.value(n)) else "you" for n in content.values}
+        content = replace(content, origins=origins, document=self._content.document)
+        if (
+            self.text is not None
+            or content.preset != self.preset
+            or any(not same(content.values[n], self.value(n)) for n in content.values)
+        ):
+            self._push(content)
+        self.pending = None
         return []
 
     def _put(self, name: str, value: Any, problem: Finding | None, origin: str = "you") -> None:
-        if _same(value, self.value(name)) and self.bad.get(name) == problem:
+        if same(value, self.value(name)) and self.bad.get(name) == problem:
             return
         content = self._content
         bad = {n: f for n, f in content.bad.items() if n != name} | ({name: problem} if problem else {})
@@ -289,7 +356,7 @@ class Form:
         before = self._content
         target.append(before)
         self._take(source.pop())
-        names = [n for n in INFOS if not _same(before.values[n], self.value(n))]
+        names = [n for n in INFOS if not same(before.values[n], self.value(n))]
         return names[0] if len(names) == 1 else "everything"
 
     # out of it
@@ -303,25 +370,36 @@ class Form:
                     _written(self.value(name)) if name in self.bad else self.value(name)
                 )
         head = f"# {_PRESET_MARK} {self.preset}\n" if self.preset else ""
+        errors = sum(f.severity == "error" for f in self.findings())
+        if errors:
+            head += (
+                f"# {errors} error{'s' if errors > 1 else ''}: cannot be launched until mended (`lumina-engine config check`)\n"
+            )
         return head + (yaml_text.dump(sections) if sections else "")
 
     def save(self, path: Path) -> Path:
-        """Write the YAML, problems included, and remember it as saved. Raises OSError."""
-        text = self.text if self.text is not None else self.to_yaml()
-        yaml_text.write_atomic(path, text)
-        self.path, self._saved = path, self._content
+        """Write the YAML, problems included, and go on in that file. Raises OSError."""
+        yaml_text.write_atomic(path, self.text if self.text is not None else self.to_yaml())
+        document = self._content.document
+        document.path, document.saved, document.stamp = path, self._content.values, stamp_of(path)
         return path
 
     def arguments(self) -> list[str]:
         """The words of `lumina-engine train` that give exactly this configuration (without a name for the run)."""
-        words: list[str] = []
-        base: Mapping[str, Any] = reference_values(None)
-        if self.path is not None and self.path.exists():
-            words, base = ["--config", str(self.path)], merge(None, self.path, []).config.to_dict(sectioned=False)
-        elif self.preset is not None:
-            words, base = ["--preset", self.preset], reference_values(self.preset)
+        words, base = self._base()
         config = self.config().to_dict(sectioned=False)
-        return words + [f"{n}={_word(v)}" for n, v in config.items() if not _same(v, base[n])]
+        return words + [f"{n}={_word(v)}" for n, v in config.items() if not same(v, base[n])]
+
+    def _base(self) -> tuple[list[str], Mapping[str, Any]]:
+        """The file or preset that the command starts from, and its values; a file with errors is no start."""
+        if self.path is not None and self.path.exists():
+            try:
+                return ["--config", str(self.path)], merge(None, self.path, []).config.to_dict(sectioned=False)
+            except ConfigError:
+                pass
+        if self.preset is not None:
+            return ["--preset", self.preset], reference_values(self.preset)
+        return [], reference_values(None)
 
 
 def _written(text: str) -> Any:
@@ -338,7 +416,7 @@ def _word(value: Any) -> str:
     return show(value).replace(",", "") if isinstance(value, int | float) else yaml_text.flow(value)
 
 
-def _same(one: Any, other: Any) -> bool:
+def same(one: Any, other: Any) -> bool:
     """Equal and of the same type: true is not 1, and the text "3" is not the number 3."""
     return type(one) is type(other) and one == other
 
@@ -357,8 +435,11 @@ def named_preset(text: str) -> str | None:
     return name if first.startswith("#") and _PRESET_MARK in first and name in NAMES else None
 
 
-def content_of(layer: Layer, preset: str | None) -> Content:
-    """The form's content for the keys of a file; values that a field refuses stay as text with their problem."""
+def content_of(layer: Layer, preset: str | None, text: str = "") -> Content:
+    """The form's content for the keys of a file; values that a field refuses stay as text with their problem.
+
+    `text` is kept in it where the layer has problems that no field can show.
+    """
     config, findings = build(layer.values, layer.where)
     values = config.to_dict(sectioned=False)
     bad: dict[str, Finding] = {}
@@ -368,4 +449,5 @@ def content_of(layer: Layer, preset: str | None) -> Content:
         given = layer.values[name]
         values[name] = given if isinstance(given, str) else yaml_text.flow(given)
     origins = {name: "file" if name in layer.values else "default" for name in values}
-    return Content(values, origins, bad, preset)
+    unfit = tuple(f for f in layer.findings if f.code in TEXT_ONLY)
+    return Content(values, origins, bad, preset, text if unfit else None, unfit)

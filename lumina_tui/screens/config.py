@@ -3,55 +3,36 @@
 from __future__ import annotations
 
 import asyncio
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from textual.app import ComposeResult
-from textual.containers import Horizontal, Vertical
 from textual.timer import Timer
 
-from lumina_engine.config.budget import budget
-from lumina_engine.config.finding import Finding
-from lumina_engine.config.schema import SECTIONS, Config, ConfigError
+from lumina_engine.config.declare import show
+from lumina_engine.config.schema import SECTIONS, Config
 
-from .. import config_text as say
-from ..drafts import load_draft, save_draft
+from .. import budget_text, checking
+from ..checking import TokenCount
+from ..drafts import load_draft
 from ..form import INFOS, SECTION_TITLES, check_value
-from ..launching import train_argv
+from ..preview import command, preview_lines
 from ..widgets.fields import FieldList
-from ..widgets.table import Column, Row, Table
-from ..widgets.text_panel import TextPanel
+from ..widgets.table import Row, Table
 from .base import State
-from .config_files import ConfigFiles
 from .config_layers import FieldSearch
+from .config_view import ConfigView
 from .dialogs import Choice
 
 _DELAY = 0.15  # s from the last key to the rules across fields and the budget
 
 
-class ConfigScreen(ConfigFiles):
+class ConfigScreen(ConfigView):
     """One configuration. `form` is the model; everything shown is drawn from it."""
 
     scope = "config"
     number = 3
     heading = "Config"
-    DEFAULT_CSS = """
-    ConfigScreen #sections { width: 19; }
-    ConfigScreen #middle { width: 1fr; }
-    ConfigScreen #help { height: 6; }
-    ConfigScreen #side { width: 50; display: none; }
-    ConfigScreen #findings { height: 8; }
-    ConfigScreen #budget { height: 4; }
-    ConfigScreen.-compact #help { height: 5; }
-    ConfigScreen.-compact #findings { height: 4; }
-    ConfigScreen.-compact #sections { width: 18; }
-    ConfigScreen.-low #help { display: none; }
-    ConfigScreen.-low #findings, ConfigScreen.-low #budget { height: 3; }
-    ConfigScreen.-wide #side { display: block; }
-    ConfigScreen #details { height: 16; }
-    """
 
     def __init__(
         self,
@@ -62,8 +43,7 @@ class ConfigScreen(ConfigFiles):
         origins: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self.findings: list[Finding] = []
-        self._current = -1  # finding
+        self._tokens = TokenCount()
         self._timer: Timer | None = None
         if any(argument is not None for argument in (preset, path, config)):
             self._open(preset, path, config, origins)
@@ -76,24 +56,13 @@ class ConfigScreen(ConfigFiles):
             self._start()
         return True
 
-    def content(self) -> ComposeResult:
-        with Horizontal(classes="content"):
-            yield Table((Column("name", "", 10, grow=True),), title="Sections", id="sections", header=False)
-            with Vertical(id="middle"):
-                yield FieldList(id="fields")
-                yield TextPanel(id="help", focusable=False)
-            with Vertical(id="side"):
-                yield TextPanel(id="diff", title="Differences")
-                yield TextPanel(id="details", title="Budget, part by part", focusable=False)
-        yield TextPanel(id="findings")
-        yield TextPanel(id="budget", focusable=False)
-
     # life
 
     def on_mount(self) -> None:
         rows = [Row(name, ((SECTION_TITLES[name], "text"),)) for name in SECTIONS]
         self.query_one("#sections", Table).set_rows(rows)
         self.run_worker(self._look_around(), group="machine", exclusive=True, exit_on_error=False)
+        self.watch(self.app, "app_focus", self._on_app_focus, init=False)
         self.fields.focus()
         self._start()
 
@@ -105,73 +74,30 @@ class ConfigScreen(ConfigFiles):
         self._rules()
 
     def on_screen_resume(self) -> None:
-        self._check_disk()
+        self.lumina.spawn(self.look_at_file())
+
+    def _on_app_focus(self, focused: bool) -> None:
+        if focused and self.is_current:
+            self.lumina.spawn(self.look_at_file())
 
     def on_resize(self) -> None:
         self.set_class(self.size.height < 22, "-low")
         self.call_after_refresh(self._show)
 
-    @property
-    def fields(self) -> FieldList:
-        return self.query_one(FieldList)
-
-    @property
-    def section(self) -> str:
-        return self.query_one("#sections", Table).cursor_key or SECTIONS[0]
-
     def _start(self) -> None:
-        """Show a form from its beginning; text that no form can hold opens as YAML."""
+        """Show a form from its beginning; text that no form can hold opens as YAML, and so does text not taken over yet."""
         if self.form is None:
             message = self._error or "2 picks a preset, or lumina FILE.yaml"
             self.fields.set_state(State.ERROR if self._error else State.EMPTY, message)
             self.set_frame(subject="", badge="")
             return
+        if self._error:
+            self.lumina.notice(self._error, "error")
+            self._error = ""
         self.fields.set_state(State.LIVE)
         self._rules()
-        if self.form.text is not None:
+        if self.form.text is not None or self.form.pending is not None:
             self.action_yaml()
-
-    # showing
-
-    def _show(self) -> None:
-        form = self.form
-        if form is None:
-            return
-        name = form.path.name if form.path else f"copy of {form.preset}" if form.preset else "new"
-        count = len(form.changes())
-        badge = f"{say.base_name(form)} | {count} change{'s' if count != 1 else ''}"
-        self.set_frame(subject=name + (" *" if form.dirty else ""), badge=badge)
-        problems = say.worst_by_field(self.findings)
-        rows = [Row(s, (self._section_cell(s, problems),)) for s in SECTIONS]
-        self.query_one("#sections", Table).set_rows(rows)
-        self.fields.show(form, self.section, problems, SECTION_TITLES[self.section])
-        self._show_help()
-        panel = self.query_one("#findings", TextPanel)
-        panel.set_title(f"Findings  {say.count_words(self.findings)}", "] next" if self.findings else "")
-        panel.set_lines(say.finding_lines(self.findings, self._current))
-        self.query_one("#diff", TextPanel).set_lines(say.diff_lines(form.changes(), say.base_name(form)))
-        self.refresh_keys()
-
-    def _section_cell(self, section: str, problems: Mapping[str, Finding]) -> tuple[str, str]:
-        names = [n for n, info in INFOS.items() if info.section == section]
-        assert self.form is not None
-        changed = sum(self.form.changed(n) for n in names)
-        errors = sum(n in problems and problems[n].severity == "error" for n in names)
-        warnings = sum(n in problems and problems[n].severity == "warning" for n in names)
-        words = [f"{n}{mark}" for n, mark in ((changed, "*"), (warnings, "?"), (errors, "!")) if n]
-        role = "bad" if errors else "warn" if warnings else "accent" if changed else "text"
-        width = max(0, self.query_one("#sections", Table).inner[0] - 2)
-        title, marks = SECTION_TITLES[section], " ".join(words[-2:])
-        return title + marks.rjust(width - len(title)), role
-
-    def _show_help(self, problem: Finding | None = None) -> None:
-        panel, name = self.query_one("#help", TextPanel), self.fields.current
-        if name is None or self.form is None:
-            return
-        panel.set_title(say.help_title(name))
-        panel.set_foot(say.help_foot(self.form, name))
-        lines = say.help_lines(name)
-        panel.set_lines([((problem.line(), "bad"),), *lines] if problem else lines)
 
     def _rules(self, trial: tuple[str, str] | None = None) -> None:
         """Rules across fields and the budget, for what is entered, or with a field's text that is being typed."""
@@ -180,27 +106,19 @@ class ConfigScreen(ConfigFiles):
             self._timer = None
         if self.form is None:
             return
-        self.findings = self.form.findings(self.machine, trial)
-        self._current = min(self._current, len(self.findings) - 1)
+        tokens = self._tokens.of(self.form.config())
+        if tokens is None:
+            self.run_worker(self._count_tokens(self.form.config()), group="tokens", exclusive=True, exit_on_error=False)
+        self.checked = checking.checked(self.form, self.machine, trial, tokens or (None, ""))
+        self.findings = list(self.checked.findings)
+        self.finding = min(self.finding, len(self.findings) - 1)
         self._show_budget()
         self._show()
 
-    def _show_budget(self) -> None:
-        panel = self.query_one("#budget", TextPanel)
-        if self.machine is None or self.form is None:
-            panel.set_title("Budget", "looking at this machine …")
-            return
-        panel.set_title(f"Budget on {self.machine.label}", "computed")
-        try:
-            figures = budget(self.form.config(), self.machine)
-        except ConfigError as error:
-            panel.set_lines([((str(error), "dim"),)])
-            return
-        except (ArithmeticError, ValueError):
-            panel.set_lines([(("this shape has no budget: mend the errors first", "dim"),)])
-            return
-        panel.set_lines(say.budget_summary(figures))
-        self.query_one("#details", TextPanel).set_lines(say.budget_details(figures))
+    async def _count_tokens(self, config: Config) -> None:
+        """How much data there is, in a thread; the budget follows."""
+        await asyncio.to_thread(self._tokens.look, config)
+        self._rules()
 
     def _soon(self, trial: tuple[str, str] | None = None) -> None:
         if self._timer is not None:
@@ -210,17 +128,10 @@ class ConfigScreen(ConfigFiles):
     def _edited(self) -> None:
         """After each change of the form: show it at once, keep the draft, check the rules soon."""
         assert self.form is not None
-        bad = set(self.form.bad)
-        self.findings = [
-            *self.form.bad.values(),
-            *(f for f in self.findings if f.code != "bad_value" and not bad & set(f.keys)),
-        ]
+        self.findings = checking.after_entry(self.form, self.findings)
         self._show()
         self._soon()
-        try:
-            save_draft(self.form)
-        except OSError as error:
-            self.lumina.notice(f"the draft cannot be kept: {error.strerror or error}", "warning")
+        self.keep_draft()
 
     # events
 
@@ -235,6 +146,7 @@ class ConfigScreen(ConfigFiles):
 
     def on_field_list_typed(self, event: FieldList.Typed) -> None:
         _, problem = check_value(INFOS[event.name], event.text)
+        self.fields.set_problem(event.name, problem)
         self._show_help(problem)
         self._soon((event.name, event.text))
 
@@ -249,16 +161,12 @@ class ConfigScreen(ConfigFiles):
 
     def on_field_list_cycled(self, event: FieldList.Cycled) -> None:
         assert self.form is not None
-        name, info = event.name, INFOS[event.name]
+        name = event.name
         if event.step:
             self.form.cycle(name, event.step)
             self._edited()
             return
-        words = (
-            ["true", "false"]
-            if info.kind == "bool"
-            else [str(c).lower() if isinstance(c, bool) else str(c) for c in info.choices]
-        )
+        words = [show(choice) for choice in self.form.choices(name)]
 
         def take(word: str) -> None:
             assert self.form is not None
@@ -277,8 +185,10 @@ class ConfigScreen(ConfigFiles):
             return "nothing is edited: 2 picks a preset"
         if action_id in ("config.next_problem", "config.previous_problem") and not self.findings:
             return "there are no findings"
-        if action_id == "config.write" and self.lumina.readonly:
+        if action_id in ("config.write", "config.save_preset") and self.lumina.readonly:
             return "--readonly: nothing is written"
+        if action_id == "config.budget" and self.checked.figures is None:
+            return self.checked.reason
         if action_id == "config.reload" and self.form is not None and self.form.path is None:
             return "it was not written to a file yet"
         return None
@@ -321,28 +231,40 @@ class ConfigScreen(ConfigFiles):
         self._problem(-1)
 
     def _problem(self, step: int) -> None:
-        self._current = (
-            (self._current + step) % len(self.findings) if self._current >= 0 or step > 0 else len(self.findings) - 1
-        )
-        finding = self.findings[self._current]
+        self.finding = (self.finding + step) % len(self.findings) if self.finding >= 0 or step > 0 else len(self.findings) - 1
+        finding = self.findings[self.finding]
         name = next((key for key in finding.keys if key in INFOS), None)
         if name is not None:
             self.go_to_field(name)
         self._show()
 
     def action_search(self) -> None:
-        self.lumina.push_screen(FieldSearch(), lambda name: self.go_to_field(name) if name and self.form else None)
+        def found(answer: tuple[str, str] | None) -> None:
+            if answer is not None:
+                name, self.fields.needle = answer
+                self.go_to_field(name)
 
-    def action_diff(self) -> None:
+        self.lumina.push_screen(FieldSearch(), found)
+
+    def on_field_list_wanted(self, event: FieldList.Wanted) -> None:
+        self.go_to_field(event.name)
+
+    def action_budget(self) -> None:
+        from .sheets import lines_sheet
+
+        if self.checked.figures is not None and self.machine is not None:
+            lines = budget_text.detail_lines(self.checked.figures, min(76, self.size.width - 10))
+            self.lumina.push_screen(lines_sheet(f"Budget on {self.machine.label}", lines))
+
+    def action_preview(self) -> None:
         from .sheets import lines_sheet
 
         assert self.form is not None
-        heading = f"{len(self.form.changes())} changes against {say.base_name(self.form)}"
-        self.lumina.push_screen(lines_sheet(heading, say.diff_lines(self.form.changes(), say.base_name(self.form))))
+        self.lumina.push_screen(lines_sheet("What it becomes", preview_lines(self.form, self.machine, self.findings)))
 
     def action_start(self) -> None:
         self.lumina.open_screen(4)
 
     def action_copy(self) -> None:
         assert self.form is not None
-        self.lumina.copy_text(shlex.join(train_argv(self.form.arguments())[:-2]), "command.txt")
+        self.lumina.copy_text(command(self.form.arguments()), "command.txt")

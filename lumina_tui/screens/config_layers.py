@@ -17,7 +17,7 @@ from lumina_engine.config.finding import Finding
 
 from ..actions import bindings
 from ..config_text import count_words, finding_lines
-from ..form import INFOS, SECTION_TITLES
+from ..form import INFOS, SECTION_TITLES, field_text
 from ..widgets.acts import Acts
 from ..widgets.table import Column, Row, Table
 from ..widgets.text_panel import TextPanel
@@ -31,14 +31,14 @@ def matching_fields(words: str) -> list[str]:
     wanted = words.lower().replace("-", "_").split()
     found: list[tuple[bool, int, str]] = []
     for info in INFOS.values():
-        text = f"{info.name} {info.help} {SECTION_TITLES[info.section]}".lower()
+        text = field_text(info.name).lower()
         if all(word in text for word in wanted):
             found.append((not all(word in info.name for word in wanted), len(found), info.name))
     return [name for *_, name in sorted(found)]
 
 
-class FieldSearch(ModalScreen[str | None]):
-    """Type words, choose a field with the arrow keys, Enter goes there."""
+class FieldSearch(ModalScreen[tuple[str, str] | None]):
+    """Type words, choose a field with the arrow keys, Enter goes there. Gives the field and the words."""
 
     DEFAULT_CSS = """
     FieldSearch { align: center top; background: $background 60%; }
@@ -75,17 +75,20 @@ class FieldSearch(ModalScreen[str | None]):
             Row(info.name, ((info.name, "text"), (SECTION_TITLES[info.section], "dim"), (info.help, "dim"))) for info in infos
         )
         table.action_top()
-        table.set_title(f"{len(infos)} fields", "Enter goes there  Esc back")
+        table.set_title(f"{len(infos)} fields", "Enter goes there, n next one  Esc back")
 
     def action_move(self, step: int) -> None:
         table = self.query_one(Table)
         table.action_down() if step > 0 else table.action_up()
 
     def on_input_submitted(self) -> None:
-        self.dismiss(self.query_one(Table).cursor_key)
+        self._choose(self.query_one(Table).cursor_key)
 
     def on_table_chosen(self, event: Table.Chosen) -> None:
-        self.dismiss(event.key)
+        self._choose(event.key)
+
+    def _choose(self, name: str | None) -> None:
+        self.dismiss(None if name is None else (name, self.query_one(Input).value))
 
     def action_leave(self) -> None:
         self.dismiss(None)
@@ -104,16 +107,29 @@ class YamlView(Acts, ModalScreen[str | None]):
     BINDINGS: ClassVar[list[BindingType]] = list(bindings("yaml"))
 
     def __init__(
-        self, text: str, check: Callable[[str], tuple[Sequence[Finding], bool]], heading: str = "", line: int = 1
+        self,
+        text: str,
+        check: Callable[[str], tuple[Sequence[Finding], bool]],
+        *,
+        keep: Callable[[str | None], None],
+        pending: str | None = None,
+        heading: str = "",
+        line: int = 1,
     ) -> None:
-        """`check` gives the findings of a text, and whether the form can hold it."""
+        """`check` gives the findings of a text, and whether the form can hold it.
+
+        `keep` gets what is typed and was not taken over yet, None once there is nothing to keep; `pending` is such a text.
+        """
         super().__init__()
-        self.text, self.check, self.heading, self.line = text, check, heading, line
+        self.text, self.check, self.keep, self.pending = text, check, keep, pending
+        self.heading, self.line = heading, line
         self._timer: Timer | None = None
 
     def compose(self) -> ComposeResult:
         yield Static(Content(f"YAML of {self.heading}    Esc takes it over  Tab to the problems"), classes="head", markup=False)
-        yield TextArea(self.text, show_line_numbers=True, soft_wrap=False, tab_behavior="focus")
+        yield TextArea(
+            self.text if self.pending is None else self.pending, show_line_numbers=True, soft_wrap=False, tab_behavior="focus"
+        )
         yield TextPanel(id="problems")
 
     def on_mount(self) -> None:
@@ -128,7 +144,9 @@ class YamlView(Acts, ModalScreen[str | None]):
         self._timer = self.set_timer(_DELAY, self._show)
 
     def _show(self) -> None:
-        findings, _ = self.check(self.query_one(TextArea).text)
+        text = self.query_one(TextArea).text
+        self.keep(None if text == self.text else text)
+        findings, _ = self.check(text)
         panel = self.query_one("#problems", TextPanel)
         panel.set_title(f"Findings  {count_words(findings)}")
         panel.set_lines(finding_lines(findings))
@@ -137,6 +155,7 @@ class YamlView(Acts, ModalScreen[str | None]):
         text = self.query_one(TextArea).text
         findings, fits = self.check(text)
         if text == self.text:
+            self.keep(None)
             self.dismiss(None)
         elif fits:
             self.dismiss(text)
@@ -150,4 +169,5 @@ class YamlView(Acts, ModalScreen[str | None]):
             self.call_later(self._drop)  # after the question is gone: dismiss pops what is on top
 
     def _drop(self) -> None:
+        self.keep(None)
         self.dismiss(None)

@@ -13,6 +13,7 @@ from textual.containers import Container, Vertical
 from lumina_engine.config.machine import Machine
 from lumina_engine.config.schema import Config, ConfigError
 
+from .. import budget_text
 from .. import config_text as say
 from ..form import Form
 from ..launching import Launched, LaunchError
@@ -159,7 +160,9 @@ class LaunchScreen(LuminaScreen):
         budget.set_title("Budget", "computed, time guessed")
         figures = found.figures
         nothing: list[Line] = [(("not known before the errors are mended", "dim"),)]
-        budget.set_lines(say.budget_summary(figures) + say.budget_details(figures) if figures else nothing)
+        width = max(0, budget.inner[0] - 2)
+        lines = budget_text.summary_lines(figures, width) + budget_text.detail_lines(figures, width) if figures else nothing
+        budget.set_lines(lines)
         findings = self._panel("findings")
         findings.set_title(f"Findings  {say.count_words(found.findings)}")
         findings.set_lines(say.finding_lines(found.findings, self._finding))
@@ -304,7 +307,7 @@ class LaunchScreen(LuminaScreen):
         from .write_file import ask_and_write
 
         assert self.form is not None
-        ask_and_write(self.lumina, self.form, None, lambda path: self._refresh_review())
+        ask_and_write(self.lumina, self.form, lambda path: self._refresh_review())
 
     def action_next_finding(self) -> None:
         self._step(1)

@@ -1,8 +1,7 @@
-"""The fields of one section: value, origin, unit, marks and problems; one field can be edited in its place."""
+"""The fields of one section in one or two columns; one field can be edited in its place."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -16,14 +15,11 @@ from textual.widgets import Input
 from lumina_engine.config.finding import Finding
 
 from ..actions import bindings
-from ..form import INFOS, Form
+from ..field_lines import ORIGIN_CELLS, ORIGIN_WORDS, SEVERITY_MARKS, Columns, FieldLine, cells, columns, field_lines
+from ..form import INFOS, Form, field_text
 from ..paint import Piece, clean, fit, line
-from .acts import Acts
+from .acts import Acts, Finds
 from .panel import Drawn
-
-SEVERITY_MARKS = {"error": ("!", "bad"), "warning": ("?", "warn"), "info": ("i", "dim")}
-_VALUE = 14  # least cells of the value column
-_ORIGIN = 7
 
 
 class ValueInput(Acts, Input):
@@ -39,7 +35,7 @@ class ValueInput(Acts, Input):
         self.post_message(FieldList.Left(self))
 
 
-class FieldList(Drawn):
+class FieldList(Finds, Drawn):
     """One line per field of the shown section, a second one where something is wrong with it."""
 
     DEFAULT_CSS = """
@@ -77,6 +73,13 @@ class FieldList(Drawn):
             super().__init__()
             self.name, self.step = name, step
 
+    class Wanted(Message):
+        """A field, perhaps of another section, is to be gone to."""
+
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
     class Left(Message):
         """The edited field was left without a change."""
 
@@ -90,6 +93,8 @@ class FieldList(Drawn):
         self.names: list[str] = []
         self.problems: Mapping[str, Finding] = {}
         self.editing: str | None = None
+        self.locked = ""  # why no field can be changed now
+        self._lines: list[FieldLine] = []
         self._cursor = 0
         self._top = 0
 
@@ -98,16 +103,23 @@ class FieldList(Drawn):
 
     # content
 
-    def show(self, form: Form, section: str, problems: Mapping[str, Finding], title: str) -> None:
-        """Show a section of a form; `problems` has the worst finding of each field."""
+    def show(self, form: Form, section: str, problems: Mapping[str, Finding], title: str, note: str = "") -> None:
+        """Show a section of a form; `problems` has the worst finding of each field, `note` stands in the frame."""
         names = [info.name for info in INFOS.values() if info.section == section]
         if names != self.names:
             self.leave()
             self.names, self._cursor, self._top = names, 0, 0
         self.form, self.problems = form, problems
-        self.set_title(title)
-        self._keep_in_sight()
+        self.set_title(title, note)
+        self._lay_out()
         self.refresh()
+
+    def set_problem(self, name: str, problem: Finding | None) -> None:
+        """Show what is wrong with one field, or nothing, before the rules have been checked."""
+        if self.problems.get(name) != problem:
+            self.problems = {n: p for n, p in {**self.problems, name: problem}.items() if p is not None}
+            self._lay_out()
+            self.refresh()
 
     @property
     def current(self) -> str | None:
@@ -154,53 +166,49 @@ class FieldList(Drawn):
 
     # lines
 
-    def _lines(self) -> list[tuple[str, str]]:
-        """(field, text) of every line; the text is empty on the field's own line, else a line of its problem."""
-        out = []
-        for name in self.names:
-            out.append((name, ""))
-            if name in self.problems:
-                text = clean(self.problems[name].line()).removeprefix(f"{name} = ")
-                out += [(name, part) for part in textwrap.wrap(text, max(10, self.inner[0] - 6))[:2]]
-        return out
+    @property
+    def columns(self) -> Columns:
+        """Where the lines stand."""
+        return columns(self._lines, *self.inner, self._top)
+
+    def _lay_out(self) -> None:
+        """Make the lines anew, and keep the cursor in sight."""
+        if self.form is not None:
+            width = columns(self._lines, *self.inner).width
+            self._lines = field_lines(self.form, self.names, self.problems, width)
+        self._keep_in_sight()
 
     def _line_of(self, name: str) -> int:
-        return self._lines().index((name, ""))
-
-    def _columns(self, width: int) -> tuple[int, int, int]:
-        """Cells of name, value and unit."""
-        name = min(max((len(n) for n in self.names), default=10), max(12, width - _VALUE - _ORIGIN - 7))
-        rest = width - 3 - name - _ORIGIN - 6
-        unit = max((len(INFOS[n].unit) for n in self.names), default=0)
-        if unit > rest - _VALUE:  # then the line of help has it
-            unit = 0
-        return name, max(4, min(rest - unit, 40)), unit
+        return self._lines.index(FieldLine(name))
 
     def _place(self) -> None:
         """Lay the input over the value of its field."""
         if self.editing is None:
             return
-        name, value, _ = self._columns(self.inner[0])
+        where = self.columns
+        name, value, _ = cells(self.names, where.width)
+        column, row = where.place(self._line_of(self.editing)) or (0, 0)
         field = self.query_one(ValueInput)
-        field.styles.offset = (4 + name + 1, self._line_of(self.editing) - self._top + 1)
+        field.styles.offset = (column * (where.width + 1) + 4 + name + 1, row + 1)
         field.styles.width = value + 1
 
     def _keep_in_sight(self) -> None:
-        if not self.names:
+        if not self._lines:
             return
-        at, page = self._line_of(self.names[self._cursor]), max(1, self.inner[1])
-        need = max(i for i, (name, _) in enumerate(self._lines()) if name == self.names[self._cursor])
+        name, page = self.names[self._cursor], self.columns.page
+        at = self._line_of(name)
+        need = max(i for i, item in enumerate(self._lines) if item.name == name)
         if at < self._top:
             self._top = at
         elif need >= self._top + page:
             self._top = need - page + 1
-        self._top = max(0, min(self._top, len(self._lines()) - page))
-        hidden = len(self._lines()) > page
+        self._top = max(0, min(self._top, len(self._lines) - page))
+        hidden = len(self._lines) > page
         self.set_foot("", f"{self._cursor + 1} of {len(self.names)}" if hidden else "")
         self._place()
 
     def on_resize(self) -> None:
-        self._keep_in_sight()
+        self._lay_out()
 
     # cursor
 
@@ -216,7 +224,9 @@ class FieldList(Drawn):
             self.refresh()
         else:
             for changed in (before, index):
-                self.refresh_lines_inside(self._line_of(self.names[changed]) - self._top)
+                place = self.columns.place(self._line_of(self.names[changed]))
+                if place is not None:
+                    self.refresh_lines_inside(place[1])
         self.post_message(self.Moved(self.names[index]))
 
     def action_down(self) -> None:
@@ -253,20 +263,33 @@ class FieldList(Drawn):
         if self.current is not None:
             self.post_message(self.Cycled(self.current, -1))
 
+    def find_lines(self) -> Sequence[str]:
+        return [field_text(name) for name in INFOS]
+
+    def find_at(self) -> int:
+        return list(INFOS).index(self.current) if self.current else 0
+
+    def find_show(self, index: int) -> None:
+        self.post_message(self.Wanted(list(INFOS)[index]))
+
     def why_not(self, action_id: str) -> str | None:
         name = self.current
+        if self.locked and action_id in ("fields.edit", "fields.more", "fields.less"):
+            return self.locked
         if action_id in ("fields.more", "fields.less") and name and INFOS[name].kind not in ("bool", "choice"):
             return f"{name} has no fixed choices; Enter edits it"
         return None
 
     def on_click(self, event: Click) -> None:
-        lines, at = self._lines(), event.y - 1 + self._top
-        if 0 <= at < len(lines):
-            index = self.names.index(lines[at][0])
-            if index == self._cursor:
-                self.action_edit()
-            else:
-                self._go(index)
+        where = self.columns
+        at = where.index(min(max(0, event.x - 1) // (where.width + 1), where.count - 1), event.y - 1)
+        if not 0 <= event.y - 1 < where.rows or at >= len(self._lines):
+            return
+        index = self.names.index(self._lines[at].name)
+        if index != self._cursor:
+            self._go(index)
+        elif not self.locked:
+            self.action_edit()
 
     def on_mouse_scroll_down(self, event: MouseScrollDown) -> None:
         event.stop()
@@ -281,33 +304,33 @@ class FieldList(Drawn):
     def _inside(self, y: int, width: int, height: int) -> Strip:
         if self._blocking:
             return self._message_line(y, width, height)
-        strip = line(width, self.draw(y, width, height))
-        lines = self._lines()
-        at = y + self._top
-        if at < len(lines) and lines[at] == (self.current, ""):
-            palette = self.palette
-            strip = strip.apply_style(palette.cursor if self.has_focus else palette.title)
-        return strip.apply_style(self.rich_style)
+        where = self.columns
+        parts = []
+        for column in range(where.count):
+            index = where.index(column, y)
+            shown = self._lines[index] if y < where.rows and index < len(self._lines) else None
+            strip = line(where.width, self._pieces(shown, where.width) if shown is not None else ())
+            if shown == FieldLine(self.current or ""):
+                strip = strip.apply_style(self.palette.cursor if self.has_focus else self.palette.title)
+            parts += [strip, Strip.blank(1)]
+        return Strip.join(parts[:-1]).adjust_cell_length(width).apply_style(self.rich_style)
 
-    def draw(self, y: int, width: int, height: int) -> Sequence[Piece]:
-        lines = self._lines()
-        at = y + self._top
-        if at >= len(lines) or self.form is None:
+    def _pieces(self, shown: FieldLine, width: int) -> Sequence[Piece]:
+        if self.form is None:
             return ()
-        name, problem = lines[at]
-        palette = self.palette
-        if problem:
-            return [("     ", None), (fit(problem, width - 6), palette.of(SEVERITY_MARKS[self.problems[name].severity][1]))]
+        name, palette = shown.name, self.palette
+        if shown.text:
+            return [("     ", None), (fit(shown.text, width - 6), palette.of(shown.role))]
         mark, role = SEVERITY_MARKS[self.problems[name].severity] if name in self.problems else (" ", "text")
-        changed = self.form.changed(name)
-        cells, value, unit = self._columns(width)
+        changed, origin = self.form.changed(name), self.form.origin(name)
+        label, value, unit = cells(self.names, width)
         here = name == self.current
         return [
             (">" if here else " ", palette.accent),
             (mark if mark != " " else "*" if changed else " ", palette.of(role if mark != " " else "accent")),
-            (" " + fit(name, cells) + "  ", palette.title if changed else palette.text),
+            (" " + fit(name, label) + "  ", palette.title if changed else palette.text),
             (fit(self._value_text(name, here), value) + "  ", palette.of("accent" if changed else "text")),
-            (fit(self.form.origin(name), _ORIGIN) + " ", palette.of("accent" if self.form.origin(name) == "you" else "dim")),
+            (fit(ORIGIN_WORDS[origin], ORIGIN_CELLS) + " ", palette.of("accent" if origin == "you" else "dim")),
             (fit(INFOS[name].unit, unit), palette.dim),
         ]
 
