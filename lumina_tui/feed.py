@@ -29,6 +29,7 @@ from .series import RunStore
 
 PROTO = 1
 SLICE = 1 << 20  # bytes of the file decoded at once
+BATCH = 10_000  # records of a long log that are taken into columns together
 YIELD_S = 0.05
 POLL_S = 1.0  # of the file, without a connection
 LOCK_S = 0.5  # between two looks at the lock
@@ -198,11 +199,16 @@ class Feed:
     def _read_all(self, store: RunStore) -> RunStore:
         """Runs in a thread, with a store that nobody else sees."""
         length = _length(self.reader)
+        waiting: list[rec.Record] = []
         while not self._closed and (records := self.reader.read_new(SLICE)):
             if self.reader.restarts != self._restarts:
-                self._restarts, store = self.reader.restarts, RunStore()
-            store.apply(records)
+                self._restarts, store, waiting = self.reader.restarts, RunStore(), []
+            waiting += records
+            if len(waiting) > BATCH:
+                store.apply(waiting)
+                waiting = []
             self.progress = min(1.0, self.reader.offset / max(1, length))
+        store.apply(waiting)
         return store
 
     async def _read_file(self, upto: int | None = None) -> None:

@@ -7,11 +7,13 @@ appended to, or cut by a rewind.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +25,8 @@ from .routing import RoutingHistory
 
 _GETTERS = {metric.name: attrgetter(metric.name) for metric in STEP_METRICS}
 _STEP, _TOKENS, _SKIPPED, _TIME = attrgetter("step"), attrgetter("tokens"), attrgetter("skipped"), attrgetter("t")
+_SEQ, _INC = attrgetter("seq"), attrgetter("inc")
+_MANY = 16  # steps in a row that are worth a look at all of them together
 _MAX_TAILS = 16
 _TAIL_POINTS = 4096
 
@@ -123,26 +127,45 @@ class RunStore:
     def apply(self, records: Iterable[rec.Record]) -> None:
         """Take records in the order of their `seq`; those seen before are passed over."""
         before = self.seq
-        rows, newest = self._rows, -1
-        for record in records:
-            if record.seq <= self.seq:
-                continue
-            self.seq = record.seq
-            if record.inc > self.inc:
-                self._begin(record)
-                rows, newest = self._rows, -1
-            if type(record) is rec.Step:
-                if record.step <= newest:
-                    self._flush()
-                    rows = self._rows
-                rows.append(record)
-                newest = record.step
-                self.t = record.t
-            else:
-                self._sort(record)
-                rows, newest = self._rows, newest if self._rows else -1
+        records = list(records)
+        at = 0
+        for stop in [*(i for i, record in enumerate(records) if type(record) is not rec.Step), len(records)]:
+            self._take_steps(records[at:stop])  # type: ignore[arg-type]
+            if stop < len(records) and records[stop].seq > self.seq:
+                self.seq = records[stop].seq
+                if records[stop].inc > self.inc:
+                    self._begin(records[stop])
+                self._sort(records[stop])
+            at = stop + 1
         self._flush()
         self.version += self.seq != before
+
+    def _take_steps(self, rows: list[rec.Step]) -> None:
+        if self._regular(rows):
+            self._rows += rows
+            self.seq, self.t = rows[-1].seq, rows[-1].t
+            return
+        for row in rows:
+            if row.seq <= self.seq:
+                continue
+            self.seq = row.seq
+            if row.inc > self.inc:
+                self._begin(row)
+            if self._rows and row.step <= self._rows[-1].step:
+                self._flush()
+            self._rows.append(row)
+            self.t = row.t
+
+    def _regular(self, rows: list[rec.Step]) -> bool:
+        """Whether these are the next records and the next steps of the same incarnation: then they need no look at each."""
+        if len(rows) < _MANY or (self._rows and rows[0].step <= self._rows[-1].step):
+            return False
+        seq, step = self.seq + 1, rows[0].step
+        return (
+            list(map(_SEQ, rows)) == list(range(seq, seq + len(rows)))
+            and list(map(_STEP, rows)) == list(range(step, step + len(rows)))
+            and set(map(_INC, rows)) == {self.inc}
+        )
 
     def _begin(self, record: rec.Record) -> None:
         """A new incarnation starts with this record."""
@@ -234,7 +257,7 @@ class RunStore:
         if len(history) and record.step <= int(history.step.values[-1]):
             history.truncate(int(np.searchsorted(history.step.values, record.step)))
         tokens, hours, clock = (np.array([self.x_of(record.step, base)]) for base in BASES[1:])
-        values = {name: _column([getattr(record, name)]) for name in history.metrics}
+        values = {name: _column(attrgetter(name), [record]) for name in history.metrics}
         history.extend(np.array([record.step]), tokens, hours, values, clock)
 
     def _flush(self) -> None:
@@ -251,12 +274,12 @@ class RunStore:
     def _extend(self, rows: list[rec.Step]) -> None:
         if len(self.steps) and rows[0].step <= int(self.steps.step.values[-1]):
             self._rewind(rows[0].step - 1)  # a value per step: what comes later in the file holds
-        tokens = np.array(list(map(_TOKENS, rows)), np.float64)
+        tokens = np.fromiter(map(_TOKENS, rows), np.float64, len(rows))
         if len(self.steps):
             tokens = np.maximum(tokens, self.steps.tokens.values[-1])
-        values = {name: _column(list(map(_GETTERS[name], rows))) for name in self.steps.metrics}
-        steps = np.array(list(map(_STEP, rows)), np.int64)
-        hours, clock = self._hours(rows, values["step_time"]), np.array(list(map(_TIME, rows)), np.float64)
+        values = {name: _column(_GETTERS[name], rows) for name in self.steps.metrics}
+        steps = np.fromiter(map(_STEP, rows), np.int64, len(rows))
+        hours, clock = self._hours(rows, values["step_time"]), np.fromiter(map(_TIME, rows), np.float64, len(rows))
         self.steps.extend(steps, np.maximum.accumulate(tokens), hours, values, clock)
         self.epoch = rows[-1].epoch
         self.skipped += sum(map(_SKIPPED, rows))
@@ -281,7 +304,7 @@ class RunStore:
         """Hours of training up to each row. Steps between two rows are taken to last as long as the later one; where a
         step's time is unknown, the time since the row before counts."""
         before = int(self.steps.step.values[-1]) if len(self.steps) else rows[0].step - 1
-        spent = step_time.astype(np.float64) * np.diff(np.array([before, *map(_STEP, rows)]))
+        spent = step_time.astype(np.float64) * np.diff(np.fromiter((before, *map(_STEP, rows)), np.int64, len(rows) + 1))
         unknown = np.flatnonzero(~np.isfinite(spent))
         if len(unknown):
             t = np.array([rows[0].t if self._t_before is None else self._t_before, *(row.t for row in rows)])
@@ -336,7 +359,10 @@ class RunStore:
         """Where steps lie on an X axis, as float64."""
         if base == "step" or not len(self.steps):
             return step_N.astype(np.float64)
-        return np.interp(step_N, self.steps.step.values, self.steps.x(base))
+        known = self.steps.step.values
+        first = max(0, int(np.searchsorted(known, step_N.min())) - 1)  # only the part that is needed is converted
+        span = slice(first, int(np.searchsorted(known, step_N.max(), side="right")) + 1)
+        return np.interp(step_N, known[span], self.steps.x(base)[span])
 
     def history(self, metric: str) -> History:
         """The history that has a metric of a chart: every step's, or the routing's with an own row per observation."""
@@ -373,9 +399,15 @@ def _mix(values: list[np.ndarray], before: list[float]) -> None:
     values[3][0] = layers
 
 
-def _column(values: list[float | None]) -> np.ndarray:
-    """As float32; unknown (None) becomes NaN, what is too large becomes infinite."""
+def _column(get: Callable[[Any], float | None], rows: Sequence[Any]) -> np.ndarray:
+    """A field of rows as float32; unknown (None) becomes NaN, what is too large becomes infinite."""
     with np.errstate(over="ignore"):
+        if get(rows[0]) is not None:
+            with contextlib.suppress(TypeError):  # a None further on
+                return np.fromiter(map(get, rows), np.float64, len(rows)).astype(np.float32)
+        values = list(map(get, rows))
+        if values.count(None) == len(values):
+            return np.full(len(values), np.nan, np.float32)
         return np.array(values, np.float64).astype(np.float32)
 
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from operator import attrgetter
 from pathlib import Path
 
 import msgspec
@@ -44,6 +45,7 @@ class Head(msgspec.Struct):
     total_steps: int | None = None
 
 
+_SEQ = attrgetter("seq")
 _head = msgspec.json.Decoder(Head)
 
 
@@ -360,7 +362,7 @@ def _all_records(data: bytes) -> list[rec.Record] | None:
         found = rec.decode_lines(data)
     except rec.RecordError:
         return None
-    return found if len(found) == data.count(b"\n") and all(record.seq > 0 for record in found) else None
+    return found if len(found) == data.count(b"\n") and min(map(_SEQ, found), default=1) > 0 else None
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[rec.Record]:
