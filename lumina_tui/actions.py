@@ -109,10 +109,14 @@ CHART = (
     Action("chart.smoothing", "Smoothing", "Next weight of the smoothed line", ("s",)),
     Action("chart.outliers", "5-95 range", "Y range of the middle 90 % or of everything", ("i",)),
     Action("chart.log_y", "Log Y", "Logarithmic Y axis", ("v",)),
-    Action("chart.base", "X base", "X axis in steps, tokens or hours", ("b",)),
+    Action("chart.log_x", "Log X", "Logarithmic X axis", ("V",)),
+    Action("chart.base", "X base", "X axis in steps, tokens, hours or clock time", ("b",)),
     Action("chart.next_metric", "Next metric", "Show the next metric", ("]",)),
     Action("chart.previous_metric", "Metric before", "Show the metric before", ("[",)),
     Action("chart.abandoned", "Abandoned tails", "Show what a rewind cut off", ("~",)),
+    Action("chart.next_run", "Next run", "Of several runs the next one: it lies on top, the read-out is its", ("j", "down")),
+    Action("chart.previous_run", "Run before", "Of several runs the one before", ("k", "up")),
+    Action("chart.export", "Export", "The full series as CSV, SVG or text", ("e",), changes=True),
 )
 
 MAP = (

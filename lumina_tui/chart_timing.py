@@ -13,7 +13,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from .series import RunStore
-from .widgets.plot import Limits, Options, build
+from .widgets.picture import Curve, Limits, Options
+from .widgets.plot import build
 
 
 def milliseconds(points: int, repeats: int) -> float:
@@ -34,7 +35,7 @@ def milliseconds(points: int, repeats: int) -> float:
     for _ in range(repeats + 1):
         grow(1)
         began = time.process_time()
-        limits = build(store, Options(), 120, 30, "braille", limits).limits
+        limits = build([Curve(store)], Options(), 120, 30, "braille", limits).limits
         times.append(time.process_time() - began)
     return 1e3 * statistics.median(times[1:])  # the first one smooths the whole series
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -105,5 +106,18 @@ class Talks(App[None], inherit_bindings=False):
         if self.readonly:
             raise PermissionError("--readonly: nothing is written")
         path = write_new(self.exports_folder, stem, suffix, data)
+        self.notice(f"written to {path}")
+        return path
+
+    async def export(self, stem: str, suffix: str, make: Callable[[], str | bytes]) -> Path | None:
+        """Make a file's content and write it as `save_export` does, both in a thread; None if it failed, and a notice says why."""
+        if self.readonly:
+            self.notice("--readonly: nothing is written", "warning")
+            return None
+        try:
+            path = await asyncio.to_thread(lambda: write_new(self.exports_folder, stem, suffix, make()))
+        except OSError as error:
+            self.notice(f"not exported: {error}", "error")
+            return None
         self.notice(f"written to {path}")
         return path

@@ -1,143 +1,197 @@
-"""A chart of one metric with smoothing, crosshair and zoom. It repaints only the rectangles that changed."""
+"""A chart of one metric of one run, or of up to eight, with smoothing, crosshair and zoom.
+
+It repaints only the rectangles that changed, and nothing while it is hidden.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import ClassVar
 
 from textual.binding import BindingType
 from textual.geometry import Region
+from textual.message import Message
 from textual.strip import Strip
 
 from ..actions import bindings
-from ..history import BASES, CHART_METRICS, METRICS
+from ..history import METRICS
 from ..paint import Piece, line, whole
 from ..series import RunStore
 from . import plot as plotting
 from .canvas import Frame, changed_regions
+from .chart_keys import WEIGHTS, ChartKeys, Cursor, habits
 from .panel import Drawn
-from .plot import Limits, Options, Plot, label_of, value_text
+from .picture import STYLE_ROLES, Curve, Limits, Options, Plot
+from .readings import Reading, column_range, difference_text, evaluation, label_of, read, value_text, x_text
 from .sparkline import spark
 
-WEIGHTS = (0.0, 0.6, 0.9, 0.98, 0.995)
+__all__ = ["WEIGHTS", "Cursor", "LineChart"]
+SMALLEST = (12, 4)  # cells; below, a sparkline
 
 
-@dataclass
-class Cursor:
-    """A crosshair that several charts share: the step it stands on, and the pinned one."""
-
-    step: int | None = None
-    pin: int | None = None
-
-
-class LineChart(Drawn):
-    """Shows one metric of `store.history(metric)`. Call `sync()` on each tick: it does nothing while nothing has changed."""
+class LineChart(ChartKeys, Drawn):
+    """Shows a metric of `store`, or of several runs after `lay`. Call `sync()` on each tick: it does nothing while nothing has
+    changed."""
 
     scope = "chart"
     BINDINGS: ClassVar[list[BindingType]] = list(bindings("chart"))
+
+    class RunWanted(Message):
+        """Another of the chart's runs should be the focused one: the next (1) or the one before (-1)."""
+
+        def __init__(self, chart: LineChart, direction: int) -> None:
+            super().__init__()
+            self.chart, self.direction = chart, direction
 
     def __init__(
         self, store: RunStore | None = None, metric: str = "loss", *, cursor: Cursor | None = None, id: str | None = None
     ) -> None:
         super().__init__(id=id)
-        self.store = store or RunStore()
+        self.curves = (Curve(store or RunStore()),)
+        self.baseline: Curve | None = None
         self.cursor = cursor or Cursor()
-        self.options = Options(metric=metric, **_habits(metric))
+        self.options = Options(metric=metric, **habits(metric))
         self._plot = Plot(Frame(0, 0))
         self._limits = Limits()
         self._seen: tuple[object, ...] = ()
 
-    def show(self, store: RunStore) -> None:
+    def on_mount(self) -> None:
+        self.options = replace(self.options, **self.remembered(self.options.metric))
+
+    def show(self, store: RunStore, name: str = "") -> None:
         """Draw another run."""
-        self.store, self._seen, self._limits = store, (), Limits()
+        self.curves, self.baseline, self._limits = (Curve(store, name),), None, Limits()
         self.options = replace(self.options, view=None, cross=None, pin=None)
+        self._seen = ()
         self.sync()
+
+    def lay(self, curves: Sequence[Curve], baseline: Curve | None = None) -> None:
+        """Draw these runs over each other, the last one focused; without any, an empty one. View and crosshair stay."""
+        self.curves, self.baseline = tuple(curves) or (Curve(RunStore()),), baseline
+        self._seen = ()
+        self.sync()
+
+    def want_run(self, direction: int) -> None:
+        """Ask whoever laid the runs for the next one (1) or the one before (-1)."""
+        self.post_message(self.RunWanted(self, direction))
 
     # painting
 
     def _now(self) -> tuple[object, ...]:
-        store = self.store
-        versions = (store.steps.version, store.experts.version, store.evals.version, store.event_version)
-        return (*versions, self.inner, self.options, self.cursor.step, self.cursor.pin, id(store))
+        stores = [curve.store for curve in self.curves]
+        versions = tuple(
+            (id(s), s.steps.version, s.evals.version, s.experts.version, s.event_version, s.preview) for s in stores
+        )
+        return (versions, self.inner, self.options, self.cursor.step, self.cursor.pin, self.look.glyphs)
 
     def sync(self) -> None:
         """Repaint what has changed since the last call."""
-        if not self.is_attached or self._now() == self._seen:
+        if not self.is_attached or not self.is_on_screen or self._now() == self._seen:
             return
         old, size = self._plot.frame, (self._plot.frame.width, self._plot.frame.height)
         self._rebuild()
         regions = changed_regions(self._plot.frame, old) if size == self.inner else None
-        if regions is None or self._blocking:
+        if regions is None or self._blocking or self._too_small(*self.inner):
             self.refresh()
             return
         if regions:
             self.refresh(*[Region(x + 1, y + 1, width, height) for x, y, width, height in regions])
 
     def _rebuild(self) -> None:
-        cross = None if self.cursor.step is None else self.store.x_of(self.cursor.step, self.options.base)
-        pin = None if self.cursor.pin is None else self.store.x_of(self.cursor.pin, self.options.base)
+        cross = None if self.cursor.step is None else self.cross_x(self.cursor.step)
+        pin = None if self.cursor.pin is None else self.cross_x(self.cursor.pin)
         self.options = replace(self.options, cross=cross, pin=pin)
-        width, height = self.inner
-        self._plot = plotting.build(self.store, self.options, width, height, self.look.glyphs, self._limits)
+        self._plot = plotting.build(self.curves, self.options, *self.inner, self.look.glyphs, self._limits)
         self._limits = self._plot.limits
         self._titles()
         self._seen = self._now()
 
     def _titles(self) -> None:
         options = self.options
-        parts = [label_of(options.metric)]
-        settings = [f"EMA {options.weight:g}"] if options.weight else []
+        settings = ["preview"] if any(curve.store.preview for curve in self.curves) else []
+        settings += [f"EMA {options.weight:g}"] if options.weight else []
         settings += ["5-95"] if options.outliers else []
-        settings += ["log"] if options.log_y else []
+        settings += ["log X"] if self._plot.axis.log else []
+        settings += ["log Y"] if options.log_y else []
         settings += self._plot.notes
         right = "zoomed, f follows" if options.view else ""
         if options.metric == "loss" and len(self.store.evals):
             right = (right + "  " if right else "") + "o eval"
-        self.set_title("  ".join([*parts, " | ".join(settings)]).rstrip(), right)
+        self.set_title("  ".join([label_of(options.metric), " | ".join(settings)]).rstrip(), right)
         self.set_foot(*self._foot())
 
     def _foot(self) -> tuple[str, str]:
-        options = self.options
-        at = plotting.read(self.store, options, options.cross)
+        """The values of the focused run at the crosshair, and the difference to the pinned place, or the event there."""
+        options, store = self.options, self.store
+        at = read(store, options, options.cross, self.reach)
         if at is None:
-            return "", ""
+            name = f"{self.curves[-1].name} " if len(self.curves) > 1 else ""
+            return (f"{name}has nothing at {x_text(options.base, options.cross)}" if options.cross is not None else ""), ""
         text = f"{whole(at.step)}: {value_text(options.metric, at.value)}"
         if at.smooth is not None:
             text += f" (EMA {value_text(options.metric, at.smooth)})"
-        evals = self.store.evals
-        if options.metric == "loss" and len(evals):
-            index = max(0, int(evals.step.values.searchsorted(at.step, side="right")) - 1)
-            value = float(evals.metrics["loss"].values[index])
-            text += f"  eval {value_text('loss', value)} at {whole(int(evals.step.values[index]))}"
-        right = ""
-        if options.pin is not None:
-            other = plotting.read(self.store, options, options.pin)
-            if other is not None:
-                change = (at.smooth if at.smooth is not None else at.value) - (
-                    other.smooth if other.smooth is not None else other.value
-                )
-                right = f"{change:+.4g} over {whole(at.step - other.step)} steps"
-        elif self.cursor.step is not None:
-            near = [event for event in self.store.events if abs(event.step - at.step) <= self._column_steps()]
-            right = near[-1].text if near else ""
+        if len(self.curves) > 1:
+            text = f"{self.curves[-1].letter} {text}{self._against_baseline(at)}"
+        right = self._foot_note(at)
+        score = evaluation(store, at.step) if options.metric == "loss" else None
+        more = [f"  eval {value_text('loss', score[1])} at {whole(score[0])}"] if score is not None else []
+        for part in (self._column_text(at), *more):  # as far as there is room beside the note
+            if len(text) + len(part) + len(right) <= self.inner[0] - 8 or not right:
+                text += part
         return text, right
 
-    def _column_steps(self) -> float:
-        """Steps in one column of cells."""
-        if self.options.base != "step":
-            return 0.5
-        return max(0.5, (self._plot.x[1] - self._plot.x[0]) / max(1, self._plot.across) / 2)
+    def _column_text(self, at: Reading) -> str:
+        """Lowest and highest value in the crosshair's column, where it holds more than one."""
+        if self.options.cross is None:
+            return ""
+        ends = self._plot.axis.around(self._plot.axis.column_of(self.options.cross))
+        found = column_range(self.store, self.options, ends)
+        if found is None or found[2] < 2:
+            return ""
+        return f" {value_text(self.options.metric, found[0])} to {value_text(self.options.metric, found[1])}"
+
+    def _against_baseline(self, at: Reading) -> str:
+        if self.baseline is None or self.baseline.store is self.store:
+            return ""
+        other = read(self.baseline.store, self.options, at.x, self.reach)
+        change = None if other is None else at.shown - other.shown
+        return f"  {difference_text(self.options.metric, change)} to {self.baseline.letter}"
+
+    def _foot_note(self, at: Reading) -> str:
+        if self.options.pin is not None:
+            other = read(self.store, self.options, self.options.pin, self.reach)
+            if other is None:
+                return ""
+            return f"{at.shown - other.shown:+.4g} over {whole(at.step - other.step)} steps"
+        if self.cursor.step is None:
+            return ""
+        axis, column = self._plot.axis, self._plot.axis.column_of(self.options.cross or 0.0)
+        store, base = self.store, self.options.base
+        near = [event for event in store.events if axis.column_of(store.x_of(event.step, base)) == column]
+        return near[-1].text if near else ""
+
+    @property
+    def reach(self) -> float:
+        """How far beside its samples a run still has a value, in X: one column of cells. Endless with one run."""
+        if len(self.curves) < 2 or self.options.cross is None:
+            return float("inf")
+        low, high = self._plot.axis.around(self._plot.axis.column_of(self.options.cross))
+        return high - low
+
+    @staticmethod
+    def _too_small(width: int, height: int) -> bool:
+        return width < SMALLEST[0] or height < SMALLEST[1]
 
     def _inside(self, y: int, width: int, height: int) -> Strip:
         if self._blocking:
             return self._message_line(y, width, height)
         if (self._plot.frame.width, self._plot.frame.height) != (width, height):
             self._rebuild()
-        if width < 12 or height < 4:
+        if self._too_small(width, height):
             return line(width, self._small(y, width, height), base=self.rich_style)
         palette = self.palette
-        styles = [palette.of(role) for role in plotting.STYLE_ROLES]
+        styles = [palette.of(role) for role in STYLE_ROLES]
         dimmed = self.has_class("-stale")
         pieces = [(text, palette.dim if dimmed and style else styles[style]) for text, style in self._plot.frame.runs(y)]
         return line(width, pieces, base=self.rich_style)
@@ -145,152 +199,9 @@ class LineChart(Drawn):
     def _small(self, y: int, width: int, height: int) -> Sequence[Piece]:
         if y != height // 2:
             return ()
-        pyramid = self.store.history(self.options.metric).metrics[self.options.metric]
-        return [(spark(pyramid, width, "mean", self.look.ascii), self.palette.curve)]
+        metric = METRICS[self.options.metric]
+        pyramid = self.curves[-1].history(metric.name).metrics[metric.name]
+        return [(spark(pyramid, width, metric.keep, self.look.ascii), self.palette.curve)]
 
     def on_resize(self) -> None:
         self._seen = ()
-
-    # actions
-
-    def why_not(self, action_id: str) -> str | None:
-        if not len(self.store.steps):
-            return "there are no steps yet"
-        if action_id == "chart.pin" and self.cursor.step is None:
-            return "c sets the crosshair first"
-        if action_id == "chart.abandoned" and not self.store.tails:
-            return "no rewind has cut anything off"
-        if action_id in ("chart.event_back", "chart.event_next") and not self.store.events:
-            return "there are no events yet"
-        return None
-
-    def _set(self, **changes: object) -> None:
-        self.options = replace(self.options, **changes)  # type: ignore[arg-type]
-        self.sync()
-
-    def action_crosshair(self) -> None:
-        self.cursor.step = None if self.cursor.step is not None else self.store.step
-        self.cursor.pin = None
-        self.sync()
-
-    def action_pin(self) -> None:
-        self.cursor.pin = None if self.cursor.pin is not None else self.cursor.step
-        self.sync()
-
-    def _move(self, columns: int) -> None:
-        if self.cursor.step is None:
-            x0, x1 = self._plot.x
-            shift = columns * (x1 - x0) / max(1, self._plot.across)
-            self._set(view=(x0 + shift, x1 + shift))
-            return
-        here = self._plot.column_of(self.store.x_of(self.cursor.step, self.options.base))
-        at = plotting.read(self.store, self.options, self._plot.x_at(here + columns))
-        if at is not None and at.step == self.cursor.step:  # sparse: the neighbour, however far it is
-            steps = self.store.history(self.options.metric).step.values
-            index = min(max(0, at.index + (1 if columns > 0 else -1)), len(steps) - 1)
-            self.cursor.step = int(steps[index])
-        elif at is not None:
-            self.cursor.step = at.step
-        self._keep_in_view()
-        self.sync()
-
-    def _keep_in_view(self) -> None:
-        if self.options.view is None or self.cursor.step is None:
-            return
-        x, (x0, x1) = self.store.x_of(self.cursor.step, self.options.base), self.options.view
-        if not x0 <= x <= x1:
-            shift = x - (x0 + x1) / 2
-            self.options = replace(self.options, view=(x0 + shift, x1 + shift))
-
-    def action_left(self) -> None:
-        self._move(-1)
-
-    def action_right(self) -> None:
-        self._move(1)
-
-    def action_far_left(self) -> None:
-        self._move(-10)
-
-    def action_far_right(self) -> None:
-        self._move(10)
-
-    def action_first(self) -> None:
-        self.cursor.step = int(self.store.steps.step.values[0])
-        self._keep_in_view()
-        self.sync()
-
-    def action_last(self) -> None:
-        self.cursor.step = self.store.step
-        self._keep_in_view()
-        self.sync()
-
-    def _event(self, direction: int) -> None:
-        here = self.cursor.step if self.cursor.step is not None else (self.store.step or 0) + 1
-        steps = [event.step for event in self.store.events]
-        found = [s for s in steps if s > here] if direction > 0 else [s for s in steps if s < here]
-        if found:
-            self.cursor.step = min(found) if direction > 0 else max(found)
-            self._keep_in_view()
-            self.sync()
-
-    def action_event_back(self) -> None:
-        self._event(-1)
-
-    def action_event_next(self) -> None:
-        self._event(1)
-
-    def _zoom(self, factor: float) -> None:
-        x0, x1 = self._plot.x
-        newest = float(self.store.steps.x(self.options.base)[-1])
-        anchor = self.store.x_of(self.cursor.step, self.options.base) if self.cursor.step is not None else min(newest, x1)
-        view = (anchor - (anchor - x0) * factor, anchor + (x1 - anchor) * factor)
-        first = float(self.store.steps.x(self.options.base)[0])
-        if view[0] <= min(0.0, first) and view[1] >= newest:
-            self._set(view=None)
-        elif view[1] - view[0] > (newest - first) * 1e-7:
-            self._set(view=view)
-
-    def action_zoom_in(self) -> None:
-        self._zoom(0.5)
-
-    def action_zoom_out(self) -> None:
-        self._zoom(2.0)
-
-    def action_follow(self) -> None:
-        self._set(view=None)
-
-    def action_smoothing(self) -> None:
-        index = WEIGHTS.index(self.options.weight) if self.options.weight in WEIGHTS else 0
-        self._set(weight=WEIGHTS[(index + 1) % len(WEIGHTS)])
-
-    def action_outliers(self) -> None:
-        self._set(outliers=not self.options.outliers)
-
-    def action_log_y(self) -> None:
-        self._set(log_y=not self.options.log_y)
-
-    def action_base(self) -> None:
-        self._set(base=BASES[(BASES.index(self.options.base) + 1) % len(BASES)], view=None)
-
-    def action_abandoned(self) -> None:
-        self._set(abandoned=not self.options.abandoned)
-
-    def _metric(self, direction: int) -> None:
-        import numpy as np
-
-        names = [metric.name for metric in CHART_METRICS]
-        known = [name for name in names if np.isfinite(self.store.history(name).metrics[name].values).any()] or names[:1]
-        index = known.index(self.options.metric) if self.options.metric in known else 0
-        name = known[(index + direction) % len(known)]
-        self._set(metric=name, **_habits(name))
-
-    def action_next_metric(self) -> None:
-        self._metric(1)
-
-    def action_previous_metric(self) -> None:
-        self._metric(-1)
-
-
-def _habits(name: str) -> dict[str, Any]:
-    """Smoothing and range that suit a metric."""
-    return {"weight": 0.9, "outliers": True} if METRICS[name].noisy else {"weight": 0.0, "outliers": False}

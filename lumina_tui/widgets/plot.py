@@ -1,4 +1,5 @@
-"""A picture of one metric of a run: which dots, which labels, which marks. No Textual in here; `line_chart` shows it.
+"""A picture of one metric of a run, or of several runs: which dots, which labels, which marks. No Textual in here;
+`line_chart` shows it.
 
 Shape suffixes: D dot columns, H rows and W columns of cells, E evaluations.
 """
@@ -7,126 +8,87 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lumina_engine.monitoring.reduce import Columns, Pyramid, percentile_range
-from lumina_engine.monitoring.ticks import ticks, value_labels
+from lumina_engine.monitoring.ticks import clock_ticks, ticks, value_labels
 
-from ..history import METRICS, Base, History
-from ..paint import number
-from ..series import Event, RunStore
+from ..history import History
+from ..series import Event
 from ..terminal import Glyphs
 from .axis import Scale, x_labels, x_limit, y_limits
 from .canvas import DOTS, SPACE, Frame, Spans, cells, dots, joined
+from .picture import (
+    ACCENT,
+    BAD,
+    CROSS,
+    CURVE,
+    EVAL,
+    FAINT,
+    GOOD,
+    LABEL,
+    RAW,
+    RUN,
+    TAIL,
+    WARN,
+    Along,
+    Curve,
+    Limits,
+    Options,
+    Plot,
+)
+from .readings import edges_of
 
-# style numbers of a frame, in the order of STYLE_ROLES
-NONE, FAINT, LABEL, RAW, CURVE, EVAL, GOOD, WARN, BAD, CROSS, TAIL, ACCENT = range(12)
-STYLE_ROLES = ("text", "faint", "dim", "raw", "curve", "second", "good", "warn", "bad", "title", "faint", "accent")
 EVAL_GAP = 4  # columns between two evaluations
 _SIGN_STYLES = {"C": GOOD, "!": WARN, "D": ACCENT, "<": WARN, "|": LABEL}
 
 
-@dataclass(frozen=True)
-class Options:
-    """What the user chose for a chart. `view` None: everything, following the newest point; x values in `base`."""
-
-    metric: str = "loss"
-    base: Base = "step"
-    weight: float = 0.9
-    outliers: bool = True
-    log_y: bool = False
-    view: tuple[float, float] | None = None
-    abandoned: bool = False
-    cross: float | None = None
-    pin: float | None = None
-
-
-@dataclass(frozen=True)
-class Limits:
-    """The axes of the picture before, so that the next one does not tremble."""
-
-    x_end: float | None = None
-    y: tuple[float, float] | None = None
-    gutter: int = 0
-    key: tuple[object, ...] = ()
-
-
 @dataclass
-class Plot:
-    """A finished picture."""
+class _Laid:
+    """A curve on the X axis: `edges_D` are the samples at which the dot columns begin."""
 
-    frame: Frame
-    left: int = 0  # cells before the first column of dots
-    across: int = 0  # columns of cells with dots
-    x: tuple[float, float] = (0.0, 1.0)
-    limits: Limits = field(default_factory=Limits)
-    notes: list[str] = field(default_factory=list)
-
-    def x_at(self, column: int) -> float:
-        """The X value in the middle of a column of cells."""
-        return self.x[0] + (column + 0.5) / max(1, self.across) * (self.x[1] - self.x[0])
-
-    def column_of(self, x: float) -> int:
-        """The column of cells of an X value; may lie outside."""
-        return math.floor((x - self.x[0]) / ((self.x[1] - self.x[0]) or 1.0) * self.across)
+    curve: Curve
+    history: History
+    raw: Pyramid
+    edges_D: np.ndarray
 
 
-@dataclass(frozen=True)
-class Reading:
-    """The values at one place of a chart."""
-
-    index: int
-    x: float
-    step: int
-    value: float
-    smooth: float | None
-
-
-def read(store: RunStore, options: Options, x: float | None = None) -> Reading | None:
-    """The sample nearest to `x` (None: the newest); None without samples."""
-    history = store.history(options.metric)
-    if not len(history):
-        return None
-    xs = history.x(options.base)
-    index = len(xs) - 1
-    if x is not None:
-        index = int(np.clip(np.searchsorted(xs, x), 0, len(xs) - 1))
-        if index and x - xs[index - 1] < xs[index] - x:
-            index -= 1
-    smooth = history.smooth(options.metric, options.weight).values[index] if options.weight else None
-    value = float(history.metrics[options.metric].values[index])
-    return Reading(index, float(xs[index]), int(history.step.values[index]), value, None if smooth is None else float(smooth))
-
-
-def build(store: RunStore, options: Options, width: int, height: int, glyphs: Glyphs, before: Limits) -> Plot:
-    """Paint `width` x `height` cells."""
+def build(curves: Sequence[Curve], options: Options, width: int, height: int, glyphs: Glyphs, before: Limits) -> Plot:
+    """Paint `width` x `height` cells. The last of `curves` is the focused one: it lies on top, and the marks are its."""
     plot = Plot(Frame(max(0, width), max(0, height)))
-    if width < 12 or height < 4 or not len(store.history(options.metric)):
+    found = [(curve, curve.history(options.metric)) for curve in curves]
+    shown = [(curve, history) for curve, history in found if len(history)]
+    if width < 12 or height < 4 or not shown:
         return plot
-    key = (options.metric, options.base, options.log_y, options.view, options.outliers, height)
+    log_x = options.log_x and options.base != "clock"
+    key = (options.metric, options.base, options.log_y, log_x, options.view, options.outliers, height, len(shown))
     if before.key != key:
         before = replace(Limits(key=key), x_end=before.x_end if before.key[1:2] == key[1:2] else None)
     rows = height - 2
-    x, x_end = _x_range(store, options, before)
+    x, x_end = _x_range([history.x(options.base) for _, history in shown], options, log_x, before)
     gutter = max(before.gutter, 4)
     for _ in range(2):  # the labels' width decides how many dots there are, and the dots the labels
-        plot.left, plot.across = gutter + 1, width - gutter - 1
-        bounds_D = np.linspace(x[0], x[1], plot.across * DOTS[glyphs][0] + 1)
-        edges_D = _edges(store.history(options.metric).x(options.base), bounds_D)
-        low, high = _y_range(store, options, edges_D, x)
+        plot.left = gutter + 1
+        plot.axis = Along(*x, width - gutter - 1, log_x)
+        bounds_D = plot.axis.bounds(plot.across * DOTS[glyphs][0])
+        laid = [
+            _Laid(curve, history, history.metrics[options.metric], _edges(history.x(options.base), bounds_D))
+            for curve, history in shown
+        ]
+        low, high = _y_range(laid, options, x)
         y = y_limits(low, high, rows, options.log_y, before.y)
         marks = ticks(y[0], y[1], min(8, max(2, rows // 2)), options.log_y)
         labels = value_labels(marks, options.log_y)
         need = max((len(label) for label in labels), default=1)
         if need <= gutter:
             break
-        gutter = need
-    plot.x = x
+        gutter = min(need, width - 8)
     plot.limits = Limits(x_end, y, gutter, key)
     scale = Scale(y[0], y[1], rows * DOTS[glyphs][1], options.log_y)
-    painter = _Painter(store, options, plot, glyphs, rows, edges_D, bounds_D, scale)
+    painter = _Painter(laid, options, plot, glyphs, rows, bounds_D, scale)
     painter.curves()
     painter.axes(marks, labels)
     painter.evaluations()
@@ -134,46 +96,61 @@ def build(store: RunStore, options: Options, width: int, height: int, glyphs: Gl
     return plot
 
 
-def _x_range(store: RunStore, options: Options, before: Limits) -> tuple[tuple[float, float], float | None]:
-    if options.view is not None:
+def _x_range(
+    columns: Sequence[np.ndarray], options: Options, log: bool, before: Limits
+) -> tuple[tuple[float, float], float | None]:
+    if options.view is not None and (options.view[0] > 0 or not log):
         return options.view, None
-    xs = store.history(options.metric).x(options.base)
-    first, newest = float(xs[0]), float(xs[-1])
-    start = 0.0 if first <= 0.1 * newest else first
+    newest = max(float(xs[-1]) for xs in columns)
+    if log:
+        above = [float(xs[at]) for xs in columns if (at := int(np.searchsorted(xs, 0, side="right"))) < len(xs)]
+        start = min(above, default=0.1)
+        if newest <= start:
+            return (start / 2, start * 2), None
+        return (start, newest), None
+    first = min(float(xs[0]) for xs in columns)
+    start = 0.0 if first <= 0.1 * newest and options.base != "clock" else first
     end = x_limit(newest, start, before.x_end)
     return (start, end), end
 
 
 def _edges(xs: np.ndarray, bounds_D: np.ndarray) -> np.ndarray:
-    edges = np.searchsorted(xs, bounds_D, side="left")
-    edges[-1] = np.searchsorted(xs, bounds_D[-1], side="right")
+    edges = edges_of(xs, bounds_D)
+    edges[-1] = edges_of(xs, np.nextafter(bounds_D[-1:], np.inf))[0]  # the last column has its right end too
+    if np.issubdtype(xs.dtype, np.integer):
+        edges[-1] = np.searchsorted(xs, math.floor(min(bounds_D[-1], 9e18)), side="right")
     return np.maximum.accumulate(edges)
 
 
-def _y_range(store: RunStore, options: Options, edges_D: np.ndarray, x: tuple[float, float]) -> tuple[float, float]:
-    """Lowest and highest value to show: of the middle 90 %, or of everything; evaluations and the newest value always fit."""
-    history = store.history(options.metric)
-    a, b = int(edges_D[0]), int(edges_D[-1])
-    values = history.metrics[options.metric].values[max(0, a - 1) : b + 1]
-    if options.log_y:
-        values = values[values > 0]
-    found = percentile_range(values, 5, 95) if options.outliers else percentile_range(values, 0, 100)
-    if not options.outliers:
-        reduced = history.metrics[options.metric].columns(np.array([a, b]))
-        if reduced.count_C[0] and not options.log_y:
-            found = float(reduced.low_C[0]), float(reduced.high_C[0])
-    if found is None:
+def _y_range(laid: Sequence[_Laid], options: Options, x: tuple[float, float]) -> tuple[float, float]:
+    """Lowest and highest value to show, over all curves."""
+    found = [limits for one in laid if (limits := _range_of(one, options, x)) is not None]
+    if not found:
         return (0.1, 1.0) if options.log_y else (0.0, 1.0)
+    return min(low for low, _ in found), max(high for _, high in found)
+
+
+def _range_of(one: _Laid, options: Options, x: tuple[float, float]) -> tuple[float, float] | None:
+    """Of the middle 90 %, or of everything; evaluations and the newest value always fit."""
+    a, b = int(one.edges_D[0]), int(one.edges_D[-1])
+    values = one.raw.values[max(0, a - 1) : b + 1]
+    if options.outliers or options.log_y:
+        found = percentile_range(values, *((5, 95) if options.outliers else (0, 100)), positive=options.log_y)
+    else:
+        reduced = one.raw.columns(np.array([max(0, a - 1), min(b + 1, len(one.raw))]))
+        found = (float(reduced.low_C[0]), float(reduced.high_C[0])) if reduced.count_C[0] else None
+    if found is None:
+        return None
     low, high = found
     if options.outliers:
         low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
         if options.log_y:
             low = max(low, found[0] / 1.2)
     always = [float(value) for value in values[-1:]]
-    if options.metric == "loss":
-        evals_E = store.evals.metrics["loss"].values
-        inside_E = (store.evals.x(options.base) >= x[0]) & (store.evals.x(options.base) <= x[1])
-        always += percentile_range(evals_E[inside_E], 0, 90) or ()
+    if options.metric == "loss" and one.curve.letter == "":
+        evals = one.curve.store.evals
+        inside_E = (evals.x(options.base) >= x[0]) & (evals.x(options.base) <= x[1])
+        always += percentile_range(evals.metrics["loss"].values[inside_E], 0, 90) or ()
     for value in always:
         if math.isfinite(value) and not (options.log_y and value <= 0):
             low, high = min(low, value), max(high, value)
@@ -183,56 +160,93 @@ def _y_range(store: RunStore, options: Options, edges_D: np.ndarray, x: tuple[fl
 class _Painter:
     def __init__(
         self,
-        store: RunStore,
+        laid: Sequence[_Laid],
         options: Options,
         plot: Plot,
         glyphs: Glyphs,
         rows: int,
-        edges_D: np.ndarray,
         bounds_D: np.ndarray,
         scale: Scale,
     ) -> None:
-        self.store, self.options, self.plot, self.glyphs = store, options, plot, glyphs
-        self.rows, self.edges_D, self.bounds_D, self.scale = rows, edges_D, bounds_D, scale
+        self.laid, self.options, self.plot, self.glyphs = laid, options, plot, glyphs
+        self.rows, self.bounds_D, self.scale = rows, bounds_D, scale
         self.middle_D = (bounds_D[:-1] + bounds_D[1:]) / 2
+        self.focused = laid[-1]
+        self.store = self.focused.curve.store
+        self.many = bool(self.focused.curve.letter)
 
     # curves
 
     def curves(self) -> None:
-        history, options = self.store.history(self.options.metric), self.options
+        options, focused = self.options, self.focused
         if options.abandoned:
-            for tail in (item for item in self.store.tails if options.metric in item.metrics):
-                self._layer(self._tail(tail.x[options.base], tail.metrics[options.metric]), TAIL)
-        raw = history.metrics[options.metric]
-        reduced = raw.columns(self.edges_D)
-        spans = self._spans(raw, reduced)
-        self._layer(spans, RAW if options.weight else CURVE)
-        if options.weight:
-            smooth = history.smooth(options.metric, options.weight)
-            self._layer(self._spans(smooth, smooth.columns(self.edges_D)), CURVE)
+            for tail in self.store.tails:
+                if options.metric in tail.metrics:
+                    self._layer(self._tail(tail.x[options.base], tail.metrics[options.metric]), TAIL)
+        reduced = focused.raw.columns(focused.edges_D)
+        spans = self._spans(focused, focused.raw, reduced)
+        if options.weight or not self.many:
+            self._layer(spans, (FAINT if self.many else RAW) if options.weight else CURVE)
+        for one in self.laid if self.many else ():
+            self._line(one)
+        if options.weight and not self.many:
+            self._layer(self._smooth(focused), CURVE)
         self._outside(spans)
         if reduced.missing_C.any():
-            self._missing(raw, int(reduced.missing_C.sum()))
-        if options.log_y:
-            dropped = int((raw.values[int(self.edges_D[0]) : int(self.edges_D[-1])] <= 0).sum())
-            self.plot.notes += [f"{dropped} not above 0"] if dropped else []
+            self._missing(reduced)
+        self._count_left_out()
+
+    def _smooth(self, one: _Laid) -> Spans:
+        smooth = one.history.smooth(self.options.metric, self.options.weight)
+        return self._spans(one, smooth, smooth.columns(one.edges_D))
+
+    def _line(self, one: _Laid) -> None:
+        """One of several runs: its smoothed line, and its letter where the line ends."""
+        spans = self._smooth(one) if self.options.weight else self._spans(one, one.raw, one.raw.columns(one.edges_D))
+        style = RUN + one.curve.slot
+        self._layer(spans, style)
+        drawn_D = np.flatnonzero(np.isfinite(spans.low_D))
+        if not len(drawn_D):
+            return
+        across, down = DOTS[self.glyphs]
+        last = int(drawn_D[-1])
+        row = int(np.clip(self.rows - 1 - math.floor((spans.low_D[last] + spans.high_D[last]) / 2 / down), 0, self.rows - 1))
+        column = min(last // across + 1, self.plot.across - 1)
+        taken = self.plot.frame.style_HW[:, self.plot.left + column] >= RUN
+        letters = np.isin(self.plot.frame.code_HW[:, self.plot.left + column], [ord(c.curve.letter) for c in self.laid])
+        free = [r for r in (row, row - 1, row + 1, row - 2, row + 2) if 0 <= r < self.rows and not (taken[r] and letters[r])]
+        self.plot.frame.put(self.plot.left + column, free[0] if free else row, one.curve.letter, style)
+
+    def _count_left_out(self) -> None:
+        """Values that the axes cannot show are left out, and counted in the title."""
+        missing = not_above = 0
+        for one in self.laid:
+            a, b = int(one.edges_D[0]), int(one.edges_D[-1])
+            whole = one.raw.columns(np.array([a, b]))
+            missing += int(whole.missing_C[0])
+            if self.options.log_y and whole.low_C[0] <= 0:
+                not_above += int(np.count_nonzero(one.raw.values[a:b] <= 0))
+            if self.plot.axis.log:
+                not_above += int(np.searchsorted(one.history.x(self.options.base), 0, side="right"))
+        self.plot.notes += [f"{missing} not finite"] if missing else []
+        self.plot.notes += [f"{not_above} not above 0"] if not_above else []
 
     def _layer(self, spans: Spans, style: int) -> None:
         grid_RD = dots(spans, self.rows * DOTS[self.glyphs][1])
         self.plot.frame.layer(cells(grid_RD, self.glyphs), style, x=self.plot.left)
 
-    def _spans(self, pyramid: Pyramid, reduced: Columns) -> Spans:
+    def _spans(self, one: _Laid, pyramid: Pyramid, reduced: Columns) -> Spans:
         low_D, high_D = self.scale.at(reduced.low_C), self.scale.at(reduced.high_C)
         empty_D = (reduced.count_C == 0) & (reduced.missing_C == 0)
         if empty_D.any():  # between two samples: the straight line from one to the other
-            between_D = self.scale.at(self._between(pyramid.values))
+            between_D = self.scale.at(self._between(one, pyramid.values))
             low_D = np.where(empty_D, between_D, low_D)
             high_D = np.where(empty_D, between_D, high_D)
         return joined(low_D, high_D)
 
-    def _between(self, values: np.ndarray) -> np.ndarray:
-        xs = self.store.history(self.options.metric).x(self.options.base)
-        after_D = self.edges_D[:-1]
+    def _between(self, one: _Laid, values: np.ndarray) -> np.ndarray:
+        xs = one.history.x(self.options.base)
+        after_D = one.edges_D[:-1]
         inside_D = (after_D > 0) & (after_D < len(xs))
         after = np.where(inside_D, after_D, 1 if len(xs) > 1 else 0)
         before = np.maximum(after - 1, 0)
@@ -242,12 +256,12 @@ class _Painter:
             line_D = values[before] + share_D * (values[after].astype(np.float64) - values[before])
         return np.where(inside_D, line_D, np.nan)
 
-    def _tail(self, steps: np.ndarray, values: np.ndarray) -> Spans:
+    def _tail(self, xs: np.ndarray, values: np.ndarray) -> Spans:
         good = np.isfinite(values)
         if good.sum() < 2:
             nothing = np.full(len(self.middle_D), np.nan)
             return Spans(nothing, nothing)
-        at_D = self.scale.at(np.interp(self.middle_D, steps[good], values[good], left=np.nan, right=np.nan))
+        at_D = self.scale.at(np.interp(self.middle_D, xs[good], values[good], left=np.nan, right=np.nan))
         return joined(at_D, at_D.copy())
 
     def _by_cell(self, values_D: np.ndarray) -> np.ndarray:
@@ -267,19 +281,16 @@ class _Painter:
         for column in np.flatnonzero(below_W).tolist():
             frame.put(self.plot.left + column, self.rows - 1, "v", RAW)
 
-    def _missing(self, raw: Pyramid, count: int) -> None:
-        """`x` where a value is not finite, at the height of the value before."""
-        self.plot.notes.append(f"{count} not finite")
-        a, b = int(self.edges_D[0]), int(self.edges_D[-1])
-        finite = np.isfinite(raw.values[:b])
-        good, bad = np.flatnonzero(finite), np.flatnonzero(~finite[a:]) + a
-        xs = self.store.history(self.options.metric).x(self.options.base)
-        columns = [self.plot.column_of(float(x)) for x in xs[bad[-2000:]].tolist()]
-        for column, index in dict(zip(columns, bad[-2000:].tolist(), strict=True)).items():
-            if 0 <= column < self.plot.across:
-                at = int(np.searchsorted(good, index)) - 1
-                row = self.row_of(float(raw.values[good[at]])) if at >= 0 else None
-                self.plot.frame.put(self.plot.left + column, row if row is not None else self.rows - 1, "×", BAD)
+    def _missing(self, reduced: Columns) -> None:
+        """`x` in each column that holds a value that is not finite, at the height of the values around it."""
+        known_D = np.where(reduced.count_C > 0, np.arange(len(reduced.count_C)), -1)
+        before_D = np.maximum.accumulate(known_D)
+        first = int(np.argmax(known_D >= 0)) if (known_D >= 0).any() else -1
+        for column in np.flatnonzero(reduced.missing_C).tolist():
+            at = int(before_D[column]) if before_D[column] >= 0 else first
+            row = self.row_of(float(reduced.mean_C[at])) if at >= 0 else None
+            cell = self.plot.left + column // DOTS[self.glyphs][0]
+            self.plot.frame.put(cell, row if row is not None else self.rows - 1, "×", BAD)
 
     def row_of(self, value: float) -> int | None:
         """The row of cells of a value, clipped to the picture; None for what has no place."""
@@ -308,11 +319,15 @@ class _Painter:
         self._events()
 
     def _x_axis(self) -> None:
-        frame, left, (x0, x1) = self.plot.frame, self.plot.left, self.plot.x
-        values = ticks(x0, x1, max(1, self.plot.across // 9), whole=self.options.base == "step")
+        frame, left, axis, base = self.plot.frame, self.plot.left, self.plot.axis, self.options.base
+        room = max(1, self.plot.across // 9)
+        if base == "clock":
+            values = clock_ticks(axis.low, axis.high, room)
+        else:
+            values = ticks(axis.low, axis.high, room, log=axis.log, whole=base == "step")
         end = 0
-        for value, label in zip(values, x_labels(values, self.options.base), strict=True):
-            column = self.plot.column_of(value)
+        for value, label in zip(values, x_labels(values, base), strict=True):
+            column = axis.column_of(value)
             if not 0 <= column < self.plot.across:
                 continue
             frame.put(left + column, self.rows, "┬", FAINT)
@@ -320,14 +335,13 @@ class _Painter:
             if start >= end and start + len(label) <= frame.width:
                 frame.put(start, self.rows + 1, label, LABEL)
                 end = start + len(label) + 2
-        word = self.options.base
-        if end + len(word) <= frame.width:
-            frame.put(frame.width - len(word), self.rows + 1, word, FAINT)
+        if end + len(base) <= frame.width:
+            frame.put(frame.width - len(base), self.rows + 1, base, FAINT)
 
     def _events(self) -> None:
         piled: defaultdict[int, list[Event]] = defaultdict(list)
         for event in self.store.events:
-            column = self.plot.column_of(self.store.x_of(event.step, self.options.base))
+            column = self.plot.axis.column_of(self.store.x_of(event.step, self.options.base))
             if 0 <= column < self.plot.across:
                 piled[column].append(event)
         for column, events in piled.items():
@@ -342,7 +356,7 @@ class _Painter:
         points = list(zip(history.x(self.options.base).tolist(), history.metrics["loss"].values.tolist(), strict=True))
         room = self.plot.across + EVAL_GAP
         for x, value in reversed(points):  # the newest first; those that would hide the curve are left to the crosshair
-            column, row = self.plot.column_of(x), self.row_of(value)
+            column, row = self.plot.axis.column_of(x), self.row_of(value)
             if row is not None and 0 <= column < self.plot.across and column <= room - EVAL_GAP:
                 self.plot.frame.put(self.plot.left + column, row, "o", EVAL)
                 room = column
@@ -352,7 +366,7 @@ class _Painter:
         for x, style in ((self.options.pin, ACCENT), (self.options.cross, CROSS)):
             if x is None:
                 continue
-            column = self.plot.left + self.plot.column_of(x)
+            column = self.plot.left + self.plot.axis.column_of(x)
             if not self.plot.left <= column < frame.width:
                 continue
             for y in range(self.rows):
@@ -361,25 +375,3 @@ class _Painter:
                 else:
                     frame.style_HW[y, column] = style
             frame.put(column, self.rows, "┼", style)
-
-
-def value_text(metric: str, value: float | None) -> str:
-    """A value of a metric for a person."""
-    if value is None:
-        return "-"
-    if metric in ("loss", "aux_loss", "z_loss", "grad_norm"):
-        return f"{value:.3f}" if math.isfinite(value) and abs(value) < 1000 else number(value)
-    if metric == "lr":
-        return number(value) if not math.isfinite(value) or value == 0 or value >= 0.01 else f"{value:.2e}".replace("e-0", "e-")
-    if metric == "mfu":
-        return f"{100 * value:.1f} %" if math.isfinite(value) else number(value)
-    if metric == "tokens_per_s":
-        from ..paint import count
-
-        return count(value)
-    return number(value)
-
-
-def label_of(metric: str) -> str:
-    """The name of a metric on the screen."""
-    return METRICS[metric].label

@@ -18,7 +18,7 @@ from ..paint import Piece, clean, count, duration, fit, line, size, whole
 from ..runs import held_out_score
 from ..series import RunStore
 from .panel import Drawn
-from .plot import value_text
+from .readings import value_text
 from .sparkline import spark, spark_values
 
 RECENT = 600  # steps in a sparkline

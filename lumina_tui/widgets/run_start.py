@@ -10,7 +10,7 @@ from textual.widget import Widget
 from ..feed import Feed, Mode
 from ..paint import Piece, clean, duration, fit, line, whole
 from .panel import Drawn
-from .plot import value_text
+from .readings import value_text
 
 
 class StartPanel(Drawn):

@@ -12,15 +12,18 @@ from textual.app import App
 
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.ticks import ticks, value_labels
-from lumina_tui.application import LuminaApp
+from lumina_tui.memory import Memory
+from lumina_tui.places import state_dir
 from lumina_tui.series import RunStore
 from lumina_tui.terminal import Look
+from lumina_tui.themes import DEFAULT, SKINS
 from lumina_tui.widgets.axis import Scale, x_labels, x_limit, y_limits
 from lumina_tui.widgets.canvas import DOTS, SPACE, Frame, cells, changed_regions, dots, joined
 from lumina_tui.widgets.expert_map import ExpertMap, level_of
 from lumina_tui.widgets.line_chart import LineChart
-from lumina_tui.widgets.log_view import KEEP, LogView, TextTail
-from lumina_tui.widgets.plot import Limits, Options, Plot, build, read, value_text
+from lumina_tui.widgets.picture import Curve, Limits, Options, Plot
+from lumina_tui.widgets.plot import build
+from lumina_tui.widgets.readings import read, value_text
 from lumina_tui.widgets.sparkline import bars, spark, spark_values
 from lumina_tui.widgets.table import Column, Row, Table
 
@@ -59,9 +62,9 @@ def test_c131_every_size_from_0(glyphs, losses):
             Options(log_y=True, base="tokens"),
             Options(base="hours", outliers=False, cross=1.0, pin=2.0),
         ):
-            plot = build(store, options, width, height, glyphs, Limits())
+            plot = build([Curve(store)], options, width, height, glyphs, Limits())
             assert plot.frame.code_HW.shape == (max(0, height), max(0, width))
-            build(store, options, width, height, glyphs, plot.limits)
+            build([Curve(store)], options, width, height, glyphs, plot.limits)
 
 
 def test_mx06_one_spike_is_drawn_at_every_zoom():
@@ -73,8 +76,8 @@ def test_mx06_one_spike_is_drawn_at_every_zoom():
     columns = dict.fromkeys(store.steps.metrics, loss)
     store.steps.extend(steps, steps * 10.0, steps / 3600, columns)
     for view in (None, (100_000.0, 150_000.0), (123_400.0, 123_500.0)):
-        plot = build(store, Options(view=view, weight=0.0, outliers=False), 80, 20, "braille", Limits())
-        column = plot.left + plot.column_of(123_457)
+        plot = build([Curve(store)], Options(view=view, weight=0.0, outliers=False), 80, 20, "braille", Limits())
+        column = plot.left + plot.axis.column_of(123_457)
         assert plot.frame.code_HW[:-2, column - 1 : column + 2].max() > 0x2800
         top = plot.frame.code_HW[: (plot.frame.height - 2) // 2, plot.left :]
         assert (top != SPACE).any()
@@ -123,13 +126,13 @@ def test_marks_for_missing_outside_events_and_evaluations():
             rec.Change(seq=1002, inc=1, what="lr", step=80),
         ]
     )
-    plot = build(store, Options(), 80, 16, "braille", Limits())
+    plot = build([Curve(store)], Options(), 80, 16, "braille", Limits())
     text = text_of(plot)
     assert any("×" in row for row in text) and plot.notes == ["1 not finite"]
     axis = text[-2]
     assert "C" in axis and "2" in axis and sum(row.count("o") for row in text[:-2]) == 2
     assert "^" in text[0]  # the steep beginning lies above the 5-95 range
-    whole = build(store, Options(outliers=False), 80, 16, "braille", Limits())
+    whole = build([Curve(store)], Options(outliers=False), 80, 16, "braille", Limits())
     assert "^" not in text_of(whole)[0]
 
 
@@ -205,9 +208,10 @@ class Stage(App[None]):
         self.look = look or Look()
         super().__init__()
         self.widget = widget
+        self.memory = Memory(state_dir() / "session.json")
 
     def get_theme_variable_defaults(self):
-        return LuminaApp.get_theme_variable_defaults(self)
+        return SKINS[DEFAULT].variables()
 
     def compose(self):
         yield self.widget
@@ -288,50 +292,6 @@ async def test_chart_keys_and_region_refresh():
         assert regions and all(args for args in regions)  # rectangles, never the whole widget
 
 
-def test_log_tail_follows_rotation_and_keeps_its_limit(tmp_path):
-    path = tmp_path / "engine.log"
-    tail = TextTail(path)
-    assert not tail.poll() and not tail.error
-    path.write_bytes(b"one\ntwo\npart")
-    assert tail.poll() and tail.lines == ["one", "two"]
-    with path.open("ab") as file:
-        file.write(b"ial\n10 %\r20 %\r\x1b[31mred\x80\n")
-    tail.poll()
-    assert tail.lines == ["one", "two", "partial", "␛[31mred\ufffd"]
-    path.write_bytes(b"new\n")
-    tail.poll()
-    assert tail.lines[-1] == "new"
-    path.write_bytes(b"x\n" * (KEEP + 500))
-    for _ in range(10):
-        tail.poll()
-    assert len(tail.lines) == KEEP
-    big = TextTail(path)
-    path.write_bytes(b"start\n" + b"y" * 3_000_000 + b"\nend\n")
-    big.poll()
-    assert big.lines[-1:] == ["end"] or not big.lines
-
-
-async def test_log_view_scrolls_follows_and_filters(tmp_path):
-    path = tmp_path / "engine.log"
-    path.write_text("".join(f"line {i}\n" for i in range(100)))
-    view = LogView()
-    app = Stage(view)
-    async with app.run_test(size=(60, 12)) as pilot:
-        view.show(path)
-        view.focus()
-        await until(pilot, lambda: "line 99" in shown(app))
-        await pilot.press("g")
-        await until(pilot, lambda: "line 0" in shown(app) and "90 lines below" in shown(app))
-        with path.open("a") as file:
-            file.write("line 100\n")
-        view.sync()
-        await until(pilot, lambda: "line 0" in shown(app) and "91 lines below" in shown(app))
-        await pilot.press("f")
-        await until(pilot, lambda: "line 100" in shown(app))
-        view.set_filter("line 7")
-        await until(pilot, lambda: "line 87" in shown(app) and "line 99" not in shown(app) and "19 lines" in shown(app))
-
-
 async def test_table_keeps_the_cursor_and_repaints_changed_rows():
     table = Table(
         [Column("a", "name", 6, grow=True), Column("b", "value", 6, "right", rank=1), Column("c", "extra", 30, rank=2)],
@@ -352,7 +312,7 @@ async def test_table_keeps_the_cursor_and_repaints_changed_rows():
         table.refresh = lambda *args, **kwargs: painted.append(args) or original(*args, **kwargs)  # type: ignore[method-assign]
         changed = [*rows[1:3], Row("r3", (("changed", "text"), ("3", "dim"), ("", "text"))), *rows[4:]]
         table.set_rows(changed)
-        assert len(painted) == 1 and painted[0][0].height == 1
+        assert painted and all(args[0].y == painted[0][0].y and args[0].height == 1 for args in painted)
         await pilot.press("G")
         assert table.cursor_key == "r49"
         await pilot.press("g")
