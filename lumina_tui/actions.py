@@ -124,6 +124,9 @@ MAP = (
     Action("map.up", "Up", "Layer before", ("k", "up")),
     Action("map.left", "Left", "Expert before", ("h", "left")),
     Action("map.right", "Right", "Next expert", ("l", "right")),
+    Action("map.over_time", "Over time", "This layer over the whole run, and back", ("enter",), footer=6, short="over time"),
+    Action("map.figure", "Figures", "The next figure of the layers over time: balance, entropy, dead …", ("]",)),
+    Action("map.export", "Export", "Write what is known of the experts as a table", ("e",), changes=True),
 )
 
 LOG = (
@@ -134,8 +137,15 @@ LOG = (
     Action("log.page_down", "Page down", "A page further", ("ctrl+d", "pagedown")),
     Action("log.page_up", "Page up", "A page back", ("ctrl+u", "pageup")),
     Action("log.follow", "Follow", "Follow the newest line", ("f",)),
-    Action("log.filter", "Filter", "Only lines that contain a text", ("/",)),
+    Action("log.left", "Left", "To the beginning of long lines", ("h", "left")),
+    Action("log.right", "Right", "Further in long lines", ("l", "right")),
+    Action("log.filter", "Filter", "Only lines with these words; n and N go through them", ("/",), footer=6, short="filter"),
+    Action("log.only", "Around", "All lines again, the matches marked, and back", ("&",)),
+    Action("log.export", "Export", "Write the lines that are shown", ("e",), changes=True),
+    *finding("log"),
 )
+
+FACTS = (Action("facts.export", "Export", "Write what this panel shows as text", ("e",), changes=True),)
 
 HOME = (
     Action("home.new", "New run", "Start a run from a preset", ("a",), footer=2, short="new"),
@@ -198,6 +208,7 @@ MONITOR = (
     Action("monitor.chat", "Chat", "Talk to the best checkpoint of this run", ("T",)),
     Action("monitor.alerts", "Alerts", "All alerts with what to do", ("A",)),
     Action("monitor.copy", "Copy path", "Copy the path of the run", ("y",)),
+    Action("monitor.command", "Copy command", "Copy the command that started this run", ("Y",)),
     Action("monitor.reload", "Reload", "Read the run's files again", ("r",)),
 )
 
@@ -210,20 +221,40 @@ TRANSCRIPT = (
     Action("transcript.page_up", "Page up", "A page back", ("ctrl+u", "pageup")),
 )
 
+TOKENS = (
+    Action("tokens.left", "Token before", "One token back", ("h", "left")),
+    Action("tokens.right", "Next token", "One token on", ("l", "right")),
+    Action("tokens.far_left", "Far left", "Ten tokens back", ("H", "shift+left")),
+    Action("tokens.far_right", "Far right", "Ten tokens on", ("L", "shift+right")),
+    Action("tokens.first", "First token", "To the first token", ("0", "home")),
+    Action("tokens.last", "Last token", "To the last token", ("$", "end")),
+    Action("tokens.unlikely", "Next unlikely token", "To the next token with less than 10 %", ("u",)),
+    Action("tokens.down", "Layers down", "Further layers of experts", ("j", "down")),
+    Action("tokens.up", "Layers up", "Layers of experts before", ("k", "up")),
+    Action("tokens.reply_before", "Reply before", "The tokens of the reply before", ("{",)),
+    Action("tokens.next_reply", "Next reply", "The tokens of the next reply", ("}",)),
+)
+
 CHAT = (
     Action("chat.write", "Write", "Go to the message field; Esc leaves it", ("i",), footer=1, short="write"),
-    Action("chat.again", "Again", "Answer the last message again", (".",), footer=2, short="again"),
-    Action("chat.mode", "Mode", "Next mode: standard, creative, analytical, precise", ("M",), footer=3, short="mode"),
-    Action("chat.new", "New conversation", "Forget this conversation, keep the system prompt", ("a",), footer=4, short="new"),
-    Action("chat.checkpoints", "Checkpoints", "Choose another checkpoint", ("o",), footer=5, short="checkpoints"),
-    Action("chat.settings", "Settings", "Temperature, top-p, top-k, penalty, length, seed", (",",)),
+    Action("chat.again", "Again", "Answer the last message again; the answer before stays as a version", (".",), 2, short="again"),
+    Action("chat.split", "Split", "Two checkpoints side by side, same prompt and seed, or one again", ("S",), 3, short="split"),
+    Action("chat.tokens", "Tokens", "The last reply token by token: probability, experts", ("x",), 4, short="tokens"),
+    Action("chat.new", "New conversation", "Begin another; this one is saved, the system prompt stays", ("a",), 6, short="new"),
+    Action("chat.mode", "Mode", "Next mode: standard, creative, analytical, precise", ("M",), 7, short="mode"),
+    Action("chat.conversations", "Conversations", "The saved conversations; Enter continues one", ("c",)),
+    Action("chat.rename", "Rename", "Another name for the chosen conversation", ("R",), changes=True),
+    Action("chat.delete", "Delete", "Delete the chosen conversation", ("D",), danger=True, changes=True),
+    Action("chat.checkpoints", "Checkpoints", "Choose another checkpoint for this pane", ("o",)),
+    Action("chat.version_next", "Next version", "The next version of the last answer", ("]",)),
+    Action("chat.version_before", "Version before", "The version of the last answer before", ("[",)),
+    Action("chat.raw", "Raw or laid out", "Markdown as it was written, or laid out", ("v",)),
+    Action("chat.settings", "Settings", "Temperature, top-p, top-k, penalty, length, seed, trace", (",",)),
     Action(
         "chat.reload",
         "Reload",
         "Start the server again, load a newer checkpoint, or read the list again",
         ("r",),
-        footer=6,
-        short="reload",
     ),
     Action("chat.copy", "Copy reply", "Copy the last reply", ("y",)),
     Action("chat.export", "Export", "Write the conversation as JSON or Markdown", ("e",), changes=True),
@@ -319,6 +350,33 @@ PALETTE = (
     Action("palette.page_up", "Page up", "A page back", ("pageup",)),
 )
 
+DATA = (
+    Action("data.add", "Add a source", "Add a file, a folder or a pattern; it is remembered", ("a",), footer=2, short="add"),
+    Action(
+        "data.validate", "Validate", "Check the chosen source: problems, lengths, repeats", ("v",), footer=3, short="validate"
+    ),
+    Action(
+        "data.prepare",
+        "Prepare",
+        "Tokenise and store it now, as a run would at its start",
+        ("p",),
+        footer=4,
+        short="prepare",
+        changes=True,
+    ),
+    Action("data.convert", "Convert", "Write the chosen source as conversation JSON Lines", ("V",), changes=True),
+    Action("data.next", "Next sample", "The next row as training sees it", (">",)),
+    Action("data.previous", "Sample before", "The row before", ("<",)),
+    Action("data.report", "Export", "Write what is known of the chosen source as JSON", ("e",), changes=True),
+    Action("data.cancel", "Cancel", "End what runs for the chosen source", ("X",), footer=1, short="cancel", danger=True),
+    Action("data.forget", "Remove", "Take an added path out of the list; the files stay", ("D",)),
+    Action("data.reload", "Reload", "Look at the files and fetch the sample again", ("r",)),
+)
+PATH = (
+    Action("path.leave", "Back", "Leave without a path", ("escape",)),
+    Action("path.complete", "Complete", "Complete the path as far as it is certain", ("tab",)),
+)
+
 # Append the block of your screen here: NAME = (Action("name.verb", …), …), then add it to ACTIONS.
 
 ACTIONS: tuple[Action, ...] = (
@@ -328,9 +386,11 @@ ACTIONS: tuple[Action, ...] = (
     *CHART,
     *MAP,
     *LOG,
+    *FACTS,
     *HOME,
     *MONITOR,
     *TRANSCRIPT,
+    *TOKENS,
     *CHAT,
     *PRESETS,
     *FIELDS,
@@ -339,6 +399,8 @@ ACTIONS: tuple[Action, ...] = (
     *YAML,
     *TEXT,
     *LAUNCH,
+    *DATA,
+    *PATH,
     *LAYER,
     *SHEET,
     *PALETTE,
@@ -347,11 +409,12 @@ ACTIONS: tuple[Action, ...] = (
 # kinds of panel that stand on a screen: their keys must not clash with the screen's
 PANELS: dict[str, tuple[str, ...]] = {
     "home": ("table",),
-    "monitor": ("chart", "map", "log"),
-    "chat": ("table", "transcript"),
+    "monitor": ("chart", "map", "log", "facts", "table"),
+    "chat": ("table", "transcript", "tokens"),
     "presets": ("table",),
     "config": ("fields", "table", "text"),
     "launch": ("text",),
+    "data": ("table", "text"),
 }
 
 
