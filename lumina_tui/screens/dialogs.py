@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from .layer import Layer
 
 if TYPE_CHECKING:
     from textual.app import ComposeResult
+    from textual.widget import Widget
 
     from .base import LuminaScreen
 
@@ -56,6 +57,8 @@ class Question(Layer[str]):
 class Prompt(Layer[str]):
     """One line of input. `check(text)` gives what is wrong with it, or None; Enter is refused while something is wrong."""
 
+    hint = "Enter ok  Esc back"
+
     def __init__(
         self,
         question: str,
@@ -71,9 +74,14 @@ class Prompt(Layer[str]):
             if self.lines:
                 yield Static(Content("\n".join(clean(line) for line in self.lines)), markup=False)
             yield Input(self.value, compact=True)
+            yield from self.extra()
             yield Static("", id="wrong", markup=False)
-            yield Static(Content("Enter ok  Esc back"), classes="hint", markup=False)
+            yield Static(Content(self.hint), classes="hint", markup=False)
         box.border_title = Content(f" {clean(self.question)} ")
+
+    def extra(self) -> Iterable[Widget]:
+        """What stands between the field and what is wrong with it."""
+        return ()
 
     def on_input_changed(self, event: Input.Changed) -> None:
         self._show(self.check(event.value))
