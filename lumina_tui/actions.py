@@ -212,6 +212,14 @@ MONITOR = (
     Action("monitor.reload", "Reload", "Read the run's files again", ("r",)),
 )
 
+COMPARE = (
+    Action("compare.hide", "Hide or mark", "Hide the chosen run, or show it again; in the list: mark", ("space",), footer=1),
+    Action("compare.baseline", "Baseline", "Count differences from the chosen run", ("B",), footer=2, short="baseline"),
+    Action("compare.diff", "Differences", "Results and differing configuration keys, and back", ("d",), footer=3, short="diff"),
+    Action("compare.choose", "Choose runs", "Compare other runs", ("a",), footer=4, short="runs"),
+    Action("compare.reload", "Reload", "Read the runs again", ("r",)),
+)
+
 TRANSCRIPT = (
     Action("transcript.down", "Down", "Next line", ("j", "down")),
     Action("transcript.up", "Up", "Line before", ("k", "up")),
@@ -389,6 +397,7 @@ ACTIONS: tuple[Action, ...] = (
     *FACTS,
     *HOME,
     *MONITOR,
+    *COMPARE,
     *TRANSCRIPT,
     *TOKENS,
     *CHAT,
@@ -410,6 +419,7 @@ ACTIONS: tuple[Action, ...] = (
 PANELS: dict[str, tuple[str, ...]] = {
     "home": ("table",),
     "monitor": ("chart", "map", "log", "facts", "table"),
+    "compare": ("chart", "table", "text"),
     "chat": ("table", "transcript", "tokens"),
     "presets": ("table",),
     "config": ("fields", "table", "text"),

@@ -319,6 +319,10 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
         """Watch a run (a name below the root, or a path)."""
         self.open_screen(5, run=run)
 
+    def open_compare(self, runs: Sequence[Path] = ()) -> None:
+        """Lay runs over each other (at most eight); without any, offer those below the root."""
+        self.open_screen(6, **({"runs": tuple(runs)} if runs else {}))
+
     def open_chat(self, checkpoint: str | Path) -> None:
         """Talk to a checkpoint: RUN, RUN@best, RUN@step-000123 or a path."""
         self.open_screen(7, checkpoint=checkpoint)
