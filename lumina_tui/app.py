@@ -7,12 +7,13 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from .colours import color_system
 
 if TYPE_CHECKING:
     from .application import LuminaApp, Start
+    from .terminal import Glyphs
 
 __all__ = ["LuminaApp", "main"]
 
@@ -108,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     settings, problems = load_settings(config_dir() / "settings.yaml")
     hz = args.fps if args.fps is not None else None if args.slow else settings.hz
-    glyphs = None if settings.glyphs == "auto" else settings.glyphs
+    glyphs = None if settings.glyphs == "auto" else cast("Glyphs", settings.glyphs)
     look = detect(os.environ, ascii_only=args.ascii, slow=args.slow, hz=hz, glyphs=glyphs)
     app = LuminaApp(runs_root, look=look, readonly=args.readonly, start=start, settings=settings)
     app.problems += problems
@@ -137,7 +138,9 @@ def farewell(runs_root: Path, given: str | None) -> list[str]:
     from .runs import RunList
 
     try:
-        rows = [row for row in RunList(runs_root).refresh() if row.alive]
+        runs = RunList(runs_root)
+        living = [row.name for row in runs.refresh() if row.alive]
+        rows = [row for row in runs.refresh(living) if row.alive]
     except OSError:
         return []
     where = f" --runs {given}" if given else ""

@@ -303,6 +303,13 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
         given = {"preset": preset, "path": path, "config": config, "origins": origins}
         self.open_screen(3, **{key: value for key, value in given.items() if value is not None})
 
+    def open_field(self, name: str) -> None:
+        """Edit the configuration at hand (or the default preset, if there is none), with the cursor on a field."""
+        screen: Any = self.open_screen(3)
+        if screen is not None and screen.form is None:
+            screen = self.open_screen(3, preset="debug")
+        screen.when_ready(lambda: screen.go_to_field(name))
+
     def open_launch(
         self,
         *,
@@ -326,18 +333,6 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
     def open_chat(self, checkpoint: str | Path) -> None:
         """Talk to a checkpoint: RUN, RUN@best, RUN@step-000123 or a path."""
         self.open_screen(7, checkpoint=checkpoint)
-
-    async def run_names(self) -> list[str]:
-        """Names of the runs below the root, newest first."""
-
-        def names() -> list[str]:
-            try:
-                found = [(entry.stat().st_mtime, entry.name) for entry in os.scandir(self.runs_root) if entry.is_dir()]
-            except OSError:
-                return []
-            return [name for _, name in sorted(found, reverse=True)]
-
-        return await asyncio.to_thread(names)
 
     # starting runs
 
@@ -402,10 +397,19 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
             self._back = [n for n in self._back if n != number]
 
     def action_help(self) -> None:
-        from .screens.dialogs import Sheet, help_text
+        from .helping import screen_help
+        from .screens.sheets import lines_sheet
 
         screen: Any = self.screen
-        self.push_screen(Sheet(f"Help: {screen.heading}", help_text(screen)))
+        self.push_screen(lines_sheet(f"Help: {screen.heading}", screen_help(screen)))
+
+    def open_help(self, page: str) -> None:
+        """Show a page of help by its name in `helping.PAGES`."""
+        from .helping import PAGES
+        from .screens.sheets import lines_sheet
+
+        title, lines = PAGES[page]
+        self.push_screen(lines_sheet(f"Help: {title}", lines(self)))
 
     def action_notices(self) -> None:
         from textual.content import Content

@@ -18,11 +18,13 @@ The app keeps one instance of each. Opening it again with arguments calls `retar
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from textual import on
 from textual.binding import BindingType
 from textual.content import Content
+from textual.events import Mount
 from textual.screen import Screen
 from textual.widget import Widget
 
@@ -61,6 +63,21 @@ class LuminaScreen(Acts, Screen[None], inherit_bindings=False):
         self.badge_role = "dim"
         self.alerts = 0
         self.critical = False
+        self._ready = False
+        self._waiting: list[Callable[[], object]] = []
+
+    def when_ready(self, work: Callable[[], object]) -> None:
+        """Call `work` when the panels are there and shown: at once if they are."""
+        if self._ready:
+            self.call_after_refresh(work)
+        else:
+            self._waiting.append(work)
+
+    @on(Mount)
+    def _became_ready(self) -> None:
+        self._ready = True
+        while self._waiting:
+            self.call_after_refresh(self._waiting.pop(0))
 
     # to override
 

@@ -11,7 +11,7 @@ from textual.containers import VerticalScroll
 from textual.content import Content
 from textual.widgets import Input, Static
 
-from ..actions import key_text, of_scope
+from ..actions import key_text
 from ..paint import clean
 from ..widgets.acts import Finds
 from .layer import Layer
@@ -19,8 +19,6 @@ from .layer import Layer
 if TYPE_CHECKING:
     from textual.app import ComposeResult
     from textual.widget import Widget
-
-    from .base import LuminaScreen
 
 
 @dataclass(frozen=True)
@@ -160,40 +158,3 @@ class Sheet(Finds, Layer[None]):
 
     def action_page_up(self) -> None:
         self.box.scroll_page_up(animate=False)
-
-
-SIGNS = """\
-LIVE 4 Hz     records arrive as they are written
-BUSY          compiling or saving: no records are expected
-QUIET 42 s    the supervisor lives, but nothing was written for long
-LOADING 63 %  the run's file is being read
-FILE          no live connection: the file is read each second
-DEAD          nobody holds the run although it never ended: it crashed
-C ! D < |     checkpoint, alert, change, rewind, restart on a chart's axis; a digit where they pile up
-o  x          evaluation; a value that is not a number
--             not known"""
-
-
-def help_text(screen: LuminaScreen) -> Content:
-    """Keys of the focused panel first, then of the screen, then everywhere; what cannot be done now says why."""
-    focused: Any = screen.focused
-    scopes: list[tuple[str, str, Any]] = []
-    if getattr(focused, "scope", ""):
-        scopes.append((str(focused.scope), "This panel", focused))
-    if screen.scope:
-        scopes.append((screen.scope, screen.heading, screen))
-    scopes.append(("app", "Everywhere", screen.lumina))
-    keymap = screen.lumina.keys
-    parts: list[Content | str | tuple[str, Any]] = []
-    for scope, heading, node in scopes:
-        parts.append((("\n" if parts else "") + heading + "\n", "bold"))
-        for action in of_scope(scope):
-            if action.method == "screen" and not screen.lumina.has_screen(int(str(action.args[0]))):
-                continue
-            reason = node.refusal(action.id)
-            parts.append(f"  {keymap.text(action):<16} {action.title:<18} {action.help}")
-            if reason:
-                parts.append((f"  (not now: {clean(reason)})", "dim"))
-            parts.append("\n")
-    parts += [("\nSigns\n", "bold"), "\n".join("  " + line for line in SIGNS.split("\n"))]
-    return Content.assemble(*parts)

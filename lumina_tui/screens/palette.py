@@ -1,16 +1,24 @@
-"""The palette: any action, screen or run by name. What cannot be done now is listed with the reason."""
+"""The palette: any action, run, checkpoint, configuration, field, theme or help page by name.
+
+What cannot be done now is listed with the reason.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textual.containers import Vertical
 from textual.widgets import Input
 
-from ..actions import key_text, of_scope
-from ..paint import clean
+from ..actions import ACTIONS, PANELS, SCREENS, of_scope
+from ..finder import Entry, gather, search
+from ..helping import PAGES
+from ..places import config_dir
+from ..themes import SKINS, why_not
+from ..widgets.acts import Acts
 from ..widgets.table import Column, Row, Table
 from .layer import Layer
 
@@ -19,47 +27,47 @@ if TYPE_CHECKING:
 
     from .base import LuminaScreen
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One thing that can be chosen; `reason` says why it cannot be now."""
-
-    key: str
-    title: str
-    keys: str
-    help: str
-    run: Callable[[], Any]
-    reason: str | None = None
-    danger: bool = False
+COLUMNS = (Column("title", "", 28), Column("keys", "", 11, rank=1), Column("help", "", 10, grow=True, rank=2))
+FOLDERS = (Path("configs"),)
 
 
-def entries(screen: LuminaScreen) -> list[Entry]:
-    """Actions of the screen, the focused panel and the app."""
-    app = screen.lumina
-    nodes: list[Any] = [node for node in (screen, screen.focused, app) if node is not None]
-    found: dict[str, Entry] = {}
-    for node in nodes:
+def nodes_of(screen: LuminaScreen) -> dict[str, Any]:
+    """The nodes whose actions can be run here, by scope: the focused panel, the screen, its other panels, the app."""
+    panels = [node for node in screen.query("*") if isinstance(node, Acts) and node.display]
+    found: dict[str, Any] = {}
+    for node in (screen.focused, screen, *panels, screen.lumina):
         scope = getattr(node, "scope", "")
-        for action in of_scope(scope) if scope else ():
+        if scope:
+            found.setdefault(scope, node)
+    return found
+
+
+def action_entries(screen: LuminaScreen, nodes: dict[str, Any]) -> Iterator[Entry]:
+    """The actions that can be run here, then those of the other screens."""
+    app = screen.lumina
+    for scope, node in nodes.items():
+        for action in of_scope(scope):
             if action.id == "app.palette" or (action.method == "screen" and not app.has_screen(int(str(action.args[0])))):
                 continue
-            keys = " ".join(key_text(key) for key in action.keys)
+            reason = node.refusal(action.id) or ""
+            yield Entry("action", action.id, action.title, action.help, app.keys.text(action), reason, action.danger)
+    titles = {title.lower(): (number, title) for number, title, _ in SCREENS if app.has_screen(number)}
+    here = {scope for names in PANELS.values() for scope in names} | set(nodes)
+    for action in ACTIONS:
+        if action.scope in titles and action.scope not in here:
+            number, title = titles[action.scope]
+            reason = f"on screen {number}, {title}; Enter goes there"
+            yield Entry("action", action.id, action.title, action.help, app.keys.text(action), reason, action.danger)
 
-            def run(node: Any = node, identity: str = action.id) -> Any:
-                return node.action_do(identity)
 
-            entry = Entry(action.id, action.title, keys, action.help, run, node.refusal(action.id), action.danger)
-            found.setdefault(action.id, entry)
-    return list(found.values())
-
-
-def matching(all_entries: list[Entry], text: str) -> list[Entry]:
-    """The entries with every word of `text`; those whose title begins with it first."""
-    words = text.lower().split()
-    rows = [e for e in all_entries if all(word in f"{e.title} {e.help} {e.keys}".lower() for word in words)]
-    if not words:
-        return rows
-    return sorted(rows, key=lambda e: (not e.title.lower().startswith(text.lower().strip()), e.reason is not None))
+def own_entries(screen: LuminaScreen) -> Iterator[Entry]:
+    """Themes and pages of help."""
+    app = screen.lumina
+    for skin in SKINS.values():
+        now = " (now)" if skin is app.skin else ""
+        yield Entry("theme", skin.name, f"theme {skin.name}{now}", skin.title, "", why_not(skin, app.look.colours) or "")
+    for name, (title, _) in PAGES.items():
+        yield Entry("help", name, f"help: {title}", "read it")
 
 
 class Palette(Layer[None]):
@@ -68,7 +76,7 @@ class Palette(Layer[None]):
     scope = "palette"
     DEFAULT_CSS = """
     Palette { align: center top; background: $background 60%; }
-    Palette > Vertical { width: 90%; max-width: 100; height: 80%; max-height: 24; margin: 1 0; background: $surface; }
+    Palette > Vertical { width: 96%; max-width: 120; height: 90%; max-height: 32; margin: 1 0; background: $surface; }
     Palette Input { border: none; height: 1; background: $bar; padding: 0 1; }
     Palette Table { height: 1fr; }
     """
@@ -76,58 +84,86 @@ class Palette(Layer[None]):
     def __init__(self, below: LuminaScreen) -> None:
         super().__init__()
         self.below = below
-        self.all = entries(below)
+        self.nodes = nodes_of(below)
+        self.all = [*action_entries(below, self.nodes), *own_entries(below)]
+        self.complete = False
 
     def compose(self) -> ComposeResult:
-        columns = (Column("title", "", 26), Column("keys", "", 12), Column("help", "", 10, grow=True))
         with Vertical():
-            yield Input(placeholder="an action, a screen, a run", compact=True)
-            table = Table(columns, title="palette", header=False)
+            yield Input(placeholder="an action, run, checkpoint, configuration, field, theme, help", compact=True)
+            table = Table(COLUMNS, title="palette", header=False)
             table.can_focus = False
             yield table
 
     async def on_mount(self) -> None:
         self._show("")
-        app = self.below.lumina
-        for name in await app.run_names():
+        self.below.lumina.spawn(self._gather())
 
-            def run(name: str = name) -> None:
-                app.open_monitor(name)
+    async def _gather(self) -> None:
+        """The rest, read in a thread: it appears when it is there."""
+        folders = (*FOLDERS, config_dir() / "presets")
+        self.all += await asyncio.to_thread(gather, self.below.lumina.runs_root, folders)
+        self.complete = True
+        if self.is_attached:
+            self._show(self.query_one(Input).value)
 
-            self.all.append(Entry(f"run:{name}", f"run {clean(name)}", "", "watch it in the Monitor", run))
-        self._show(self.query_one(Input).value)
+    @property
+    def table(self) -> Table:
+        return self.query_one(Table)
 
     def _show(self, text: str) -> None:
-        table = self.query_one(Table)
+        entries, count = search(self.all, text)
         rows = []
-        for entry in matching(self.all, text):
-            role = "dim" if entry.reason else "bad" if entry.danger else "text"
-            help_ = f"not now: {entry.reason}" if entry.reason else entry.help
-            keys = (entry.keys, "dim" if entry.reason else "key")
-            rows.append(Row(entry.key, ((entry.title, role), keys, (help_, "dim"))))
-        table.set_rows(rows)
-        table.set_foot("Enter runs it  Esc back", f"{len(rows)}")
+        for item in entries:
+            role = "dim" if item.reason else "bad" if item.danger else "text"
+            help_ = f"not now: {item.reason}" if item.reason else item.help
+            rows.append(Row(item.key, ((item.title, role), (item.keys, "dim" if item.reason else "key"), (help_, "dim"))))
+        self.table.set_rows(rows)
+        self.table.action_top()
+        more = "" if self.complete else ", reading runs and fields …"
+        self.table.set_title("palette", f"{count:,} found{more}")
+        self.table.set_foot("Enter runs it  Esc back")
 
     def on_input_changed(self, event: Input.Changed) -> None:
         self._show(event.value)
 
     async def on_input_submitted(self, event: Input.Submitted) -> None:
-        await self._run()
+        self._run()
 
     async def on_table_chosen(self, event: Table.Chosen) -> None:
-        await self._run()
+        self._run()
 
-    async def _run(self) -> None:
-        key = self.query_one(Table).cursor_key
-        entry = next((item for item in self.all if item.key == key), None)
-        if entry is None:
-            return
-        self.dismiss(None)
-        self.below.lumina.call_later(entry.run)
+    def _run(self) -> None:
+        chosen = next((item for item in self.all if item.key == self.table.cursor_key), None)
+        if chosen is not None:
+            self.dismiss(None)
+            self.below.lumina.call_later(self._open, chosen)
 
-    @property
-    def table(self) -> Table:
-        return self.query_one(Table)
+    async def _open(self, chosen: Entry) -> None:
+        """Do what an entry stands for."""
+        app, target = self.below.lumina, chosen.target
+        if chosen.kind == "action":
+            scope = target.rpartition(".")[0]
+            if scope in self.nodes:
+                await self.nodes[scope].action_do(target)
+            else:
+                app.open_screen(next(number for number, title, _ in SCREENS if title.lower() == scope))
+        elif chosen.reason:
+            app.notice(chosen.reason, "warning")
+        elif chosen.kind == "run":
+            app.open_monitor(target)
+        elif chosen.kind == "checkpoint":
+            app.open_chat(target)
+        elif chosen.kind == "preset":
+            app.open_config(preset=target)
+        elif chosen.kind == "config":
+            app.open_config(path=Path(target))
+        elif chosen.kind == "field":
+            app.open_field(target)
+        elif chosen.kind == "theme":
+            app.choose_theme(target)
+        else:
+            app.open_help(target)
 
     def action_down(self) -> None:
         self.table.action_down()

@@ -20,6 +20,7 @@ from ..form import INFOS, Form, field_text
 from ..paint import Piece, clean, fit, line
 from .acts import Acts, Finds
 from .panel import Drawn
+from .text_panel import Line
 
 
 class ValueInput(Acts, Input):
@@ -125,6 +126,17 @@ class FieldList(Finds, Drawn):
     def current(self) -> str | None:
         """The field under the cursor."""
         return self.names[self._cursor] if self.names else None
+
+    def explain(self) -> list[Line]:
+        """What the field under the cursor is for, with its problem: help begins with it."""
+        from .. import config_text as say
+
+        name = self.current
+        if name is None or self.form is None:
+            return []
+        problem = self.problems.get(name)
+        lines = [((say.help_title(name), "title"),), *say.help_lines(name), ((say.help_foot(self.form, name), "dim"),)]
+        return [*lines, ((problem.line(), "bad"),)] if problem else lines
 
     def go_to(self, name: str) -> None:
         """Put the cursor on a field of this section."""
