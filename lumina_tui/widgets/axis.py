@@ -29,6 +29,15 @@ class Scale:
                 low, high = self.low, self.high
             return (values - low) / ((high - low) or 1.0) * (self.size - 1)
 
+    def place(self, value: float) -> float:
+        """The dot position of one value; NaN where it has none. Not clipped."""
+        if not math.isfinite(value) or (self.log and value <= 0):
+            return math.nan
+        low, high = self.low, self.high
+        if self.log:
+            low, high, value = math.log10(low), math.log10(high), math.log10(value)
+        return (value - low) / ((high - low) or 1.0) * (self.size - 1)
+
     def back(self, position: float) -> float:
         """The value at a dot position."""
         share = position / max(1, self.size - 1)

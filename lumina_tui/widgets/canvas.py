@@ -13,7 +13,7 @@ import numpy as np
 from ..terminal import Glyphs
 
 DOTS: dict[Glyphs, tuple[int, int]] = {"braille": (2, 4), "block": (1, 2), "ascii": (1, 1)}  # columns, rows in a cell
-_BRAILLE_42 = np.array([[0x01, 0x08], [0x02, 0x10], [0x04, 0x20], [0x40, 0x80]], np.uint32)
+_BRAILLE_BITS = tuple((np.uint32(left), np.uint32(right)) for left, right in ((0, 3), (1, 4), (2, 5), (6, 7)))
 _BLOCKS = np.array([ord(c) for c in " ▀▄█"], np.uint32)
 SPACE = ord(" ")
 
@@ -57,7 +57,10 @@ def cells(grid_RD: np.ndarray, glyphs: Glyphs) -> np.ndarray:
     height, width = grid_RD.shape[0] // down, grid_RD.shape[1] // across
     grid = grid_RD[: height * down, : width * across].reshape(height, down, width, across)
     if glyphs == "braille":
-        code_HW = (grid * _BRAILLE_42[None, :, None, :]).sum(axis=(1, 3), dtype=np.uint32)
+        bits = grid.view(np.uint8)
+        code_HW = np.zeros((height, width), np.uint32)
+        for row, column in np.ndindex(down, across):
+            code_HW |= bits[:, row, :, column].astype(np.uint32) << _BRAILLE_BITS[row][column]
         return np.where(code_HW > 0, code_HW + 0x2800, SPACE).astype(np.uint32)
     if glyphs == "block":
         return _BLOCKS[grid[:, 0, :, 0] + 2 * grid[:, 1, :, 0]]

@@ -185,46 +185,62 @@ class _Painter:
                     self._layer(self._tail(tail.x[options.base], tail.metrics[options.metric]), TAIL)
         reduced = focused.raw.columns(focused.edges_D)
         spans = self._spans(focused, focused.raw, reduced)
-        if options.weight or not self.many:
-            self._layer(spans, (FAINT if self.many else RAW) if options.weight else CURVE)
-        for one in self.laid if self.many else ():
-            self._line(one)
-        if options.weight and not self.many:
-            self._layer(self._smooth(focused), CURVE)
+        missing = int(reduced.missing_C.sum())
+        if self.many:
+            if options.weight:
+                self._layer(spans, FAINT)
+            missing += self._overlay(spans if not options.weight else None)
+        else:
+            self._layer(spans, RAW if options.weight else CURVE)
+            if options.weight:
+                self._layer(self._smooth(focused)[0], CURVE)
         self._outside(spans)
         if reduced.missing_C.any():
             self._missing(reduced)
-        self._count_left_out()
+        self._count_left_out(missing)
 
-    def _smooth(self, one: _Laid) -> Spans:
+    def _smooth(self, one: _Laid) -> tuple[Spans, int]:
+        """The smoothed line of a run, and how many of its values are not finite."""
         smooth = one.history.smooth(self.options.metric, self.options.weight)
-        return self._spans(one, smooth, smooth.columns(one.edges_D))
+        reduced = smooth.columns(one.edges_D)
+        return self._spans(one, smooth, reduced), int(reduced.missing_C.sum())
 
-    def _line(self, one: _Laid) -> None:
-        """One of several runs: its smoothed line, and its letter where the line ends."""
-        spans = self._smooth(one) if self.options.weight else self._spans(one, one.raw, one.raw.columns(one.edges_D))
-        style = RUN + one.curve.slot
-        self._layer(spans, style)
-        drawn_D = np.flatnonzero(np.isfinite(spans.low_D))
-        if not len(drawn_D):
-            return
-        across, down = DOTS[self.glyphs]
-        last = int(drawn_D[-1])
-        row = int(np.clip(self.rows - 1 - math.floor((spans.low_D[last] + spans.high_D[last]) / 2 / down), 0, self.rows - 1))
-        column = min(last // across + 1, self.plot.across - 1)
-        taken = self.plot.frame.style_HW[:, self.plot.left + column] >= RUN
-        letters = np.isin(self.plot.frame.code_HW[:, self.plot.left + column], [ord(c.curve.letter) for c in self.laid])
-        free = [r for r in (row, row - 1, row + 1, row - 2, row + 2) if 0 <= r < self.rows and not (taken[r] and letters[r])]
-        self.plot.frame.put(self.plot.left + column, free[0] if free else row, one.curve.letter, style)
+    def _overlay(self, focused: Spans | None) -> int:
+        """The lines of several runs, the focused one on top, then their letters. How many values of the others are missing."""
+        missing, ends = 0, []
+        for one in self.laid:
+            if one is self.focused and focused is not None:
+                spans, count = focused, 0
+            elif self.options.weight:
+                spans, count = self._smooth(one)
+            else:
+                reduced = one.raw.columns(one.edges_D)
+                spans, count = self._spans(one, one.raw, reduced), int(reduced.missing_C.sum())
+            missing += count if one is not self.focused else 0
+            self._layer(spans, RUN + one.curve.slot)
+            drawn_D = np.flatnonzero(np.isfinite(spans.low_D))
+            if len(drawn_D):
+                last = int(drawn_D[-1])
+                row = self._row_at(float(spans.low_D[last] + spans.high_D[last]) / 2)
+                ends.append((min(last // DOTS[self.glyphs][0] + 1, self.plot.across - 1), row, one.curve))
+        self._letters(ends)
+        return missing
 
-    def _count_left_out(self) -> None:
+    def _letters(self, ends: Sequence[tuple[int, int, Curve]]) -> None:
+        """A letter where each line ends, the nearest free row where two end together: colour alone says nothing."""
+        taken: set[tuple[int, int]] = set()
+        for column, row, curve in reversed(ends):
+            near = sorted(range(self.rows), key=lambda r: abs(r - row))
+            free = next((r for r in near if (column, r) not in taken), row)
+            taken.add((column, free))
+            self.plot.frame.put(self.plot.left + column, free, curve.letter, RUN + curve.slot)
+
+    def _count_left_out(self, missing: int) -> None:
         """Values that the axes cannot show are left out, and counted in the title."""
-        missing = not_above = 0
+        not_above = 0
         for one in self.laid:
             a, b = int(one.edges_D[0]), int(one.edges_D[-1])
-            whole = one.raw.columns(np.array([a, b]))
-            missing += int(whole.missing_C[0])
-            if self.options.log_y and whole.low_C[0] <= 0:
+            if self.options.log_y and one.raw.columns(np.array([a, b])).low_C[0] <= 0:
                 not_above += int(np.count_nonzero(one.raw.values[a:b] <= 0))
             if self.plot.axis.log:
                 not_above += int(np.searchsorted(one.history.x(self.options.base), 0, side="right"))
@@ -294,18 +310,21 @@ class _Painter:
 
     def row_of(self, value: float) -> int | None:
         """The row of cells of a value, clipped to the picture; None for what has no place."""
-        position = float(self.scale.at(np.array([value]))[0])
+        position = self.scale.place(value)
         if not math.isfinite(position):
             return None
-        down = DOTS[self.glyphs][1]
-        return int(np.clip(self.rows - 1 - math.floor(position / down), 0, self.rows - 1))
+        return self._row_at(position)
+
+    def _row_at(self, position: float) -> int:
+        row = self.rows - 1 - math.floor(position / DOTS[self.glyphs][1])
+        return min(max(row, 0), self.rows - 1)
 
     # frame
 
     def axes(self, marks: list[float], labels: list[str]) -> None:
         frame, left = self.plot.frame, self.plot.left
-        for y in range(self.rows):
-            frame.put(left - 1, y, "│", FAINT)
+        frame.code_HW[: self.rows, left - 1] = ord("│")
+        frame.style_HW[: self.rows, left - 1] = FAINT
         used: set[int] = set()
         for value, label in sorted(zip(marks, labels, strict=True), reverse=True):
             row = self.row_of(value)
