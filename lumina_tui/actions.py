@@ -158,10 +158,22 @@ HOME = (
         short="resume",
         changes=True,
     ),
-    Action("home.stop", "Stop", "Stop the chosen run", ("X",), footer=4, danger=True, short="stop", changes=True),
+    Action(
+        "home.stop",
+        "Stop",
+        "Stop the chosen run; in the list of chat servers: unload the chosen one",
+        ("X",),
+        footer=4,
+        danger=True,
+        short="stop",
+        changes=True,
+    ),
     Action("home.chat", "Chat", "Talk to the best checkpoint of the chosen run", ("T",), footer=5, short="chat"),
-    Action("home.sort", "Sort", "Sort by age, name, state or loss", ("o",)),
+    Action("home.mark", "Mark", "Mark to compare with others", ("space",), footer=7, short="mark"),
+    Action("home.compare", "Compare", "Lay the marked runs over each other", ("=",), footer=6, short="compare"),
+    Action("home.sort", "Sort", "Sort by age, name, state, loss or alerts", ("o",)),
     Action("home.filter", "Filter", "Only runs with these words; state:failed, preset:b1", ("/",)),
+    Action("home.export", "Export", "Write the list as CSV or JSON", ("e",), changes=True),
     Action("home.copy", "Copy path", "Copy the path of the chosen run", ("y",)),
     Action("home.reload", "Reload", "Read the runs again", ("r",)),
 )
@@ -206,7 +218,8 @@ MONITOR = (
     ),
     Action("monitor.log", "Log", "Show or hide engine.log", ("t",), footer=6, short="log"),
     Action("monitor.chat", "Chat", "Talk to the best checkpoint of this run", ("T",)),
-    Action("monitor.alerts", "Alerts", "All alerts with what to do", ("A",)),
+    Action("monitor.alerts", "Alerts", "All alerts with what to do; Enter goes to the step of one", ("A",)),
+    Action("monitor.devices", "Devices", "Show or hide devices, host and ranks", ("d",)),
     Action("monitor.copy", "Copy path", "Copy the path of the run", ("y",)),
     Action("monitor.command", "Copy command", "Copy the command that started this run", ("Y",)),
     Action("monitor.reload", "Reload", "Read the run's files again", ("r",)),
@@ -245,7 +258,7 @@ TOKENS = (
 
 CHAT = (
     Action("chat.write", "Write", "Go to the message field; Esc leaves it", ("i",), footer=1, short="write"),
-    Action("chat.again", "Again", "Answer the last message again; the answer before stays as a version", (".",), 2, short="again"),
+    Action("chat.again", "Again", "Answer the last message again; the answer stays as a version", (".",), 2, short="again"),
     Action("chat.split", "Split", "Two checkpoints side by side, same prompt and seed, or one again", ("S",), 3, short="split"),
     Action("chat.tokens", "Tokens", "The last reply token by token: probability, experts", ("x",), 4, short="tokens"),
     Action("chat.new", "New conversation", "Begin another; this one is saved, the system prompt stays", ("a",), 6, short="new"),
@@ -350,6 +363,10 @@ SHEET = (
     *finding("sheet"),
     Action("sheet.copy", "Copy", "Copy this text", ("y",)),
 )
+ALERTS = (
+    Action("alerts.leave", "Back", "Close the list", ("escape", "q", "A")),
+    Action("alerts.copy", "Copy", "Copy the chosen alert with what to do", ("y",)),
+)
 PALETTE = (
     Action("palette.leave", "Back", "Close the palette", ("escape",)),
     Action("palette.down", "Down", "Next row", ("down", "ctrl+n")),
@@ -412,6 +429,7 @@ ACTIONS: tuple[Action, ...] = (
     *PATH,
     *LAYER,
     *SHEET,
+    *ALERTS,
     *PALETTE,
 )
 

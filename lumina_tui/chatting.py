@@ -15,15 +15,15 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import TypeAlias
 
 from lumina_engine.chat.client import ServerBackend, ServerGone, probe, socket_path
-from lumina_engine.chat.events import Event, Loading
-from lumina_engine.chat.modes import ChatError
+from lumina_engine.chat.events import Event, Loading, Message, ModelInfo
+from lumina_engine.chat.modes import ChatError, Sampling
 from lumina_engine.chat.session import ChatSession
 from lumina_engine.run.process import process, send_signal
 
@@ -97,10 +97,10 @@ class ChatLink:
 
     Args:
         starter: starts a detached server and returns its pid once it answers.
-        save: write the conversation after every turn.
+        save: write the conversation after every turn; None: `session.save`.
     """
 
-    def __init__(self, starter: Starter | None = None, *, save: bool = True) -> None:
+    def __init__(self, starter: Starter | None = None, *, save: Callable[[], Path | None] | None = None) -> None:
         self.phase = Phase.IDLE
         self.session: ChatSession | None = None
         self.path: Path | None = None
@@ -185,15 +185,15 @@ class ChatLink:
 
     # replying
 
-    def send(self, text: str) -> None:
-        """Send a message; events come through `drain`."""
+    def send(self, text: str, seed: int | None = None) -> None:
+        """Send a message; events come through `drain`. `seed` is for this reply only."""
         assert self.session is not None
-        self._reply(self.session.send(text))
+        self._reply(self.session.send(text, seed))
 
-    def retry(self) -> None:
+    def retry(self, seed: int | None = None) -> None:
         """Answer the last message again."""
         assert self.session is not None
-        self._reply(self.session.retry())
+        self._reply(self.session.retry(seed))
 
     def cancel(self) -> None:
         """End the reply."""
@@ -217,12 +217,36 @@ class ChatLink:
         updates.append(self._saved())
 
     def _saved(self) -> Saved:
-        if not self.save or self.session is None:
+        if self.session is None:
             return Saved(None)
         try:
-            return Saved(self.session.save())
+            return Saved(self.save() if self.save is not None else self.session.save())
         except ChatError as error:
             return Saved(None, str(error))
+
+
+class NoBackend:
+    """Stands for a server that is not there: a conversation can be read, but not answered."""
+
+    def __init__(self, path: str, step: int | None = None, digest: str | None = None) -> None:
+        self.info = ModelInfo(path=path, step=step, digest=digest)
+
+    def generate(
+        self, messages: Sequence[Message], sampling: Sampling, seed: int, *, alternatives: int = 0, trace: bool = False
+    ) -> Generator[Event, None, None]:
+        """Nobody answers.
+
+        Raises:
+            ServerGone: always.
+        """
+        raise ServerGone(f"no chat server has {self.info.path} loaded")
+        yield  # a generator, as in every backend
+
+    def cancel(self) -> None:
+        """Nothing is being answered."""
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def serve_argv(path: Path) -> list[str]:

@@ -416,8 +416,8 @@ class ChatSession:
         """
         chat = saved.read(path)
         self.restore(chat)
-        here = path.resolve().parent == self.chats_dir.resolve() and path.stem == chat.name
-        self.name = chat.name if here else None
+        here = path.resolve().parent == self.chats_dir.resolve() and path.suffix == ".json"
+        self.name = path.stem if here else None
         return chat
 
     def restore(self, chat: saved.SavedChat) -> None:

@@ -1,49 +1,53 @@
-"""Chat: choose a committed checkpoint, talk to it through a chat server that outlives this program."""
+"""Chat: one or two committed checkpoints answer the same messages, through chat servers that outlive this program."""
 
 from __future__ import annotations
 
 import asyncio
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from textual.containers import Horizontal
+from textual.containers import Horizontal, Vertical
 from textual.events import Key
+from textual.widget import Widget
 
-from lumina_engine.chat.catalogue import CheckpointError, Entry, explain_checkpoint, list_entries, run_entries
-from lumina_engine.chat.events import Done, Start, Token
-from lumina_engine.chat.modes import MODES, ChatError, parse_settings
 from lumina_engine.chat.session import ChatSession
 
-from ..chatting import ChatLink, Connected, Lost, Phase, Progress, Refused, Saved, Starter, Update
-from ..paint import duration, whole
+from ..chat_settings import ChatSettings
+from ..chatting import Phase, Starter
+from ..checkpoints import list_choices
+from ..conversations import Conversations
+from ..paint import whole
 from ..widgets.chat_checkpoints import CheckpointTable
+from ..widgets.chat_conversations import ConversationTable
 from ..widgets.chat_field import MessageField
-from ..widgets.chat_talk import Talk
+from ..widgets.chat_pane import Pane, badge_of
 from ..widgets.chat_transcript import Transcript
+from ..widgets.panel import Panel
 from ..widgets.table import Table
-from .base import LuminaScreen, State
+from .chat_files import ConversationFiles
 
 if TYPE_CHECKING:
     from textual.app import ComposeResult
 
-WATCH_TIME = 1.0  # s between two looks whether the server is still there
-NEWER_TIME = 5.0  # s between two looks for a newer checkpoint of this run
-WRITING = "a reply is being written: Esc stops it"
 
-
-class ChatScreen(LuminaScreen):
-    """One conversation with one checkpoint."""
+class ChatScreen(ConversationFiles):
+    """One conversation at a time, with one checkpoint or with two side by side."""
 
     scope = "chat"
     number = 7
     heading = "Chat"
     DEFAULT_CSS = """
-    ChatScreen #checkpoints { width: 46; display: none; }
-    ChatScreen.-wide #checkpoints { display: block; }
-    ChatScreen.-choosing #checkpoints { width: 1fr; display: block; }
-    ChatScreen.-choosing #talk { display: none; }
-    ChatScreen.-choosing.-wide #checkpoints { width: 46; }
-    ChatScreen.-choosing.-wide #talk { display: block; }
+    ChatScreen #talk { width: 1fr; }
+    ChatScreen #panes { height: 1fr; }
+    ChatScreen #message { height: auto; }
+    ChatScreen #conversations { width: 40; display: none; }
+    ChatScreen #checkpoints, ChatScreen #right { display: none; }
+    ChatScreen.-split #right { display: block; }
+    ChatScreen.-wide #conversations { display: block; }
+    ChatScreen.-choosing #checkpoints { display: block; }
+    ChatScreen.-choosing #talk, ChatScreen.-listing #talk { display: none; }
+    ChatScreen.-listing #conversations { width: 1fr; display: block; }
     """
 
     def __init__(
@@ -52,302 +56,236 @@ class ChatScreen(LuminaScreen):
         super().__init__()
         self._wanted = checkpoint
         self._chats_dir = Path(chats_dir)
-        self.link = ChatLink(starter)
-        self._newer: Entry | None = None
+        self.left = Pane(self._session_of, starter, id="left")
+        self.right = Pane(self._session_of, starter, id="right")
+        self._active = self.left
+        self._target = self.left  # the pane that a checkpoint is chosen for
+        self.conversations = Conversations(self._chats_dir)
+        self.settings = ChatSettings()
 
     def content(self) -> ComposeResult:
         with Horizontal(classes="content"):
+            yield ConversationTable(id="conversations")
             yield CheckpointTable(id="checkpoints")
-            yield Talk(id="talk")
+            with Vertical(id="talk"):
+                with Horizontal(id="panes"):
+                    yield self.left
+                    yield self.right
+                yield Panel(MessageField(id="field"), id="message")
 
     @property
-    def talk(self) -> Talk:
-        return self.query_one(Talk)
+    def field(self) -> MessageField:
+        return self.query_one("#field", MessageField)
+
+    @property
+    def split(self) -> bool:
+        return self.has_class("-split")
+
+    @property
+    def panes(self) -> list[Pane]:
+        """The panes that are talked to."""
+        return [self.left, self.right] if self.split else [self.left]
+
+    @property
+    def pane(self) -> Pane:
+        """The pane that keys act on: the one that was last read."""
+        return self._active if self._active in self.panes else self.left
+
+    @property
+    def sessions(self) -> list[ChatSession]:
+        """Those of the panes that are talked to."""
+        return [pane.session for pane in self.panes if pane.session is not None]
 
     # life
 
     def on_mount(self) -> None:
-        self.link.save = not self.lumina.readonly
-        self.set_interval(NEWER_TIME, self._look_for_newer)
-        self.set_interval(WATCH_TIME, lambda: self.link.watch())
+        message = self.query_one("#message", Panel)
+        message.set_title("message", "/help for commands")
+        message.set_foot("Enter send  ctrl+j new line  Esc stop, then leave")
+        self.settings = ChatSettings.remembered(self.lumina.memory)
+        for pane in (self.left, self.right):
+            pane.link.save = self._save
+            pane.transcript.raw = self.lumina.memory.get("chat.raw", False)
+        self.lumina.spawn(asyncio.to_thread(import_module, "markdown_it"))  # before the first reply needs it
         if self._wanted is None:
-            self._choose()
+            self._choose(self.left)
         else:
-            self._open(self._wanted)
-            self._refresh_list()
+            self._open(self.left, self._wanted)
+        self.refresh_conversations()
 
     def on_unmount(self) -> None:
-        self.link.disconnect()
+        for pane in (self.left, self.right):
+            pane.link.disconnect()
 
     def retarget(self, **arguments: Any) -> bool:
         """Another checkpoint in the same screen: the conversation goes on with it."""
         if "checkpoint" not in arguments:
             return False
-        self._open(arguments["checkpoint"])
+        self._open(self.left, arguments["checkpoint"])
         return True
+
+    def _session_of(self, pane: Pane) -> ChatSession:
+        """The session of a pane that has none yet."""
+        session = ChatSession(None, chats_dir=self._chats_dir)  # type: ignore[arg-type]  # the pane gives it its backend
+        self.settings.put_into(session)
+        if pane is self.right and self.left.session is not None:
+            self.left.session.second = session
+            session.system_prompt = self.left.session.system_prompt
+        return session
+
+    def _save(self) -> Path | None:
+        """Both panes are one conversation in one file. Called in the threads that read replies."""
+        return None if self.lumina.readonly or self.left.session is None else self.left.session.save()
 
     # choosing
 
-    def _choose(self) -> None:
+    def _choose(self, pane: Pane) -> None:
+        self._target = pane
         self.add_class("-choosing")
-        self.set_frame(subject="choose a checkpoint", badge="")
-        if self.talk.empty:
-            self.talk.transcript.set_state(State.EMPTY, "Enter on a checkpoint loads it.")
+        self.remove_class("-listing")
+        where = " for the right pane" if pane is self.right else ""
+        self.set_frame(subject=f"choose a checkpoint{where}", badge="")
         self.query_one(CheckpointTable).focus()
-        self._refresh_list()
-
-    def _refresh_list(self) -> None:
-        self.run_worker(self._list(), group="list", exclusive=True, exit_on_error=False)
+        self.run_worker(self._list, group="list", exclusive=True, exit_on_error=False)
 
     async def _list(self) -> None:
         table = self.query_one(CheckpointTable)
         root = self.lumina.runs_root
         table.searching(root)
-        table.show(await asyncio.to_thread(list_entries, root), root)
+        table.show(await asyncio.to_thread(list_choices, root), root)
 
     def on_table_chosen(self, message: Table.Chosen) -> None:
-        entry = self.query_one(CheckpointTable).chosen(message.key)
-        if entry is not None and entry.problem is not None:
-            self.lumina.notice(f"{entry.path.name} cannot be used: {entry.problem}", "warning")
-        elif entry is not None:
-            self._open(entry.path)
+        if isinstance(message.table, ConversationTable):
+            self.open_conversation(Path(message.key))
+            return
+        choice = self.query_one(CheckpointTable).chosen(message.key)
+        if choice is not None and choice.entry.problem is not None:
+            self.lumina.notice(f"{choice.entry.path.name} cannot be used: {choice.entry.problem}", "warning")
+        elif choice is not None:
+            if self._target is self.right:
+                self.add_class("-split")
+            self._open(self._target, choice.entry.path)
 
     def on_key(self, event: Key) -> None:
-        if event.key == "escape" and self.has_class("-choosing") and self.link.phase in (Phase.READY, Phase.GONE):
-            event.stop()  # back to the conversation
-            self.remove_class("-choosing")
-            self.talk.transcript.focus()
-            if self.link.phase is Phase.GONE:
-                self.set_frame(subject=str(self.link.path), badge="NO SERVER", badge_role="bad")
+        if event.key == "escape" and (self.has_class("-listing") or self.has_class("-choosing")):
+            if self.left.link.phase is Phase.IDLE and self.left.session is None:
+                return  # there is nothing to go back to
+            event.stop()
+            self.back_to_talk()
 
-    # connecting
-
-    def _open(self, checkpoint: str | Path) -> None:
-        self._wanted = checkpoint
+    def back_to_talk(self) -> None:
+        """The panes instead of a list."""
+        self.remove_class("-listing")
         self.remove_class("-choosing")
-        self.set_frame(subject=str(checkpoint), badge="LOADING", badge_role="accent")
-        self.talk.transcript.focus()
-        self.run_worker(self._resolve(checkpoint), group="open", exclusive=True, exit_on_error=False)
+        self.pane.enter()
+        self.show_frame()
 
-    async def _resolve(self, checkpoint: str | Path) -> None:
-        try:
-            path, why = await asyncio.to_thread(explain_checkpoint, checkpoint, self.lumina.runs_root)
-        except (CheckpointError, OSError) as error:
-            self.link.disconnect()
-            self.link.phase = Phase.GONE
-            self._gone(str(error))
-        else:
-            self.talk.break_off()
-            self.link.connect(path, why)
+    def _open(self, pane: Pane, checkpoint: str | Path) -> None:
+        self._active = pane
+        pane.open(checkpoint)
+        self.back_to_talk()
 
-    def _connected(self, update: Connected) -> None:
-        info = update.backend.info
-        if self.link.session is None:
-            self.link.session = ChatSession(update.backend, chats_dir=self._chats_dir)
-        self._newer = None
-        self.talk.say("note", f"{update.notice + ': ' if update.notice else ''}{info.line()}")
-        if self.link.session.unsent:
-            self.talk.say("note", ". sends the last message again")
-        self.talk.transcript.set_title(info.name, f"{info.precision} {info.device}")
-        if self.has_class("-choosing"):
-            # the list is on screen and keeps the keys: a hidden field must not take them
-            self.set_frame(badge="READY, Esc goes to it", badge_role="good")
-        else:
-            self.talk.field.focus()
-
-    def _gone(self, error: str) -> None:
-        """No server. What was said stays, and so does the message that got no answer."""
-        self.talk.break_off()
-        if self.talk.empty:
-            self.talk.transcript.set_state(State.ERROR, f"{error}\n\nr tries again, o chooses another checkpoint")
-        else:
-            self.talk.say(
-                "error", f"{error}. The conversation is kept: r starts the server again, o chooses another checkpoint"
-            )
-        self.talk.transcript.focus()
-        self.set_frame(badge="NO SERVER", badge_role="bad")
-        self.refresh_keys()
-
-    async def _look_for_newer(self) -> None:
-        path = self.link.path
-        if path is None or self.link.phase is not Phase.READY or path.parent.name != "checkpoints":
-            return
-        entries = await asyncio.to_thread(run_entries, path.parent.parent)
-        if entries and entries[0].path.name > path.name and entries[0].problem is None and path == self.link.path:
-            self._newer = entries[0]
+    def on_pane_ready(self, message: Pane.Ready) -> None:
+        if not self.has_class("-choosing") and not self.has_class("-listing"):
+            self.field.focus()  # a list on screen keeps the keys: a hidden field must not take them
 
     # what happens
 
     def tick(self) -> None:
-        before = self.link.phase
-        updates = self.link.drain()
-        for update in updates:
-            self._take(update)
-        self.talk.settle()
-        if updates or before is not self.link.phase:
+        happened = [pane.tick() for pane in self.panes]
+        if any(happened):
             self.refresh_keys()
-        self._show_frame()
+        self.show_frame()
 
-    def _take(self, update: Update) -> None:
-        if isinstance(update, Start | Token | Done):
-            self.talk.take(update)
-        elif isinstance(update, Progress):
-            if self.talk.empty:
-                text = f"{update.detail}, {duration(update.seconds)}\n\nEsc stops waiting"
-                self.talk.transcript.set_state(State.LOADING, text)
-            self.set_frame(badge=f"LOADING {duration(update.seconds)}", badge_role="accent")
-        elif isinstance(update, Connected):
-            self._connected(update)
-        elif isinstance(update, Lost):
-            self._gone(update.error)
-        elif isinstance(update, Refused):
-            self.talk.break_off()
-            self.talk.say("error", update.error)
-        elif isinstance(update, Saved) and update.error:
-            self.lumina.notice(update.error, "error")
+    def on_descendant_focus(self) -> None:
+        node: Any = self.focused
+        while isinstance(node, Widget) and not isinstance(node, Pane):
+            node = node.parent
+        if isinstance(node, Pane):
+            self._active = node
+        super().on_descendant_focus()
 
-    def _show_frame(self) -> None:
-        session, phase = self.link.session, self.link.phase
-        if session is None or phase not in (Phase.READY, Phase.REPLYING) or self.has_class("-choosing"):
+    def show_frame(self) -> None:
+        """The first line: conversation, settings, context, and how the connections are."""
+        if self.has_class("-choosing"):
+            ready = self.left.link.phase is Phase.READY
+            self.set_frame(badge="READY, Esc goes to it" if ready else "", badge_role="good")
             return
-        info = session.backend.info
-        seed = f" | seed {session.seed}" if session.seed is not None else ""
-        context = f"context {whole(session.context_used)} of {whole(info.context_limit)}"
-        self.set_frame(subject=f"{info.name} | {session.mode}{seed} | {context}")
-        if phase is Phase.REPLYING:
-            self.set_frame(badge="WRITING", badge_role="accent")
-        elif self._newer is not None:
-            self.set_frame(badge=f"{self._newer.path.name} is newer, r loads it", badge_role="warn")
+        session, seed = self.pane.session, self.settings.seed
+        if session is not None:
+            info = session.backend.info
+            same = ["same prompt, same seed" + (f" {seed}" if seed is not None else "")] if self.split else [info.name]
+            parts = [*same, session.mode, *([f"seed {seed}"] if seed is not None and not self.split else [])]
+            limit = whole(info.context_limit) if info.context_limit else "-"
+            self.set_frame(subject=" | ".join([*parts, f"context {whole(session.context_used)} of {limit}"]))
         else:
-            self.set_frame(badge="READY", badge_role="good")
+            self.set_frame(subject=str(self.pane.wanted or ""))
+        badge, role = badge_of(self.panes)
+        self.set_frame(badge=badge, badge_role=role)
 
     # the message field
 
     def on_message_field_sent(self, message: MessageField.Sent) -> None:
-        session = self.link.session
-        outcome = session.command(message.text) if session is not None else None
-        if session is not None and outcome is None and self.link.phase is Phase.READY:
-            self.talk.say("user", message.text)
-            self.talk.begin()
-            self.link.send(message.text)
-        elif session is None or outcome is None:
-            self.talk.field.give_back(message.text)
-            reasons = {Phase.REPLYING: WRITING, Phase.GONE: "no server: r starts it again"}
-            self.lumina.notice(reasons.get(self.link.phase, "no checkpoint is loaded yet"), "warning")
-        elif outcome.action == "quit":
-            self.app.exit()
-        elif outcome.action == "retry":
-            self.action_again()
-        else:
-            if outcome.action in ("clear", "load"):
-                self.talk.show_history(session)
-            self.talk.say("note" if outcome.ok else "error", outcome.text)
+        if message.text.startswith("/") and self.sessions:
+            self.run_command(message.text)
+        elif reason := self.send(message.text):
+            self.field.give_back(message.text)
+            self.lumina.notice(reason, "warning")
         self.tick()
 
     def on_message_field_escaped(self) -> None:
-        if self.link.phase is Phase.REPLYING:
-            self.link.cancel()
-        else:
-            self.talk.transcript.focus()
+        if not self._stop_replies():
+            self.pane.enter()
+
+    def _stop_replies(self) -> bool:
+        writing = [pane for pane in self.panes if pane.link.phase is Phase.REPLYING]
+        for pane in writing:
+            pane.link.cancel()
+        return bool(writing)
 
     async def on_transcript_escaped(self, _message: Transcript.Escaped) -> None:
-        if self.link.phase is Phase.REPLYING:
-            self.link.cancel()
-        elif self.link.phase is Phase.CONNECTING:
-            self.link.disconnect()
-            self._choose()
+        if self._stop_replies():
+            return
+        if self.pane.link.phase is Phase.CONNECTING:
+            self.pane.leave()
+            if self.pane is self.right:
+                self.action_split()
+            elif self.left.session is None:
+                self._choose(self.left)
+            else:
+                self.left.stay_without("loading was given up")
         else:
             await self.app.run_action("do('app.back')")
 
     # actions
 
-    def why_not(self, action_id: str) -> str | None:
-        name, session = action_id.rpartition(".")[2], self.link.session
-        if name != "write" and name != "copy" and self.link.phase is Phase.REPLYING:
-            return WRITING
-        if name in ("checkpoints", "reload"):
-            return None
-        if session is None:
-            return "no checkpoint is loaded"
-        if name == "again" and self.link.phase is not Phase.READY:
-            return "no server: r starts it again"
-        if name == "export" and self.lumina.readonly:
-            return "--readonly: no file is written"
-        if (name == "again" and not session.can_retry) or (name in ("copy", "export") and not session.history):
-            return "nothing was said yet"
-        return None
-
-    @property
-    def session(self) -> ChatSession:
-        """The conversation; actions run only while there is one (`why_not`)."""
-        assert self.link.session is not None
-        return self.link.session
-
     def action_write(self) -> None:
-        self.talk.field.focus()
-
-    def action_again(self) -> None:
-        if reason := self.why_not("chat.again"):
-            self.lumina.notice(reason, "warning")
-            return
-        self.talk.begin_again(self.session)
-        self.link.retry()
-
-    def action_mode(self) -> None:
-        names = list(MODES)
-        outcome = self.session.command(f"/mode {names[(names.index(self.session.mode) + 1) % len(names)]}")
-        self.talk.say("note", outcome.text if outcome is not None else "")
-
-    def action_new(self) -> None:
-        self.session.clear()
-        self.talk.transcript.clear()
-        self.talk.say("note", "new conversation" + ("; the system prompt stays" if self.session.system_prompt else ""))
-        self.talk.field.focus()
+        self.back_to_talk()
+        self.field.focus()
 
     def action_checkpoints(self) -> None:
-        self._choose()
+        self._choose(self.pane)
 
-    def action_settings(self) -> None:
-        session = self.session
-
-        def apply(answer: str) -> None:
-            session.overrides, session.seed = parse_settings(session.mode, answer)
-            self.talk.say("note", f"settings: {session.settings_text()}")
-
-        def wrong(answer: str) -> str | None:
-            try:
-                parse_settings(session.mode, answer)
-            except ChatError as error:
-                return str(error)
-            return None
-
-        hint = "name=value with spaces between; seed=none draws a new one for each reply"
-        self.lumina.prompt("Settings", apply, value=session.settings_text(), lines=[hint], check=wrong)
+    def action_split(self) -> None:
+        """A second checkpoint beside the first, or the first alone again; what the second said stays in the file."""
+        if self.split:
+            self.right.leave()
+            self.remove_class("-split")
+            self._active = self.left
+            self.back_to_talk()
+        elif self.right.wanted is not None:
+            self.add_class("-split")
+            self._open(self.right, self.right.wanted)
+        else:
+            self._choose(self.right)
 
     def action_reload(self) -> None:
         if self.has_class("-choosing"):
-            self._choose()
-        elif self._newer is not None:
-            self._open(self._newer.path)
-        elif self.link.phase is Phase.GONE:
-            self._open(self._wanted or "")
-        else:
-            self.lumina.notice("nothing to reload: the server answers and no checkpoint is newer")
-
-    def action_copy(self) -> None:
-        replies = [turn["content"] for turn in self.session.history if turn["role"] == "assistant"]
-        self.lumina.copy_text(replies[-1] if replies else "", "reply.txt")
-
-    def action_export(self) -> None:
-        from .dialogs import Choice
-
-        choices = [Choice("j", "JSON, to load again", "json"), Choice("m", "Markdown, to read", "markdown")]
-        self.lumina.ask("Export the conversation", choices, self._export)
-
-    def _export(self, kind: str) -> None:
-        try:
-            path = self.session.save() if kind == "json" else self.session.export_markdown()
-        except ChatError as error:
-            self.lumina.notice(str(error), "error")
-        else:
-            self.lumina.notice(f"written to {path}")
+            self._choose(self._target)
+            return
+        for pane in (self.pane, *self.panes):
+            if pane.newer is not None or pane.link.phase is Phase.GONE:
+                self._open(pane, pane.newer.path if pane.newer is not None else pane.wanted or "")
+                return
+        self.refresh_conversations()
+        self.lumina.notice("nothing to reload: the server answers and no checkpoint is newer")

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import ClassVar
 
-from rich.cells import cell_len, get_character_cell_size
 from textual.binding import BindingType
 from textual.events import Key, MouseScrollDown, MouseScrollUp
 from textual.message import Message
 
-from lumina_engine.text import safe_text
-
 from ..actions import bindings
+from ..markdown import Layout, Markdown, Plain
 from ..paint import Piece
+from ..wrapping import Line
 from .panel import Drawn
 
 GUTTER = 5  # cells before the text, for who speaks
@@ -22,59 +22,29 @@ _LABELS = {"user": "You", "assistant": "A", "note": "", "error": "!"}
 _ROLES = {"user": "accent", "assistant": "text", "note": "dim", "error": "bad"}
 
 
-def wrap(text: str, width: int) -> list[str]:
-    """One paragraph (no newline) in lines of at most `width` cells, broken at spaces where there are any."""
-    if width < 1:
-        return []
-    lines: list[str] = []
-    start = cells = 0
-    space = -1  # index behind the last space of this line
-    for index, letter in enumerate(text):
-        size = 1 if letter < "\x7f" else get_character_cell_size(letter)
-        if cells + size > width:
-            if letter == " ":  # the space that would stand at the edge is the break
-                lines.append(text[start:index])
-                start, cells, space = index + 1, 0, -1
-                continue
-            cut = space if space > start else index
-            lines.append(text[start:cut].rstrip(" ") if cut == space else text[start:cut])
-            start, space = cut, -1
-            cells = cell_len(text[start:index])
-        cells += size
-        if letter == " ":
-            space = index + 1
-    lines.append(text[start:])
-    return lines
-
-
-@dataclass
 class Item:
-    """Something that was said. Lines of whole paragraphs are kept; only the last paragraph is wrapped again when text comes."""
+    """Something that was said. Only what is new is laid out when its text grows.
 
-    kind: str  # user | assistant | note | error
-    text: str = ""
-    foot: str = ""  # figures below a reply
-    _width: int = -1
-    _done: int = 0  # characters whose lines are in _lines
-    _lines: list[str] = field(default_factory=list)
+    kind: user | assistant | note | error. `foot`: figures below a reply. `finished`: no more text will come.
+    """
 
-    def lines(self, width: int) -> list[tuple[str, str]]:
-        """(line, role) in `width` cells."""
-        if width != self._width:
-            self._width, self._done, self._lines = width, 0, []
-        end = self.text.rfind("\n") + 1
-        if end > self._done:
-            for paragraph in self.text[self._done : end - 1].split("\n"):
-                self._lines += wrap(_clean(paragraph), width)
-            self._done = end
-        rest = wrap(_clean(self.text[self._done :]), width) if self._done < len(self.text) or not self._lines else []
-        role = _ROLES[self.kind]
-        found = [(line, role) for line in (*self._lines, *rest)]
-        return found + [(line, "dim") for line in wrap(_clean(self.foot), width)] if self.foot else found
+    def __init__(self, kind: str, text: str = "", foot: str = "", *, finished: bool = True) -> None:
+        self.kind, self.text, self.foot, self.finished = kind, text, foot, finished
+        self._layout: tuple[bool, Layout] | None = None
+        self._seen: tuple[object, ...] = ()
+        self._lines: list[Line] = []
 
-
-def _clean(text: str) -> str:
-    return safe_text(text.expandtabs(4)).replace("\r", "␍")
+    def lines(self, width: int, raw: bool = False) -> list[Line]:
+        """Lines of at most `width` cells; `raw` shows Markdown as it was written."""
+        seen = (width, raw, len(self.text), self.finished, self.foot)
+        if seen != self._seen:
+            self._seen = seen
+            plain = raw or self.kind != "assistant"
+            if self._layout is None or self._layout[0] != plain:
+                self._layout = plain, Plain(_ROLES[self.kind]) if plain else Markdown()
+            found = self._layout[1].lines(self.text, width, self.finished)
+            self._lines = [*found, *Plain("dim").lines(self.foot, width)] if self.foot else found
+        return self._lines
 
 
 class Transcript(Drawn):
@@ -89,16 +59,18 @@ class Transcript(Drawn):
     def __init__(self, *, title: str = "", id: str | None = None, classes: str | None = None) -> None:
         super().__init__(title=title, id=id, classes=classes)
         self.items: list[Item] = []
+        self.raw = False  # Markdown as it was written
         self._top = 0
         self._follows = True
         self._seen = 0  # number of lines when the reader left the bottom
-        self._lines: list[tuple[str, str, str]] = []  # label, text, role
+        self._ends: list[int] = []  # lines up to the end of each item
+        self._width = 0
 
     # content
 
-    def add(self, kind: str, text: str) -> Item:
+    def add(self, kind: str, text: str, foot: str = "", *, finished: bool = True) -> Item:
         """Append an item."""
-        item = Item(kind, text)
+        item = Item(kind, text, foot, finished=finished)
         self.items.append(item)
         self.changed()
         return item
@@ -109,24 +81,33 @@ class Transcript(Drawn):
         self.changed()
 
     def changed(self) -> None:
-        """Wrap what is new and repaint."""
-        width = self.inner[0] - GUTTER - 1
-        lines: list[tuple[str, str, str]] = []
-        for item in self.items:
-            for number, (text, role) in enumerate(item.lines(width)):
-                lines.append((_LABELS[item.kind] if number == 0 else "", text, role))
-        self._lines = lines
+        """Lay out what is new and repaint the lines that differ."""
+        self._width = self.inner[0] - GUTTER - 1
+        self._ends = list(accumulate(len(item.lines(self._width, self.raw)) for item in self.items))
         self._place()
-        self.refresh()
+        self.repaint_changed()
+
+    @property
+    def _count(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def toggle_raw(self) -> None:
+        """Markdown as it was written, or laid out; the reader stays about where he was."""
+        share = self._top / self._count if self._count else 0.0
+        self.raw = not self.raw
+        self._top = 0
+        self.changed()
+        if not self._follows:
+            self._scroll(round(share * self._count))
 
     def _place(self) -> None:
-        bottom = max(0, len(self._lines) - self.inner[1])
+        bottom = max(0, self._count - self.inner[1])
         if self._follows or self._top >= bottom:
             self._follows, self._top = True, bottom
             self.set_foot(self._foot_left, "")
         else:
-            new = max(0, len(self._lines) - self._seen)
-            self.set_foot(self._foot_left, f"G {new} new lines" if new else "G newest")
+            new = max(0, self._count - self._seen)
+            self.set_foot(self._foot_left, f"G {new} new line{'s' if new > 1 else ''}" if new else "G newest")
 
     def on_resize(self) -> None:
         self.changed()
@@ -134,13 +115,13 @@ class Transcript(Drawn):
     # scrolling
 
     def _scroll(self, top: int) -> None:
-        bottom = max(0, len(self._lines) - self.inner[1])
+        bottom = max(0, self._count - self.inner[1])
         if self._follows:
-            self._seen = len(self._lines)
+            self._seen = self._count
         self._top = max(0, min(top, bottom))
         self._follows = self._top >= bottom
         self._place()
-        self.refresh()
+        self.repaint_changed()
 
     def action_down(self) -> None:
         self._scroll(self._top + 1)
@@ -152,7 +133,7 @@ class Transcript(Drawn):
         self._scroll(0)
 
     def action_bottom(self) -> None:
-        self._scroll(len(self._lines))
+        self._scroll(self._count)
 
     def action_page_down(self) -> None:
         self._scroll(self._top + max(1, self.inner[1] - 1))
@@ -177,7 +158,13 @@ class Transcript(Drawn):
 
     def draw(self, y: int, width: int, height: int) -> Sequence[Piece]:
         index = self._top + y
-        if not 0 <= index < len(self._lines):
+        if not 0 <= index < self._count:
             return ()
-        label, text, role = self._lines[index]
-        return [(f" {label:<{GUTTER - 1}}", self.palette.dim), (text, self.palette.of(role))]
+        at = bisect_right(self._ends, index)
+        lines = self.items[at].lines(self._width, self.raw)
+        number = index - (self._ends[at] - len(lines))
+        label = _LABELS[self.items[at].kind] if number == 0 else ""
+        return [
+            (f" {label:<{GUTTER - 1}}", self.palette.dim),
+            *((text, self.palette.of(role)) for text, role in lines[number]),
+        ]

@@ -27,7 +27,8 @@ from lumina_engine.chat.server import ChatServer
 from lumina_tui.application import LuminaApp
 from lumina_tui.chatting import Lost, Phase, start_server
 from lumina_tui.screens.chat import ChatScreen
-from lumina_tui.widgets.chat_transcript import Item, Transcript, wrap
+from lumina_tui.widgets.chat_transcript import Item, Transcript
+from lumina_tui.wrapping import wrap
 from tests.chat.fakes import FakeBackend, commit_checkpoint
 from tests.tui.helpers import screen_text, until
 
@@ -75,6 +76,8 @@ class Servers:
 def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUMINA_SOCKETS", str(tmp_path / "sockets"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("TEXTUAL_ANIMATIONS", "none")
     monkeypatch.delenv("NO_COLOR", raising=False)
@@ -126,7 +129,7 @@ async def opened(
     app = App(runs, checkpoint=checkpoint, starter=servers, chats_dir=runs.parent / "chats", **more)
     async with app.run_test(size=size) as pilot:
         if checkpoint is not None:
-            await until(pilot, lambda: app.chat.link.phase in (Phase.READY, Phase.GONE), what="connected")
+            await until(pilot, lambda: app.chat.left.link.phase in (Phase.READY, Phase.GONE), what="connected")
         yield app, pilot
 
 
@@ -136,9 +139,9 @@ def shows(app: App, text: str) -> bool:
 
 async def say(app: App, pilot: Any, text: str) -> None:
     """Type a line and wait until its reply has ended."""
-    app.chat.talk.field.put(text)
+    app.chat.field.put(text)
     await pilot.press("enter")
-    await until(pilot, lambda: app.chat.link.phase is Phase.READY and not app.chat.link._updates, what="the reply")
+    await until(pilot, lambda: app.chat.left.link.phase is Phase.READY and not app.chat.left.link._updates, what="the reply")
 
 
 # the way through
@@ -150,12 +153,12 @@ async def test_c136_choose_talk_and_find_the_saved_file_by_keyboard_at_80x24(run
         lines = app.shown.splitlines()
         assert "200  best latest" in lines[3] and "100" in lines[4]  # best first
         await pilot.press("enter")
-        await until(pilot, lambda: app.chat.link.phase is Phase.READY)
+        await until(pilot, lambda: app.chat.left.link.phase is Phase.READY)
         assert servers.started == [(runs / "autumn/checkpoints/step-000200").resolve()]
         await until(pilot, lambda: "READY" in app.shown)
         assert "x step-000100" in app.shown and "eval_loss 1.5000" in app.shown  # what the server says it has
         await pilot.press(*"hi", "ctrl+j", *"ho", "enter")
-        await until(pilot, lambda: "answer 1 to hi" in app.shown and app.chat.link.phase is Phase.READY)
+        await until(pilot, lambda: "answer 1 to hi" in app.shown and app.chat.left.link.phase is Phase.READY)
         assert servers.backend.asked[0][0] == [{"role": "user", "content": "hi\nho"}]
         assert "4 tokens, 8.0 tokens/s, 0.5 s, first token 250 ms" in app.shown
         assert "standard | context 14 of 256" in app.shown
@@ -176,7 +179,7 @@ async def test_c136_the_reply_streams(runs: Path, servers: Servers) -> None:
     servers.backend.reply = "one two three four"
     async with opened(runs, servers) as (app, pilot):
         servers.backend.gate.clear()
-        app.chat.talk.field.put("x")
+        app.chat.field.put("x")
         await pilot.press("enter")
         await until(pilot, lambda: "WRITING" in app.shown)
         assert app.chat.why_not("chat.again") == "a reply is being written: Esc stops it"
@@ -186,10 +189,10 @@ async def test_c136_the_reply_streams(runs: Path, servers: Servers) -> None:
 
 async def test_c136_what_is_typed_right_after_enter_is_not_lost(runs: Path, servers: Servers) -> None:
     async with opened(runs, servers) as (app, pilot):
-        app.chat.talk.field.put("/mode precise")
+        app.chat.field.put("/mode precise")
         await pilot.press("enter", *"next")
-        assert app.chat.talk.field.text == "next"
-        assert app.chat.link.session is not None and app.chat.link.session.mode == "precise"
+        assert app.chat.field.text == "next"
+        assert app.chat.left.link.session is not None and app.chat.left.link.session.mode == "precise"
 
 
 # stopping, failing
@@ -197,56 +200,56 @@ async def test_c136_what_is_typed_right_after_enter_is_not_lost(runs: Path, serv
 
 async def test_c110_esc_stops_the_reply_then_leaves_the_field(runs: Path, servers: Servers) -> None:
     async with opened(runs, servers) as (app, pilot):
-        app.chat.talk.field.put("endless")
+        app.chat.field.put("endless")
         await pilot.press("enter")
         await until(pilot, lambda: "answer" in app.shown)
         await pilot.press("escape")
-        await until(pilot, lambda: app.chat.link.phase is Phase.READY)
+        await until(pilot, lambda: app.chat.left.link.phase is Phase.READY)
         await until(pilot, lambda: ", stopped" in app.shown)
-        assert app.chat.talk.field.has_focus
+        assert app.chat.field.has_focus
         await pilot.press("escape")
-        assert app.chat.talk.transcript.has_focus
+        assert app.chat.left.transcript.has_focus
         await pilot.press("i")
-        assert app.chat.talk.field.has_focus
+        assert app.chat.field.has_focus
 
 
 async def test_c110_a_server_that_goes_mid_reply_costs_nothing_but_that_reply(runs: Path, servers: Servers) -> None:
     async with opened(runs, servers) as (app, pilot):
         await say(app, pilot, "first")
-        app.chat.talk.field.put("endless question")
+        app.chat.field.put("endless question")
         await pilot.press("enter")
         await until(pilot, lambda: "answer 2" in app.shown)
         servers.stop("stopped by SIGTERM")
-        await until(pilot, lambda: app.chat.link.phase is Phase.GONE)
+        await until(pilot, lambda: app.chat.left.link.phase is Phase.GONE)
         await until(pilot, lambda: "NO SERVER" in app.shown)
         text = " ".join(app.shown.replace("│", " ").split())
         assert "the chat server has left (stopped by SIGTERM). The conversation is kept: r starts the server again" in text
-        kinds = [(item.kind, item.text[:17], item.foot) for item in app.chat.talk.transcript.items]
+        kinds = [(item.kind, item.text[:17], item.foot.partition(", seed")[0]) for item in app.chat.left.transcript.items]
         assert ("assistant", "answer 1 to first", "4 tokens, 8.0 tokens/s, 0.5 s, first token 250 ms") in kinds
         assert ("assistant", "answer 2 to endle", "not finished") in kinds
-        app.chat.talk.field.put("lost?")
-        app.chat.talk.field.focus()
+        app.chat.field.put("lost?")
+        app.chat.field.focus()
         await pilot.press("enter")
-        assert app.chat.talk.field.text == "lost?"  # it could not be sent, so it stays
+        assert app.chat.field.text == "lost?"  # it could not be sent, so it stays
         await pilot.press("escape", "r")
-        await until(pilot, lambda: app.chat.link.phase is Phase.READY)
+        await until(pilot, lambda: app.chat.left.link.phase is Phase.READY)
         assert len(servers.started) == 2
-        session = app.chat.link.session
+        session = app.chat.left.link.session
         assert session is not None and session.unsent == "endless question" and len(session.history) == 2
         servers.backend.reply = "done now"
         session.unsent = "question"
-        app.chat.talk.transcript.focus()
+        app.chat.left.transcript.focus()
         await pilot.press(".")
-        await until(pilot, lambda: "done now" in app.shown and app.chat.link.phase is Phase.READY)
+        await until(pilot, lambda: "done now" in app.shown and app.chat.left.link.phase is Phase.READY)
         assert [turn["content"] for turn in session.history] == ["first", "answer 1 to first", "question", "done now"]
 
 
 async def test_c110_a_server_that_leaves_between_replies_is_noticed(runs: Path, servers: Servers) -> None:
     async with opened(runs, servers) as (app, pilot):
-        app.chat.link.watch()
-        assert app.chat.link.phase is Phase.READY
+        app.chat.left.link.watch()
+        assert app.chat.left.link.phase is Phase.READY
         servers.stop("idle for 1800 s")
-        app.chat.link.watch()
+        app.chat.left.link.watch()
         await until(pilot, lambda: "NO SERVER" in app.shown)
         assert shows(app, "the chat server has left (idle for 1800 s)")
 
@@ -277,7 +280,7 @@ async def test_c110_loading_says_what_and_esc_stops_waiting(runs: Path, servers:
         assert "LOADING" in app.shown and "Esc stops waiting" in app.shown
         await pilot.press("escape")
         await until(pilot, lambda: "choose a checkpoint" in app.shown)
-        assert app.chat.link.phase is Phase.IDLE
+        assert app.chat.left.link.phase is Phase.IDLE
         servers.load.set()
         await until(pilot, lambda: "eval_loss" in app.shown)
         await pilot.press("enter")
@@ -310,27 +313,27 @@ async def test_c136_a_newer_checkpoint_is_announced_and_r_loads_it(runs: Path, s
     async with opened(runs, servers) as (app, pilot):
         await say(app, pilot, "first")
         commit_checkpoint(runs, "autumn", 300)
-        await app.chat._look_for_newer()
+        await app.chat.left.look_for_newer()
         await until(pilot, lambda: "step-000300 is newer, r loads it" in app.shown)
         await pilot.press("escape", "r")
-        await until(pilot, lambda: len(servers.started) == 2 and app.chat.link.phase is Phase.READY)
+        await until(pilot, lambda: len(servers.started) == 2 and app.chat.left.link.phase is Phase.READY)
         assert servers.started[1].name == "step-000300"
-        assert app.chat.link.session is not None and len(app.chat.link.session.history) == 2
+        assert app.chat.left.link.session is not None and len(app.chat.left.link.session.history) == 2
 
 
 async def test_c136_another_checkpoint_in_the_middle_of_a_reply(runs: Path, servers: Servers) -> None:
     async with opened(runs, servers) as (app, pilot):
-        app.chat.talk.field.put("endless")
+        app.chat.field.put("endless")
         await pilot.press("enter")
         await until(pilot, lambda: "answer 1" in app.shown)
-        old = app.chat.link._updates
+        old = app.chat.left.link._updates
         app.open_chat("autumn@step-000100")
-        await until(pilot, lambda: len(servers.started) == 2 and app.chat.link.phase is Phase.READY)
+        await until(pilot, lambda: len(servers.started) == 2 and app.chat.left.link.phase is Phase.READY)
         await until(pilot, lambda: any(isinstance(update, Lost) for update in old), what="the end of the old reply")
         await pilot.pause()
-        assert app.chat.link.phase is Phase.READY  # what the old connection still says concerns nobody
-        assert app.chat.link.session is not None and app.chat.link.session.unsent == "endless"
-        assert app.chat.talk.transcript.items[2].foot == "not finished"
+        assert app.chat.left.link.phase is Phase.READY  # what the old connection still says concerns nobody
+        assert app.chat.left.link.session is not None and app.chat.left.link.session.unsent == "endless"
+        assert app.chat.left.transcript.items[2].foot == "not finished"
 
 
 # commands and keys
@@ -339,7 +342,7 @@ async def test_c136_another_checkpoint_in_the_middle_of_a_reply(runs: Path, serv
 async def test_c106_commands_work_in_the_field(runs: Path, servers: Servers) -> None:
     async with opened(runs, servers, size=(100, 50)) as (app, pilot):
         await say(app, pilot, "one")
-        session = app.chat.link.session
+        session = app.chat.left.link.session
         assert session is not None
         for line, expected in {
             "/help": "/load PATH",
@@ -350,32 +353,32 @@ async def test_c106_commands_work_in_the_field(runs: Path, servers: Servers) -> 
             "/system": "system prompt: Be kind.",
             "/nonsense": "unknown command /nonsense",
         }.items():
-            app.chat.talk.field.put(line)
+            app.chat.field.put(line)
             await pilot.press("enter")
             await until(pilot, partial(shows, app, expected), what=line)
-        app.chat.talk.field.put("/save talk")
+        app.chat.field.put("/save talk")
         await pilot.press("enter")
         await until(pilot, lambda: (runs.parent / "chats/talk.json").exists())
-        app.chat.talk.field.put("/retry")
+        app.chat.field.put("/retry")
         await pilot.press("enter")
-        await until(pilot, lambda: "answer 2 to one" in app.shown and app.chat.link.phase is Phase.READY)
+        await until(pilot, lambda: "answer 2 to one" in app.shown and app.chat.left.link.phase is Phase.READY)
         assert "answer 1 to one" not in app.shown
-        app.chat.talk.field.put("/clear")
+        app.chat.field.put("/clear")
         await pilot.press("enter")
         await until(pilot, lambda: "conversation forgotten; the system prompt stays" in app.shown)
         assert "answer 2" not in app.shown and session.history == []
-        app.chat.talk.field.put(f"/load {runs.parent / 'chats/talk.json'}")
+        app.chat.field.put(f"/load {runs.parent / 'chats/talk.json'}")
         await pilot.press("enter")
         await until(pilot, lambda: "2 messages loaded" in app.shown)
         assert "answer 2 to one" in app.shown  # the retried conversation went on in its file
-        app.chat.talk.field.put("/quit")
+        app.chat.field.put("/quit")
         await pilot.press("enter")
         await until(pilot, lambda: app._exit)
 
 
 async def test_c136_mode_settings_new_copy_export_and_recall(runs: Path, servers: Servers) -> None:
     async with opened(runs, servers) as (app, pilot):
-        session = app.chat.link.session
+        session = app.chat.left.link.session
         assert session is not None and app.chat.why_not("chat.copy") == "nothing was said yet"
         await say(app, pilot, "one")
         await pilot.press("escape", "M")
@@ -393,22 +396,23 @@ async def test_c136_mode_settings_new_copy_export_and_recall(runs: Path, servers
         await pilot.press("y")
         await until(pilot, lambda: (runs.parent / "cache/lumina/reply.txt").exists())
         await pilot.press("e", "m")
-        chats = runs.parent / "chats"
-        await until(pilot, lambda: list(chats.glob("*.md")))
-        assert "## You\n\none\n" in next(chats.glob("*.md")).read_text()
+        exports = app.exports_folder
+        await until(pilot, lambda: list(exports.glob("*.md")))
+        assert "## You\n\none\n" in next(exports.glob("*.md")).read_text()
         await pilot.press("a")
-        assert session.history == [] and app.chat.talk.field.has_focus
+        assert session.history == [] and app.chat.field.has_focus
         await pilot.press("up")
-        assert app.chat.talk.field.text == "one"
+        assert app.chat.field.text == "one"
         await pilot.press("down")
-        assert app.chat.talk.field.text == ""
+        assert app.chat.field.text == ""
 
 
 async def test_c136_readonly_saves_nothing(runs: Path, servers: Servers) -> None:
     async with opened(runs, servers, readonly=True) as (app, pilot):
         await say(app, pilot, "one")
         assert not (runs.parent / "chats").exists()
-        assert app.chat.why_not("chat.export") == "--readonly: no file is written"
+        assert "--readonly" in (app.chat.refusal("chat.export") or "")
+        assert "--readonly" in (app.chat.refusal("chat.delete") or "")
 
 
 HOSTILE = "\x1b]0;owned\x07 \x1b[2J [/x] [@click=app.quit]x[/] [bold \u202egnp \x9b31m \rover"
@@ -422,7 +426,9 @@ async def test_se01_se03_text_of_the_model_is_shown_not_obeyed(runs: Path, serve
         assert "[/x] [@click=app.quit]x[/] [bold" in text and "␛]0;owned␇" in text
         assert not {"\x1b", "\x07", "\x9b", "\u202e", "\r"} & set(app.shown)
     lines = Item("assistant", HOSTILE, foot=HOSTILE).lines(40)
-    assert all(line.isprintable() for line, _ in lines)  # also without the filter that the app has over every line
+    assert all(
+        text.isprintable() for line in lines for text, _ in line
+    )  # also without the filter that the app has over every line
 
 
 async def test_c136_no_size_raises(runs: Path, servers: Servers) -> None:
@@ -432,8 +438,9 @@ async def test_c136_no_size_raises(runs: Path, servers: Servers) -> None:
             for size in [(200, 60), (120, 40), (60, 15), (20, 6), (10, 3), (1, 1), (80, 24)]:
                 await pilot.resize_terminal(*size)
                 await pilot.pause()
-                if size == (200, 60):  # both at once
-                    await until(pilot, lambda: "best latest" in app.shown and "answer 1" in app.shown)
+                if size == (200, 60):  # the conversations beside what is read
+                    wanted = "best latest" if choosing else "answer 1"
+                    await until(pilot, lambda: "first words" in app.shown and wanted in app.shown)  # noqa: B023
             if not choosing:
                 app.chat.action_checkpoints()
                 await until(pilot, lambda: "best latest" in app.shown)
@@ -466,7 +473,7 @@ def test_text_that_arrives_in_pieces_wraps_as_the_whole() -> None:
 
 async def test_the_transcript_follows_only_from_the_bottom(runs: Path, servers: Servers) -> None:
     async with opened(runs, servers) as (app, pilot):
-        transcript: Transcript = app.chat.talk.transcript
+        transcript: Transcript = app.chat.left.transcript
         for number in range(40):
             transcript.add("note", f"line {number}")
         await pilot.pause()
@@ -475,7 +482,7 @@ async def test_the_transcript_follows_only_from_the_bottom(runs: Path, servers: 
         await pilot.press("k", "k")
         transcript.add("note", "line 40")
         await pilot.pause()
-        assert "line 40" not in app.shown and "G 1 new lines" in app.shown
+        assert "line 40" not in app.shown and "G 1 new line" in app.shown
         await pilot.press("g")
         await pilot.pause()
         assert "best of run autumn" in app.shown

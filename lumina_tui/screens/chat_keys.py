@@ -1,0 +1,186 @@
+"""What the keys and commands of the Chat screen do to replies and settings. Layout and routing are in `chat`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lumina_engine.chat.modes import MODES
+from lumina_engine.chat.session import ChatSession
+
+from ..chat_settings import HINT, ChatSettings
+from ..chatting import Phase
+from ..conversations import Conversations
+from .base import LuminaScreen
+
+if TYPE_CHECKING:
+    from ..widgets.chat_pane import Pane
+
+WRITING = "a reply is being written: Esc stops it"
+NO_SERVER = "no server: r starts it again"
+FREE = ("write", "copy", "tokens", "raw", "conversations")  # what can be done while a reply is being written
+ALWAYS = (*FREE, "checkpoints", "reload", "rename", "delete")  # and without a session
+
+
+class ConversationKeys(LuminaScreen):
+    """The part of the Chat screen that works on sessions."""
+
+    conversations: Conversations
+    settings: ChatSettings
+    left: Pane
+    right: Pane
+
+    @property
+    def pane(self) -> Pane:
+        raise NotImplementedError
+
+    @property
+    def panes(self) -> list[Pane]:
+        raise NotImplementedError
+
+    @property
+    def sessions(self) -> list[ChatSession]:
+        raise NotImplementedError
+
+    def back_to_talk(self) -> None:
+        """The panes instead of a list."""
+        raise NotImplementedError
+
+    def chosen_conversation(self) -> Path | None:
+        """The saved conversation that keys act on."""
+        raise NotImplementedError
+
+    def refresh_conversations(self) -> None:
+        """Read the folder of conversations again."""
+        raise NotImplementedError
+
+    def open_conversation(self, path: Path) -> None:
+        """Continue a saved conversation."""
+        raise NotImplementedError
+
+    def action_new(self, note: str = "") -> None:
+        """An empty conversation."""
+        raise NotImplementedError
+
+    # what can be done
+
+    def no_reply_now(self) -> str | None:
+        """Why no message can be sent now, or None."""
+        phases = [pane.link.phase for pane in self.panes]
+        if Phase.REPLYING in phases:
+            return WRITING
+        if Phase.CONNECTING in phases:
+            return "a checkpoint is being loaded: Esc in its pane gives it up"
+        if Phase.READY in phases and self.left.session is not None:
+            return None
+        return NO_SERVER if Phase.GONE in phases else "no checkpoint is loaded yet"
+
+    def why_not(self, action_id: str) -> str | None:
+        name, session = action_id.rpartition(".")[2], self.pane.session
+        busy = any(pane.link.phase is Phase.REPLYING for pane in self.panes)
+        if busy and name not in FREE:
+            return WRITING
+        if name in ("rename", "delete"):
+            return None if self.chosen_conversation() is not None else "no conversation was saved yet"
+        if name in ALWAYS and name not in ("copy", "tokens"):
+            return None
+        if session is None:
+            return "no checkpoint is loaded"
+        if name == "again" and (self.no_reply_now() or not session.can_retry):
+            return self.no_reply_now() or "nothing was said yet"
+        if name in ("copy", "export", "version_next", "version_before") and not session.history:
+            return "nothing was said yet"
+        return None
+
+    # commands
+
+    def run_command(self, line: str) -> None:
+        """A slash command; both sessions follow it."""
+        outcomes = [session.command(line) for session in (self.sessions[:1] if line.startswith("/save") else self.sessions)]
+        outcome = outcomes[self.panes.index(self.pane) if len(outcomes) == len(self.panes) else 0]
+        if outcome is None:
+            return
+        if outcome.action == "quit":
+            self.app.exit()
+        elif outcome.action == "retry":
+            self.action_again()
+        elif outcome.action == "clear":
+            self.action_new(outcome.text)
+        elif outcome.action == "load":
+            self.open_conversation(Path(line.partition(" ")[2].strip()).expanduser())
+        else:
+            self.pane.say("note" if outcome.ok else "error", outcome.text)
+        if outcome.ok and self.sessions:
+            self.settings.take_from(self.sessions[0])
+            self.use_settings()
+            if line.startswith("/save"):
+                self.refresh_conversations()
+
+    def use_settings(self) -> None:
+        """Both sessions and the next `lumina` use the settings."""
+        for session in self.sessions:
+            self.settings.put_into(session)
+        self.settings.remember(self.lumina.memory)
+
+    # replies
+
+    def send(self, text: str) -> str | None:
+        """Ask both checkpoints the same with the same seed; why that cannot be, or None."""
+        reason = self.no_reply_now()
+        if reason is None and self.left.session is not None:
+            seed = self.left.session.reply_seed()
+            for pane in self.panes:
+                if pane.session is not None:
+                    pane.send(text, seed)
+        return reason
+
+    def action_again(self) -> None:
+        if reason := self.why_not("chat.again"):
+            self.lumina.notice(reason, "warning")
+            return
+        ready = [pane for pane in self.panes if pane.link.phase is Phase.READY and pane.session and pane.session.can_retry]
+        sessions = [pane.session for pane in ready if pane.session is not None]
+        seed = sessions[0].reply_seed(again=True) if sessions else 0
+        for pane in ready:
+            pane.again(seed)
+
+    def action_copy(self) -> None:
+        session = self.pane.session
+        replies = [turn["content"] for turn in session.history if turn["role"] == "assistant"] if session is not None else []
+        self.lumina.copy_text(replies[-1] if replies else "", "reply.txt")
+
+    # settings
+
+    def action_mode(self) -> None:
+        names = list(MODES)
+        self.run_command(f"/mode {names[(names.index(self.settings.mode) + 1) % len(names)]}")
+
+    def action_settings(self) -> None:
+        def apply(answer: str) -> None:
+            self.settings.apply_text(answer)
+            self.use_settings()
+            self.pane.say("note", f"settings: {self.settings.text()}")
+
+        self.lumina.prompt("Settings", apply, value=self.settings.text(), lines=HINT, check=self.settings.wrong)
+
+    # views
+
+    def action_tokens(self) -> None:
+        self.back_to_talk()
+        self.pane.toggle_tokens()
+
+    def action_raw(self) -> None:
+        for pane in (self.left, self.right):
+            pane.transcript.toggle_raw()
+        self.lumina.memory.set("chat.raw", self.left.transcript.raw)
+
+    def action_version_next(self) -> None:
+        self.action_version(1)
+
+    def action_version_before(self) -> None:
+        self.action_version(-1)
+
+    def action_version(self, step: int) -> None:
+        """Another version of the last answer; both panes are independent of each other in this."""
+        if not self.pane.choose_version(step):
+            self.lumina.notice("there is no other version that way: . answers again and keeps this one")
