@@ -24,7 +24,7 @@ from lumina_engine.run.directory import RunDirectory, RunError
 
 from . import columns
 from .paint import duration
-from .ranks import Ranks, beats
+from .ranks import Beat, Ranks, beats
 from .series import RunStore
 
 PROTO = 1
@@ -124,7 +124,8 @@ class Feed:
         self._closed = False
         self._saving: asyncio.Task[bool] | None = None
         self.arrived = self.clock()  # when the newest record came
-        self._answer_of: dict[str, Any] = {}  # the newest message about the ranks, and when it came
+        self._beats: list[Beat] = []  # the newest word about the ranks, and when it came
+        self._world: int | None = None
         self._answered = self._asked = 0.0
         self._asks: list[str] = []  # what the supervisor can be asked for
 
@@ -156,6 +157,11 @@ class Feed:
             self._keep(columns.GROWN // 4)
             if self._saving is not None:
                 await asyncio.wait([self._saving])
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close()` was called: nothing is known any more about what the run does."""
+        return self._closed
 
     def wake(self) -> None:
         """Read the file and try the socket now."""
@@ -316,7 +322,7 @@ class Feed:
         await self._read_file(int(first.get("offset", 0)))
         self.why, self.mode = "", Mode.LIVE
         self._asks = first["asks"] if isinstance(first.get("asks"), list) else []
-        self._answer_of, self._answered = first, self.clock()
+        self._take_ranks(first)
         self.attachments += 1
         pending = b""
         began = time.monotonic()
@@ -374,7 +380,7 @@ class Feed:
             case "reply":
                 self._reply(message)
             case "ranks":
-                self._answer_of, self._answered = message, self.clock()
+                self._take_ranks(message)
             case "bye":
                 self.why = f"the supervisor closed the connection: {message.get('reason', 'no reason given')}"
                 raise EOFError(self.why)
@@ -387,7 +393,7 @@ class Feed:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        self._answer_of = {}
+        self._beats = []
         for request in self.requests:
             if request.phase is Phase.SENT:
                 request.phase, request.note = (
@@ -408,10 +414,13 @@ class Feed:
     @property
     def ranks(self) -> Ranks:
         """Where the ranks are, as far as the supervisor has told; none without a connection."""
-        world = self._answer_of.get("world")
         since = max(0.0, self.clock() - self._answered)
-        usual = self.store.median_step_time()
-        return Ranks(beats(self._answer_of.get("ranks")), world if isinstance(world, int) else None, since, usual)
+        return Ranks(self._beats, self._world, since, self.store.median_step_time())
+
+    def _take_ranks(self, message: dict[str, Any]) -> None:
+        world = message.get("world")
+        self._beats, self._world = beats(message.get("ranks")), world if isinstance(world, int) else None
+        self._answered = self.clock()
 
     # commands
 

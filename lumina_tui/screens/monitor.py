@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from textual.containers import Horizontal
-from textual.content import Content
+from textual.containers import Grid, Horizontal
 from textual.widget import Widget
 
 from lumina_engine.run.directory import RunDirectory, RunError, find, list_runs
 
 from ..actions import Action
 from ..feed import Feed, Mode
-from ..paint import clean, duration, number, whole
+from ..paint import age, clean, duration, number, whole
 from ..series import RunStore
+from ..widgets.alert_table import AlertTable
+from ..widgets.device_panel import DevicePanel
 from ..widgets.expert_map import ExpertMap
 from ..widgets.line_chart import Cursor, LineChart
 from ..widgets.log_view import LogView
-from ..widgets.run_panels import HardwarePanel, ProgressLine, StatusLine, TrendPanel
+from ..widgets.run_panels import ProgressLine, StatusLine
 from ..widgets.run_start import StartPanel, Ticker
+from ..widgets.trend_panel import TrendPanel
 from .base import LuminaScreen, State
+from .run_alerts import RunAlerts
 from .run_commands import RunCommands
 
 CHARTS = ("loss", "tokens_per_s", "grad_norm", "lr")
+HUGE = (200, 60)  # from this size on: the map at full height, alerts, 12 lines of log
 
 
-class MonitorScreen(RunCommands, LuminaScreen):
+class MonitorScreen(RunCommands, RunAlerts, LuminaScreen):
     """Watches `run` (a name below the root or a path); without one, the run that was active last."""
 
     scope = "monitor"
@@ -36,52 +41,59 @@ class MonitorScreen(RunCommands, LuminaScreen):
     heading = "Monitor"
     ALLOW_IN_MAXIMIZED_VIEW: ClassVar[str] = "TitleBar, KeyBar, ProgressLine, StatusLine"
     DEFAULT_CSS = """
-    MonitorScreen #top { height: 1fr; }
-    MonitorScreen #loss { width: 1fr; height: 1fr; }
-    MonitorScreen #experts { width: 30; height: 1fr; }
+    MonitorScreen #top { height: 1fr; grid-size: 2 1; grid-columns: 1fr 30; grid-rows: 1fr; }
+    MonitorScreen #top LineChart, MonitorScreen #experts { width: 100%; height: 100%; }
+    MonitorScreen .small { display: none; }
     MonitorScreen.-dense #experts { display: none; }
-    MonitorScreen #charts { height: 12; display: none; }
-    MonitorScreen #charts LineChart { width: 1fr; height: 1fr; }
+    MonitorScreen.-dense #top { grid-size: 1 1; grid-columns: 1fr; }
+    MonitorScreen.-wide #top { grid-size: 3 2; grid-columns: 1fr 1fr 52; grid-rows: 1fr 12; }
+    MonitorScreen.-wide #loss { column-span: 2; }
+    MonitorScreen.-wide .small { display: block; }
+    MonitorScreen.-wide.-dense #top { grid-columns: 1fr 1fr 1fr; }
+    MonitorScreen.-wide.-dense #loss { column-span: 3; }
+    MonitorScreen.-huge #top { grid-size: 4 2; grid-columns: 1fr 1fr 1fr 56; grid-rows: 1fr 13; }
+    MonitorScreen.-huge #loss { column-span: 3; }
+    MonitorScreen.-huge #experts { row-span: 2; }
+    MonitorScreen.-huge.-dense #top { grid-size: 3 2; grid-columns: 1fr 1fr 1fr; }
     MonitorScreen #trend { height: 6; }
-    MonitorScreen #bottom { height: 9; display: none; }
-    MonitorScreen #devices { width: 1fr; height: 1fr; display: none; }
-    MonitorScreen #log { width: 2fr; height: 1fr; }
-    MonitorScreen.-logging #bottom { display: block; }
-    MonitorScreen.-logging.-compact #bottom { height: 1fr; }
-    MonitorScreen.-logging.-compact #trend { display: none; }
-    MonitorScreen #start { display: none; height: 8; }
-    MonitorScreen.-wide #experts { width: 52; }
-    MonitorScreen.-wide #charts { display: block; }
+    MonitorScreen #bottom { height: 10; display: none; }
+    MonitorScreen #devices, MonitorScreen #alerts { width: 1fr; height: 1fr; display: none; }
+    MonitorScreen #log { width: 2fr; height: 1fr; display: none; }
+    MonitorScreen.-logging #bottom, MonitorScreen.-logging #log { display: block; }
+    MonitorScreen.-devices #bottom, MonitorScreen.-devices #devices { display: block; }
+    MonitorScreen.-compact.-logging #bottom, MonitorScreen.-compact.-devices #bottom { height: 1fr; }
+    MonitorScreen.-compact.-logging #trend, MonitorScreen.-compact.-devices #trend { display: none; }
     MonitorScreen.-wide #trend { display: none; }
-    MonitorScreen.-wide #bottom { display: block; height: 11; }
-    MonitorScreen.-wide #devices { display: block; }
-    MonitorScreen.-starting #start { display: block; }
-    MonitorScreen.-starting #top, MonitorScreen.-starting #charts, MonitorScreen.-starting #trend { display: none; }
-    MonitorScreen.-starting #bottom { display: block; height: 1fr; }
-    MonitorScreen.-starting #devices { display: none; }
-    MonitorScreen.-empty #experts, MonitorScreen.-empty #charts, MonitorScreen.-empty #trend,
+    MonitorScreen.-wide #bottom { height: 11; }
+    MonitorScreen.-huge #bottom { height: 14; }
+    MonitorScreen.-huge #alerts { display: block; }
+    MonitorScreen #start { display: none; height: 8; }
+    MonitorScreen.-starting #start, MonitorScreen.-starting #bottom, MonitorScreen.-starting #log { display: block; }
+    MonitorScreen.-starting #top, MonitorScreen.-starting #trend, MonitorScreen.-starting #devices,
+    MonitorScreen.-starting #alerts { display: none; }
+    MonitorScreen.-starting #bottom { height: 1fr; }
+    MonitorScreen.-empty #experts, MonitorScreen.-empty .small, MonitorScreen.-empty #trend,
     MonitorScreen.-empty #bottom { display: none; }
+    MonitorScreen.-empty #top { grid-size: 1 1; grid-columns: 1fr; }
     MonitorScreen Ticker { display: none; }
     MonitorScreen.-tiny Ticker { display: block; }
-    MonitorScreen.-tiny #top, MonitorScreen.-tiny #charts, MonitorScreen.-tiny #bottom, MonitorScreen.-tiny #trend,
-    MonitorScreen.-tiny #start, MonitorScreen.-tiny ProgressLine, MonitorScreen.-tiny StatusLine,
-    MonitorScreen.-tiny TooSmall { display: none; }
+    MonitorScreen.-tiny #top, MonitorScreen.-tiny #bottom, MonitorScreen.-tiny #trend, MonitorScreen.-tiny #start,
+    MonitorScreen.-tiny ProgressLine, MonitorScreen.-tiny StatusLine, MonitorScreen.-tiny TooSmall { display: none; }
     """
 
     def __init__(self, *, run: str | Path | None = None) -> None:
         super().__init__()
         self.feed: Feed | None = None
         self._wanted = run
-        self._log_chosen: bool | None = None  # None: as the size suggests
-        self._seen_alerts = 0
-        self._rung = 0
         self._mode: Mode | None = None
-        cursor = Cursor()
-        self.charts = [LineChart(metric=name, cursor=cursor, id=name) for name in CHARTS]
+        self.cursor = Cursor()
+        self.charts = [LineChart(metric=name, cursor=self.cursor, id=name) for name in CHARTS]
         self.loss = self.charts[0]
+        for chart in self.charts[1:]:
+            chart.add_class("small")
         self.experts = ExpertMap(id="experts")
-        self.trend, self.devices = TrendPanel(id="trend"), HardwarePanel(id="devices")
-        self.log_view = LogView(id="log")
+        self.trend, self.devices = TrendPanel(id="trend"), DevicePanel(id="devices")
+        self.alert_table, self.log_view = AlertTable(id="alerts"), LogView(id="log")
         self.progress, self.status = ProgressLine(), StatusLine()
         self.start, self.ticker = StartPanel(id="start"), Ticker()
 
@@ -89,11 +101,13 @@ class MonitorScreen(RunCommands, LuminaScreen):
         yield self.progress
         yield self.ticker
         yield self.start
-        yield Horizontal(self.loss, self.experts, id="top")
-        yield Horizontal(*self.charts[1:], id="charts")
+        yield Grid(self.loss, self.experts, *self.charts[1:], id="top")
         yield self.trend
-        yield Horizontal(self.devices, self.log_view, id="bottom")
+        yield Horizontal(self.devices, self.alert_table, self.log_view, id="bottom")
         yield self.status
+
+    def on_resize(self) -> None:
+        self.set_class(self.size.width >= HUGE[0] and self.size.height >= HUGE[1], "-huge")
 
     # choosing a run
 
@@ -120,18 +134,16 @@ class MonitorScreen(RunCommands, LuminaScreen):
         if old is not None:
             await old.close()
         feed = Feed(run, hz=self.look.hz)
-        self._seen_alerts = self._rung = 0
+        self.expect_alerts(await asyncio.to_thread(_identity, run))
         self.remove_class("-empty")
         for chart in self.charts:
             chart.set_state(State.LIVE)
             chart.show(feed.store)
-        self.experts.show(feed.store)
-        self.trend.show(feed.store)
-        self.devices.show(feed.store)
-        self.progress.show(feed)
-        self.status.show(feed)
-        self.start.show(feed)
-        self.ticker.show(feed)
+        self.devices.feed = feed
+        for panel in (self.experts, self.trend, self.devices, self.alert_table):
+            panel.show(feed.store)
+        for part in (self.progress, self.status, self.start, self.ticker):
+            part.show(feed)
         self.log_view.show(run.log_path)
         feed.start()
         self.feed = feed
@@ -148,6 +160,9 @@ class MonitorScreen(RunCommands, LuminaScreen):
         if self.feed is not None:
             await self.feed.close()
 
+    def place(self) -> dict[str, str | list[str]] | None:
+        return {"run": str(self.feed.run.path.absolute())} if self.feed is not None else None
+
     @property
     def store(self) -> RunStore | None:
         return self.feed.store if self.feed is not None else None
@@ -161,30 +176,20 @@ class MonitorScreen(RunCommands, LuminaScreen):
         if feed.store is not self.loss.store:  # the file was replaced
             self.lumina.spawn(self._watch(feed.run.path))
             return
+        feed.ask_ranks()
         self._frame(feed)
-        for chart in self.charts:
-            if chart.is_on_screen:
-                chart.sync()
-        for panel in (self.experts, self.trend, self.devices, self.log_view):
+        panels: list[Any] = [*self.charts, self.experts, self.trend, self.devices, self.alert_table, self.log_view]
+        for panel in panels:
             if panel.is_on_screen:
                 panel.sync()
-        for part in (
-            self.progress,
-            self.status,
-            self.start,
-            self.ticker,
-        ):
+        for part in (self.progress, self.status, self.start, self.ticker):
             part.sync()
 
     def _frame(self, feed: Feed) -> None:
         feed.hz = self.lumina.rate
         store, badge = feed.store, feed.badge()
         state = "crashed" if feed.mode is Mode.DEAD else store.state or ("" if feed.mode is Mode.LOADING else "preparing")
-        fresh = store.alerts[self._seen_alerts :]
-        critical = sum(alert.severity == "critical" for alert in fresh)
-        if critical > self._rung:
-            self.app.bell()
-        self._rung = critical
+        alerts, critical = self.count_alerts(store.alerts)
         before = (self.state_word, self._mode)
         self._mode = feed.mode
         self.set_frame(
@@ -192,16 +197,17 @@ class MonitorScreen(RunCommands, LuminaScreen):
             state=state,
             badge=badge.text,
             badge_role=badge.role,
-            alerts=len(fresh),
-            critical=critical > 0,
+            alerts=alerts,
+            critical=critical,
         )
         if before != (state, feed.mode):
             self.refresh_keys()
         empty = not len(store.steps)
         self.set_class(empty and feed.mode is not Mode.LOADING, "-starting")
         self.set_class(not store.layers, "-dense")
-        self.set_class(self._log_shown, "-logging")
+        self._lay_out()
         stale = badge.text.startswith(("QUIET", "DEAD"))
+        old = f"{age(feed.clock() - store.t)} old" if stale else ""
         for chart in self.charts:
             if feed.mode is Mode.LOADING and empty:
                 chart.set_state(State.LOADING, f"reading the run's file: {100 * feed.progress:.0f} %")
@@ -209,12 +215,38 @@ class MonitorScreen(RunCommands, LuminaScreen):
                 chart.set_state(State.ERROR, f"{feed.error}\nr reads it again")
             else:
                 chart.set_state(State.STALE if stale else State.LIVE)
+        for panel in (self.experts, self.trend, self.devices):
+            panel.set_state(State.STALE if stale else State.LIVE, old)
 
-    @property
-    def _log_shown(self) -> bool:
-        if self._log_chosen is not None:
-            return self._log_chosen
-        return not self.has_class("-compact") and self.size.height >= 36
+    # which panels
+
+    def _shown(self, name: str) -> bool:
+        """Whether `log` or `devices` is wanted: as the user chose last, else as the size suggests."""
+        chosen = self.lumina.memory.get(f"monitor.{name}", None)
+        if isinstance(chosen, bool):
+            return chosen
+        if self.has_class("-wide"):
+            return True
+        return name == "log" and not self.has_class("-compact") and self.size.height >= 36
+
+    def _lay_out(self) -> None:
+        log, devices = self._shown("log"), self._shown("devices")
+        if self.has_class("-compact") and log and devices:
+            devices = self.focused is self.devices
+            log = not devices
+        self.set_class(log, "-logging")
+        self.set_class(devices, "-devices")
+
+    def _toggle(self, name: str, panel: Widget) -> None:
+        shown = self.has_class("-logging" if name == "log" else "-devices")
+        self.lumina.memory.set(f"monitor.{name}", not shown)
+        if not shown and self.has_class("-compact"):  # there is room for one of them
+            self.lumina.memory.set("monitor.devices" if name == "log" else "monitor.log", False)
+        self._lay_out()
+        if not shown:
+            panel.focus()
+        elif self.focused is panel:
+            self.loss.focus()
 
     # actions; those that change the run are in run_commands
 
@@ -229,12 +261,10 @@ class MonitorScreen(RunCommands, LuminaScreen):
         return super().footer_text(action)
 
     def action_log(self) -> None:
-        self._log_chosen = not self._log_shown
-        self.set_class(self._log_shown, "-logging")
-        if self._log_chosen:
-            self.log_view.focus()
-        elif self.focused is self.log_view:
-            self.loss.focus()
+        self._toggle("log", self.log_view)
+
+    def action_devices(self) -> None:
+        self._toggle("devices", self.devices)
 
     def action_reload(self) -> None:
         self.lumina.spawn(self._watch(self.feed.run.path if self.feed is not None else self._wanted))
@@ -243,21 +273,10 @@ class MonitorScreen(RunCommands, LuminaScreen):
         assert self.feed is not None
         self.lumina.copy_text(str(self.feed.run.path))
 
-    def action_alerts(self) -> None:
-        from .dialogs import Sheet
-
+    async def action_command(self) -> None:
         assert self.feed is not None
-        store = self.feed.store
-        self._seen_alerts = len(store.alerts)
-        self._rung = 0
-        blocks = []
-        for alert in reversed(store.alerts):
-            at = f" at step {whole(alert.step)}" if alert.step is not None else ""
-            words = [f"{alert.severity}  {clean(alert.code)}{at}", clean(alert.message), clean(alert.recommendation or "")]
-            blocks.append("\n  ".join(word for word in words if word))
-        badge = self.feed.badge()
-        head = f"{badge.text}: {clean(badge.why)}\n\n" if badge.why else ""
-        self.lumina.push_screen(Sheet("Alerts", Content(head + ("\n\n".join(blocks) or "No alerts in this run."))))
+        identity = await asyncio.to_thread(self.feed.run.identity)
+        self.lumina.copy_text(shlex.join(map(str, identity.get("argv") or [])), "command.txt")
 
     def summary(self) -> str:
         """What the run came to, for notices and the end of the program."""
@@ -276,3 +295,11 @@ def _find(wanted: str | Path | None, root: Path) -> RunDirectory | None:
     if isinstance(wanted, Path) and (wanted / "run.json").exists():
         return RunDirectory(wanted)
     return find(str(wanted), root)
+
+
+def _identity(run: RunDirectory) -> str:
+    """What tells this run from an earlier one of the same name."""
+    try:
+        return str(run.identity().get("id", ""))
+    except RunError:
+        return str(run.path)

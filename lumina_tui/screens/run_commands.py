@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import math
-import signal
 import time
 from typing import Any
 
-from lumina_engine.run.directory import RunDirectory, RunError
-from lumina_engine.run.process import marked, send_all
+from lumina_engine.run.directory import RunDirectory
 
-from ..feed import Feed, Request
-from ..paint import number
+from ..ending import Footprint, footprint, kill_run, outcome
+from ..feed import Feed, Phase, Request
+from ..paint import number, whole
 from ..widgets.acts import Acts
 from .dialogs import Choice
 
 NEED_RUN = frozenset({"monitor.checkpoint", "monitor.pause", "monitor.set_lr"})
-KILL_WAIT_S = 15.0
 
 
 class RunCommands(Acts):
@@ -67,12 +65,14 @@ class RunCommands(Acts):
 
     def action_set_lr(self) -> None:
         assert self.feed is not None
-        present = self.feed.store.steps.last("lr")
+        store = self.feed.store
+        present = store.steps.last("lr")
+        now = f"The schedule stands at {number(present)} (step {whole(store.step)})." if present else "No step was made yet."
         self.lumina.prompt(
             f"Learning rate of {self.feed.run.name}",
             lambda text: self._set_lr(float(text)),
             value=number(present) if present else "",
-            lines=["From the next step boundary on; the schedule goes on from there."],
+            lines=[now, "It changes at the next step boundary; the schedule keeps its shape from there."],
             check=check_lr,
         )
 
@@ -97,21 +97,32 @@ class RunCommands(Acts):
             question = f"Kill every process of {self.feed.run.name}?"
             lines = ["Steps since the newest checkpoint are lost. Checkpoints stay whole."]
             self.lumina.ask(question, [Choice("K", "kill", "kill")], lambda _: self._kill(), lines)
-        elif answer == "save":
-            self._send("stop", "save and stop", save=True)
-        else:
-            self._send("stop", "stop without saving", save=False)
+            return
+        save = answer == "save"
+        request = self._send("stop", "save and stop" if save else "stop without saving", save=save)
+        self.lumina.spawn(self._watch_end(self.feed, request))
 
     def _kill(self) -> None:
         assert self.feed is not None
         self.lumina.spawn(self._kill_tree(self.feed.run))
 
     async def _kill_tree(self, run: RunDirectory) -> None:
-        survivors = await asyncio.to_thread(kill_tree, run)
-        if survivors:
-            self.lumina.notice(f"{run.name}: still alive: process {', '.join(map(str, survivors))}", "error", timeout=20)
-        else:
-            self.lumina.notice(f"{run.name}: every process is gone, and with them their device memory")
+        before = await asyncio.to_thread(footprint, run)
+        await asyncio.to_thread(kill_run, run)
+        await self._report_end(run, before)
+
+    async def _watch_end(self, feed: Feed, request: Request) -> None:
+        """After a stop: wait until the supervisor has gone, then say what that freed and who is still there."""
+        before = await asyncio.to_thread(footprint, feed.run)
+        while request.open or (feed.alive and not feed.closed and request.phase is Phase.APPLIED):
+            await asyncio.sleep(0.2)
+        if request.phase is Phase.APPLIED and not feed.alive:
+            await self._report_end(feed.run, before)
+
+    async def _report_end(self, run: RunDirectory, before: Footprint) -> None:
+        after = await asyncio.to_thread(footprint, run)
+        words = f"{run.name}: {outcome(before, after)}"
+        self.lumina.notice(words, "error" if after.pids else "information", timeout=20)
 
     def action_chat(self) -> None:
         assert self.feed is not None
@@ -130,21 +141,3 @@ def check_lr(text: str) -> str | None:
     if not math.isfinite(value) or value <= 0:
         return "must be above 0; P pauses the run instead"
     return "must be at most 1" if value > 1 else None
-
-
-def kill_tree(run: RunDirectory) -> list[int]:
-    """End a run's supervisor and every process that carries its nonce; the pids that are still there. Takes up to 15 s."""
-    try:
-        nonce = run.identity().get("nonce")
-    except RunError:
-        nonce = None
-    run.signal(signal.SIGKILL)
-    deadline = time.monotonic() + KILL_WAIT_S
-    while True:
-        left = marked(nonce) if isinstance(nonce, str) and nonce else []
-        if not left and run.owner() is None:
-            return []
-        if time.monotonic() >= deadline:
-            return [process.pid for process in left]
-        send_all(left, signal.SIGKILL)
-        time.sleep(0.1)

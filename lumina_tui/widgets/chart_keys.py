@@ -136,6 +136,11 @@ class ChartKeys(Acts):
         self._keep_in_view()
         self.sync()
 
+    def show_step(self) -> None:
+        """Bring the shared crosshair into view, after somebody else has set it."""
+        self._keep_in_view()
+        self.sync()
+
     def _keep_in_view(self) -> None:
         if self.options.view is None or self.cursor.step is None:
             return

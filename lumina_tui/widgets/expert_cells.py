@@ -51,7 +51,7 @@ class Ink:
     ascii: bool = False
     halves: bool = False
 
-    def cell(self, share: float, dead: bool) -> Piece:
+    def cell(self, share: float, dead: bool) -> tuple[str, Style]:
         """One glyph."""
         if dead:
             return DEAD, self.palette.bad
@@ -60,7 +60,7 @@ class Ink:
         level = level_of(share)
         return (GLYPHS_ASCII if self.ascii else GLYPHS)[level], self.palette.heat[level]
 
-    def pair(self, upper: tuple[float, bool], lower: tuple[float, bool]) -> Piece:
+    def pair(self, upper: tuple[float, bool], lower: tuple[float, bool]) -> tuple[str, Style]:
         """Two cells in one, one above the other."""
         (_, above), (_, below) = self.cell(*upper), self.cell(*lower)
         if upper[1] or lower[1]:
@@ -118,7 +118,7 @@ def row_cells(values: Sequence[float], dead: Sequence[bool], row: Row, ink: Ink,
             other = (values[experts[1]], dead[experts[1]]) if len(experts) > 1 else (math.nan, False)
             text, style = ink.pair(one, other)
         if chosen is not None and chosen in experts:
-            style = (style or Style()) + Style(reverse=True)
+            style += Style(reverse=True)
         pieces.append((text * row.each if text != DEAD else DEAD.ljust(row.each), style))
     return pieces
 

@@ -102,7 +102,7 @@ def layer_picture(time: LayerTime, width: int, height: int, ink: Ink, row: int, 
             values = [*((float(share[t, e]), bool(dead[t, e])) for e in pair), (math.nan, False)]
             text, style = ink.cell(*values[0]) if per == 1 else ink.pair(values[0], values[1])
             if row in pair and t == column:
-                style = (style or Style()) + Style(reverse=True)
+                style += Style(reverse=True)
             pieces.append((text * each, style))
         newest = float(time.share_TE[-1, top]) if len(time.share_TE) else math.nan
         lines.append(
@@ -169,4 +169,4 @@ def _figure_cell(value: float, figure: Figure, ink: Ink, chosen: bool) -> Piece:
     if math.isfinite(value):
         level = figure.level(value)
         text, style = ink.cell((0.1, 0.5, 1.0, 1.5, 3.0)[level], False)
-    return text, (style or Style()) + Style(reverse=True) if chosen else style
+    return text, style + Style(reverse=True) if chosen else style

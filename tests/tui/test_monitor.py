@@ -12,8 +12,11 @@ import pytest
 
 from lumina_engine.monitoring import record as rec
 from lumina_tui.application import LuminaApp, Start
+from lumina_tui.ending import Footprint
 from lumina_tui.feed import Mode, Phase
-from lumina_tui.screens.dialogs import Prompt, Question, Sheet
+from lumina_tui.screens import run_commands
+from lumina_tui.screens.alerts import AlertSheet
+from lumina_tui.screens.dialogs import Prompt, Question
 from lumina_tui.screens.monitor import MonitorScreen
 from lumina_tui.screens.run_commands import check_lr
 from lumina_tui.terminal import Look
@@ -175,8 +178,10 @@ async def test_readonly_viewer_sends_nothing(tmp_path):
 
 
 async def test_kill_asks_twice(tmp_path, monkeypatch):
-    killed = []
-    monkeypatch.setattr("lumina_tui.screens.run_commands.kill_tree", lambda run: killed.append(run.name) or [4242])
+    killed: list[str] = []
+    held = [Footprint((7, 4242), 3_000_000_000, 71_000_000_000), Footprint((4242,), 1_000_000_000, 0)]
+    monkeypatch.setattr(run_commands, "kill_run", lambda run: killed.append(run.name))
+    monkeypatch.setattr(run_commands, "footprint", lambda run: held.pop(0))
     async with live(tmp_path) as (_, app, pilot, _):
         await pilot.press("X")
         await until(pilot, lambda: isinstance(app.screen, Question))
@@ -186,6 +191,8 @@ async def test_kill_asks_twice(tmp_path, monkeypatch):
         await pilot.press("K")
         await until(pilot, lambda: any("still alive: process 4242" in notice.text for notice in app.notices))
         assert killed == ["demo"]
+        said = app.notices[-1]
+        assert said.severity == "error" and "71 GB of device memory freed, 2.00 GB of host memory freed" in said.text
 
 
 async def test_layers_maximise_log_filter_alerts(tmp_path):
@@ -210,7 +217,7 @@ async def test_layers_maximise_log_filter_alerts(tmp_path):
         await until(pilot, lambda: screen.maximized is None and "trend" in screen_text(app))
         assert "!1" in screen_text(app)
         await pilot.press("A")
-        await until(pilot, lambda: isinstance(app.screen, Sheet) and "Lower the rate." in screen_text(app))
+        await until(pilot, lambda: isinstance(app.screen, AlertSheet) and "Lower the rate." in screen_text(app))
         await pilot.press("escape")
         await until(pilot, lambda: app.screen is screen and "!1" not in screen_text(app))
 
