@@ -143,7 +143,7 @@ def reading_lines(curves: Sequence[Curve], options: Options) -> list[str]:
         if at is None:
             lines.append(f"{name}  no values")
             continue
-        parts = [name] * bool(name) + [f"{options.base} {x_text(options.base, at.x)}", value_text(options.metric, at.value)]
+        parts = [name] * bool(name) + [x_text(options.base, at.x), value_text(options.metric, at.value)]
         parts += [f"EMA {value_text(options.metric, at.smooth)}"] * (at.smooth is not None)
         score = evaluation(curve.store, at.step) if options.metric == "loss" else None
         parts += [f"eval {value_text('loss', score[1])} at {score[0]:,}"] if score is not None else []

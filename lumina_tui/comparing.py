@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,11 @@ COLUMNS = (
     Column("value", "value", 8, "right"),
     Column("ema", "EMA", 8, "right", rank=1),
     Column("base", "to base", 8, "right"),
-    Column("pin", "to pin", 8, "right", rank=3),
+    Column("pin", "to pin", 8, "right", rank=4),
     Column("best", "best", 8, "right", rank=2),
-    Column("last", "last", 8, "right", rank=4),
+    Column("last", "last", 8, "right", rank=3),
 )
+PINNED = tuple(replace(column, rank=1) if column.key == "pin" else column for column in COLUMNS)  # while a place is pinned
 # whether a metric is better when it is small; what is not named has no better side
 _SMALL = {
     **dict.fromkeys(("loss", "aux_loss", "z_loss", "step_time", "imbalance", "dropped"), True),
@@ -263,7 +264,7 @@ def _shown(config: dict[str, Any], name: str) -> str:
 
 
 def side_by_side(runs: Sequence[Compared], width: int) -> list[Line]:
-    """Results, then differing keys, one column a run if they fit into `width` cells, else one line a run below each key."""
+    """Results, then differing keys: one column a run if they fit into `width` cells, else one wrapped line a key."""
     parts: list[Line] = []
     for run in runs:
         if run.why():
@@ -293,10 +294,9 @@ def _block(title: str, fields: Sequence[Fields], runs: Sequence[Compared], width
             lines.append(((f"{_cut(entry.name, label - 1):<{label}}", "dim"), *row))
         return lines
     for entry in fields:
-        lines.append(((entry.name, "dim"),))
-        lines += [
-            ((f"  {run.letter} ", f"run{run.slot}"), (value, "text")) for run, value in zip(runs, entry.values, strict=True)
-        ]
+        pairs = zip(runs, entry.values, strict=True)
+        parts = [part for run, value in pairs for part in ((f"  {run.letter} ", f"run{run.slot}"), (value, "text"))]
+        lines.append(((entry.name, "dim"), *parts))
     return lines
 
 

@@ -13,7 +13,8 @@ from textual.widget import Widget
 
 from lumina_engine.run.directory import list_runs
 
-from ..comparing import COLUMNS, Compared, as_text, exists, metrics_beside, opened, side_by_side, table_rows
+from ..actions import Action
+from ..comparing import COLUMNS, PINNED, Compared, as_text, exists, metrics_beside, opened, side_by_side, table_rows
 from ..feed import Feed
 from ..paint import clean
 from ..widgets.compare_parts import CompareChart, RunChooser, SidePanel
@@ -49,7 +50,7 @@ class CompareScreen(LuminaScreen):
     CompareScreen.-compact.-reading #table { display: none; }
     CompareScreen.-wide #body { layout: horizontal; }
     CompareScreen.-wide #small { display: block; }
-    CompareScreen.-wide #right { width: 80; height: 1fr; layout: vertical; }
+    CompareScreen.-wide #right { width: 45%; height: 1fr; layout: vertical; }
     CompareScreen.-wide #table { width: 100%; height: 11; }
     CompareScreen.-wide #side { width: 100%; }
     CompareScreen #choose { display: none; height: 1fr; }
@@ -66,6 +67,7 @@ class CompareScreen(LuminaScreen):
         self._wanted = tuple(runs or ())
         self._looked = 0.0
         self._shown: tuple[object, ...] = ()
+        self._beside: list[str] = []  # metrics of the small charts
         cursor = Cursor()
         self.chart = CompareChart("loss", cursor=cursor, id="chart")
         self.small = [CompareChart(name, cursor=cursor) for name in ("tokens_per_s", "grad_norm", "lr", "aux_loss")]
@@ -91,6 +93,9 @@ class CompareScreen(LuminaScreen):
     def retarget(self, *, runs: Sequence[Path] = ()) -> bool:  # type: ignore[override]
         self.lumina.spawn(self._open(tuple(runs)))
         return True
+
+    def place(self) -> dict[str, str | list[str]] | None:
+        return {"runs": [str(path.absolute()) for path in self._wanted]} if self._wanted else {}
 
     async def _open(self, paths: Sequence[Path]) -> None:
         """Show these runs instead of those before."""
@@ -158,13 +163,18 @@ class CompareScreen(LuminaScreen):
             self._looked = now
             self.lumina.spawn(self._look())
             self.side.show(side_by_side(self.runs, self.side.room))
+            self._beside = metrics_beside(self.chart.metrics_known(), self.chart.options.metric)
         if self._drawn() != self._shown:
             self._lay()
         for chart in (self.chart, *self.small):
             chart.sync()
         options = self.chart.options
+        columns = COLUMNS if options.pin is None else PINNED
+        if self.table.columns != columns:
+            self.table.columns = columns
+            self.table.refresh()
         self.table.set_rows(table_rows(self.runs, self.baseline, options, self.chart.reach))
-        at = f"at {options.base} {x_text(options.base, options.cross)}" if options.cross is not None else "newest"
+        at = f"at {x_text(options.base, options.cross)}" if options.cross is not None else "newest values"
         self.table.set_title(
             f"runs  {at}", f"{label_of(options.metric)} | base {self.baseline.letter if self.baseline else '-'}"
         )
@@ -183,7 +193,8 @@ class CompareScreen(LuminaScreen):
     def _drawn(self) -> tuple[object, ...]:
         stores = tuple((run.letter, id(run.feed.store) if run.feed is not None else 0, run.drawn) for run in self.runs)
         main = self.chart.options
-        return stores, id(self.focus_on), id(self.baseline), main.metric, main.base, main.log_x, main.view
+        axis = (main.metric, main.base, main.log_x, main.view)
+        return stores, id(self.focus_on), id(self.baseline), axis, tuple(self._beside)
 
     def _lay(self) -> None:
         """Give the charts their curves: hidden runs are left out, the focused one comes last."""
@@ -195,8 +206,7 @@ class CompareScreen(LuminaScreen):
         base = self.baseline.curve if self.baseline is not None else None
         self.chart.lay(curves, base)
         main = self.chart.options
-        known = metrics_beside(self.chart.metrics_known(), main.metric)
-        for chart, name in zip(self.small, [*known, *[""] * 4], strict=False):
+        for chart, name in zip(self.small, [*self._beside, *[""] * 4], strict=False):
             chart.display = bool(name)
             if name:
                 if chart.options.metric != name:
@@ -240,6 +250,11 @@ class CompareScreen(LuminaScreen):
     def on_descendant_focus(self) -> None:
         super().on_descendant_focus()
         self.set_class(self.focused is self.side, "-reading")
+
+    def footer_text(self, action: Action) -> str:
+        if action.id == "compare.hide":
+            return "mark" if self.choosing else "show" if self.focus_on is not None and self.focus_on.hidden else "hide"
+        return super().footer_text(action)
 
     @property
     def choosing(self) -> bool:

@@ -186,10 +186,9 @@ class _Painter:
         reduced = focused.raw.columns(focused.edges_D)
         spans = self._spans(focused, focused.raw, reduced)
         missing = int(reduced.missing_C.sum())
-        if self.many:
-            if options.weight:
-                self._layer(spans, FAINT)
-            missing += self._overlay(spans if not options.weight else None)
+        if self.many:  # the noise of eight runs would hide their lines: raw values only without smoothing
+            spans, others = self._overlay(spans)
+            missing += others
         else:
             self._layer(spans, RAW if options.weight else CURVE)
             if options.weight:
@@ -205,11 +204,14 @@ class _Painter:
         reduced = smooth.columns(one.edges_D)
         return self._spans(one, smooth, reduced), int(reduced.missing_C.sum())
 
-    def _overlay(self, focused: Spans | None) -> int:
-        """The lines of several runs, the focused one on top, then their letters. How many values of the others are missing."""
-        missing, ends = 0, []
+    def _overlay(self, focused: Spans) -> tuple[Spans, int]:
+        """The lines of several runs, the focused one on top, then their letters.
+
+        Gives the focused line (`focused` are its raw values), and how many values of the others are missing.
+        """
+        missing, ends, spans = 0, [], focused
         for one in self.laid:
-            if one is self.focused and focused is not None:
+            if one is self.focused and not self.options.weight:
                 spans, count = focused, 0
             elif self.options.weight:
                 spans, count = self._smooth(one)
@@ -224,7 +226,7 @@ class _Painter:
                 row = self._row_at(float(spans.low_D[last] + spans.high_D[last]) / 2)
                 ends.append((min(last // DOTS[self.glyphs][0] + 1, self.plot.across - 1), row, one.curve))
         self._letters(ends)
-        return missing
+        return spans, missing
 
     def _letters(self, ends: Sequence[tuple[int, int, Curve]]) -> None:
         """A letter where each line ends, the nearest free row where two end together: colour alone says nothing."""

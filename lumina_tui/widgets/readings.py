@@ -102,7 +102,7 @@ def difference_text(metric: str, change: float | None) -> str:
 
 
 def x_text(base: Base, x: float | None) -> str:
-    """An X value for a person."""
+    """An X value with its unit."""
     if x is None:
         return "-"
     if base == "clock":
@@ -111,7 +111,7 @@ def x_text(base: Base, x: float | None) -> str:
         return time.strftime("%d %b %H:%M:%S", time.localtime(x))
     if base == "hours":
         return f"{x:.4g} h"
-    return f"{round(x):,}" if base == "step" else f"{count(x)} tokens"
+    return f"step {round(x):,}" if base == "step" else f"{count(x)} tokens"
 
 
 def label_of(metric: str) -> str:
