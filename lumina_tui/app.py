@@ -52,7 +52,7 @@ def start_from(subject: str | None, preset: str | None, runs_root: Path) -> Star
     if preset is not None:
         return Start(preset=preset) if subject is None else "lumina: --start and a subject exclude each other; leave one out"
     if subject is None:
-        return Start()
+        return Start(resume=True)
     path = Path(subject)
     if subject.endswith((".yaml", ".yml")):
         return (

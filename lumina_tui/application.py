@@ -16,11 +16,12 @@ from textual.filter import ANSIToTruecolor, LineFilter, NoColor
 from textual.screen import Screen
 from textual.widget import Widget
 
-from . import actions
+from . import actions, session
 from .defects import Defects
 from .departure import Departure
 from .keymap import load_keymap
 from .memory import DELAY_S, Memory
+from .pace import Pace, queued_writes
 from .places import config_dir, state_dir
 from .settings import Settings, load_settings
 from .talking import Talks
@@ -56,6 +57,7 @@ class Start:
     config: Path | None = None
     checkpoint: Path | None = None
     preset: str | None = None  # start a run from it, then open its monitor
+    resume: bool = False  # where the session before ended, if that is still there
 
 
 class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
@@ -100,7 +102,7 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
         self._screens: dict[int, LuminaScreen] = {}
         self._back: list[int] = []
         self._ticking = False
-        self._stride, self._skipped, self._calm_since = 1, 0, 0.0
+        self.pace = Pace(self.look.hz)
         self._tasks: set[asyncio.Task[Any]] = set()
         self.keys = load_keymap(config_dir() / "keys.yaml")
         self.set_keymap(self.keys.for_textual())
@@ -118,12 +120,12 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
     def _wanted_theme(self) -> str:
         """The theme chosen in the palette, as long as the setting is the one that it was chosen over."""
         setting = self.settings.theme
-        over, chosen = self.memory.get("app.theme", ("", ""))[:2] or ("", "")
-        return chosen if over == setting else setting
+        kept = self.memory.get("app.theme", {"over": "", "chosen": ""})
+        return kept.get("chosen", setting) if kept.get("over") == setting else setting
 
     def choose_theme(self, name: str) -> None:
         """Change to a theme, now and in later sessions."""
-        self.memory.set("app.theme", [self.settings.theme, name])
+        self.memory.set("app.theme", {"over": self.settings.theme, "chosen": name})
         self._wear(SKINS[name])
         for screen in self.screen_stack:
             for widget in screen.walk_children(Widget):
@@ -160,6 +162,9 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
             return self._make(3, path=start.config)
         if start.checkpoint is not None and self.has_screen(7):
             return self._make(7, checkpoint=start.checkpoint)
+        place = session.restored(self.memory, self.runs_root) if start.resume else None
+        if place is not None and self.has_screen(place.number):
+            return self._make(place.number, **place.arguments)
         return self._make(1)
 
     def on_mount(self) -> None:
@@ -190,6 +195,13 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
             task.cancel()
         self._remember()
 
+    def _remember_place(self) -> None:
+        """Keep which screen is shown, and of what."""
+        screen = self._screens.get(getattr(self.screen, "number", 0))
+        subject = screen.place() if screen is not None else None
+        if screen is not None and subject is not None:
+            session.remember(self.memory, self.runs_root, screen.number, subject)
+
     def _remember_soon(self) -> None:
         self.set_timer(DELAY_S, self._remember)
 
@@ -203,33 +215,23 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
     def _tick(self) -> None:
         if self._ticking or not self.is_running:  # a slow tick drops the next one instead of piling up
             return
-        self._skipped += 1
-        if self._skipped < self._stride:
+        if not self.pace.due():
             return
-        self._skipped, self._ticking = 0, True
+        self._ticking = True
         began = time.perf_counter()
         try:
             tick = getattr(self.screen, "tick", None)
             if tick is not None:
                 tick()
+            self._remember_place()
         finally:
             self._ticking = False
-        self._adapt(time.perf_counter() - began)
-
-    def _adapt(self, spent: float) -> None:
-        """Repaint half as often while a tick takes more than 30 % of its time; back again after ten calm seconds."""
-        now = time.monotonic()
-        if spent > 0.3 * self._stride / self.look.hz and self.look.hz / self._stride > 1:
-            self._stride *= 2
-            self._calm_since = now
-        elif self._stride > 1 and now - self._calm_since >= 10:
-            self._stride //= 2
-            self._calm_since = now
+        self.pace.note(time.perf_counter() - began, queued_writes(self))
 
     @property
     def rate(self) -> float:
         """Panel repaints a second at present."""
-        return self.look.hz / self._stride
+        return self.pace.rate
 
     # screens
 
@@ -395,6 +397,9 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
             number = self._back.pop()
             self.open_screen(number)
             self._back = [n for n in self._back if n != number]
+        elif getattr(self.screen, "number", 0) != 1:
+            self.open_home()
+            self._back = []
 
     def action_help(self) -> None:
         from .helping import screen_help

@@ -89,6 +89,10 @@ class LuminaScreen(Acts, Screen[None], inherit_bindings=False):
         """Show something else in this instance. False: build a new one."""
         return False
 
+    def place(self) -> dict[str, str | list[str]] | None:
+        """The arguments (paths as text) with which the next session opens this screen; None: it opens the screen before."""
+        return {}
+
     def footer_text(self, action: Action) -> str:
         """What the key line says about an action."""
         return action.short or action.title.lower()

@@ -56,6 +56,10 @@ class ConfigScreen(ConfigView):
             self._start()
         return True
 
+    def place(self) -> dict[str, str | list[str]] | None:
+        form = self.form
+        return {} if form is None or form.path is None or form.dirty else {"path": str(form.path.absolute())}
+
     # life
 
     def on_mount(self) -> None:

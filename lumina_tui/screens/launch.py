@@ -96,6 +96,9 @@ class LaunchScreen(LuminaScreen):
                 yield TextPanel(id="diff", title="Differences")
                 yield TextPanel(id="deepspeed", title="deepspeed.json", indent=0)
 
+    def place(self) -> dict[str, str | list[str]] | None:
+        return None  # a review belongs to its moment: the next session opens the editor
+
     # life
 
     def on_mount(self) -> None:
