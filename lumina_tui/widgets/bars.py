@@ -50,6 +50,8 @@ class TitleBar(Widget):
             right += [(clean(screen.badge), palette.of(screen.badge_role)), ("  ", None)]
         if screen.alerts:
             right += [(f"!{screen.alerts}", palette.of("bad" if screen.critical else "warn")), ("  ", None)]
+        elif app.open_alerts:
+            right += [(f"!{app.open_alerts} on {app.keys.first('app.screen_5')}", palette.bad), ("  ", None)]
         if right:
             right[-1] = (" ", None)
         taken = sum(cell_len(text) for text, _ in right)
@@ -69,6 +71,10 @@ class KeyBar(Widget):
 
     DEFAULT_CSS = "KeyBar { height: 1; dock: bottom; background: $bar; }"
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: list[tuple[str, str]] = []
+
     def actions_here(self) -> list[Action]:
         """Footer actions of the focused panel, the screen and the app, best first, without those that cannot run now."""
         screen: LuminaScreen = self.screen  # type: ignore[assignment]
@@ -82,12 +88,22 @@ class KeyBar(Widget):
         ranked = sorted(found.values(), key=lambda action: action.footer)
         return [*[action for action in ranked if action.footer < LAST][:5], *(a for a in ranked if a.footer >= LAST)]
 
+    def sync(self) -> None:
+        """Repaint if there are other keys than on the screen."""
+        if self._items() != self._shown:
+            self.refresh()
+
+    def _items(self) -> list[tuple[str, str]]:
+        app: Any = self.app
+        screen: LuminaScreen = self.screen  # type: ignore[assignment]
+        return [(app.keys.first(action.id), screen.footer_text(action)) for action in self.actions_here()]
+
     def render_line(self, y: int) -> Strip:
         app: Any = self.app
         palette = app.look.palette
         width = self.size.width
-        screen: LuminaScreen = self.screen  # type: ignore[assignment]
-        items = [(app.keys.first(action.id), screen.footer_text(action)) for action in self.actions_here()]
+        items = self._items()
+        self._shown = list(items)
         while len(items) > 1 and sum(len(key) + len(text) + 3 for key, text in items) > width + 1:
             del items[-2]
         pieces: list[Piece] = [(" ", None)]
