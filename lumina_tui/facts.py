@@ -68,9 +68,13 @@ def split_bar(parts: Sequence[Part], width: int) -> Words:
     return [(part.letter * count, part.role) for part, count in zip(parts, cells, strict=True) if count]
 
 
-def split_words(parts: Sequence[Part]) -> Words:
-    """The shares in words: `data 3 %  forward 31 % …`."""
-    return [item for part in parts for item in ((f"{part.name} ", part.role), (f"{100 * part.share:.0f} %  ", "text"))]
+def split_words(parts: Sequence[Part], width: int) -> Words:
+    """The shares in words: `data 3 %  forward 31 % …`; with the letters of the bar where there is no room for more."""
+    for name in (lambda part: part.name, lambda part: part.name[:3], lambda part: part.letter):
+        words = [item for part in parts for item in ((f"{name(part)} ", part.role), (f"{100 * part.share:.0f} %  ", "text"))]
+        if sum(len(text) for text, _ in words) - 2 <= width:
+            break
+    return words
 
 
 # ---- devices and host ---------------------------------------------------------------------------------------------------

@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 from textual.containers import Grid, Horizontal
 from textual.widget import Widget
 
-from lumina_engine.run.directory import RunDirectory, RunError, find, list_runs
+from lumina_engine.run.directory import RunError
 
 from ..actions import Action
 from ..feed import Feed, Mode
 from ..paint import age, clean, duration, number, whole
+from ..runs import identity_of, watched_run
 from ..series import RunStore
 from ..widgets.alert_table import AlertTable
 from ..widgets.device_panel import DevicePanel
@@ -123,7 +124,7 @@ class MonitorScreen(RunCommands, RunAlerts, LuminaScreen):
     async def _watch(self, wanted: str | Path | None) -> None:
         root = self.lumina.runs_root
         try:
-            run = await asyncio.to_thread(_find, wanted, root)
+            run = await asyncio.to_thread(watched_run, wanted, root)
         except RunError as error:
             self._nothing(str(error))
             return
@@ -134,7 +135,7 @@ class MonitorScreen(RunCommands, RunAlerts, LuminaScreen):
         if old is not None:
             await old.close()
         feed = Feed(run, hz=self.look.hz)
-        self.expect_alerts(await asyncio.to_thread(_identity, run))
+        self.expect_alerts(await asyncio.to_thread(identity_of, run))
         self.remove_class("-empty")
         for chart in self.charts:
             chart.set_state(State.LIVE)
@@ -285,21 +286,3 @@ class MonitorScreen(RunCommands, RunAlerts, LuminaScreen):
             return ""
         loss = store.steps.smooth("loss", 0.9).values[-1]
         return f"step {whole(store.step)}, loss {number(float(loss))}, {duration(float(store.steps.hours.values[-1]) * 3600)}"
-
-
-def _find(wanted: str | Path | None, root: Path) -> RunDirectory | None:
-    """The run that is meant; None if there is none at all."""
-    if wanted is None:
-        rows = list_runs(root)
-        return RunDirectory(rows[0].path) if rows else None
-    if isinstance(wanted, Path) and (wanted / "run.json").exists():
-        return RunDirectory(wanted)
-    return find(str(wanted), root)
-
-
-def _identity(run: RunDirectory) -> str:
-    """What tells this run from an earlier one of the same name."""
-    try:
-        return str(run.identity().get("id", ""))
-    except RunError:
-        return str(run.path)

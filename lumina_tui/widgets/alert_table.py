@@ -9,6 +9,7 @@ from lumina_engine.monitoring import record as rec
 
 from ..paint import whole
 from ..series import RunStore
+from .panel import State
 from .table import Column, Row, Table
 from .text_panel import Line
 
@@ -44,6 +45,7 @@ class AlertTable(Table):
             self._seen = now
             self.set_rows(alert_rows(self.store.alerts, self.advice))
             count = len(self.store.alerts)
+            self.set_state(State.LIVE if count else State.EMPTY, "" if count else "No alerts in this run.")
             self.set_title(f"alerts  {count}" if count else "alerts", "Enter goes there" if count else "")
 
 

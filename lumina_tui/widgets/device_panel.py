@@ -53,7 +53,7 @@ class DevicePanel(RunPanel):
         if not parts:
             return []
         head = f"step {duration(history.last('step_time'))}  "
-        return [[(head, "dim"), *split_bar(parts, min(60, width - len(head)))], split_words(parts)]
+        return [[(head, "dim"), *split_bar(parts, min(60, width - len(head)))], split_words(parts, width)]
 
     def draw(self, y: int, width: int, height: int) -> Sequence[Piece]:
         if not self._lines:

@@ -13,7 +13,7 @@ from ..actions import bindings
 from ..paint import Piece, count, fit, whole
 from ..series import LayerLoad, RunStore
 from .expert_cells import DEAD, LIMIT_WARN, Ink, Row, imbalance, level_of, row_cells, row_of, shares
-from .expert_time import BY_NAME, FIGURES, Figure, Picture, figure_picture, layer_picture
+from .expert_time import BY_NAME, FIGURES, Figure, Picture, figure_picture, figures_below, layer_picture
 from .run_panel import RunPanel
 from .sparkline import EIGHTHS, EIGHTHS_ASCII
 
@@ -38,6 +38,7 @@ class ExpertMap(RunPanel):
         self._layer: int | None = None  # shown over time
         self._figure: Figure | None = None  # of all layers over time
         self._picture = Picture([])
+        self._below: list[list[Piece]] = []  # figures over time where the map leaves room
 
     def show(self, store: RunStore) -> None:
         """Show another run."""
@@ -72,6 +73,10 @@ class ExpertMap(RunPanel):
         else:
             shape = f" {len(layers)} x {experts}" if layers else ""
             tall = self._tall(*self.inner)
+            free = height - self._used(tall) - 1
+            known = self.store.routing.layers
+            fits = known and self._merged == 1 and free >= len(known) + 3
+            self._below = figures_below(self.store.routing, known, self.inner[0], free, self._ink) if fits else []
             right = "load / fair share" if tall else "max/mean" if layers else ""
             self.set_title(f"experts{shape}", self.aged(right))
             self.set_foot(*self._foot(layers))
@@ -135,7 +140,14 @@ class ExpertMap(RunPanel):
         if not self._rows:
             return [(" no figures yet", self.palette.dim)] if y == 0 else ()
         tall = self._tall(width, height)
+        below = y - self._used(tall) - 1
+        if 0 <= below < len(self._below):
+            return self._below[below]
         return self._columns(y, width, tall) if tall else self._line(y, width, height)
+
+    def _used(self, tall: int) -> int:
+        """Lines that the map of now takes."""
+        return len(self._rows) * tall if tall else len(self._rows) + 1
 
     def _tall(self, width: int, height: int) -> int:
         """Lines for a layer when its experts can be drawn as columns; 0 if there is no room for that."""

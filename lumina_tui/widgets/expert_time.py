@@ -79,6 +79,11 @@ def _axis(first: int, last: int, left: int, width: int, style: Style) -> list[Pi
     return [(" " * left + a + " " * (width - len(a) - len(b)) + b, style)]
 
 
+def _span(first: int, last: int, width: int) -> str:
+    """The steps of a column, shorter in a narrow panel."""
+    return f"steps {whole(first)} to {whole(last)}" if width >= 40 else f"{whole(first)}-{whole(last)}"
+
+
 def _column_width(columns: int, room: int) -> int:
     return max(1, min(4, room // max(1, columns)))
 
@@ -119,9 +124,8 @@ def layer_picture(time: LayerTime, width: int, height: int, ink: Ink, row: int, 
     if cells and row < experts:
         column = min(column, cells - 1)
         stop = int(starts[column + 1]) if column + 1 < cells else len(time.last_T)
-        steps = f"{whole(int(time.first_T[starts[column]]))} to {whole(int(time.last_T[stop - 1]))}"
         state = "dead" if dead[column, row] else f"{_share(float(share[column, row]))} x fair"
-        words = f"E{row} {state}, steps {steps}"
+        words = f"E{row} {state}, {_span(int(time.first_T[starts[column]]), int(time.last_T[stop - 1]), width)}"
     return Picture(lines, label, each, cells), words
 
 
@@ -132,7 +136,7 @@ def figure_picture(
     label, newest_width = max((len(str(layer)) for layer in layers), default=1) + 2, 8
     room = max(1, width - label - newest_width)
     rows = max(1, height - (1 if height >= 4 else 0))
-    first = row // rows * rows
+    first = max(0, row) // rows * rows
     lines: list[list[Piece]] = []
     words, cells, each, ends = "", 0, 1, (0, 0)
     for at, layer in enumerate(layers[first : first + rows], start=first):
@@ -157,11 +161,23 @@ def figure_picture(
         if at == row:
             t = min(column, cells - 1)
             stop = int(starts[t + 1]) if t + 1 < cells else len(values_T)
-            steps = f"{whole(int(time.first_T[starts[t]]))} to {whole(int(time.last_T[stop - 1]))}"
-            words = f"L{layer} {figure.text(float(values[t]))}, steps {steps}"
+            span = _span(int(time.first_T[starts[t]]), int(time.last_T[stop - 1]), width)
+            words = f"L{layer} {figure.text(float(values[t]))}, {span}"
     if height >= 4 and cells:
         lines.append(_axis(*ends, label, cells * each, ink.palette.faint))
     return Picture(lines, label, each, cells), words
+
+
+def figures_below(history: RoutingHistory, layers: Sequence[int], width: int, height: int, ink: Ink) -> list[list[Piece]]:
+    """As many figures over time as fit into `height` lines, each with its name above it."""
+    lines: list[list[Piece]] = []
+    for figure in FIGURES:
+        picture, _ = figure_picture(history, figure, layers, width, max(4, len(layers) + 1), ink, -1, -1)
+        block = [[(f" {figure.title} over time", ink.palette.dim)], *picture.lines]
+        if not picture.lines or len(lines) + len(block) + 1 > height:
+            break
+        lines += [*([[]] if lines else []), *block]
+    return lines
 
 
 def _figure_cell(value: float, figure: Figure, ink: Ink, chosen: bool) -> Piece:

@@ -76,5 +76,5 @@ class TrendPanel(RunPanel):
                 *tail,
             ]
         if row == 1 and parts:
-            return [(" ", None), *((text, self.palette.of(role)) for text, role in split_words(parts))]
+            return [(" ", None), *((text, self.palette.of(role)) for text, role in split_words(parts, width - 2))]
         return []
