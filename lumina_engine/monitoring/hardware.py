@@ -214,8 +214,8 @@ class Sampler:
     def __init__(self, path: str | os.PathLike[str] = ".", root: int | None = None, nvml: Nvml | None = None) -> None:
         self._path = Path(path)
         self._root = root or os.getpid()
-        self._nvml = nvml or Nvml.open()
-        self._devices = self._nvml.visible(os.environ.get("CUDA_VISIBLE_DEVICES")) if self._nvml is not None else []
+        self.nvml = nvml or Nvml.open()
+        self._devices = self.nvml.visible(os.environ.get("CUDA_VISIBLE_DEVICES")) if self.nvml is not None else []
         self._cores = core_count()
         self._memory = memory_limit()
         self._before: tuple[float, float, float, int, int] | None = None
@@ -233,7 +233,7 @@ class Sampler:
             net_rx, net_tx = (max(0.0, (now[i] - self._before[i]) / seconds) for i in (3, 4))
         self._before = now
         return rec.Hardware(
-            devices=[self._nvml.device(index) for index in self._devices] if self._nvml is not None else [],
+            devices=[self.nvml.device(index) for index in self._devices] if self.nvml is not None else [],
             cpu=cpu,
             cpu_count=self._cores,
             memory_used=min(self._memory, int(memory.total - memory.available)),

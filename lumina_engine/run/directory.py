@@ -18,7 +18,7 @@ import shutil
 import struct
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,10 @@ class RunInfo:
     pid: int | None = None
     socket: str | None = None
     created: float | None = None
+    smoothed_loss: float | None = None
+    left_s: float | None = None
+    alerts: int | None = None  # at the end of the log; None: not looked at
+    critical: int | None = None
 
 
 class RunLock:
@@ -231,18 +235,13 @@ class RunDirectory:
             return None
         return max((int(match[1]) for name in names if (match := STEP_PATTERN.fullmatch(name))), default=None)
 
-    def info(self) -> RunInfo:
-        """The row of this run; a run.json that cannot be read becomes the row's reason."""
+    def head(self) -> RunInfo:
+        """The row of this run without figures from its log; a run.json that cannot be read becomes the row's reason."""
         try:
             content = self.identity()
         except RunError as error:
             return RunInfo(self.name, UNREADABLE, self.path, alive=self.alive, reason=str(error))
         alive = self._alive(content)
-        values = _last(self.metrics_path, "step", "rewind")
-        if isinstance(values, rec.Rewind):  # the steps before it belong to an abandoned branch
-            values = rec.Step(step=values.to_step)
-        if not isinstance(values, rec.Step):
-            values = rec.Step(step=-1)
         age = self._age(content)
         state, reason, code = self._state(content, alive, age)
         return RunInfo(
@@ -250,10 +249,7 @@ class RunDirectory:
             state=state,
             path=self.path,
             alive=alive,
-            step=values.step if values.step >= 0 else None,
             total_steps=_number(content, "total_steps"),
-            loss=values.loss,
-            tokens_per_s=values.tokens_per_s,
             age_s=age,
             reason=reason,
             exit_code=code,
@@ -264,6 +260,16 @@ class RunDirectory:
             socket=_text(content, "socket"),
             created=content.get("created") if isinstance(content.get("created"), float) else None,
         )
+
+    def info(self) -> RunInfo:
+        """The row of this run with its newest step."""
+        row = self.head()
+        values = None if row.state == UNREADABLE else _last(self.metrics_path, "step", "rewind")
+        if isinstance(values, rec.Rewind):  # the steps before it belong to an abandoned branch
+            return replace(row, step=values.to_step)
+        if not isinstance(values, rec.Step):
+            return row
+        return replace(row, step=values.step, loss=values.loss, tokens_per_s=values.tokens_per_s)
 
     def _age(self, content: Mapping[str, Any]) -> float | None:
         """Seconds since the log grew last, or since the run was made."""

@@ -9,6 +9,7 @@ from typing import ClassVar
 from rich.style import Style
 from textual.binding import BindingType
 from textual.events import Click, MouseScrollDown, MouseScrollUp
+from textual.geometry import Region
 from textual.message import Message
 from textual.strip import Strip
 
@@ -34,11 +35,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """`cells` in the order of the columns. A row with `rule` is a heading: one text over all columns, never chosen."""
+    """`cells` in the order of the columns; with fewer cells than columns, the last one takes the rest of the line. A row with
+    `rule` is a heading: one text over all columns, never chosen; with `note` too, it is a line about the row above it."""
 
     key: str
     cells: tuple[Cell, ...]
     rule: bool = False
+    note: bool = False
 
 
 class Table(Finds, Drawn):
@@ -102,7 +105,7 @@ class Table(Finds, Drawn):
         else:
             for index, (old, new) in enumerate(zip(before, rows, strict=True)):
                 if old != new:
-                    self._refresh_row(index)
+                    self._refresh_cells(index, old, new)
         if self.cursor_key != key:
             self.post_message(self.Moved(self, self.cursor_key))
 
@@ -112,6 +115,11 @@ class Table(Finds, Drawn):
         if 0 <= self._cursor < len(self.rows) and not self.rows[self._cursor].rule:
             return self.rows[self._cursor].key
         return None
+
+    @property
+    def visible_keys(self) -> list[str]:
+        """Keys of the rows that are on the screen, headings left out."""
+        return [row.key for row in self.rows[self._top : self._top + self.page] if not row.rule]
 
     def move_to(self, key: str) -> None:
         """Put the cursor on the row with this key, if there is one."""
@@ -178,6 +186,19 @@ class Table(Finds, Drawn):
         y = index - self._top
         if 0 <= y < self.page:
             self.refresh_lines_inside(y + self.header)
+
+    def _refresh_cells(self, index: int, old: Row, new: Row) -> None:
+        """Repaint what differs between two versions of a row."""
+        if old.rule or new.rule or min(len(old.cells), len(new.cells)) < len(self.columns):
+            self._refresh_row(index)
+            return
+        y, left = index - self._top, 1 + self.framed
+        if not 0 <= y < self.page:
+            return
+        for i, _, cells in self.layout_columns(self.inner[0]):
+            if old.cells[i] != new.cells[i]:
+                self.refresh(Region(left, y + self.header + self.framed, cells, 1))
+            left += cells + 2
 
     def on_resize(self) -> None:
         self._scroll_to_cursor()
@@ -261,6 +282,9 @@ class Table(Finds, Drawn):
             return ()
         row = self.rows[index]
         mark = ">" if index == self._cursor and not row.rule else " "
+        if row.note:
+            text, role = row.cells[0]
+            return [("   ", None), (fit(clean(text), max(0, width - 4)), self.palette.of(role))]
         if row.rule:
             text = clean(row.cells[0][0])
             return [
@@ -268,7 +292,13 @@ class Table(Finds, Drawn):
                 (fit(f"{text} {self.look.box[4] * width}", max(0, width - 2), ellipsis=""), self.palette.faint),
             ]
         pieces = [(mark, self.palette.accent)]
+        used = 1
         for at, (i, column, cells) in enumerate(columns):
+            last = i == len(row.cells) - 1 and i < len(self.columns) - 1
             text, role = row.cells[i] if i < len(row.cells) else ("", "text")
-            pieces.append(("  " * (at > 0) + fit(clean(text), cells, column.align), self.palette.of(role)))
+            room = width - used - 2 * (at > 0) - 1 if last else cells
+            pieces.append(("  " * (at > 0) + fit(clean(text), room, column.align), self.palette.of(role)))
+            used += 2 * (at > 0) + room
+            if last:
+                break
         return pieces

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
+from lumina_engine.chat.card import own_card, write_card
+from lumina_engine.config.loading import to_yaml
+from lumina_engine.config.presets import ConfigPresets
 from lumina_engine.monitoring import record as rec
-from lumina_engine.run.directory import RunInfo
+from lumina_engine.monitoring.log import MetricLog
+from lumina_engine.run.directory import RunDirectory, RunInfo
+from lumina_engine.run.listing import Tail, matches
+from lumina_engine.run.process import process
 from lumina_tui.application import LuminaApp
-from lumina_tui.runs import RunList, preview
-from lumina_tui.screens.home import HomeScreen, matches
-from lumina_tui.screens.monitor import MonitorScreen
+from lumina_tui.runs import RunList
+from lumina_tui.screens.home import HomeScreen
 from lumina_tui.terminal import Look
+from lumina_tui.widgets.bars import KeyBar
 
 from .fake_engine import FakeEngine
 from .helpers import screen_text, until
@@ -27,7 +38,7 @@ async def home(root: Path, size: tuple[int, int] = (80, 24), **kwargs) -> AsyncI
     async with app.run_test(size=size) as pilot:
         screen = app.screen
         assert isinstance(screen, HomeScreen)
-        await until(pilot, lambda: screen._list is not None and not screen._busy)
+        await until(pilot, lambda: screen._seen is not None and not screen._busy)
         yield app, pilot, screen
 
 
@@ -92,7 +103,7 @@ async def test_filter_sort_and_open(tmp_path):
             await until(pilot, lambda: "by name" in screen_text(app))
             screen.table.move_to("zzz")
             await pilot.press("enter")
-            await until(pilot, lambda: isinstance(app.screen, MonitorScreen) and app.screen.feed is not None)
+            await until(pilot, lambda: app.screen.number == 5 and app.screen.feed is not None)
             assert app.screen.feed.run.name == "zzz"
 
 
@@ -154,8 +165,8 @@ async def test_readonly_refuses_changes(tmp_path):
         engine.state("running")
         async with home(tmp_path, readonly=True) as (_, pilot, screen):
             await until(pilot, lambda: screen.chosen is not None)
-            for verb in ("new", "stop", "resume"):
-                assert "readonly" in screen.why_not(f"home.{verb}")
+            for verb in ("stop", "resume", "export"):
+                assert "readonly" in screen.refusal(f"home.{verb}")
 
 
 async def test_se01_hostile_names_and_reasons(tmp_path):
@@ -186,23 +197,278 @@ async def test_wide_shows_the_chosen_run(tmp_path):
             assert "loss_spike" in text and "left" in text and "█" in text
 
 
-def test_mx05_unchanged_dead_runs_are_not_read_again(tmp_path, monkeypatch):
-    from lumina_engine.run.directory import RunDirectory
-
-    now = [1e9]
-    for i in range(5):
-        engine = FakeEngine(tmp_path, f"r{i}")
+def finished_runs(root: Path, count: int, steps: int = 30) -> None:
+    """Runs that ended, the first one most recently."""
+    for index in range(count):
+        engine = FakeEngine(root, f"r{index:03d}")
+        engine.emit(rec.Run(state="running"))
+        engine.steps(steps)
         engine.emit(rec.Run(state="finished"))
         engine.run.update_identity(state="finished", pid=2**22 + 1, start_time=1)
+        engine._log.close()
+        moment = 1.7e9 - index
+        os.utime(engine.run.metrics_path, (moment, moment))
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """What the list reads: run.json files and logs, by name of the run."""
+    seen: dict[str, list[str]] = {"head": [], "log": []}
+    head, figures = RunDirectory.head, Tail.figures
+
+    def read_head(self):
+        seen["head"].append(self.name)
+        return head(self)
+
+    def read_log(self):
+        seen["log"].append(self._path.parent.name)
+        return figures(self)
+
+    monkeypatch.setattr(RunDirectory, "head", read_head)
+    monkeypatch.setattr(Tail, "figures", read_log)
+    return seen
+
+
+def test_mx05_only_what_can_have_changed_is_read(tmp_path, reads):
+    now = [1.7e9 + 1000]
+    finished_runs(tmp_path, 40, steps=2)
     runs = RunList(tmp_path, clock=lambda: now[0])
-    assert len(runs.refresh()) == 5
-    read = []
-    original = RunDirectory.info
-    monkeypatch.setattr(RunDirectory, "info", lambda self: read.append(self.name) or original(self))
+    assert len(runs.refresh()) == 40
+    assert len(reads["head"]) == 40 and not reads["log"], "the names cost no log"
+    runs.refresh(["r000", "r001"])
+    assert len(reads["head"]) == 40 and sorted(reads["log"]) == ["r000", "r001"]
     now[0] += 10
-    again = runs.refresh()
-    assert not read and all(row.age_s >= 10 for row in again)
-    FakeEngine.steps(engine, 1)
-    runs.refresh()
-    assert read == ["r4"]
-    assert len(preview(tmp_path / "r4").losses) == 1 and preview(tmp_path / "none").losses == ()
+    again = runs.refresh(["r000", "r001"])
+    assert len(reads["head"]) == 40 and len(reads["log"]) == 2, "nothing has changed"
+    assert all(row.age_s >= 10 for row in again)
+    with MetricLog(tmp_path / "r001" / "metrics.jsonl", 1, sync_interval=0) as log:
+        log.emit(rec.Step(step=3, loss=1.0))
+    rows = {row.name: row for row in runs.refresh(["r000", "r001"])}
+    assert reads["head"][40:] == ["r001"] and reads["log"][2:] == ["r001"]
+    assert rows["r001"].step == 3 and rows["r000"].step == 2 and rows["r002"].step is None
+
+
+async def test_c127_two_hundred_runs_read_only_what_is_seen(tmp_path, reads):
+    finished_runs(tmp_path, 180, steps=2)
+    async with contextlib.AsyncExitStack() as stack:
+        for index in range(20):
+            engine = await stack.enter_async_context(FakeEngine(tmp_path, f"live{index:02d}"))
+            engine.state("running")
+            engine.steps(2)
+        async with home(tmp_path) as (app, pilot, screen):
+            await until(pilot, lambda: len(screen.rows) == 200 and all(r.alerts is not None for r in screen.shown_rows))
+            seen = {row.name for row in screen.shown_rows}
+            assert len(seen) < 20 and set(reads["log"]) <= seen
+            assert len(reads["head"]) <= 200 + 20, "each run.json once, those of living runs perhaps again"
+            await pilot.press("G")
+            await until(pilot, lambda: "r179" in screen_text(app) and all(r.alerts is not None for r in screen.shown_rows))
+            assert len(set(reads["log"])) <= 3 * len(seen)
+
+
+async def test_c127_marks_lead_to_compare(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(
+        LuminaApp, "open_compare", lambda self, runs: opened.append([path.name for path in runs]), raising=False
+    )
+    finished_runs(tmp_path, 10, steps=2)
+    async with home(tmp_path) as (app, pilot, screen):
+        await until(pilot, lambda: len(screen.rows) == 10)
+        assert "Space" in screen.why_not("home.compare")
+        screen.table.move_to("r003")
+        screen.action_mark()
+        await until(pilot, lambda: "*r003" in screen_text(app))
+        screen.table.move_to("r001")
+        assert screen.why_not("home.compare") is None, "one mark and the chosen run are two"
+        screen.action_mark()
+        await pilot.press("equals_sign")
+        await until(pilot, lambda: opened == [["r003", "r001"]])
+        screen.action_mark()
+        assert screen.marked == ["r003"]
+        for index in range(10):
+            screen.table.move_to(f"r{index:03d}")
+            if f"r{index:03d}" not in screen.marked:
+                screen.action_mark()
+        assert len(screen.marked) == 8 and any("8 runs" in notice.text for notice in app.notices)
+
+
+@pytest.mark.parametrize("kind", ["csv", "json"])
+async def test_export_writes_what_the_command_prints(tmp_path, kind, monkeypatch, capsys):
+    from lumina_engine.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    finished_runs(tmp_path / "runs", 12)
+    async with home(tmp_path / "runs") as (app, pilot, screen):
+        await until(pilot, lambda: len(screen.rows) == 12)
+        screen.filter = "r00"
+        screen.action_export()
+        await until(pilot, lambda: "Export the list" in screen_text(app))
+        await pilot.press(kind[0])
+        await until(
+            pilot, lambda: list((tmp_path / "exports").glob(f"runs-*.{kind}")) if (tmp_path / "exports").exists() else 0
+        )
+        shown = {row.name: row for row in screen.rows}
+    (path,) = (tmp_path / "exports").glob(f"runs-*.{kind}")
+    assert main(["runs", "list", "--runs", str(tmp_path / "runs"), "--json", "--filter", "r00"]) == 0
+    expected = json.loads(capsys.readouterr().out)
+    found = json.loads(path.read_text()) if kind == "json" else list(csv.DictReader(path.open()))
+    assert [row["name"] for row in found] == [row["name"] for row in expected] and len(found) == 10
+    assert [str(row["smoothed_loss"]) for row in found] == [str(row["smoothed_loss"]) for row in expected]
+    assert shown["r000"].smoothed_loss == expected[0]["smoothed_loss"] and shown["r000"].step == expected[0]["step"]
+
+
+async def test_filter_and_order_are_remembered(tmp_path):
+    finished_runs(tmp_path, 3)
+    async with home(tmp_path) as (_, pilot, screen):
+        await until(pilot, lambda: len(screen.rows) == 3)
+        await pilot.press("o", "slash")
+        await pilot.press(*"r001")
+        await pilot.press("enter")
+        await until(pilot, lambda: screen.filter == "r001")
+    async with home(tmp_path) as (app, pilot, screen):
+        await until(pilot, lambda: "1 of 3" in screen_text(app))
+        assert (screen.filter, screen.order) == ("r001", "name")
+
+
+async def test_order_by_loss_reads_every_log(tmp_path, reads):
+    finished_runs(tmp_path, 40, steps=1)
+    with MetricLog(tmp_path / "r039" / "metrics.jsonl", 1, sync_interval=0) as log:
+        log.emit(rec.Step(step=2, loss=0.001))
+        for step in range(3, 30):
+            log.emit(rec.Step(step=step, loss=0.001))
+    async with home(tmp_path) as (_, pilot, screen):
+        await until(pilot, lambda: len(screen.rows) == 40)
+        while screen.order != "loss":
+            screen.action_sort()
+        await until(pilot, lambda: set(reads["log"]) == {row.name for row in screen.rows})
+        await until(pilot, lambda: screen.table.rows[0].key == "r039")
+
+
+@contextlib.contextmanager
+def loaded_server(folder: Path, **known):
+    """A process that counts as a chat server."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(120)"])
+    try:
+        found = process(child.pid)
+        assert found is not None
+        socket = folder / f"{child.pid}.chat.sock"
+        socket.touch()
+        card = {"state": "ready", "checkpoint": "/x/demo/checkpoints/step-000100", "name": "demo step-000100", "device": "cpu"}
+        write_card(socket, own_card(pid=child.pid, start=found.start, **{**card, **known}))
+        yield child
+    finally:
+        child.kill()
+        child.wait()
+
+
+async def test_c127_chat_servers_are_listed_and_unloaded(tmp_path, monkeypatch):
+    folder = tmp_path / "sockets"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setenv("LUMINA_SOCKETS", str(folder))
+    finished_runs(tmp_path / "runs", 2)
+    with loaded_server(folder, active=time.time() - 300, idle_timeout_s=1800.0) as child:
+        async with home(tmp_path / "runs") as (app, pilot, screen):
+            await until(pilot, lambda: "demo step-000100" in screen_text(app))
+            row = next(text for text in screen_text(app).split("\n") if "demo step-000100" in text)
+            assert " cpu " in row and "5 m" in row and "MB" in row, row
+            await pilot.press("tab")
+            await until(pilot, lambda: "X unload" in screen_text(app))
+            await pilot.press("X")
+            await until(pilot, lambda: "Unload demo step-000100?" in screen_text(app))
+            await pilot.press("x")
+            await until(pilot, lambda: child.poll() is not None)
+            screen.action_reload()
+            await until(pilot, lambda: "chat servers" not in screen_text(app))
+            assert screen.table.has_focus
+
+
+async def test_a_readonly_home_unloads_nothing(tmp_path, monkeypatch):
+    folder = tmp_path / "sockets"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setenv("LUMINA_SOCKETS", str(folder))
+    with loaded_server(folder) as child:
+        async with home(tmp_path / "runs", readonly=True) as (app, pilot, screen):
+            await until(pilot, lambda: "demo step-000100" in screen_text(app))
+            screen.server_table.focus()
+            await pilot.press("X")
+            await until(pilot, lambda: any("readonly" in notice.text for notice in app.notices))
+            assert child.poll() is None
+
+
+async def test_200x60_shows_all_columns_and_the_difference_to_the_preset(tmp_path):
+    async with FakeEngine(tmp_path, total_steps=2000) as engine:
+        engine.state("running")
+        engine.steps(200)
+        alert = rec.Alert(severity="critical", code="loss_spike", message="6.3 sigma", recommendation="Lower the rate.")
+        engine.emit(alert)
+        config = ConfigPresets.get("debug")
+        config.learning_rate = 0.25
+        engine.run.config_path.write_text(to_yaml(config))
+        async with home(tmp_path, (200, 60)) as (app, pilot, screen):
+            await until(pilot, lambda: "against preset debug" in screen_text(app))
+            text = screen_text(app)
+            head = next(line for line in text.split("\n") if "tokens/s" in line)
+            assert all(column.title in head for column in screen.table.columns)
+            assert "learning_rate" in text and "0.25" in text
+            assert "! loss_spike" in text and "Lower the rate." in text and "!!1" in text
+
+
+async def test_se01_names_that_are_long_or_no_text(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    names = [b"x" * 255, b"bad-\xff\xfe-name", b"tab\tname", b"[red]a[bold"]
+    for name in names:
+        path = os.path.join(os.fsencode(tmp_path), name)  # noqa: PTH118  bytes that no Path of text has
+        os.mkdir(path)  # noqa: PTH102
+        with open(os.path.join(path, b"run.json"), "w") as file:  # noqa: PTH118, PTH123
+            json.dump({"format": 1, "id": "x", "name": "n", "state": "failed", "pid": None, "reason": "r"}, file)
+    for size in ((80, 24), (200, 60)):
+        async with home(tmp_path, size) as (app, pilot, screen):
+            await until(pilot, lambda: len(screen.rows) == 4 and all(row.alerts is not None for row in screen.rows))
+            text = screen_text(app)
+            assert all(c.isprintable() or c == "\n" for c in text)
+            assert "[red]a[bold" in text and "xxxx" in text
+            for row in screen.rows:
+                screen.table.move_to(row.name)
+                await pilot.pause()
+            await screen._export("csv")
+            await screen._export("json")
+            assert not any("not written" in notice.text for notice in app.notices)
+
+
+async def test_an_unreadable_root_names_the_cause_and_the_key(tmp_path, monkeypatch):
+    def refuse(root):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("lumina_tui.runs.run_names", refuse)
+    app = LuminaApp(tmp_path, look=Look())
+    async with app.run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: "Permission" in screen_text(app) and "r reads it again" in screen_text(app))
+
+
+async def test_home_opens_no_socket(tmp_path, monkeypatch):
+    import socket
+
+    async with FakeEngine(tmp_path) as engine:
+        engine.state("running")
+        engine.steps(3)
+        refused = []
+        monkeypatch.setattr(socket.socket, "connect", lambda self, address: refused.append(address))
+        async with home(tmp_path) as (app, pilot, screen):
+            await until(pilot, lambda: "running" in screen_text(app) and screen.shown_rows[0].step == 3)
+        assert refused == [] and engine.hellos == 0
+
+
+async def test_a_refresh_without_news_repaints_nothing(tmp_path, monkeypatch):
+    finished_runs(tmp_path, 5)
+    async with home(tmp_path, (160, 45)) as (_, pilot, screen):
+        await until(pilot, lambda: len(screen.rows) == 5 and all(row.alerts is not None for row in screen.rows))
+        await until(pilot, lambda: screen._seen is not None and screen._seen.hardware is not None and not screen._busy)
+        hardware = screen._seen.hardware
+        monkeypatch.setattr(screen.reader, "_hardware", lambda live: hardware)
+        screen.show_rows()
+        await pilot.pause()
+        painted = []
+        for widget in screen.query("*"):
+            monkeypatch.setattr(widget, "refresh", lambda *regions, who=widget, **kwargs: painted.append((who, regions)))
+        await screen._refresh()
+        assert [who for who, _ in painted if not isinstance(who, KeyBar)] == []

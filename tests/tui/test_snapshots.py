@@ -18,7 +18,7 @@ import pytest
 from lumina_engine.monitoring import record as rec
 from lumina_tui.application import LuminaApp, Start
 from lumina_tui.feed import Mode
-from lumina_tui.screens import home
+from lumina_tui.overview import Reader
 from lumina_tui.terminal import NAMED, AsciiFilter, Look, to_ascii
 
 from .fake_engine import FakeEngine
@@ -100,9 +100,9 @@ async def test_monitor(tmp_path, size, glyphs):
 async def test_home(tmp_path, size, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        home,
-        "_sample",
-        lambda root: rec.Hardware(cpu_count=2, memory_used=int(6e9), memory_total=int(16e9), disk_free=int(1.1e12)),
+        Reader,
+        "_hardware",
+        lambda reader, live: rec.Hardware(cpu_count=2, memory_used=int(6e9), memory_total=int(16e9), disk_free=int(1.1e12)),
     )
     async with (
         FakeEngine(Path("runs"), "b1-oasst", preset="b1") as live,
@@ -123,7 +123,7 @@ async def test_home(tmp_path, size, monkeypatch):
             text = text.replace(str(tmp_path), "/home/user")
             if size == (80, 24):
                 text = re.sub(r"path .*", "path …", text)
-            compare(f"home-{size[0]}x{size[1]}", re.sub(r"path +/[^│\n]*", lambda m: "path".ljust(len(m[0])), text))
+            compare(f"home-{size[0]}x{size[1]}", re.sub(r"path +[/…][^│\n]*", lambda m: "path".ljust(len(m[0])), text))
 
 
 def test_no_snapshot_is_unused():
