@@ -124,7 +124,7 @@ MAP = (
     Action("map.up", "Up", "Layer before", ("k", "up")),
     Action("map.left", "Left", "Expert before", ("h", "left")),
     Action("map.right", "Right", "Next expert", ("l", "right")),
-    Action("map.over_time", "Over time", "This layer over the whole run, and back", ("enter",), footer=6, short="over time"),
+    Action("map.over_time", "Over time", "This layer over the whole run, and back", ("enter",), footer=1, short="over time"),
     Action("map.figure", "Figures", "The next figure of the layers over time: balance, entropy, dead …", ("]",)),
     Action("map.export", "Export", "Write what is known of the experts as a table", ("e",), changes=True),
 )
@@ -139,7 +139,7 @@ LOG = (
     Action("log.follow", "Follow", "Follow the newest line", ("f",)),
     Action("log.left", "Left", "To the beginning of long lines", ("h", "left")),
     Action("log.right", "Right", "Further in long lines", ("l", "right")),
-    Action("log.filter", "Filter", "Only lines with these words; n and N go through them", ("/",), footer=6, short="filter"),
+    Action("log.filter", "Filter", "Only lines with these words; n and N go through them", ("/",), footer=1, short="filter"),
     Action("log.only", "Around", "All lines again, the matches marked, and back", ("&",)),
     Action("log.export", "Export", "Write the lines that are shown", ("e",), changes=True),
     *finding("log"),
@@ -243,13 +243,13 @@ TRANSCRIPT = (
 )
 
 TOKENS = (
-    Action("tokens.left", "Token before", "One token back", ("h", "left")),
-    Action("tokens.right", "Next token", "One token on", ("l", "right")),
+    Action("tokens.left", "Token before", "One token back", ("h", "left"), footer=2, short="before"),
+    Action("tokens.right", "Next token", "One token on", ("l", "right"), footer=1, short="next token"),
     Action("tokens.far_left", "Far left", "Ten tokens back", ("H", "shift+left")),
     Action("tokens.far_right", "Far right", "Ten tokens on", ("L", "shift+right")),
     Action("tokens.first", "First token", "To the first token", ("0", "home")),
     Action("tokens.last", "Last token", "To the last token", ("$", "end")),
-    Action("tokens.unlikely", "Next unlikely token", "To the next token with less than 10 %", ("u",)),
+    Action("tokens.unlikely", "Next unlikely token", "To the next token with less than 10 %", ("u",), 3, short="unlikely"),
     Action("tokens.down", "Layers down", "Further layers of experts", ("j", "down")),
     Action("tokens.up", "Layers up", "Layers of experts before", ("k", "up")),
     Action("tokens.reply_before", "Reply before", "The tokens of the reply before", ("{",)),

@@ -12,7 +12,7 @@ from .markdown import clean
 
 # lower bounds of the model's own probability, with the role and the mark that say it: the mark also without colour
 LEVELS = ((0.9, "text", " "), (0.5, "accent", "."), (0.1, "second", "-"), (0.01, "warn", "?"), (0.0, "bad", "!"))
-LEGEND = "model's probability:   90 %  . 50 %  - 10 %  ? 1 %  ! less"
+LEGEND = "model's probability: no mark from 90 %  . 50  - 10  ? 1  ! less"
 UNKNOWN = ("dim", " ")
 KEPT = 16  # traces of replies that one pane keeps
 

@@ -146,7 +146,7 @@ class ChatScreen(ConversationFiles):
         where = " for the right pane" if pane is self.right else ""
         self.set_frame(subject=f"choose a checkpoint{where}", badge="")
         self.query_one(CheckpointTable).focus()
-        self.run_worker(self._list, group="list", exclusive=True, exit_on_error=False)
+        self.lumina.spawn(self._list())
 
     async def _list(self) -> None:
         table = self.query_one(CheckpointTable)

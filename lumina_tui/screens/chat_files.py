@@ -26,7 +26,7 @@ class ConversationFiles(ConversationKeys):
 
     def refresh_conversations(self) -> None:
         """Read the folder again."""
-        self.run_worker(self._list_conversations, group="conversations", exclusive=True, exit_on_error=False)
+        self.lumina.spawn(self._list_conversations())
 
     def on_pane_kept(self) -> None:
         self._refresh_if_shown()

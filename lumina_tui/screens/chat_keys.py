@@ -88,7 +88,7 @@ class ConversationKeys(LuminaScreen):
             return "no checkpoint is loaded"
         if name == "again" and (self.no_reply_now() or not session.can_retry):
             return self.no_reply_now() or "nothing was said yet"
-        if name in ("copy", "export", "version_next", "version_before") and not session.history:
+        if name in ("copy", "export", "tokens", "version_next", "version_before") and not (session.history or busy):
             return "nothing was said yet"
         return None
 

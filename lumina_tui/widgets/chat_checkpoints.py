@@ -11,12 +11,12 @@ from .panel import State
 from .table import Column, Row, Table
 
 COLUMNS = (
-    Column("run", "run", 14, grow=True),
-    Column("step", "step", 9, "right"),
+    Column("run", "run", 12, grow=True),
+    Column("step", "step", 7, "right"),
     Column("kind", "", 11, rank=1),
-    Column("loss", "loss", 16, "right", rank=2),
-    Column("size", "weights", 9, "right", rank=3),
-    Column("fits", "fits", 22, rank=4),
+    Column("loss", "loss", 14, "right", rank=2),
+    Column("size", "weights", 8, "right", rank=4),
+    Column("fits", "fits (needs)", 12, rank=3),
 )
 
 
@@ -57,7 +57,7 @@ def _row(choice: Choice) -> Row:
     )
     loss = f"{entry.loss_name} {number(entry.loss)}" if entry.loss is not None else "-"
     role = "bad" if entry.problem else "text"
-    needs = "-" if choice.needed is None else f"{fits}, needs {size(choice.needed)}"
+    needs = "-" if choice.needed is None else f"{fits} {size(choice.needed)}"
     cells = (
         (entry.run, role),
         (whole(entry.step), role),

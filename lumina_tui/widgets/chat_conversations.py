@@ -12,7 +12,7 @@ from .panel import State
 from .table import Column, Row, Table
 
 COLUMNS = (
-    Column("first", "first words", 12, grow=True),
+    Column("first", "first words", 18, grow=True),
     Column("age", "age", 5, "right", rank=1),
     Column("messages", "msgs", 4, "right", rank=2),
     Column("step", "step", 9, "right", rank=3),

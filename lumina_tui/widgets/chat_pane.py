@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 WATCH_TIME = 1.0  # s between two looks whether the server is still there
 NEWER_TIME = 5.0  # s between two looks for a newer checkpoint
+NARROW = 60  # cells below which titles and figures are short
 WRITES = 8.0  # repaints of a growing reply a second, at most
 _ENDS = {"stop": "", "length": ", cut off at the longest reply", "context": ", the context is full", "cancelled": ", stopped"}
 
@@ -57,7 +58,10 @@ class Pane(Acts, Vertical):
     def __init__(self, session_of: Callable[[Pane], ChatSession], starter: Starter | None, *, id: str | None = None) -> None:
         super().__init__(id=id)
         self.link = ChatLink(starter)
+        self.transcript = Transcript(id=f"{id}-transcript")
+        self.tokens = TokenPanel(id=f"{id}-tokens")
         self.newer: Entry | None = None
+        self._newest = ""  # name of the run's newest checkpoint when this one was chosen
         self.wanted: str | Path | None = None
         self.progress: Progress | None = None  # of loading
         self.traces = Traces()
@@ -70,20 +74,12 @@ class Pane(Acts, Vertical):
         self._turned = 0  # how many replies back the token view shows
 
     def compose(self) -> ComposeResult:
-        yield Transcript(id=f"{self.id}-transcript")
-        yield TokenPanel(id=f"{self.id}-tokens")
+        yield self.transcript
+        yield self.tokens
 
     def on_mount(self) -> None:
         self.set_interval(WATCH_TIME, self.link.watch)
         self.set_interval(NEWER_TIME, self.look_for_newer)
-
-    @property
-    def transcript(self) -> Transcript:
-        return self.query_one(Transcript)
-
-    @property
-    def tokens(self) -> TokenPanel:
-        return self.query_one(TokenPanel)
 
     @property
     def session(self) -> ChatSession | None:
@@ -113,9 +109,11 @@ class Pane(Acts, Vertical):
     async def _resolve(self, checkpoint: str | Path) -> None:
         try:
             path, why = await asyncio.to_thread(explain_checkpoint, checkpoint, self.lumina.runs_root)
+            newest = await asyncio.to_thread(_newest, path)
         except (CheckpointError, OSError) as error:
             self._gone(str(error))
         else:
+            self._newest = newest.path.name if newest is not None else path.name
             self.link.connect(path, why)
 
     def leave(self) -> None:
@@ -130,7 +128,7 @@ class Pane(Acts, Vertical):
         if self.link.session is None:
             self.link.session = self._session_of(self)
             self.link.session.backend = update.backend
-        self.say("note", f"{update.notice + ': ' if update.notice else ''}{info.line()}")
+        self.say("note", f"{update.notice + ': ' if update.notice else ''}{info.name}{info.line().removeprefix(info.path)}")
         if self.link.session.unsent:
             self.say("note", ". sends the last message again")
         self.post_message(self.Ready(self))
@@ -150,13 +148,13 @@ class Pane(Acts, Vertical):
         self.say("note", f"{why}: o chooses a checkpoint, r tries again")
 
     async def look_for_newer(self) -> None:
-        """Notice a checkpoint of the same run that is newer than the loaded one."""
+        """Notice a checkpoint that the run has written since this one was chosen,."""
         path = self.link.path
-        if path is None or self.link.phase is not Phase.READY or path.parent.name != "checkpoints":
+        if path is None or self.link.phase is not Phase.READY:
             return
-        entries = await asyncio.to_thread(run_entries, path.parent.parent)
-        if entries and entries[0].path.name > path.name and entries[0].problem is None and path == self.link.path:
-            self.newer = entries[0]
+        newest = await asyncio.to_thread(_newest, path)
+        if newest is not None and newest.path.name > self._newest and path == self.link.path:
+            self.newer = newest
 
     # what happens
 
@@ -198,7 +196,7 @@ class Pane(Acts, Vertical):
         state = {Phase.CONNECTING: "LOADING", Phase.REPLYING: "WRITING", Phase.GONE: "NO SERVER"}.get(phase, info.device)
         if phase is Phase.READY and self.newer is not None:
             state = f"{self.newer.path.name} is newer, r"
-        name = info.name if self.size.width >= 60 or info.step is None else f"step-{info.step:06d}"
+        name = info.name if self.size.width >= NARROW or info.step is None else f"step-{info.step:06d}"
         self.transcript.set_title(f"{name}  {session.mode}", state)
 
     # talking
@@ -327,11 +325,13 @@ class Pane(Acts, Vertical):
         number = self.session.version[1] if self.session is not None else 0
         return self._version_foot(Version.of("", done, ""), number, number)
 
-    @staticmethod
-    def _version_foot(version: Version, number: int, total: int) -> str:
+    def _version_foot(self, version: Version, number: int, total: int) -> str:
         done = version.done
         parts = [f"version {number} of {total}"] if total > 1 else []
-        if done is not None:
+        if done is not None and self.size.width < NARROW:
+            rate = "" if done.tokens_per_s is None else f"{done.tokens_per_s:.1f} tok/s, "
+            parts.append(f"{done.tokens:,} tokens, {rate}{done.seconds:.1f} s{_ENDS[done.reason]}")
+        elif done is not None:
             parts += [timing(done) + _ENDS[done.reason], f"seed {done.seed}"]
         return ", ".join(parts)
 
@@ -407,6 +407,12 @@ _BADGES = {
     Phase.READY: ("READY", "good"),
     Phase.IDLE: ("", "dim"),
 }
+
+
+def _newest(path: Path) -> Entry | None:
+    """The newest usable checkpoint of the run that `path` belongs to. Blocking."""
+    entries = run_entries(path.parent.parent) if path.parent.name == "checkpoints" else []
+    return entries[0] if entries and entries[0].problem is None else None
 
 
 def badge_of(panes: Sequence[Pane]) -> tuple[str, str]:

@@ -55,7 +55,6 @@ class TokenPanel(Drawn):
         else:
             self.set_state(State.EMPTY, NONE_KNOWN)
         self.set_title(f"tokens  {title}".rstrip(), self._place())
-        self.set_foot(LEGEND if self.inner[0] >= len(LEGEND) + 6 else "marks: . - ? ! rarer", "")
         self._arrange()
         self.repaint_changed()
 
@@ -66,6 +65,7 @@ class TokenPanel(Drawn):
         shape = (self.inner[0], len(self.trace.tokens), id(self.trace))
         if shape != self._shape:
             self._shape = shape
+            self.set_foot(LEGEND if self.inner[0] >= len(LEGEND) + 6 else "marks . - ? ! rarer")
             self._rows = strip_rows(self.trace, self.inner[0] - 2, "\\n" if self.look.ascii else "↵")
 
     def on_resize(self) -> None:
@@ -175,11 +175,14 @@ class TokenPanel(Drawn):
     def _facts(self, traced: Traced, width: int, height: int) -> list[list[Piece]]:
         token = traced.token
         text = shown(token.text, "\\n" if self.look.ascii else "↵")
-        dim, plain = self.palette.dim, self.palette.text
+        dim, plain, wide = self.palette.dim, self.palette.text, width >= 56
         lines: list[list[Piece]] = [
             [(f'"{text}"', self.palette.title), (f"  id {token.token}", dim)],
-            [(percent(token.probability), plain), (" of the model (softmax of its raw logits)", dim)],
-            [(percent(token.chance), plain), (" drawn with (penalty, temperature, top-k, top-p)", dim)],
+            [(percent(token.probability), plain), (" by the model" + (": softmax of its raw logits" if wide else ""), dim)],
+            [
+                (percent(token.chance), plain),
+                (" as drawn" + (": after penalty, temperature, top-k, top-p" if wide else ""), dim),
+            ],
         ]
         half = (width - 2) // 2
         if width >= SIDE_BY_SIDE:
@@ -193,7 +196,7 @@ class TokenPanel(Drawn):
         return lines + self._experts(traced, width, height - len(lines))
 
     def _alternatives(self, token: Token, width: int) -> list[list[Piece]]:
-        lines: list[list[Piece]] = [[("likeliest, by the model", self.palette.dim)]]
+        lines: list[list[Piece]] = [[("likeliest by the model", self.palette.dim)]]
         for other in token.alternatives:
             chosen = other.id == token.token
             text = fit(f'"{shown(other.text, chr(92) + "n" if self.look.ascii else "↵")}"', max(4, width - 20))
