@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import time
 import uuid
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from typing import Any
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import LogReader, sampled_records
 from lumina_engine.run.directory import RunDirectory, RunError
+from lumina_engine.text import safe_text
 
 from . import columns
 from .paint import duration
@@ -123,6 +125,7 @@ class Feed:
         self._cached = 0  # byte of the log up to which the column cache goes
         self._closed = False
         self._saving: asyncio.Task[bool] | None = None
+        self._log_end = ""  # the last line of engine.log, once the run is quiet
         self.arrived = self.clock()  # when the newest record came
         self._beats: list[Beat] = []  # the newest word about the ranks, and when it came
         self._world: int | None = None
@@ -231,6 +234,8 @@ class Feed:
                 self._cached = 0
                 self.store.become(RunStore())
             if not records:
+                if self.reader.missing and self.reader.offset:
+                    self.error = f"{self.reader.path} is gone: what was read of it stays here until lumina ends"
                 break
             self._apply(records)
             if self.mode is Mode.LOADING:
@@ -292,6 +297,8 @@ class Feed:
                 self.wake()
             if self.mode in (Mode.FILE, Mode.DEAD):
                 self._settle()
+            elif self._quiet:
+                self._log_end = await asyncio.to_thread(_last_line, self.run.log_path)
 
     def _socket_path(self) -> str:
         try:
@@ -481,6 +488,11 @@ class Feed:
         step = self.store.median_step_time() or 0.0
         return max(QUIET_S, 5 * step, 2 * self.store.longest_save())
 
+    @property
+    def _quiet(self) -> bool:
+        """Whether a run that should be working has been silent for longer than its habit: perhaps it hangs."""
+        return self.mode is Mode.LIVE and self.store.state == "running" and self.silence() > self.quiet_after()
+
     def badge(self) -> Badge:
         """The state of the feed in a few words."""
         store = self.store
@@ -495,9 +507,10 @@ class Feed:
         if store.state in ("preparing", "compiling", "stopping"):
             since = now - store.state_since if store.state_since else self.silence()
             return Badge(f"BUSY {store.state} {duration(max(0.0, since))}", "accent", store.reason or "")
-        silence = self.silence()
-        if store.state == "running" and silence > self.quiet_after():
-            return Badge(f"QUIET {duration(silence)}", "warn", f"the supervisor lives, but record {store.seq} was the last")
+        if self._quiet:
+            why = f"the supervisor lives, but nothing came after {store.newest} (record {store.seq})"
+            why += f"; engine.log ends with: {self._log_end}" if self._log_end else "; engine.log is empty"
+            return Badge(f"QUIET {duration(self.silence())}", "warn", why)
         return Badge(f"LIVE {self.hz:g} Hz", "good", "records arrive as they are written")
 
 
@@ -506,6 +519,18 @@ def _preview(path: Path) -> RunStore:
     store = RunStore(preview=True)
     store.apply(sampled_records(path))
     return store
+
+
+def _last_line(path: Path) -> str:
+    """The last line of a text file that has anything in it; empty without one."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
+            lines = file.read().splitlines()
+    except OSError:
+        return ""
+    found = next((line for line in reversed(lines) if line.strip()), b"")
+    return safe_text(found.decode("utf-8", "replace").strip()[-200:])
 
 
 def _length(reader: LogReader) -> int:

@@ -96,6 +96,7 @@ class RunStore:
     skipped: int = 0
     seq: int = 0
     t: float = 0.0
+    newest: str = ""  # what the newest record was, in words
     preview: bool = False  # a part of the log stands for the whole: spikes may be missing
 
     version: int = 0
@@ -138,7 +139,9 @@ class RunStore:
                 self._sort(records[stop])
             at = stop + 1
         self._flush()
-        self.version += self.seq != before
+        if self.seq != before:
+            self.version += 1
+            self.newest = _words(next(record for record in reversed(records) if record.seq == self.seq))
 
     def _take_steps(self, rows: list[rec.Step]) -> None:
         if self._regular(rows):
@@ -409,6 +412,14 @@ def _column(get: Callable[[Any], float | None], rows: Sequence[Any]) -> np.ndarr
         if values.count(None) == len(values):
             return np.full(len(values), np.nan, np.float32)
         return np.array(values, np.float64).astype(np.float32)
+
+
+def _words(record: rec.Record) -> str:
+    step = getattr(record, "step", None)
+    kind = {rec.Step: "step", rec.Eval: "the evaluation of step", rec.Checkpoint: "the checkpoint of step"}.get(type(record))
+    if kind is not None and step is not None:
+        return f"{kind} {step:,}"
+    return f"a record of type {record.__struct_config__.tag}"
 
 
 def _thin(values: np.ndarray) -> np.ndarray:

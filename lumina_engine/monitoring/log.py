@@ -290,6 +290,7 @@ class LogReader:
         self.offset = offset
         self.errors: list[tuple[int, int]] = []
         self.restarts = 0
+        self.missing = False  # whether the last call found no file
         self._inode: int | None = None
 
     def read_new(self, limit: int = _READ_LIMIT) -> list[rec.Record]:
@@ -301,7 +302,9 @@ class LogReader:
         try:
             descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
+            self.missing = True
             return []
+        self.missing = False
         try:
             return self._read(descriptor, max(limit, MAX_LINE))
         finally:

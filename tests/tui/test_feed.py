@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import math
 import random
+import sys
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from lumina_engine.monitoring import record as rec
-from lumina_engine.monitoring.log import read_records, surviving
+from lumina_engine.monitoring.log import last_records, read_records, surviving
 from lumina_engine.run.directory import RunDirectory
 from lumina_tui.feed import Feed, Mode, Phase
 
@@ -233,6 +234,91 @@ def test_nan_gaps_and_time_left(tmp_path):
     assert math.isnan(feed.store.steps.metrics["loss"].values[2])
     assert feed.store.seconds_left() == 200.0
     assert feed.store.x_of(10, "hours") == pytest.approx(20 / 3600)
+
+
+async def test_c133_a_replaced_log_is_read_from_its_start(tmp_path):
+    """Cut, or exchanged for another file: widgets keep the store and see a new version."""
+    engine = FakeEngine(tmp_path)
+    engine.state("running")
+    engine.steps(40)
+    other = FakeEngine(tmp_path / "other", "demo")
+    other.state("running")
+    other.steps(70, loss=7.0)
+    async with attached(engine) as feed:
+        store = feed.store
+        await wait(lambda: store.step == 40 and feed.mode is Mode.DEAD)
+        versions = (store.version, store.steps.version, store.event_version)
+        feed.run.metrics_path.write_bytes(other.run.metrics_path.read_bytes()[: 40 * 200])
+        feed.wake()
+        await wait(lambda: store.steps.metrics["loss"].values.max() == 7.0)
+        assert feed.store is store and (store.version, store.steps.version, store.event_version) > versions
+        same(feed)
+        (tmp_path / "next").write_bytes(other.run.metrics_path.read_bytes())  # longer, by rename: only the inode tells
+        (tmp_path / "next").replace(feed.run.metrics_path)
+        feed.wake()
+        await wait(lambda: store.step == 70)
+        same(feed)
+
+
+async def test_c133_a_deleted_log_leaves_what_was_read_and_says_so(tmp_path):
+    async with FakeEngine(tmp_path) as engine:
+        engine.state("running")
+        engine.steps(40)
+        async with attached(engine) as feed:
+            await wait(lambda: feed.mode is Mode.LIVE)
+            content = engine.run.metrics_path.read_bytes()
+            engine.run.metrics_path.unlink()
+            engine.steps(5)  # the writer has it open; who is attached hears them
+            await wait(lambda: feed.store.step == 45)
+            engine.gap()
+            await wait(lambda: "is gone" in feed.error)
+            assert len(feed.store.steps) == 45 and feed.mode is Mode.LIVE
+            engine.run.metrics_path.write_bytes(content)
+            engine.gap()
+            await wait(lambda: not feed.error)
+
+
+async def test_c133_a_viewer_that_stood_still_misses_nothing(tmp_path):
+    """The real supervisor's socket: it cuts a viewer that does not read back to the file, and the viewer reads on there."""
+    engine = FakeEngine(tmp_path)
+    engine.steps(10)
+    await engine.end()
+    words = [sys.executable, "-m", "lumina_engine.bench.player", str(engine.run.path), "--rate", "20000"]
+    player = await asyncio.create_subprocess_exec(*words, stdout=asyncio.subprocess.PIPE)
+    try:
+        await player.stdout.readline()
+        async with attached(engine) as feed:
+            await wait(lambda: feed.mode is Mode.LIVE)
+            size = engine.run.metrics_path.stat().st_size
+            while engine.run.metrics_path.stat().st_size < size + 3_000_000:  # the loop stands still, nothing is read
+                pass
+            await wait(lambda: feed.gaps)
+            player.terminate()
+            await player.wait()
+            last = last_records(engine.run.metrics_path, 1)[0].seq
+            await wait(lambda: feed.store.seq == last)
+            same(feed)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            player.kill()
+
+
+async def test_quiet_names_the_last_record_and_the_last_line_of_the_log(tmp_path):
+    async with FakeEngine(tmp_path) as engine:
+        engine.state("running")
+        engine.steps(7)
+        engine.log("loading", "rank 0 waits for \x1b[31mrank 1")
+        now = [time.time()]
+        feed = Feed(RunDirectory(engine.run.path), clock=lambda: now[0])
+        feed.start()
+        await wait(lambda: feed.mode is Mode.LIVE)
+        now[0] += 60
+        await wait(lambda: "waits for" in feed.badge().why)
+        assert feed.badge().text.startswith("QUIET 1")
+        assert "nothing came after step 7 (record 8)" in feed.badge().why and "\x1b" not in feed.badge().why
+        engine.steps(1)
+        await wait(lambda: feed.badge().text.startswith("LIVE"))
+        await feed.close()
 
 
 async def test_a_defect_in_reading_is_shown(tmp_path, monkeypatch):
