@@ -37,6 +37,7 @@ class FakeEngine:
         self.hold_live = False  # records go to the file only: the next one that is sent makes a jump
         self.commands: list[dict[str, Any]] = []
         self.hellos = 0
+        self.ranks: list[dict[str, Any]] = []  # where the ranks are, for whoever asks
         self.t = 0.0  # fixed time of the next records; 0: the clock's
         self._clients: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
@@ -146,6 +147,10 @@ class FakeEngine:
                 "lr": 1e-3 * min(1.0, n / 40) * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * min(1.0, n / 1000)))),
                 "grad_norm": 0.6 + abs(self._random.gauss(0, 0.15)),
                 "step_time": 0.12,
+                "data_time": 0.003,
+                "forward_time": 0.041,
+                "backward_time": 0.058,
+                "optimizer_time": 0.014,
                 "tokens_per_s": 16_500 + self._random.gauss(0, 600),
             }
             self.emit(rec.Step(step=n, epoch=n // 300, tokens=2048 * n, seq_length=256, batch=8, **{**values, **fixed}))
@@ -188,6 +193,8 @@ class FakeEngine:
                 power=688.0,
                 power_limit=700.0,
                 temperature=74.0,
+                link_rx=3.1e9,
+                link_tx=1.2e9,
             )
             for i in range(gpus)
         ]
@@ -201,6 +208,8 @@ class FakeEngine:
                 rss=int(1.9e9),
                 disk_free=int(1.1e12),
                 disk_total=int(2e12),
+                net_rx=1.5e6,
+                net_tx=2.5e5,
             )
         )
 
@@ -225,7 +234,8 @@ class FakeEngine:
                 return
             assert self._log is not None
             head = {"head_seq": self._log.seq, "offset": self._log.offset}
-            self._line(writer, {"op": "hello", "proto": 1, "run": self.run.name, "inc": self.inc, "state": "running", **head})
+            about = {"run": self.run.name, "inc": self.inc, "state": "running", "asks": ["ranks"], **self._ranks()}
+            self._line(writer, {"op": "hello", "proto": 1, **about, **head})
             self._clients.add(writer)
             while line := await reader.readline():
                 self._command(writer, json.loads(line))
@@ -235,6 +245,14 @@ class FakeEngine:
             self._clients.discard(writer)
             writer.close()
 
+    def _ranks(self) -> dict[str, Any]:
+        return {"world": len(self.ranks) or None, "ranks": self.ranks}
+
+    def beat(self, rank: int, section: str, step: int | None = None, age: float = 0.1, **more: Any) -> None:
+        """A rank is somewhere."""
+        where = {"rank": rank, "pid": 1000 + rank, "step": step or self.step_number, "section": section, "age_s": age, **more}
+        self.ranks = [*(item for item in self.ranks if item["rank"] != rank), where]
+
     def gap(self) -> None:
         """Tell everybody that records were not sent."""
         assert self._log is not None
@@ -242,6 +260,9 @@ class FakeEngine:
             self._line(client, {"op": "gap", "from": 1, "to": self._log.seq, "offset": 0})
 
     def _command(self, writer: asyncio.StreamWriter, message: dict[str, Any]) -> None:
+        if message.get("op") == "ranks":
+            self._line(writer, {"op": "ranks", **self._ranks()})
+            return
         self.commands.append(message)
         if self.silent_to_commands:
             return
