@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,7 +81,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    asyncio.run(walk(args.root, args.run, args.out, args.svg, args.only))
+    with tempfile.TemporaryDirectory() as own:  # as a first-time user sees it
+        os.environ.update(XDG_CONFIG_HOME=own, XDG_STATE_HOME=own, XDG_CACHE_HOME=own)
+        asyncio.run(walk(args.root, args.run, args.out, args.svg, args.only))
 
 
 if __name__ == "__main__":
