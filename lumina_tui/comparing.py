@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,7 +14,7 @@ from lumina_engine.run.directory import RunDirectory, RunError
 
 from .feed import Feed, Mode
 from .history import METRICS
-from .paint import count, duration, whole
+from .paint import clean, count, duration, whole
 from .runs import held_out_score
 from .widgets.bars import STATE_ROLES
 from .widgets.picture import LETTERS, MOST_RUNS, Curve, Options, colour_slots
@@ -24,8 +23,8 @@ from .widgets.table import Cell, Column, Row
 from .widgets.text_panel import Line
 
 COLUMNS = (
-    Column("run", "run", 14, grow=True),
-    Column("state", "state", 11),
+    Column("run", "run", 10, grow=True),
+    Column("state", "state", 10),
     Column("value", "value", 8, "right"),
     Column("ema", "EMA", 8, "right", rank=1),
     Column("base", "to base", 8, "right"),
@@ -232,7 +231,7 @@ def _result(run: Compared) -> dict[str, str]:
         "tokens": count(store.tokens),
         "time": duration(float(store.steps.hours.values[-1]) * 3600),
         "tokens/s": count(rate),
-        "loss (EMA)": value_text("loss", float(last) if math.isfinite(last) else None),
+        "loss (EMA)": value_text("loss", float(last)),
         "best eval": value_text("loss", float(evals[low])) if low >= 0 else "-",
         "at step": whole(int(store.evals.step.values[low])) if low >= 0 else "-",
         "last eval": value_text("loss", newest[1]) if newest is not None else "-",
@@ -264,7 +263,7 @@ def _shown(config: dict[str, Any], name: str) -> str:
 
 
 def side_by_side(runs: Sequence[Compared], width: int) -> list[Line]:
-    """Results, then differing keys: one column a run if they fit into `width` cells, else one wrapped line a key."""
+    """Differing keys, then results: one column a run if they fit into `width` cells, else one wrapped line a key."""
     parts: list[Line] = []
     for run in runs:
         if run.why():
@@ -272,10 +271,11 @@ def side_by_side(runs: Sequence[Compared], width: int) -> list[Line]:
         if run.config_error:
             parts.append(((f"{run.letter} {run.name}: ", "warn"), (run.config_error, "text")))
     keys = differing(runs)
+    if keys:
+        parts += _block(f"{len(keys)} configuration keys differ", keys, runs, width)
+    elif sum(bool(run.config) for run in runs) > 1:
+        parts.append((("no configuration key differs", "dim"),))
     parts += _block("results", results(runs), runs, width)
-    parts += _block(f"configuration: {len(keys)} keys differ", keys, runs, width)
-    if not keys:
-        parts.append((("nothing differs" if sum(bool(run.config) for run in runs) > 1 else "nothing to compare with", "dim"),))
     return parts
 
 
@@ -311,7 +311,7 @@ def as_text(rows: Sequence[Row], lines: Sequence[Line]) -> list[str]:
     )
     table = ["  ".join(column.title.ljust(widths[i]) for i, column in enumerate(COLUMNS))] if rows else []
     table += ["  ".join(cell.ljust(widths[i]) for i, (cell, _) in enumerate(row.cells)).rstrip() for row in rows]
-    return [*table, "", *("".join(text for text, _ in line).rstrip() for line in lines)]
+    return [*table, "", *("".join(clean(text) for text, _ in line).rstrip() for line in lines)]
 
 
 def metrics_beside(known: Sequence[str], main: str, most: int = 4) -> list[str]:

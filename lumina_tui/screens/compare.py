@@ -48,6 +48,7 @@ class CompareScreen(LuminaScreen):
     CompareScreen.-compact #side { width: 0; }
     CompareScreen.-compact.-reading #side { width: 1fr; }
     CompareScreen.-compact.-reading #table { display: none; }
+    CompareScreen.-compact.-reading #right { height: 14; }
     CompareScreen.-wide #body { layout: horizontal; }
     CompareScreen.-wide #small { display: block; }
     CompareScreen.-wide #right { width: 45%; height: 1fr; layout: vertical; }
@@ -73,7 +74,7 @@ class CompareScreen(LuminaScreen):
         self.small = [CompareChart(name, cursor=cursor) for name in ("tokens_per_s", "grad_norm", "lr", "aux_loss")]
         self.table = Table(COLUMNS, title="runs", id="table")
         self.table.can_focus = False
-        self.side = SidePanel(title="results and differences", id="side")
+        self.side = SidePanel(title="differences and results", id="side")
         self.choose = RunChooser(id="choose")
 
     def content(self) -> Iterable[Widget]:
@@ -149,7 +150,7 @@ class CompareScreen(LuminaScreen):
         before = [run.run.path for run in self.runs] or [Path(p) for p in self.lumina.memory.get("compare.runs", [""]) if p]
         self.choose.show(rows, before)
         if len(rows) < 2:
-            self.choose.set_state(State.EMPTY, f"{len(rows)} run{'s' * (len(rows) != 1)} in {clean(root)}. {EMPTY}")
+            self.choose.set_state(State.EMPTY, f"{len(rows)} run{'s' * (len(rows) != 1)} in {clean(root)}.\n\n{EMPTY}")
         self.set_frame(subject="choose runs", badge="")
         self.refresh_keys()
 
