@@ -12,11 +12,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from textual.driver import Driver
 from textual.filter import ANSIToTruecolor, LineFilter, NoColor
 from textual.screen import Screen
 from textual.widget import Widget
 
 from . import actions, session
+from .alarms import Alarms, run_command
 from .defects import Defects
 from .departure import Departure
 from .keymap import load_keymap
@@ -29,6 +31,8 @@ from .terminal import AsciiFilter, ControlFilter, Look, detect
 from .themes import SKINS, Skin, skin_for
 from .typeahead import TypeAhead
 from .widgets.acts import Acts
+from .wire import Wire
+from .widgets.bars import TitleBar
 from .widgets.panel import Panel
 
 if TYPE_CHECKING:
@@ -99,10 +103,13 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
         self.readonly = readonly
         self.exports_folder = Path(settings.exports).expanduser()
         self.start = start or Start()
+        self.wire = Wire()
         self._screens: dict[int, LuminaScreen] = {}
         self._back: list[int] = []
         self._ticking = False
         self.pace = Pace(self.look.hz)
+        self.alarms = Alarms(settings.alert_command)
+        self.open_alerts = 0  # critical ones of watched runs that are not on top
         self._tasks: set[asyncio.Task[Any]] = set()
         self.keys = load_keymap(config_dir() / "keys.yaml")
         self.set_keymap(self.keys.for_textual())
@@ -142,6 +149,10 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
             self._line_filters.append(ANSIToTruecolor(self.ansi_theme))
         elif not self.look.colours:
             self._line_filters.append(NoColor())
+
+    def get_driver_class(self) -> type[Driver]:
+        """Textual's driver for this terminal, with its bytes counted."""
+        return self.wire.counting(super().get_driver_class())
 
     def get_line_filters(self) -> Sequence[LineFilter]:
         """Filters over every line that leaves: control characters always, then ASCII and colour as the terminal needs."""
@@ -202,6 +213,33 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
         if screen is not None and subject is not None:
             session.remember(self.memory, self.runs_root, screen.number, subject)
 
+    def _watch_alerts(self) -> None:
+        """Ring once for each new critical alert of a watched run, on whatever screen; run the user's command."""
+        before, self.open_alerts = self.open_alerts, 0
+        for screen in self._screens.values():
+            run, alerts = screen.watched() or (None, ())
+            if run is None:
+                continue
+            on_top = screen is self.screen
+            fresh = self.alarms.look(run, alerts)
+            for alert in fresh[-3:]:
+                self.notice(f"{run.name}: {alert.severity} {alert.code}: {alert.message}", "error", toast=not on_top)
+            if fresh:
+                self.bell()
+            if not on_top:
+                self.open_alerts += sum(alert.severity == "critical" for alert in alerts)
+        if self.open_alerts != before:
+            for bar in self.screen.query(TitleBar):
+                bar.refresh()
+        message = self.alarms.due()
+        if message is not None:
+            self.spawn(self._run_alert_command(message))
+
+    async def _run_alert_command(self, message: dict[str, Any]) -> None:
+        wrong = await run_command(self.alarms.command, message)
+        if wrong:
+            self.notice(wrong, "warning", timeout=20)
+
     def _remember_soon(self) -> None:
         self.set_timer(DELAY_S, self._remember)
 
@@ -220,10 +258,11 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
         self._ticking = True
         began = time.perf_counter()
         try:
-            tick = getattr(self.screen, "tick", None)
-            if tick is not None:
-                tick()
+            screen: Any = self.screen
+            if getattr(screen, "ready", False):
+                screen.tick()
             self._remember_place()
+            self._watch_alerts()
         finally:
             self._ticking = False
         self.pace.note(time.perf_counter() - began, queued_writes(self))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from textual.app import App
@@ -52,7 +52,7 @@ class Pace:
             self._calm_since = now
 
 
-def queued_writes(app: App[object]) -> int | None:
+def queued_writes(app: App[Any]) -> int | None:
     """Writes that wait for the terminal; None where that cannot be told.
 
     The one place that looks at Textual's private writer thread; without it the rule is skipped.

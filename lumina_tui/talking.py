@@ -19,6 +19,9 @@ from .places import cache_dir
 if TYPE_CHECKING:
     from .screens.dialogs import Choice
 
+TOASTS = 3  # at once
+OSC52_BYTES = 8192  # what terminals and multiplexers take for certain
+
 Severity = Literal["information", "warning", "error"]
 
 
@@ -52,10 +55,13 @@ class Talks(App[None], inherit_bindings=False):
         self.notices.append(Notice(time.time(), severity, text))
         if not toast:
             return
-        shown = list(self._notifications)
-        for old in shown[:-2]:
-            self._unnotify(old, refresh=False)
         self.notify(text, severity=severity, timeout=timeout, markup=False)
+        self.call_later(self._trim_toasts)  # behind the message that shows it
+
+    def _trim_toasts(self) -> None:
+        """Leave the newest toasts only."""
+        for old in list(self._notifications)[:-TOASTS]:
+            self._unnotify(old)
 
     def ask(self, question: str, choices: Sequence[Choice], answer: Callable[[str], None], lines: Sequence[str] = ()) -> None:
         """One question that names the thing; `answer(value)` is called with the choice, not at all for Esc."""
@@ -86,9 +92,17 @@ class Talks(App[None], inherit_bindings=False):
         self.push_screen(Prompt(question, value, lines, check), done)
 
     def copy_text(self, text: str, name: str = "copied.txt") -> None:
-        """Copy by OSC 52 (at most 8 KiB; no terminal answers whether it worked) and also into a file that the notice names."""
-        if len(text.encode()) <= 8192:
+        """Copy by OSC 52 (at most 8 KiB; no terminal answers whether it worked) and also into a file that the notice names.
+
+        With --readonly no file is written.
+        """
+        short = len(text.encode("utf-8", "replace")) <= OSC52_BYTES
+        if short:
             self.copy_to_clipboard(text)
+        if self.readonly:
+            done = "copied, if the terminal allows it" if short else "too long to copy"
+            self.notice(f"--readonly: {done}; no file is written")
+            return
         path = cache_dir() / name
         try:
             write_atomic(path, text)
@@ -110,7 +124,7 @@ class Talks(App[None], inherit_bindings=False):
         return path
 
     async def export(self, stem: str, suffix: str, make: Callable[[], str | bytes]) -> Path | None:
-        """Make a file's content and write it as `save_export` does, both in a thread; None if it failed, and a notice says why."""
+        """Make a file's content and write it as `save_export` does, both in a thread; None if it failed (a notice says why)."""
         if self.readonly:
             self.notice("--readonly: nothing is written", "warning")
             return None

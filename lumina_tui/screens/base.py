@@ -18,7 +18,8 @@ The app keeps one instance of each. Opening it again with arguments calls `retar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from textual import on
@@ -35,6 +36,8 @@ from ..widgets.panel import Drawn, Panel, State
 
 if TYPE_CHECKING:
     from textual.app import ComposeResult
+
+    from lumina_engine.monitoring.record import Alert
 
     from ..terminal import Look, Palette
 
@@ -63,19 +66,19 @@ class LuminaScreen(Acts, Screen[None], inherit_bindings=False):
         self.badge_role = "dim"
         self.alerts = 0
         self.critical = False
-        self._ready = False
+        self.ready = False
         self._waiting: list[Callable[[], object]] = []
 
     def when_ready(self, work: Callable[[], object]) -> None:
         """Call `work` when the panels are there and shown: at once if they are."""
-        if self._ready:
+        if self.ready:
             self.call_after_refresh(work)
         else:
             self._waiting.append(work)
 
     @on(Mount)
     def _became_ready(self) -> None:
-        self._ready = True
+        self.ready = True
         while self._waiting:
             self.call_after_refresh(self._waiting.pop(0))
 
@@ -92,6 +95,10 @@ class LuminaScreen(Acts, Screen[None], inherit_bindings=False):
     def place(self) -> dict[str, str | list[str]] | None:
         """The arguments (paths as text) with which the next session opens this screen; None: it opens the screen before."""
         return {}
+
+    def watched(self) -> tuple[Path, Sequence[Alert]] | None:
+        """The run that this screen watches, and those of its alerts that were not opened yet."""
+        return None
 
     def footer_text(self, action: Action) -> str:
         """What the key line says about an action."""
@@ -139,15 +146,18 @@ class LuminaScreen(Acts, Screen[None], inherit_bindings=False):
                 bar.refresh()
 
     def refresh_keys(self) -> None:
-        """Repaint the key line, after something became possible or impossible."""
+        """Repaint the key line where something became possible or impossible."""
         for bar in self.query(KeyBar):
-            bar.refresh()
+            bar.sync()
 
     def on_descendant_focus(self) -> None:
         self.refresh_keys()
 
     def on_screen_resume(self) -> None:
-        self.tick()
+        for bar in self.query(TitleBar):
+            bar.refresh()  # alerts of another screen may have been opened meanwhile
+        if self.ready:
+            self.tick()
 
     def on_resize(self) -> None:
         width, height = self.size

@@ -1,7 +1,9 @@
-"""Alerts of the run that is watched: counted in the first line until they are opened, rung once, gone to from a list."""
+"""Alerts of the run that is watched: counted in the first line until they are opened, gone to from a list."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from lumina_engine.monitoring import record as rec
@@ -24,28 +26,29 @@ class RunAlerts(Acts):
     cursor: Cursor
     alert_table: AlertTable
     _opened = 0  # alerts of this run that were opened
-    _rung = 0  # critical ones among the others
     _identity = ""  # of the run
 
     def expect_alerts(self, identity: str) -> None:
         """Another run is watched."""
-        self._identity, self._rung = identity, 0
+        self._identity = identity
         opened: dict[str, int] = self.lumina.memory.get("monitor.opened_alerts", {"": 0})
         self._opened = opened.get(identity, 0)
 
     def count_alerts(self, alerts: list[rec.Alert]) -> tuple[int, bool]:
-        """How many were not opened yet, and whether a critical one is among them; a new critical one rings."""
+        """How many were not opened yet, and whether a critical one is among them."""
         fresh = alerts[min(self._opened, len(alerts)) :]
-        critical = [alert for alert in fresh if alert.severity == "critical"]
-        if len(critical) > self._rung:
-            self.lumina.bell()
-        self._rung = len(critical)
-        return len(fresh), bool(critical)
+        return len(fresh), any(alert.severity == "critical" for alert in fresh)
+
+    def watched(self) -> tuple[Path, Sequence[rec.Alert]] | None:
+        if self.feed is None:
+            return None
+        alerts = self.feed.store.alerts
+        return self.feed.run.path, alerts[min(self._opened, len(alerts)) :]
 
     def action_alerts(self) -> None:
         assert self.feed is not None
         store = self.feed.store
-        self._opened, self._rung = len(store.alerts), 0
+        self._opened = len(store.alerts)
         known: dict[str, int] = dict(self.lumina.memory.get("monitor.opened_alerts", {"": 0}))
         known.pop(self._identity, None)
         kept = dict(list(known.items())[-(REMEMBERED - 1) :])
