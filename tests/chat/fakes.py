@@ -8,7 +8,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from lumina_engine.chat.console import Console, Show
-from lumina_engine.chat.events import Done, Event, Message, ModelInfo, Start, Token
+from lumina_engine.chat.events import Alternative, Done, Event, Message, ModelInfo, Route, Routed, Start, Token
 from lumina_engine.chat.modes import Sampling
 from lumina_engine.chat.server import ChatServer
 from lumina_engine.chat.session import ChatSession
@@ -18,11 +18,11 @@ from lumina_engine.checkpoint.commit import Staging, commit, set_pointer
 class FakeBackend:
     """Answers a word at a time; remembers what it was asked. `gate` holds every word back until it is set."""
 
-    def __init__(self, digest: str = "aa") -> None:
+    def __init__(self, digest: str = "aa", step: int = 100) -> None:
         self.info = ModelInfo(
-            path="runs/x/checkpoints/step-000100",
+            path=f"runs/x/checkpoints/step-{step:06d}",
             run="x",
-            step=100,
+            step=step,
             loss=1.5,
             loss_name="eval_loss",
             parameters=3_377_792,
@@ -59,7 +59,13 @@ class FakeBackend:
                 yield Done(reason="cancelled", tokens=number, seconds=0.5, first_token_s=0.25 if number else None, seed=seed)
                 return
             word = words[number % len(words)]
-            yield Token(text=word if number == len(words) - 1 and not endless else word + " ", token=number)
+            text = word if number == len(words) - 1 and not endless else word + " "
+            if trace:
+                others = [Alternative(f"{word}?", 1000 + rank, 0.5 / (rank + 2)) for rank in range(5)]
+                yield Token(text=text, token=number, probability=1 / (number + 1), chance=0.5, alternatives=others)
+                yield Routed(index=number, experts=8, routes=[Route(layer, [number % 8], [0.75]) for layer in (1, 2)])
+            else:
+                yield Token(text=text, token=number)
             number += 1
             if endless:
                 threading.Event().wait(0.01)
