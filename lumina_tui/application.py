@@ -31,9 +31,9 @@ from .terminal import AsciiFilter, ControlFilter, Look, detect
 from .themes import SKINS, Skin, skin_for
 from .typeahead import TypeAhead
 from .widgets.acts import Acts
-from .wire import Wire
 from .widgets.bars import TitleBar
 from .widgets.panel import Panel
+from .wire import Wire
 
 if TYPE_CHECKING:
     from .launching import Launched
@@ -98,12 +98,12 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
         self.look = look or detect(os.environ)
         self.memory = Memory(state_dir() / "session.json", readonly=readonly, wake=self._remember_soon)
         self.skin = skin_for(self._wanted_theme(), self.look.colours, self.look.light)
+        self.wire = Wire()
         super().__init__()
         self.runs_root = Path(runs_root)
         self.readonly = readonly
         self.exports_folder = Path(settings.exports).expanduser()
         self.start = start or Start()
-        self.wire = Wire()
         self._screens: dict[int, LuminaScreen] = {}
         self._back: list[int] = []
         self._ticking = False
