@@ -92,7 +92,12 @@ def _plain(value: Any) -> Any:
 
 def print_json(value: Any, *, lines: bool = False) -> None:
     """JSON on stdout: one indented document, or with `lines` one object on one line. Non-finite numbers become strings."""
-    print(json.dumps(_plain(value), ensure_ascii=True, indent=None if lines else 2, allow_nan=False), flush=lines)
+    print(json_text(value, lines=lines), flush=lines)
+
+
+def json_text(value: Any, *, lines: bool = False) -> str:
+    """JSON as `print_json` prints it."""
+    return json.dumps(_plain(value), ensure_ascii=True, indent=None if lines else 2, allow_nan=False)
 
 
 def table(rows: Iterable[Sequence[object]], columns: Sequence[str], right: Iterable[int] = ()) -> str:

@@ -1,4 +1,4 @@
-"""`lumina-engine runs`: list, show, tail, stop."""
+"""`lumina-engine runs`: list, show, tail, stop, plot."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from . import common
+from . import common, plot
 
 if TYPE_CHECKING:
     from ..monitoring import record as rec
     from ..run.directory import RunDirectory, RunInfo
 
-HELP = "list, show, tail, stop"
+HELP = "list, show, tail, stop, plot"
 POLL_TIME = 0.2  # s between two looks at a log that is followed
 _COLUMNS = ("name", "state", "step", "loss", "tokens/s", "age", "path")
 
@@ -38,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stop = action("stop", "stop a run after a checkpoint, and wait for its end")
     stop.add_argument("--no-save", action="store_true", help="stop at the next step without a checkpoint")
     stop.add_argument("--no-wait", action="store_true", help="return when the run has accepted the command")
+    plot.add_arguments(action("plot", "curves of a run, printed or as SVG"))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     root = Path(args.runs) if args.runs else runs_root()
     if args.action == "list":
         return _list(args, root)
-    return {"show": _show, "tail": _tail, "stop": _stop}[args.action](args, find(args.run, root))
+    return {"show": _show, "tail": _tail, "stop": _stop, "plot": plot.run}[args.action](args, find(args.run, root))
 
 
 def _row(info: RunInfo) -> dict[str, Any]:

@@ -1,0 +1,147 @@
+"""`lumina-engine report RUN`: one self-contained HTML page and one JSON file about a run, whatever became of it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import common
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from ..monitoring.report import Subject
+    from ..run.directory import RunDirectory
+
+HELP = "one HTML page and one JSON file about a run"
+_SMALL = 1 << 20  # bytes of a JSON file that is taken into the report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="name of a run, or its folder")
+    parser.add_argument(
+        "--out", metavar="FILE", help="the HTML file; the JSON file stands beside it (default: reports/ of the run)"
+    )
+    parser.add_argument("--runs", metavar="DIR", help="folder of the runs (default ./runs or $LUMINA_RUNS)")
+    common.add_json(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..monitoring.curves import read_history
+    from ..monitoring.report import document
+    from ..monitoring.report_page import page
+    from ..run.directory import find, runs_root
+
+    directory = find(args.run, Path(args.runs) if args.runs else runs_root())
+    target = Path(args.out).with_suffix(".html") if args.out else directory.reports / "report.html"
+    found_subject = subject(directory)
+    history = read_history(directory.metrics_path)
+    found = document(found_subject, history)
+    data = target.with_suffix(".json")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _replace(target, page(found, history))
+    _replace(data, common.json_text(found, lines=True) + "\n")
+    if args.json:
+        common.print_json({"html": str(target), "json": str(data), "missing": found["missing"], "summary": found["summary"]})
+        return 0
+    print(common.safe(f"written: {target} and {data.name}"))
+    for text in found["missing"]:
+        print(common.safe(f"  not in it: {text}"))
+    return 0
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file (0600) whole or not at all."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def subject(directory: RunDirectory) -> Subject:
+    """What the folder of a run says about it; what cannot be read is named, never raised."""
+    from ..monitoring.report import Subject
+    from ..run.directory import RunError
+
+    missing: list[str] = []
+    try:
+        identity: Mapping[str, Any] = directory.identity()
+    except RunError as error:
+        identity = {}
+        missing.append(f"run.json: {error}")
+    info = directory.info()
+    config, preset = _config(directory, identity.get("preset"), missing)
+    return Subject(
+        name=directory.name,
+        path=str(directory.path),
+        state=info.state,
+        reason=info.reason,
+        exit_code=info.exit_code,
+        alive=info.alive,
+        identity=identity,
+        config=config,
+        preset=preset,
+        saved=_saved(directory.checkpoints, missing),
+        best=_pointer(directory.checkpoints / "best"),
+        latest=_pointer(directory.checkpoints / "latest"),
+        sample_eval=_sample_eval(directory.reports / "sample_eval.json", missing),
+        missing=tuple(missing),
+    )
+
+
+def _config(
+    directory: RunDirectory, preset: object, missing: list[str]
+) -> tuple[Mapping[str, Any] | None, Mapping[str, Any] | None]:
+    """The values in force and the preset's, flat."""
+    from ..config.presets import NAMES, ConfigPresets
+    from ..config.schema import Config, ConfigError
+
+    try:
+        config = Config.load(directory.config_path).to_dict(sectioned=False)
+    except (ConfigError, OSError) as error:
+        missing.append(f"config.yaml: {error}")
+        return None, None
+    if preset not in NAMES:
+        missing.append("differences from a preset: the run was made from none")
+        return config, None
+    return config, ConfigPresets.get(str(preset)).to_dict(sectioned=False)
+
+
+def _saved(folder: Path, missing: list[str]) -> tuple[str, ...]:
+    try:
+        return tuple(sorted(entry.name for entry in folder.iterdir() if entry.name.startswith("step-")))
+    except OSError as error:
+        missing.append(f"checkpoints: {error.strerror or error}")
+        return ()
+
+
+def _pointer(path: Path) -> str | None:
+    """The checkpoint that a pointer names."""
+    try:
+        return path.readlink().name if path.is_symlink() else path.read_text(encoding="utf-8")[:200].strip() or None
+    except (OSError, ValueError):
+        return None
+
+
+def _sample_eval(path: Path, missing: list[str]) -> Mapping[str, Any] | None:
+    try:
+        if path.stat().st_size > _SMALL:
+            missing.append(f"sample_eval.json: larger than {_SMALL >> 20} MiB")
+            return None
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as error:
+        missing.append(f"sample_eval.json: {error}")
+        return None
+    if not isinstance(found, dict):
+        missing.append("sample_eval.json: no JSON object")
+        return None
+    return found
