@@ -59,7 +59,7 @@ def _schema() -> str:
     """Changes when the columns of a store or the fields of what is kept in it change."""
     fields = [(name, [field.name for field in dataclasses.fields(cls)]) for name, cls in sorted(_KNOWN.items())]
     metrics = [(name, list(value.metrics)) for name, value in vars(RunStore()).items() if isinstance(value, History)]
-    records = [(name, cls.__struct_fields__) for name, cls in sorted(rec.RECORD_TYPES.items())]
+    records = [(name, [field.name for field in msgspec.structs.fields(cls)]) for name, cls in sorted(rec.RECORD_TYPES.items())]
     return hashlib.sha256(repr((fields, metrics, records, history.BASES)).encode()).hexdigest()[:16]
 
 
@@ -222,10 +222,11 @@ def _write(path: Path, head: Head, taken: Snapshot, errors: list[tuple[int, int]
     data = msgspec.msgpack.encode(head)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "wb", buffering=0) as file:
-        for part in (_LEAD.pack(MAGIC, len(data), zlib.crc32(data)), data, taken.body, *taken.arrays):
-            view = memoryview(part).cast("B") if memoryview(part).nbytes else memoryview(b"")
-            while len(view):
-                view = view[file.write(view) :]
+        parts = [memoryview(part) for part in (_LEAD.pack(MAGIC, len(data), zlib.crc32(data)), data, taken.body)]
+        parts += [array.data.cast("B") for array in taken.arrays if array.nbytes]
+        for part in parts:
+            while len(part):
+                part = part[file.write(part) :]
 
 
 def prune(place: Path, limit: int = LIMIT) -> None:

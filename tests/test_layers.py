@@ -26,6 +26,7 @@ BANNED = {
     "lumina_engine.chat": {"deepspeed", "textual"},
     "lumina_engine.doctor": {"torch", "deepspeed", "textual"},
     "lumina_engine.commands": {"deepspeed", "textual"},
+    "lumina_engine.bench": {"torch", "deepspeed", "textual"},
 }
 # Rooms of ours, lowest first; a room may import itself and those before it. Rooms on one rung may not import each other
 # unless named together.

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,13 +117,18 @@ class Bench:
     @contextlib.contextmanager
     def played(self, runs: Sequence[Path], **options: float) -> Iterator[subprocess.Popen[str]]:
         """A process that plays these runs."""
-        words = [f"--{name}={value}" for name, value in options.items()]
-        command = [sys.executable, "-m", "lumina_engine.bench.player", *map(str, runs), *words]
+        with self.beside("player", *map(str, runs), *[f"--{name}={value}" for name, value in options.items()]) as process:
+            yield process
+
+    @contextlib.contextmanager
+    def beside(self, module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+        """A process of ours that runs during a measurement, once it has said that it plays."""
+        command = [sys.executable, "-m", f"lumina_engine.bench.{module}", *arguments]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
         try:
             assert process.stdout is not None
             if not select.select([process.stdout], [], [], 60)[0] or process.stdout.readline() != "playing\n":
-                raise MeasureError("the process that plays a run did not start")
+                raise MeasureError(f"the {module} did not start")
             yield process
         finally:
             process.send_signal(signal.SIGTERM)
@@ -243,7 +249,7 @@ class Bench:
                 viewer.send(key)
                 label = f"idle {ready}, {self.sizes.idle_s:.0f} s"
                 try:
-                    viewer.until(lambda p, ready=ready: ready in p.row(0), f"screen {ready}", 5.0)
+                    viewer.until(partial(_titled, ready), f"screen {ready}", 5.0)
                     viewer.settle(8.0 if self.sizes.idle_s > 5 else 0.5, 90.0)
                 except MeasureError as error:
                     yield Figure(f"idle_{name}_cpu_pct", label, "% CPU", 1, None, str(error))
@@ -396,6 +402,28 @@ class Bench:
             behind = max(0.0, 1 - rate_shown / rate)
             yield Figure(f"{name}_behind", f"log, {rate:,} lines/s: share it falls behind by", "", 0.1, round(behind, 3))
 
+    def chat(self) -> Iterator[Figure]:
+        from .talker import CODE_LINES, make_checkpoint
+
+        root = self.runs("chat")
+        checkpoint = make_checkpoint(make_run(root, "bench", 100).checkpoints, 100)
+        with self.beside("talker", str(checkpoint)), self.viewer("--runs", str(root), "bench@step-000100") as viewer:
+            viewer.until(lambda p: "Chat" in p.row(0), "Chat")
+            viewer.settle(1.0, 10.0)
+            began = time.monotonic()
+            viewer.send("why do leaves fall?\r")
+            viewer.until(lambda p: "The leaves fall" in p.text or "The **leaves" in p.text, "a reply", 10.0)
+            cpu, _, _ = self.cost(viewer, min(self.sizes.live_s, 12.0))
+            yield Figure("chat_cpu_pct", "chat, 50 tokens/s", "% CPU", 15, cpu)
+            if self.sizes.live_s < 5:
+                return
+            viewer.watch(max(0.0, began + 17.0 - time.monotonic()))
+            before = viewer.cpu
+            viewer.send("code please\r")
+            viewer.until(lambda p: f"# line {CODE_LINES - 1}" in p.text, "the last line of code", 30.0)
+            viewer.settle(1.0, 5.0)
+            yield Figure("chat_code_cpu_s", f"chat, a reply of {CODE_LINES} lines of code", "s CPU", 1, viewer.cpu - before)
+
     def form(self) -> Iterator[Figure]:
         from ..config.budget import budget
         from ..config.checks import check
@@ -434,7 +462,15 @@ MEASUREMENTS: tuple[Callable[[Bench], Iterator[Figure]], ...] = (
     Bench.thaw,
     Bench.many_runs,
     Bench.log_lines,
+    Bench.chat,
     Bench.form,
+)
+
+
+# what the last line of --json always has; null: not measured
+HEADLINES = (
+    *("first_paint_s", "key_p95_ms", "open_1m_warm_s", "open_1m_cold_s", "open_1m_rss_mb"),
+    *("monitor_cpu_pct", "monitor_kib_s"),
 )
 
 
@@ -465,6 +501,10 @@ def crosshair(picture: Picture) -> str:
     """The step under the crosshair as a chart's lower edge names it; empty without one."""
     match = _CROSSHAIR.search(picture.text)
     return match[1] if match else ""
+
+
+def _titled(word: str, picture: Picture) -> bool:
+    return word in picture.row(0)
 
 
 def braille(picture: Picture) -> bool:

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     import tempfile
     from pathlib import Path
 
-    from ..bench.tui import MEASUREMENTS, QUICK, Sizes, measure
+    from ..bench.tui import HEADLINES, MEASUREMENTS, QUICK, Sizes, measure
 
     if importlib.util.find_spec("lumina_tui") is None:
         raise UserError("lumina_tui is not installed: there is no terminal program to measure")
@@ -49,5 +49,5 @@ def run(args: argparse.Namespace) -> int:
             else:
                 print(row(figure.label, figure.goal, figure.value, figure.unit, figure.holds, figure.note), flush=True)
     if args.json:
-        print_json({figure.name: figure.value for figure in figures}, lines=True)
+        print_json({**dict.fromkeys(HEADLINES), **{figure.name: figure.value for figure in figures}}, lines=True)
     return 0
