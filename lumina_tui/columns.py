@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import math
 import os
 import secrets
 import struct
@@ -139,8 +140,12 @@ def _read(descriptor: int, run: RunDirectory) -> Cached | None:
     at += head.body
     crc = zlib.crc32(body)
     arrays = []
+    room = os.fstat(descriptor).st_size
     for kind, shape in head.arrays:
-        array = np.empty(shape, np.dtype(kind))
+        dtype = np.dtype(kind)
+        if dtype.kind not in "biuf" or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > room:
+            return None  # made by somebody else: no array of ours
+        array = np.empty(shape, dtype)
         if array.nbytes and os.preadv(descriptor, [array.data.cast("B")], at) != array.nbytes:
             return None
         crc = zlib.crc32(array.data, crc) if array.nbytes else crc

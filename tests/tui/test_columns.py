@@ -224,6 +224,22 @@ def test_ps06_a_damaged_cache_is_ignored_and_written_anew(tmp_path):
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+@pytest.mark.parametrize(
+    "arrays", [[("|O", [4])], [("<f4", [1 << 60])], [("<f4", [-1])], [("nonsense", [1])], [("<M8[s]", [1])]]
+)
+def test_a_cache_with_arrays_of_other_kinds_is_ignored(tmp_path, arrays):
+    """Whole and with the right sums, but not ours: never objects, never more than the file has."""
+    run, path = cached_run(tmp_path)
+    data = path.read_bytes()
+    _, length, _ = columns._LEAD.unpack(data[: columns._LEAD.size])
+    head = columns.msgspec.msgpack.decode(data[columns._LEAD.size : columns._LEAD.size + length], type=columns.Head)
+    head.arrays = [*arrays, *head.arrays]
+    made = columns.msgspec.msgpack.encode(head)
+    lead = columns._LEAD.pack(columns.MAGIC, len(made), columns.zlib.crc32(made))
+    path.write_bytes(lead + made + data[columns._LEAD.size + length :])
+    assert columns.load(run) is None
+
+
 def test_a_cache_of_another_log_is_ignored(tmp_path):
     run, _ = cached_run(tmp_path)
     lines = run.metrics_path.read_bytes()
