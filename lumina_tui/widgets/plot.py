@@ -64,7 +64,8 @@ def build(curves: Sequence[Curve], options: Options, width: int, height: int, gl
     if width < 12 or height < 4 or not shown:
         return plot
     log_x = options.log_x and options.base != "clock"
-    key = (options.metric, options.base, options.log_y, log_x, options.view, options.outliers, height, len(shown))
+    switches = (options.log_y, log_x, options.outliers, options.abandoned)
+    key = (options.metric, options.base, switches, options.view, height, len(shown))
     if before.key != key:
         before = replace(Limits(key=key), x_end=before.x_end if before.key[1:2] == key[1:2] else None)
     rows = height - 2
@@ -79,6 +80,8 @@ def build(curves: Sequence[Curve], options: Options, width: int, height: int, gl
             for curve, history in shown
         ]
         low, high = _y_range(laid, options, x)
+        if options.abandoned:
+            low, high = _with_tails(low, high, laid[-1].curve, options, x)
         y = y_limits(low, high, rows, options.log_y, before.y)
         marks = ticks(y[0], y[1], min(8, max(2, rows // 2)), options.log_y)
         labels = value_labels(marks, options.log_y)
@@ -128,6 +131,17 @@ def _y_range(laid: Sequence[_Laid], options: Options, x: tuple[float, float]) ->
     if not found:
         return (0.1, 1.0) if options.log_y else (0.0, 1.0)
     return min(low for low, _ in found), max(high for _, high in found)
+
+
+def _with_tails(low: float, high: float, curve: Curve, options: Options, x: tuple[float, float]) -> tuple[float, float]:
+    """Limits that also hold what rewinds cut off within `x`."""
+    for tail in curve.store.tails:
+        if options.metric in tail.metrics:
+            inside = (tail.x[options.base] >= x[0]) & (tail.x[options.base] <= x[1])
+            found = percentile_range(tail.metrics[options.metric][inside], 0, 100, positive=options.log_y)
+            if found is not None:
+                low, high = min(low, found[0]), max(high, found[1])
+    return low, high
 
 
 def _range_of(one: _Laid, options: Options, x: tuple[float, float]) -> tuple[float, float] | None:
@@ -346,14 +360,14 @@ class _Painter:
             values = clock_ticks(axis.low, axis.high, room)
         else:
             values = ticks(axis.low, axis.high, room, log=axis.log, whole=base == "step")
-        end = 0
+        end, last = 0, frame.width if base == "step" else frame.width - len(base) - 1  # another base than usual is always named
         for value, label in zip(values, x_labels(values, base), strict=True):
             column = axis.column_of(value)
             if not 0 <= column < self.plot.across:
                 continue
             frame.put(left + column, self.rows, "┬", FAINT)
             start = max(0, left + column - len(label) // 2)
-            if start >= end and start + len(label) <= frame.width:
+            if start >= end and start + len(label) <= last:
                 frame.put(start, self.rows + 1, label, LABEL)
                 end = start + len(label) + 2
         if end + len(base) <= frame.width:
