@@ -16,6 +16,7 @@ from lumina_tui.ending import Footprint
 from lumina_tui.feed import Mode, Phase
 from lumina_tui.screens import run_commands
 from lumina_tui.screens.alerts import AlertSheet
+from lumina_tui.screens.base import State
 from lumina_tui.screens.dialogs import Prompt, Question
 from lumina_tui.screens.monitor import MonitorScreen
 from lumina_tui.screens.run_commands import check_lr
@@ -344,3 +345,231 @@ async def test_a_lost_connection_marks_open_commands(tmp_path):
         await until(pilot, lambda: screen.feed.requests[-1].phase is Phase.REFUSED)
         await until(pilot, lambda: any("connection was lost" in notice.text for notice in app.notices))
         await asyncio.sleep(0)
+
+
+SIZES = [(80, 24), (160, 45), (200, 60)]
+
+
+def box_of(screen, name: str):
+    """Left, top, width, height of a panel; None while it is hidden."""
+    widget = screen.query_one(name)
+    return widget.region if widget.region.width and widget.is_on_screen else None
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_c131_layout_of_each_size(tmp_path, size):
+    async with live(tmp_path, size) as (engine, app, pilot, screen):
+        engine.experts(4, 8)
+        engine.hardware(2)
+        engine.log("a line")
+        await until(pilot, lambda: (box_of(screen, "#experts") and "trend" not in screen_text(app)) or size == (80, 24))
+        await until(pilot, lambda: "experts 4 x 8" in screen_text(app))
+        boxes = {name: box_of(screen, f"#{name}") for name in ("loss", "experts", "tokens_per_s", "devices", "log", "alerts")}
+        shown = {name for name, box in boxes.items() if box is not None}
+        if size == (80, 24):
+            assert shown == {"loss", "experts"} and "trend" in screen_text(app)
+            return
+        assert shown >= {"loss", "experts", "tokens_per_s", "devices", "log"}
+        assert boxes["loss"].bottom == boxes["tokens_per_s"].y
+        if size == (200, 60):
+            assert boxes["alerts"] and boxes["log"].height == 14, "12 lines of log"
+            assert boxes["experts"].bottom == boxes["tokens_per_s"].bottom, "the map has full height"
+            assert boxes["loss"].width == sum(box_of(screen, f"#{n}").width for n in ("tokens_per_s", "grad_norm", "lr"))
+        else:
+            assert boxes["alerts"] is None and boxes["experts"].bottom == boxes["loss"].bottom
+        for panel in (screen.loss, screen.experts, screen.devices, screen.log_view):
+            panel.focus()
+            await until(pilot, lambda panel=panel: app.focused is panel)
+            app.action_maximise()
+            await until(pilot, lambda panel=panel: screen.maximized is panel and panel.region.width == size[0])
+            app.action_maximise()
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_each_state_at_each_size(tmp_path, size):
+    """Empty, loading, start phase, live, stale, error: each says so, and none raises."""
+    async with FakeEngine(tmp_path) as engine:
+        engine.state("preparing", "building the token store")
+        async with monitor(tmp_path, size) as (app, pilot, screen):
+            await until(pilot, lambda: "ok supervisor" in screen_text(app) and "BUSY preparing" in screen_text(app))
+            engine.state("running")
+            engine.steps(20)
+            engine.experts(2, 8)
+            engine.hardware(1)
+            await until(pilot, lambda: "LIVE" in screen_text(app) and "loss  EMA" in screen_text(app))
+            screen.feed.clock = lambda t=screen.store.t: t + 300
+            await until(pilot, lambda: "QUIET" in screen_text(app) and "5 m old" in screen_text(app))
+            assert screen.experts.has_class("-stale") and "loss  EMA" in screen_text(app), "values stay, dimmed"
+            screen.feed.clock = lambda t=screen.store.t: t
+            await until(pilot, lambda: "m old" not in screen_text(app))
+            screen.feed.error = "metrics.jsonl: Permission denied"
+            await until(pilot, lambda: "Permission denied" in screen_text(app) and "loss  EMA" in screen_text(app))
+            screen.feed.error = ""
+            for chart in screen.charts:
+                chart.set_state(State.LOADING, "reading the run's file: 63 %")
+            for small in ((20, 6), (10, 3), (1, 1), size):
+                await pilot.resize_terminal(*small)
+                await pilot.pause()
+            await until(pilot, lambda: "loss  EMA" in screen_text(app))
+
+
+async def test_c131_ranks_live_and_one_that_hangs(tmp_path):
+    async with FakeEngine(tmp_path) as engine:
+        engine.beat(0, "forward")
+        engine.state("running")
+        engine.steps(30)
+        engine.hardware(2)
+        async with monitor(tmp_path, (160, 45)) as (app, pilot, screen):
+            await until(pilot, lambda: "rank 0  forward of step" in screen_text(app))
+            engine.beat(0, "forward", 812, 3.0)
+            engine.beat(1, "backward", 812, 90.0)
+            screen.feed._asked = 0.0
+            await until(pilot, lambda: "LATE backward of step 812" in screen_text(app))
+            await until(pilot, lambda: "rank 1 is 1 m 30 s in backward of step 812" in screen_text(app))
+            engine.beat(1, HOSTILE_TEXT, 812, 90.0, connected=False)
+            screen.feed._asked = 0.0
+            await until(pilot, lambda: "DEAD has ended without a word" in screen_text(app))
+            assert all(c.isprintable() or c == "\n" for c in screen_text(app))
+            await engine.crash()
+            await until(pilot, lambda: "CRASHED" in screen_text(app) and "rank 1" not in screen_text(app))
+
+
+async def test_an_older_supervisor_is_not_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(FakeEngine, "_ranks", lambda engine: {"asks": []})
+    async with live(tmp_path, (160, 45)) as (engine, app, pilot, screen):
+        sent = []
+        monkeypatch.setattr(screen.feed, "_send", sent.append)
+        before = screen.store.step
+        engine.steps(5)
+        await until(pilot, lambda: screen.store.step == before + 5)
+        assert sent == [] and screen.feed.ranks.beats == [] and "rank" not in screen_text(app)
+
+
+async def test_c131_where_a_step_goes(tmp_path):
+    async with live(tmp_path) as (_, app, pilot, screen):
+        engine_line = "step          120 ms d"
+        await until(pilot, lambda: engine_line in screen_text(app))
+        screen.loss.action_previous_metric()  # around the end: what experts have is not known here
+        await until(pilot, lambda: "optimizer time" in screen_text(app))
+        screen.action_devices()
+        await until(pilot, lambda: "backward 48 %" in screen_text(app) and "data 3 %" in screen_text(app))
+
+
+async def test_c132_figures_of_the_experts_as_charts(tmp_path):
+    async with live(tmp_path) as (engine, app, pilot, screen):
+        for _ in range(3):
+            engine.steps(5)
+            engine.experts(2, 8, hot=3)
+        await until(pilot, lambda: len(screen.store.experts) == 3)
+        for title in ("dropped share", "routing entropy", "imbalance"):
+            screen.loss.action_previous_metric()
+            await until(pilot, lambda title=title: f"{title}  EMA" in screen_text(app))
+        assert f"75: {screen.store.experts.last('imbalance'):.2f}" in screen_text(app)
+
+
+async def test_enter_on_an_alert_moves_the_crosshair(tmp_path):
+    async with live(tmp_path) as (engine, app, pilot, screen):
+        for step, code in ((7, "loss_spike"), (31, "nan_loss")):
+            engine.emit(rec.Alert(severity="critical", code=code, message="m", recommendation="Lower it.", step=step))
+        await until(pilot, lambda: "!2" in screen_text(app))
+        screen.action_alerts()
+        await until(pilot, lambda: isinstance(app.screen, AlertSheet) and "Lower it." in screen_text(app))
+        app.screen.table.action_down()
+        await until(pilot, lambda: "loss_spike  at step 7" in screen_text(app))
+        app.screen.table.action_choose()
+        await until(pilot, lambda: app.screen is screen and screen.cursor.step == 7)
+        await until(pilot, lambda: "─ 7: " in screen_text(app) and "!2" not in screen_text(app))
+        screen.action_alerts()
+        await until(pilot, lambda: isinstance(app.screen, AlertSheet))
+        await pilot.press("escape")
+        await until(pilot, lambda: app.screen is screen)
+        assert screen.cursor.step == 7
+    async with monitor(tmp_path) as (again, pilot, _):
+        await until(pilot, lambda: "step 60" in screen_text(again))
+        assert "!2" not in screen_text(again).split("\n")[0], "opened stays opened, also in the next session"
+
+
+async def test_panels_that_were_chosen_are_there_in_the_next_session(tmp_path):
+    async with live(tmp_path) as (engine, app, pilot, screen):
+        engine.hardware()
+        screen.action_devices()
+        await until(pilot, lambda: "─ devices" in screen_text(app) and "trend" not in screen_text(app))
+        assert app.focused is screen.devices
+        screen.action_log()
+        await until(pilot, lambda: "engine.log" in screen_text(app) and "─ devices" not in screen_text(app))
+        async with monitor(tmp_path) as (other, other_pilot, _):
+            app.memory.flush()
+        async with monitor(tmp_path) as (other, other_pilot, _):
+            await until(other_pilot, lambda: "engine.log" in screen_text(other))
+        screen.action_log()
+        await until(pilot, lambda: "engine.log" not in screen_text(app) and "trend" in screen_text(app))
+
+
+async def test_panels_are_exported_as_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    async with live(tmp_path, (160, 45)) as (engine, app, pilot, screen):
+        engine.experts(2, 8, dead=5)
+        engine.hardware(1)
+        engine.log("one line", "another \x1b[2J")
+        await until(pilot, lambda: "gpu0" in screen_text(app) and "one line" in screen_text(app))
+        await until(pilot, lambda: "1 dead" in screen_text(app))
+        for panel in (screen.experts, screen.devices, screen.log_view):
+            await panel.action_do(f"{panel.scope}.export")
+        files = {path.name.split("-2")[0]: path.read_text() for path in (tmp_path / "exports").iterdir()}
+        assert files.keys() == {"experts", "devices", "engine-log"}
+        rows = [line.split("\t") for line in files["experts"].splitlines()]
+        assert rows[0][:4] == ["step", "layer", "imbalance", "entropy"] and rows[2][rows[0].index("expert_5")] == "0"
+        assert files["devices"].lstrip().startswith("gpu0") and files["engine-log"] == "one line\nanother ␛[2J\n"
+
+
+async def test_the_command_of_the_run_can_be_copied(tmp_path, monkeypatch):
+    async with live(tmp_path) as (engine, app, _, screen):
+        engine.run.update_identity(argv=["lumina-engine", "train", "--run", "a b"])
+        copied = []
+        monkeypatch.setattr(app, "copy_text", lambda text, name="": copied.append(text))
+        await screen.action_do("monitor.command")
+        assert copied == ["lumina-engine train --run 'a b'"]
+
+
+async def test_c134_the_present_rate_is_shown_and_a_wrong_one_refused(tmp_path):
+    async with live(tmp_path) as (engine, app, pilot, screen):
+        screen.action_set_lr()
+        await until(pilot, lambda: "The schedule stands at 9.9" in screen_text(app) and "(step 60)" in screen_text(app))
+        for key in ("ctrl+u", "2", "enter"):
+            await pilot.press(key)
+        await until(pilot, lambda: "must be at most 1" in screen_text(app))
+        assert not engine.commands and isinstance(app.screen, Prompt)
+
+
+async def test_c134_a_stop_reports_what_it_freed(tmp_path, monkeypatch):
+    held = [Footprint((7, 8), 3_000_000_000, None), Footprint()]
+    monkeypatch.setattr(run_commands, "footprint", lambda run: held.pop(0))
+    async with live(tmp_path) as (engine, app, pilot, screen):
+        screen._stop("save")
+        await until(pilot, lambda: "STOPPING" in screen_text(app))
+        await engine.finish()
+        await until(pilot, lambda: any("all 2 processes are gone, 3.00 GB" in notice.text for notice in app.notices))
+
+
+async def test_c134_two_viewers_command_one_run(tmp_path):
+    async with live(tmp_path) as (engine, app, pilot, screen), monitor(tmp_path) as (other_app, other_pilot, other):
+        await until(other_pilot, lambda: other.feed.mode is Mode.LIVE)
+        screen.action_pause()
+        await until(pilot, lambda: "PAUSED" in screen_text(app))
+        await until(other_pilot, lambda: "PAUSED" in screen_text(other_app) and "P resume" in screen_text(other_app))
+        other.action_pause()
+        await until(other_pilot, lambda: "RUNNING" in screen_text(other_app))
+        await until(pilot, lambda: "RUNNING" in screen_text(app))
+        assert [c["cmd"] for c in engine.commands] == ["pause", "resume"]
+
+
+async def test_c134_commands_to_a_run_that_is_over_are_refused_with_the_reason(tmp_path):
+    async with FakeEngine(tmp_path) as engine:
+        engine.state("running")
+        engine.steps(5)
+        await engine.finish()
+        async with monitor(tmp_path) as (app, pilot, screen):
+            await until(pilot, lambda: "FINISHED" in screen_text(app))
+            for name in ("checkpoint", "pause", "set_lr", "stop"):
+                await screen.action_do(f"monitor.{name}")
+                assert "the run is finished" in app.notices[-1].text, name
