@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 
 from ..chat.client import socket_path
-from ..chat.events import Done, Event, Message, ModelInfo, Start, Token
+from ..chat.events import Done, Event, Message, ModelInfo, Start, StopReason, Token
 from ..chat.modes import Sampling
 from ..chat.server import ChatServer
 from ..checkpoint.commit import Staging, commit
@@ -54,7 +54,7 @@ class Talker:
                 break
             spoken += 1
             yield Token(text=piece, token=number)
-        reason = "cancelled" if self._stop.is_set() else "stop"
+        reason: StopReason = "cancelled" if self._stop.is_set() else "stop"
         yield Done(reason=reason, tokens=spoken, seconds=spoken / TOKENS_PER_S, first_token_s=1 / TOKENS_PER_S, seed=seed)
 
     def cancel(self) -> None:

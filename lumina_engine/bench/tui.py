@@ -94,6 +94,7 @@ class Bench:
 
     def __init__(self, folder: Path, sizes: Sizes) -> None:
         self.folder, self.sizes = folder, sizes
+        self.sockets = folder / "s"
         self._homes = 0
         self._long: Path | None = None
 
@@ -105,7 +106,7 @@ class Bench:
         return self.folder / f"home-{self._homes}"
 
     def viewer(self, *arguments: str, size: tuple[int, int] = MONITOR, home: Path | None = None) -> Viewer:
-        return Viewer(arguments, size, home or self.home())
+        return Viewer(arguments, size, home or self.home(), self.sockets)
 
     def runs(self, name: str) -> Path:
         """A fresh folder of runs."""
@@ -124,7 +125,8 @@ class Bench:
     def beside(self, module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         """A process of ours that runs during a measurement, once it has said that it plays."""
         command = [sys.executable, "-m", f"lumina_engine.bench.{module}", *arguments]
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+        environ = {**os.environ, "LUMINA_SOCKETS": str(self.sockets)}
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, env=environ)
         try:
             assert process.stdout is not None
             if not select.select([process.stdout], [], [], 60)[0] or process.stdout.readline() != "playing\n":

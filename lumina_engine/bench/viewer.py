@@ -35,23 +35,31 @@ class Viewer:
         arguments: of its command line.
         size: columns and lines of the terminal.
         home: folder for its own files (state, cache, settings).
+        sockets: folder for the sockets of runs and chat servers, so that it sees none but ours.
     """
 
-    def __init__(self, arguments: Sequence[str], size: tuple[int, int], home: Path) -> None:
+    def __init__(self, arguments: Sequence[str], size: tuple[int, int], home: Path, sockets: Path) -> None:
         self.picture = Picture(*size)
         self.sent = 0  # bytes that left it
         self._deflate = zlib.compressobj(6)
         self.packed = 0  # the same after zlib, as `ssh -C` does: flushed at each read
-        keep = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH", "LUMINA_SOCKETS") if name in os.environ}
+        keep = {name: os.environ[name] for name in ("PATH", "HOME", "PYTHONPATH") if name in os.environ}
         folders = {f"XDG_{kind}_HOME": str(home / kind.lower()) for kind in ("STATE", "CACHE", "CONFIG")}
-        environ = {**keep, **folders, "TERM": "xterm-256color", "LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1"}
+        environ = {
+            **keep,
+            **folders,
+            "LUMINA_SOCKETS": str(sockets),
+            "TERM": "xterm-256color",
+            "LC_ALL": "C.UTF-8",
+            "OMP_NUM_THREADS": "1",
+        }
         self.began = time.monotonic()
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
             fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
+            with contextlib.suppress(OSError):  # root only: the scheduler takes us before what else this machine does
+                Path("/proc/self/autogroup").write_bytes(AUTOGROUP_NICE)
             os.execve(sys.executable, [sys.executable, "-m", "lumina_tui.app", *arguments], environ)
-        with contextlib.suppress(OSError):  # root only: the scheduler takes us before what else this machine does
-            Path(f"/proc/{self.pid}/autogroup").write_bytes(AUTOGROUP_NICE)
         self._process = psutil.Process(self.pid)
 
     def __enter__(self) -> Viewer:
