@@ -402,6 +402,15 @@ PATH = (
     Action("path.complete", "Complete", "Complete the path as far as it is certain", ("tab",)),
 )
 
+DOCTOR = (
+    Action("doctor.reload", "Check again", "Check terminal and machine again", ("r",), footer=2, short="again"),
+    Action("doctor.skip", "Skip", "Do without the chosen check, or the slowest one, while it runs", ("X",), 3, short="skip"),
+    Action("doctor.filter", "Filter", "Only rows with these words: fail, group:disk, torch", ("/",), 4, short="filter"),
+    Action("doctor.export", "Save", "Write the rows as JSON, for a bug report", ("e",), footer=5, short="save", changes=True),
+    Action("doctor.copy", "Copy", "Copy the chosen row", ("y",)),
+    Action("doctor.command", "Copy command", "Copy the command that does the same without lumina", ("Y",)),
+)
+
 # Append the block of your screen here: NAME = (Action("name.verb", …), …), then add it to ACTIONS.
 
 ACTIONS: tuple[Action, ...] = (
@@ -426,6 +435,7 @@ ACTIONS: tuple[Action, ...] = (
     *TEXT,
     *LAUNCH,
     *DATA,
+    *DOCTOR,
     *PATH,
     *LAYER,
     *SHEET,
@@ -443,6 +453,7 @@ PANELS: dict[str, tuple[str, ...]] = {
     "config": ("fields", "table", "text"),
     "launch": ("text",),
     "data": ("table", "text"),
+    "doctor": ("table",),
 }
 
 

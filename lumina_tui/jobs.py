@@ -45,10 +45,16 @@ class Job:
         arguments: the words behind `lumina-engine`, two verbs first, without `--json` and `--progress`.
         keep: let it go on when the program ends; otherwise it ends with it.
         changed: called in the loop's thread after each change of `state` or `progress`.
+        told: called in the loop's thread with every line of progress.
     """
 
     def __init__(
-        self, arguments: Sequence[str], *, keep: bool = False, changed: Callable[[Job], None] = lambda job: None
+        self,
+        arguments: Sequence[str],
+        *,
+        keep: bool = False,
+        changed: Callable[[Job], None] = lambda job: None,
+        told: Callable[[dict[str, Any]], None] = lambda line: None,
     ) -> None:
         self.arguments = tuple(arguments)
         self.keep = keep
@@ -59,6 +65,7 @@ class Job:
         self.code: int | None = None
         self.seconds = 0.0
         self._changed = changed
+        self._told = told
         self._process: asyncio.subprocess.Process | None = None
         self._cancelled = False
         self._words: deque[str] = deque(maxlen=20)
@@ -70,6 +77,11 @@ class Job:
         """The exact command. What it prints is asked for behind the two verbs: words behind `--` are no options."""
         verbs, words = self.arguments[:2], self.arguments[2:]
         return [sys.executable, "-m", "lumina_engine.cli", *verbs, "--json", "--progress", "json", *words]
+
+    @property
+    def words(self) -> list[str]:
+        """The last lines that it said on stderr, oldest first."""
+        return list(self._words)
 
     @property
     def over(self) -> bool:
@@ -138,12 +150,13 @@ class Job:
         return False
 
     def _take(self, line: str) -> None:
+        found = None
         with contextlib.suppress(ValueError, RecursionError):
             found = json.loads(line) if line.startswith("{") else None
-            if isinstance(found, dict) and "progress" in found:
-                self.progress = found
-                return
-        if line:
+        if isinstance(found, dict) and "progress" in found:
+            self.progress = found
+            self._told(found)
+        elif line:
             self._words.append(line)
 
     def _outcome(self, path: Path) -> tuple[JobState, str]:

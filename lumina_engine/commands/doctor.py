@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
+import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import common
 
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 HELP = "check this machine: packages, devices, disk, limits, sockets"
 _EPILOG = """Exit code 0: nothing failed (warnings may be there); 1: something failed; 2: usage.
 --json prints one list of rows: id, group, status (ok, warn, fail, skipped), value, fix.
---stream prints one JSON object a line: first {"checks": …}, then each row as it comes, last {"summary": …}."""
+--progress json tells each step on standard error: {"progress": "checks", "checks": […]} first, then a
+{"progress": "row", "row": {…}} as soon as a row is known."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="leave out the slow checks (imports of torch and DeepSpeed)")
     parser.add_argument("--runs", metavar="DIR", help="folder of the runs (default ./runs or $LUMINA_RUNS)")
     common.add_json(parser)
-    parser.add_argument("--stream", action="store_true", help="JSON lines: rows as they come, the summary last")
+    parser.add_argument("--progress", choices=("json",), help="rows as they come, as JSON lines on standard error")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,25 +46,27 @@ def run(args: argparse.Namespace) -> int:
 
     checks = _chosen(args.only)
     skip = _skipped(args.skip, checks) | {check.id for check in checks if args.quick and check.slow}
-    if args.stream:
-        plan = [{"id": check.id, "group": check.group, "slow": check.slow, "about": check.about} for check in checks]
-        common.print_json({"checks": plan}, lines=True)
     rows: list[Row] = []
+    if args.progress:
+        plan = [{"id": check.id, "group": check.group, "slow": check.slow, "about": check.about} for check in checks]
+        _tell({"progress": "checks", "checks": plan})
     for row in run_checks(System.here(Path(args.runs) if args.runs else None), checks, skip=skip):
         rows.append(row)
-        if args.stream and matches(row, args.filter):
-            common.print_json(row.to_dict(), lines=True)
-        elif not args.json and not args.stream and matches(row, args.filter):
+        if args.progress:
+            _tell({"progress": "row", "row": row.to_dict()})
+        if not args.json and matches(row, args.filter):
             print(common.safe(describe(row)), flush=True)
-    if args.stream:
-        common.print_json({"summary": counts(rows)}, lines=True)
-    elif args.json:
+    if args.json:
         order = {check.id: index for index, check in enumerate(checks)}
         rows.sort(key=lambda row: order[row.id.partition(".")[0]])  # the order of ending is chance
         common.print_json([row.to_dict() for row in rows if matches(row, args.filter)])
     else:
         print(summary(rows))
     return 1 if counts(rows)["fail"] else 0
+
+
+def _tell(line: dict[str, Any]) -> None:
+    print(json.dumps(line), file=sys.stderr, flush=True)
 
 
 def _chosen(only: str | None) -> list[Check]:

@@ -201,7 +201,8 @@ class Table(Finds, Drawn):
             left += cells + 2
 
     def on_resize(self) -> None:
-        self._scroll_to_cursor()
+        if self._scroll_to_cursor():
+            self.refresh()
 
     def action_down(self) -> None:
         self._go(self._cursor + 1, 1)

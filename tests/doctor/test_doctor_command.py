@@ -113,12 +113,14 @@ def test_c137_one_json_document(quick, capsys):
     assert {row["id"]: row["status"] for row in rows}["torch"] == "skipped"
 
 
-def test_c137_stream_of_lines(quick, capsys):
-    main([*quick, "--stream", "--only", "disk,sockets"])
-    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [check["id"] for check in lines[0]["checks"]] == ["runs", "cache", "tmp", "socket_path", "socket"]
-    assert all(set(line) == KEYS for line in lines[1:-1]) and len(lines) == 7
-    assert sum(lines[-1]["summary"].values()) == 5
+def test_c137_rows_as_lines_while_they_come(quick, capsys):
+    main([*quick, "--json", "--progress", "json", "--only", "disk,sockets"])
+    out, err = capsys.readouterr()
+    first, *lines = [json.loads(line) for line in err.splitlines()]
+    assert first["progress"] == "checks"
+    assert [check["id"] for check in first["checks"]] == ["runs", "cache", "tmp", "socket_path", "socket"]
+    assert all(line["progress"] == "row" and set(line["row"]) == KEYS for line in lines)
+    assert sorted(line["row"]["id"] for line in lines) == sorted(row["id"] for row in json.loads(out))
 
 
 def test_exit_codes(quick, capsys, monkeypatch, tmp_path):
