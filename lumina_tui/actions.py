@@ -286,7 +286,8 @@ PRESETS = (
     Action("presets.mark", "Mark", "Mark to compare with another", ("space",), footer=3, short="mark"),
     Action("presets.diff", "Diff", "Keys in which two marked ones differ, or the chosen one and the marked", ("d",), footer=4),
     Action("presets.pretend", "Pretend hardware", "Plan for other devices: 8x80GB", ("p",), footer=5, short="pretend hardware"),
-    Action("presets.sort", "Sort", "Sort by size or by name", ("o",)),
+    Action("presets.sort", "Sort", "Sort by size, by name, or what fits first", ("o",)),
+    Action("presets.filter", "Filter", "Only those with these words", ("/",)),
     Action("presets.command", "Copy command", "Copy the command that starts the chosen one", ("Y",)),
     Action("presets.reload", "Reload", "Read own files and this machine again", ("r",)),
 )

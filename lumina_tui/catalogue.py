@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lumina_engine.config.budget import budget, count_text, devices_needed, gb_text, parameter_counts, stage_table
-from lumina_engine.config.counts import kv_cache_bytes_per_token, training_flops_per_token
+from lumina_engine.config.counts import kv_cache_bytes_per_token
 from lumina_engine.config.declare import show
-from lumina_engine.config.finding import has_errors
+from lumina_engine.config.finding import Finding, has_errors
 from lumina_engine.config.machine import Machine
 from lumina_engine.config.presets import NAMES
 from lumina_engine.config.resolve import model_config
@@ -17,80 +18,130 @@ from lumina_engine.config.schema import Config, ConfigError
 
 from .config_text import count_words
 from .form import INFOS, Form
+from .own_presets import own_presets
 from .widgets.text_panel import Line
 
-OWN_FOLDER = Path("configs")
+OWN_FOLDER = Path("configs")  # of the folder one works in
+MAX_FILES = 200  # of one folder
+SORTS = ("size", "name", "fit")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One row: a preset or a file. A file that cannot be used has its problem in `error` and no `form`."""
+    """One row: a preset or a file. A file that cannot be used has its problem in `error`; without a `form` it is unreadable."""
 
     key: str  # the preset's name, or the path of the file
     name: str
     form: Form | None
     path: Path | None = None
     error: str = ""
+    config: Config | None = None
+    active: int | None = None  # parameters; None for a shape that cannot be counted
+    total: int | None = None
 
-    @property
-    def config(self) -> Config | None:
-        return None if self.form is None else self.form.config()
+
+def entry_of(key: str, name: str, form: Form | None, path: Path | None = None, error: str = "") -> Entry:
+    """An entry with what is counted of its shape."""
+    if form is None:
+        return Entry(key, name, None, path, error)
+    config = form.config()
+    try:
+        counts = parameter_counts(model_config(config))
+    except (ConfigError, ArithmeticError, ValueError):
+        return Entry(key, name, form, path, error, config)
+    return Entry(key, name, form, path, error, config, counts.active, counts.total)
 
 
 def preset_entries() -> list[Entry]:
     """The built-in presets, smallest first."""
-    return [Entry(name, name, Form.from_preset(name)) for name in NAMES]
+    return [entry_of(name, name, Form.from_preset(name)) for name in NAMES]
 
 
-def own_entries(folder: Path = OWN_FOLDER) -> list[Entry]:
-    """The user's YAML files, by name; a broken one stays as a row with its problem. Reads the disk."""
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml") and path.is_file())[:200]
-    except OSError:
-        return []
-    entries = []
-    for path in paths:
+def own_entries(folders: Sequence[Path] | None = None) -> list[Entry]:
+    """The user's presets and the YAML files of ./configs; a broken one stays as a row with its problem. Reads the disk."""
+    entries: list[Entry] = []
+    for folder in (own_presets(), OWN_FOLDER) if folders is None else folders:
         try:
-            form = Form.from_file(path)
-        except ConfigError as error:
-            entries.append(Entry(str(path), path.stem, None, path, error.findings[0].line()))
+            paths = sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml") and path.is_file())
+        except OSError:
             continue
-        problems = [*form.text_findings, *form.bad.values()]
-        entries.append(Entry(str(path), path.stem, form, path, problems[0].line() if problems else ""))
+        entries += [_own_entry(path) for path in paths[:MAX_FILES]]
     return entries
 
 
-def verdict(config: Config, machine: Machine) -> tuple[str, str]:
-    """In a word or two whether it runs on these devices, and the role of that word."""
+def _own_entry(path: Path) -> Entry:
+    try:
+        form = Form.from_file(path)
+    except ConfigError as error:
+        return entry_of(str(path), path.stem, None, path, _cause(path, error.findings[0]))
+    problems = [*form.text_findings, *form.bad.values()]
+    return entry_of(str(path), path.stem, form, path, _cause(path, problems[0]) if problems else "")
+
+
+def _cause(path: Path, finding: Finding) -> str:
+    """`line 12: unknown key; did you mean …` of a problem in a file."""
+    line = finding.where.removeprefix(f"{path}:")
+    text = finding.line().removeprefix(f"{finding.where}: ").removeprefix(f"{path}: ")
+    return f"line {line}: {text}" if line.isdigit() else text
+
+
+def matching(entries: Iterable[Entry], words: str) -> list[Entry]:
+    """Entries whose name, folder or preset holds every word."""
+    wanted = words.casefold().split()
+
+    def text(entry: Entry) -> str:
+        preset = entry.form.preset if entry.form is not None and entry.form.preset else ""
+        return f"{entry.name} {entry.path or 'built-in'} {preset} {'error' if entry.error else ''}".casefold()
+
+    return [entry for entry in entries if all(word in text(entry) for word in wanted)]
+
+
+def in_order(entries: Sequence[Entry], sort: str, verdicts: Mapping[str, Verdict]) -> list[Entry]:
+    """By size (parameters), by name, or what fits first."""
+    if sort == "name":
+        return sorted(entries, key=lambda e: e.name)
+    sized = sorted(entries, key=lambda e: (e.total is None, e.total or 0))
+    return sized if sort == "size" else sorted(sized, key=lambda e: not verdicts.get(e.key, Verdict("", "dim", False)).fits)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """In a word or two whether it runs on some devices, the role of that word, and the answer."""
+
+    text: str
+    role: str
+    fits: bool
+
+
+def verdicts(entries: Iterable[Entry], machine: Machine) -> dict[str, Verdict]:
+    """The verdict of each entry, by key. Some milliseconds each: for a thread."""
+    return {entry.key: verdict(entry.config, machine) for entry in entries if entry.config is not None}
+
+
+def verdict(config: Config, machine: Machine) -> Verdict:
+    """Whether a configuration runs on these devices."""
     try:
         figures = budget(config, machine)
     except (ConfigError, ArithmeticError, ValueError):
-        return "errors", "bad"
+        return Verdict("errors", "bad", False)
     device = figures["device"]
     if device["total"] <= device["limit"]:
+        if device["total"] > 0.9 * device["limit"]:
+            return Verdict("tight", "warn", True)
         stage = figures["resolved"]["zero_stage"]
-        tight = device["total"] > 0.9 * device["limit"]
-        return ("tight" if tight else f"ZeRO-{stage}" if machine.devices and stage else "yes"), "warn" if tight else "good"
-    if machine.devices:
-        count = devices_needed(config, machine, model_config(config), 3)
-        return (f"{count:,}+ GPU" if count else "too big"), "dim"
-    return "no", "dim"
-
-
-def parameters_of(config: Config) -> tuple[str, str]:
-    """Active and total parameters, short; dashes for a shape that cannot be counted."""
-    try:
-        counts = parameter_counts(model_config(config))
-    except (ConfigError, ArithmeticError, ValueError):
-        return "-", "-"
-    return count_text(counts.active), count_text(counts.total)
+        return Verdict(f"ZeRO-{stage}" if machine.devices and stage else "yes", "good", True)
+    if not machine.devices:
+        return Verdict("no", "dim", False)
+    count = devices_needed(config, machine, model_config(config), 3)
+    return Verdict(f"{count:,}+ GPU" if count else "too big", "dim", False)
 
 
 def detail_lines(entry: Entry, machine: Machine | None) -> list[Line]:
     """The chosen entry in full: shape, memory by stage, time, chat cache, all computed or said to be guessed."""
     lines: list[Line] = []
     if entry.error:
-        lines += [((entry.error, "bad"),), (("E in the editor mends it", "dim"),), (("", "dim"),)]
+        hint = "Enter opens it at the line" if entry.form is not None else "mend it and r reads it again"
+        lines += [((entry.error, "bad"),), ((hint, "dim"),), (("", "dim"),)]
     config = entry.config
     if config is None:
         return lines
@@ -122,28 +173,31 @@ def _shape_lines(config: Config) -> list[Line]:
 def _machine_lines(config: Config, machine: Machine) -> list[Line]:
     figures = budget(config, machine)
     world, chosen = figures["resolved"]["world"], figures["resolved"]["zero_stage"]
-    head = "GB/GPU" if machine.devices else "GB/process"
-    lines: list[Line] = [((f"{head:<11}{'state':>7}{'rest':>7}{'sum':>7} of {_in_gb(figures['device']['available'])}", "dim"),)]
-    for row in stage_table(config, machine):
-        if world == 1 and row["stage"] != chosen:  # one rank has nothing to split
-            continue
-        numbers = "".join(f"{_in_gb(row[key]):>7}" for key in ("state", "activations", "total"))
-        fits = ("yes", "good") if row["fits"] else ("no", "dim")
-        label = f"ZeRO-{row['stage']}" + ("" if row["built"] else " *")
-        lines.append(((f"{label:<11}{numbers} ", "accent" if row["stage"] == chosen else "text"), fits))
-    if world > 1:
+    head = "GB per GPU" if machine.devices else "GB/process"
+    available = _in_gb(figures["device"]["available"])
+    lines: list[Line] = [((f"{head:<12}{'state':>7}{'rest':>7}{'sum':>7} of {available}", "dim"),)]
+    table = stage_table(config, machine)
+    for row in table:
+        lines.append(_stage_line(row, row["stage"] == chosen and not row["offload"]))
+    if world == 1:
+        lines.append((("one rank has nothing to split", "dim"),))
+    if not all(row["built"] for row in table):
         lines.append((("* not available yet", "dim"),))
-    counts = parameter_counts(model_config(config))
-    tokens = 20 * counts.active
-    hours = (
-        training_flops_per_token(model_config(config)) * tokens / (figures["time"]["tokens_per_s"] * figures["flops_per_token"])
-    )
+    tokens = 20 * figures["parameters"]["active"]
+    hours = tokens / figures["time"]["tokens_per_s"] / 3600
     lines += [
-        (("", "text"),),
         ((f"{figures['tokens_per_step']:,} tokens per step", "text"),),
-        ((f"{count_text(tokens)} tokens: {_hours(hours / 3600)} here (guessed)", "text"),),
+        ((f"{count_text(tokens)} tokens: {_hours(hours)} here ({figures['basis']['time']})", "text"),),
     ]
     return lines + [((text, "warn"),) for text in figures["advice"]]
+
+
+def _stage_line(row: Mapping[str, Any], chosen: bool) -> Line:
+    numbers = "".join(f"{_in_gb(row[key]):>7}" for key in ("state", "activations", "total"))
+    name = "3 + offload" if row["offload"] else f"ZeRO-{row['stage']}"
+    mark = ">" if chosen else " " if row["built"] else "*"
+    fits = ("yes", "good") if row["fits"] else ("no", "dim")
+    return ((f"{mark}{name:<11}{numbers} ", "accent" if chosen else "text"), fits)
 
 
 def _in_gb(count: float) -> str:

@@ -6,7 +6,7 @@ the shape) or guessed (rests on a rule of thumb).
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from lumina_engine.config.counts import (
@@ -189,22 +189,27 @@ def device_peak(name: str) -> float | None:
 
 
 def stage_table(config: Config, machine: Machine, tokenizer_vocab: int | None = None) -> list[dict[str, Any]]:
-    """Memory of one device at each ZeRO stage, for comparison: stage, state, activations, total, limit, fits, available."""
+    """Memory of one device at each ZeRO stage, the last with the optimizer in host memory, for comparison.
+
+    Rows: stage, offload, state, activations (all that is no state), total, available, fits, built (whether training offers it).
+    """
     model: DeepSeekConfig = model_config(config, tokenizer_vocab)
     available, limit = device_limit(config, machine)
     rows = []
-    for stage in (0, 1, 2, 3):
-        memory = training_memory(model, layout_of(config, machine, stage))
+    for stage, offload in ((0, False), (1, False), (2, False), (3, False), (3, True)):
+        layout = layout_of(config, machine, stage)
+        memory = training_memory(model, replace(layout, offload_optimizer=offload or layout.offload_optimizer))
         state = memory.weights + memory.gradients + memory.optimizer
         rows.append(
             {
                 "stage": stage,
+                "offload": offload,
                 "state": state,
                 "activations": memory.total - state,
                 "total": memory.total,
                 "available": available,
                 "fits": memory.total <= limit,
-                "built": stage in STAGES,
+                "built": stage in STAGES and not offload,
             }
         )
     return rows

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import shlex
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from textual.app import ComposeResult
 from textual.containers import Horizontal
 
-from lumina_engine.config.machine import Machine, parse_devices
+from lumina_engine.config.machine import Machine, count_text, gb_text, parse_devices
 
 from .. import catalogue
-from ..catalogue import Entry
-from ..launching import train_argv
+from ..catalogue import SORTS, Entry, Verdict
+from ..preview import command
 from ..widgets.table import Column, Row, Table
 from ..widgets.text_panel import TextPanel
 from .base import LuminaScreen
@@ -25,6 +25,7 @@ _COLUMNS = (
     Column("total", "total", 6, "right", rank=1),
     Column("here", "here", 7, rank=1),
 )
+_WAITING = Verdict("...", "dim", False)
 
 
 class PresetsScreen(LuminaScreen):
@@ -50,8 +51,9 @@ class PresetsScreen(LuminaScreen):
         self.presets: list[Entry] = []
         self.own: list[Entry] = []
         self.marked: list[str] = []
-        self._verdicts: dict[tuple[str, str], tuple[str, str]] = {}
-        self._by_name = False
+        self.words = ""  # of the filter
+        self.sort = "size"
+        self.verdicts: dict[str, Verdict] | None = None  # None until the devices are known
 
     def retarget(self, **arguments: Any) -> bool:
         self._select = arguments.get("select")
@@ -62,33 +64,39 @@ class PresetsScreen(LuminaScreen):
     def content(self) -> ComposeResult:
         with Horizontal(classes="content"):
             yield Table(_COLUMNS, title="Presets", id="list")
-            yield TextPanel(id="detail", focusable=False)
-            yield TextPanel(id="other", focusable=False)
+            yield TextPanel(id="detail")
+            yield TextPanel(id="other")
 
     def on_mount(self) -> None:
         self.presets = catalogue.preset_entries()
+        self.sort = self.lumina.memory.get("presets.sort", "size")
         self._show()
         if self._select:
             self.table.move_to(self._select)
         self.table.focus()
+        self.watch(self.app, "app_focus", self._on_app_focus, init=False)
         self._look()
 
     def on_screen_resume(self) -> None:
         if self.presets:
             self._look()
 
+    def _on_app_focus(self, focused: bool) -> None:
+        if focused and self.is_current:
+            self._look()
+
     def _look(self) -> None:
+        """Own files, this machine and the verdicts, in a thread."""
         self.run_worker(self._look_around(), group="look", exclusive=True, exit_on_error=False)
 
     async def _look_around(self) -> None:
-        """Own files and this machine, in a thread."""
         from lumina_engine.monitoring.hardware import detect
 
-        def both() -> tuple[list[Entry], Machine]:
-            return catalogue.own_entries(), detect()
+        def look() -> tuple[list[Entry], Machine, dict[str, Verdict]]:
+            own, machine = catalogue.own_entries(), detect()
+            return own, machine, catalogue.verdicts([*self.presets, *own], self.pretended or machine)
 
-        self.own, self.machine = await asyncio.to_thread(both)
-        self._verdicts.clear()
+        self.own, self.machine, self.verdicts = await asyncio.to_thread(look)
         self._show()
 
     @property
@@ -114,32 +122,28 @@ class PresetsScreen(LuminaScreen):
     def _show(self) -> None:
         machine = self.devices
         subject = "looking at this machine …" if machine is None else machine.label
-        self.set_frame(subject=f"{subject} (pretended)" if self.pretended else subject)
-        order = sorted(self.presets, key=lambda e: e.name) if self._by_name else self.presets
-        rows = [self._row(entry) for entry in order]
-        if self.own:
-            rows += [Row("own", (("yours", "dim"),), rule=True), *(self._row(entry) for entry in self.own)]
-        self.table.set_rows(rows)
-        self.table.set_foot("" if self.own else "w in the editor saves yours")
+        disk = gb_text(machine.disk_free_bytes) + " disk free" if machine and machine.disk_free_bytes is not None else ""
+        self.set_frame(subject=f"{subject} (pretended)" if self.pretended else subject, badge=disk)
+        rows, own = self._rows(self.presets), self._rows(self.own)
+        if self.own or not self.words:
+            rows.append(Row("own", (("yours" if self.own else "yours: W in the editor saves one", "dim"),), rule=True))
+        self.table.set_rows([*rows, *own])
+        shown = f"{len([*rows, *own]) - 1} of {len(self.entries)} with {self.words}" if self.words else "/ filter"
+        self.table.set_title("Presets", shown)
         self._show_detail()
+
+    def _rows(self, entries: Sequence[Entry]) -> list[Row]:
+        found = catalogue.matching(entries, self.words)
+        return [self._row(entry) for entry in catalogue.in_order(found, self.sort, self.verdicts or {})]
 
     def _row(self, entry: Entry) -> Row:
         mark = "*" if entry.key in self.marked else ""
+        if entry.error:
+            return Row(entry.key, ((f"! {mark}{entry.name}  {entry.error}", "bad"),))
+        verdict = (self.verdicts or {}).get(entry.key, _WAITING)
+        active, total = ("-" if n is None else count_text(n) for n in (entry.active, entry.total))
         name = (mark + entry.name, "accent" if mark else "text")
-        config = entry.config
-        if config is None or entry.error:
-            return Row(entry.key, (name, ("-", "dim"), ("-", "dim"), ("error", "bad")))
-        active, total = catalogue.parameters_of(config)
-        return Row(entry.key, (name, (active, "text"), (total, "text"), self._verdict(entry)))
-
-    def _verdict(self, entry: Entry) -> tuple[str, str]:
-        machine, config = self.devices, entry.config
-        if machine is None or config is None:
-            return "...", "dim"
-        key = (entry.key, machine.label)
-        if key not in self._verdicts:
-            self._verdicts[key] = catalogue.verdict(config, machine)
-        return self._verdicts[key]
+        return Row(entry.key, (name, (active, "text"), (total, "text"), (verdict.text, verdict.role)))
 
     def _show_detail(self) -> None:
         entry = self.chosen
@@ -147,7 +151,9 @@ class PresetsScreen(LuminaScreen):
             return
         detail, other = self.query_one("#detail", TextPanel), self.query_one("#other", TextPanel)
         detail.set_title(entry.name, "computed")
-        state = [(catalogue.state_of(entry),)] if entry.path and not entry.error else []
+        state = [((str(entry.path), "dim"),)] if entry.path else []
+        if entry.path and not entry.error:
+            state.append((catalogue.state_of(entry),))
         detail.set_lines([*state, *catalogue.detail_lines(entry, self.devices)])
         with_ = self._other(entry)
         other.set_title(f"against {with_.name}" if with_ else "Differences")
@@ -208,20 +214,30 @@ class PresetsScreen(LuminaScreen):
                 devices = parse_devices(text)
                 host = max(self.machine.host_memory_bytes, 2 * sum(d.memory_bytes for d in devices))
                 self.pretended = replace(self.machine, devices=devices, host_memory_bytes=host, disk_free_bytes=None)
+            self.verdicts = None
             self._show()
+            self._look()
 
         lines = ["Plan for other devices: 8x80GB, 2xH100 80GB or cpu.", "Empty goes back to this machine."]
         self.lumina.prompt("Pretend hardware", take, lines=lines, check=_wrong_devices)
 
     def action_sort(self) -> None:
-        self._by_name = not self._by_name
+        self.sort = SORTS[(SORTS.index(self.sort) + 1) % len(SORTS)] if self.sort in SORTS else SORTS[0]
+        self.lumina.memory.set("presets.sort", self.sort)
         self._show()
-        self.lumina.notice("sorted by name" if self._by_name else "sorted by size")
+        self.lumina.notice({"size": "sorted by size", "name": "sorted by name", "fit": "what fits comes first"}[self.sort])
+
+    def action_filter(self) -> None:
+        def take(text: str) -> None:
+            self.words = " ".join(text.split())
+            self._show()
+
+        self.lumina.prompt("Filter", take, value=self.words, lines=["Words of a name, a folder or a preset; empty shows all."])
 
     def action_command(self) -> None:
         entry = self.chosen
         if entry is not None and entry.form is not None:
-            self.lumina.copy_text(shlex.join(train_argv(entry.form.arguments())[:-2]), "command.txt")
+            self.lumina.copy_text(command(entry.form.arguments()), "command.txt")
 
     def action_reload(self) -> None:
         self._look()

@@ -150,8 +150,10 @@ def test_c139_tokens_per_step_and_world() -> None:
 
 
 def test_c128_stage_table_falls_with_the_stage() -> None:
-    totals = [row["total"] for row in stage_table(ConfigPresets.b1(), gpus(8))]
-    assert totals == sorted(totals, reverse=True) and len(totals) == 4
+    rows = stage_table(ConfigPresets.b1(), gpus(8))
+    totals = [row["total"] for row in rows]
+    assert totals == sorted(totals, reverse=True) and [row["stage"] for row in rows] == [0, 1, 2, 3, 3]
+    assert [row["offload"] for row in rows] == [False] * 4 + [True] and rows[4]["state"] < rows[3]["state"]
 
 
 def test_c139_devices_in_words() -> None:

@@ -106,14 +106,14 @@ async def test_c128_presets_with_the_numbers_of_the_command_line() -> None:
         text = screen_text(pilot.app)
         assert all(name in text for name in NAMES) and "494 K" in text and "3.25 M" in text and "CPU, 4 cores, 16 GB" in text
         assert f"{rows['debug']['active_parameters']:,} active" in text
-        assert screen._verdict(screen.presets[0]) == ("yes", "good") and screen._verdict(screen.presets[2]) == ("no", "dim")
+        assert (screen.verdicts["debug"].text, screen.verdicts["b7"].text) == ("yes", "no")
 
 
 async def test_c128_own_files_broken_ones_too_and_the_hint_without_any() -> None:
     async with App().run_test(size=(80, 24)) as pilot:
         pilot.app.open_presets()
         screen = await ready(pilot, PresetsScreen)
-        assert "w in the editor saves yours" in screen_text(pilot.app)
+        assert "W in the editor saves one" in screen_text(pilot.app)
         Path("configs").mkdir()
         Path("configs/mine.yaml").write_text("# preset: b1\nseed: 3\n")
         Path("configs/broken.yaml").write_text("x:\n  - [/red]\nbatch_sise: 1\n")
