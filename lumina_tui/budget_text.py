@@ -33,26 +33,26 @@ def bar(part: float, whole: float, cells: int) -> str:
 
 
 def summary_lines(figures: Mapping[str, Any], width: int) -> list[Line]:
-    """Two lines: size, tokens per step, disk and time; the memory of a rank as a bar with the verdict."""
+    """Memory of a rank as a bar with the verdict; size, tokens per step and disk; steps and time."""
     parameters, device = figures["parameters"], figures["device"]
-    disk, role = disk_text(figures)
-    first: Line = (
-        (f"{count_text(parameters['total'])} total, {count_text(parameters['active'])} active | ", "text"),
-        (f"{figures['tokens_per_step']:,} tokens/step | ", "text"),
-        (f"disk {disk}", role),
-    )
-    word, word_role = verdict(figures)
+    word, role = verdict(figures)
     most = max(PARTS, key=lambda part: device[part])
     memory = f"{gb_text(device['total'])} of {gb_text(device['available'])} per rank: "
     tail = f", most {most} {gb_text(device[most])}"
-    room = width - len(memory) - len(word) - len(tail) - 1
-    if room < 8:
-        room, tail = room + len(tail), ""
-    second: Line = (
-        (bar(device["total"], device["available"], min(30, room)) + " ", word_role),
+    room = width - len(memory) - len(word) - 1
+    if room - len(tail) < 8:
+        tail = ""
+    first: Line = (
+        (bar(device["total"], device["available"], min(30, room - len(tail))) + " ", role),
         (memory, "text"),
-        (word, word_role),
+        (word, role),
         (tail, "dim"),
+    )
+    disk, disk_role = disk_text(figures)
+    second: Line = (
+        (f"{count_text(parameters['total'])} total, {count_text(parameters['active'])} active | ", "text"),
+        (f"{figures['tokens_per_step']:,} tokens/step | ", "text"),
+        (f"disk {disk}", disk_role),
     )
     return [first, second, ((time_text(figures), "dim"),)]
 
@@ -96,8 +96,8 @@ def detail_lines(figures: Mapping[str, Any], width: int) -> list[Line]:
         ("", f"{disk['checkpoints']} checkpoints of {gb_text(disk['checkpoint'])}", "dim"),
         ("tokens/step", f"{figures['tokens_per_step']:,} (computed)", "text"),
         ("steps", f"{_steps(figures)} ({basis['steps']})", "text"),
-        ("time", time_text(figures), "text"),
-        ("", figures["time"]["basis"], "dim"),
+        *([] if figures["steps"] is None else [("time", time_text(figures), "text")]),
+        ("time" if figures["steps"] is None else "", figures["time"]["basis"], "dim"),
         ("compute", f"{flops_text(figures['flops_per_token'])} per token (computed)", "text"),
     ]
     lines: list[Line] = memory_lines(figures, width)
@@ -122,13 +122,13 @@ def disk_text(figures: Mapping[str, Any]) -> tuple[str, str]:
         return gb_text(disk["total"]), "text"
     short = disk["total"] > disk["available"]
     text = f"{gb_text(disk['total'])} of {gb_text(disk['available'])} free"
-    return (f"{text}: too little", "bad") if short else (text, "text")
+    return (f"{gb_text(disk['total'])}, only {gb_text(disk['available'])} free", "bad") if short else (text, "text")
 
 
 def time_text(figures: Mapping[str, Any]) -> str:
     """Steps and time with its source, or that the length of the data is not known yet."""
     source = figures["basis"]["time"]
     if figures["steps"] is None:
-        return "time - : max_steps is null and the data is counted at the start"
+        return "steps and time unknown: max_steps is null, the data is counted at the start"
     low, high = (duration(figures["time"][key] * 3600) for key in ("p50_h", "p90_h"))
     return f"{figures['steps']:,} steps, {low} to {high} ({source})"

@@ -175,7 +175,7 @@ def _machine_lines(config: Config, machine: Machine) -> list[Line]:
     world, chosen = figures["resolved"]["world"], figures["resolved"]["zero_stage"]
     head = "GB per GPU" if machine.devices else "GB/process"
     available = _in_gb(figures["device"]["available"])
-    lines: list[Line] = [((f"{head:<12}{'state':>7}{'rest':>7}{'sum':>7} of {available}", "dim"),)]
+    lines: list[Line] = [((f"{head:<12}{'state':>6}{'rest':>6}{'sum':>6} of {available}", "dim"),)]
     table = stage_table(config, machine)
     for row in table:
         lines.append(_stage_line(row, row["stage"] == chosen and not row["offload"]))
@@ -193,7 +193,7 @@ def _machine_lines(config: Config, machine: Machine) -> list[Line]:
 
 
 def _stage_line(row: Mapping[str, Any], chosen: bool) -> Line:
-    numbers = "".join(f"{_in_gb(row[key]):>7}" for key in ("state", "activations", "total"))
+    numbers = "".join(f"{_in_gb(row[key]):>6}" for key in ("state", "activations", "total"))
     name = "3 + offload" if row["offload"] else f"ZeRO-{row['stage']}"
     mark = ">" if chosen else " " if row["built"] else "*"
     fits = ("yes", "good") if row["fits"] else ("no", "dim")

@@ -41,16 +41,22 @@ def finding_lines(findings: Sequence[Finding], current: int = -1) -> list[Line]:
     return lines
 
 
-def help_title(name: str) -> str:
-    """The field and what it may be."""
+def help_title(name: str, width: int) -> str:
+    """The field, and what it may be where that fits into `width` cells."""
+    text = f"{name}: {requirement(name)}"
+    return text if len(text) <= width else name
+
+
+def help_lines(name: str, width: int) -> list[Line]:
+    """What a field does; before it what it may be, where the title has no room for it."""
+    does: Line = ((INFOS[name].help, "text"),)
+    return [does] if help_title(name, width) != name else [((requirement(name), "accent"),), does]
+
+
+def requirement(name: str) -> str:
+    """What a value must be, with its unit."""
     info = INFOS[name]
-    unit = f" ({info.unit})" if info.unit else ""
-    return f"{name}: {info.requirement()}{unit}"
-
-
-def help_lines(name: str) -> list[Line]:
-    """What a field does."""
-    return [((INFOS[name].help, "text"),)]
+    return info.requirement() + (f" ({info.unit})" if info.unit else "")
 
 
 def help_foot(form: Form, name: str) -> str:

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lumina_engine.config.budget import budget, gb_text
+from lumina_engine.config.budget import count_text, gb_text
 from lumina_engine.config.checks import check
-from lumina_engine.config.deepspeed import to_deepspeed
 from lumina_engine.config.finding import Finding, has_errors
 from lumina_engine.config.machine import Machine
-from lumina_engine.config.resolve import TOKENIZER_IDS, model_config, resolve
-from lumina_engine.config.schema import Config, ConfigError
+from lumina_engine.config.schema import Config
+from lumina_engine.data import size
+from lumina_engine.data.conversation import DataError
+from lumina_engine.run.directory import RunError, auto_name, free_space
+from lumina_engine.run.launch import free_port
+from lumina_engine.run.socket import prepare_folder, socket_folder
 
+from .checking import Tokens, figures_of
 from .config_text import count_words
 from .form import Form
-from .launching import train_argv
+from .preview import InForce, in_force
 from .widgets.text_panel import Line
 
 MARKS = {"ok": ("ok  ", "good"), "warn": ("?   ", "warn"), "fail": ("!   ", "bad"), "wait": ("…   ", "dim")}
+_STATS = 1_000  # files whose times are compared
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,21 @@ class Review:
     rows: tuple[Row, ...]
     findings: tuple[Finding, ...]
     figures: dict[str, Any] | None
-    resolved: Config | None
-    deepspeed: str
+    in_force: InForce
+    name: str
     arguments: tuple[str, ...]
-    seen: tuple[Any, ...] = field(default=())
+    seen: tuple[Any, ...] = ()
 
     @property
     def blocked(self) -> bool:
         """Whether an error forbids the start."""
         return has_errors(self.findings) or any(row.status == "fail" for row in self.rows)
+
+    @property
+    def why_blocked(self) -> str:
+        """The first error in words, empty if there is none."""
+        first = next((f.line() for f in self.findings if f.severity == "error"), "")
+        return first or next((f"{row.label}: {row.text}" for row in self.rows if row.status == "fail"), "")
 
     @property
     def warnings(self) -> list[str]:
@@ -62,49 +71,58 @@ class Review:
         ]
 
 
-def review(form: Form, machine: Machine, runs_root: Path) -> Review:
-    """Check a form for a start on this machine below `runs_root`."""
+def review(form: Form, machine: Machine, runs_root: Path, found: Callable[[Row], None] = lambda row: None) -> Review:
+    """Check a form for a start on this machine below `runs_root`.
+
+    `found` gets each row as it is found (in the caller's thread); a later row with the same label takes the place of the first.
+    """
     config = form.config()
+    seen = fingerprint(form, config)
     bad = [*form.text_findings, *form.bad.values()]
     findings = [*bad, *check(config, None if bad else machine)]
-    rows = [
-        _configuration(findings),
-        _name(config, runs_root),
-        _folder(runs_root),
-        _data(config),
-        *_fit(config, machine, findings),
-    ]
-    resolved, deepspeed, world = _resolved(config, machine, findings)
-    if resolved is not None:
-        engine = "DeepSpeed" if config.use_deepspeed else "plain torch"
-        rows.append(Row("ok", "ranks", f"{world} rank{'s' if world > 1 else ''}, {engine}, {_how(resolved)}"))
-    figures = None if has_errors(bad) else _figures(config, machine)
-    return Review(
-        tuple(rows), tuple(findings), figures, resolved, deepspeed, tuple(form.arguments()), fingerprint(form, config)
-    )
+    rows: dict[str, Row] = {}
+
+    def take(row: Row) -> None:
+        rows[row.label] = row
+        found(row)
+
+    take(_configuration(findings))
+    name = config.experiment_name if config.experiment_name != "auto" else auto_name(_stem(form))
+    take(_name(config, name, runs_root))
+    take(_folder(runs_root))
+    force = in_force(config, machine, findings)
+    for row in _machine_rows(machine, force, config):
+        take(row)
+    tokens = _data(config, take)
+    figures = None if has_errors(bad) else figures_of(config, machine, tokens)[0]
+    for row in (*_fit(figures), _cache(config), _checkpoints(config), *_ports(force), _sockets()):
+        take(row)
+    words = [*form.arguments(), *([] if config.experiment_name != "auto" else ["--run", name])]
+    return Review(tuple(rows.values()), tuple(findings), figures, force, name, tuple(words), seen)
+
+
+def _stem(form: Form) -> str:
+    return form.path.stem if form.path is not None else form.preset or "run"
 
 
 def fingerprint(form: Form, config: Config) -> tuple[Any, ...]:
     """Changes when values, the file or the data files change."""
-    paths = [*data_files(config.train_data_path), *data_files(config.eval_data_path), *([form.path] if form.path else [])]
+    paths = [
+        *size.data_files(config.train_data_path),
+        *size.data_files(config.eval_data_path),
+        *([form.path] if form.path else []),
+    ]
     stats = []
-    for path in paths[:1000]:
+    for path in paths[:_STATS]:
         try:
             found = path.stat()
             stats.append((str(path), found.st_size, found.st_mtime_ns))
         except OSError:
             stats.append((str(path), -1, -1))
-    return (json.dumps(config.to_dict(sectioned=False), sort_keys=True), *stats)
+    return (json.dumps(config.to_dict(sectioned=False), sort_keys=True), tuple(form.bad), *stats)
 
 
-def data_files(value: str | Sequence[str] | None) -> list[Path]:
-    """The files that a data path names."""
-    found: list[Path] = []
-    for text in [value] if isinstance(value, str) else value or []:
-        for name in sorted(glob.glob(text, recursive=True)) or [text]:  # noqa: PTH207  (a pattern may be absolute)
-            path = Path(name)
-            found += sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return found
+# rows
 
 
 def _configuration(findings: Sequence[Finding]) -> Row:
@@ -113,12 +131,11 @@ def _configuration(findings: Sequence[Finding]) -> Row:
     return Row(status, "configuration", "no findings" if words == "none" else words)
 
 
-def _name(config: Config, runs_root: Path) -> Row:
-    if config.experiment_name == "auto":
-        return Row("ok", "run name", "auto: the preset and the time")
-    if (runs_root / config.experiment_name).exists():
-        return Row("fail", "run name", f"{config.experiment_name} exists in {runs_root}: set another experiment_name")
-    return Row("ok", "run name", f"{config.experiment_name} is free")
+def _name(config: Config, name: str, runs_root: Path) -> Row:
+    if (runs_root / name).exists():
+        return Row("fail", "run name", f"{name} exists in {runs_root}: set another experiment_name")
+    made = " (experiment_name is auto)" if config.experiment_name == "auto" else ""
+    return Row("ok", "run name", f"{name} is free{made}")
 
 
 def _folder(runs_root: Path) -> Row:
@@ -130,66 +147,111 @@ def _folder(runs_root: Path) -> Row:
     return Row("ok", "runs folder", f"{runs_root}" + ("" if runs_root.exists() else " (will be made)"))
 
 
-def _data(config: Config) -> Row:
-    if config.train_data_path is None:
-        return Row("ok", "data", "the built-in corpus")
-    files = data_files(config.train_data_path)
-    missing = [str(path) for path in files if not path.exists()]
-    if missing:
-        return Row("fail", "data", f"{missing[0]}: no such file or folder")
-    size = sum(path.stat().st_size for path in files)
-    if not size:
-        return Row("fail", "data", "the files are empty: at least one conversation is needed")
-    return Row(
-        "ok", "data", f"{len(files)} file{'s' if len(files) > 1 else ''}, {gb_text(size)}; tokens are counted at the start"
-    )
+def _machine_rows(machine: Machine, force: InForce, config: Config) -> list[Row]:
+    devices = Row("ok", "devices", machine.label)
+    if force.resolved is None:
+        return [devices, Row("wait", "ranks", "not known before the errors are mended")]
+    engine = "DeepSpeed" if config.use_deepspeed else "plain torch"
+    how = "one process" if force.resolved.launcher == "none" else f"started by {force.resolved.launcher}"
+    stage = f"ZeRO-{force.resolved.zero_stage}, {force.resolved.precision}, {how}"
+    return [devices, Row("ok", "ranks", f"{force.world} rank{'s' if force.world > 1 else ''}, {engine}, {stage}")]
 
 
-def _figures(config: Config, machine: Machine) -> dict[str, Any] | None:
+def _data(config: Config, take: Callable[[Row], None]) -> Tokens:
+    """Rows about the data: path, fingerprint, tokens. Gives how long one epoch is."""
     try:
-        return budget(config, machine)
-    except (ConfigError, ArithmeticError, ValueError):
-        return None
+        for key in ("train_data_path", "eval_data_path"):
+            given = getattr(config, key)
+            if given is not None:
+                size.check_head(given, config.data_format, key=key)
+    except DataError as error:
+        take(Row("fail", "data", str(error)))
+        return None, ""
+    take(Row("ok", "data", _paths(config.train_data_path)))
+    if config.eval_data_path is not None:
+        take(Row("ok", "evaluation", _paths(config.eval_data_path)))
+    elif config.train_data_path is not None:
+        text = f"{config.eval_split:.2%} held out of it" if config.eval_split else "none: nothing is held out"
+        take(Row("ok", "evaluation", text))
+    amount = size.data_bytes(config.train_data_path)
+    take(Row("wait", "fingerprint", f"reading {gb_text(amount)} …" if amount else "…"))
+    try:
+        digest = size.content_digest(config)
+    except (DataError, OSError) as error:
+        take(Row("fail", "fingerprint", str(error)))
+        return None, ""
+    known = size.counted(config, digest)
+    take(Row("ok", "fingerprint", f"{digest[:16]} (sha256 of the content)"))
+    if known is not None:
+        take(Row("ok", "tokens", f"{known.tokens:,} in {known.documents:,} conversations (measured by an earlier start)"))
+        return known.tokens, "measured by an earlier start"
+    tokens, basis = size.train_tokens(config)
+    counted = "counted at the start"
+    take(Row("ok", "tokens", f"about {count_text(tokens)} ({basis}); {counted}" if tokens else f"-: {counted}"))
+    return tokens, basis
 
 
-def _fit(config: Config, machine: Machine, findings: Sequence[Finding]) -> list[Row]:
-    figures = _figures(config, machine)
+def _paths(value: str | list[str] | None) -> str:
+    if value is None:
+        return "the built-in corpus"
+    files = size.data_files(value)
+    shown = value if isinstance(value, str) else value[0] + (f" and {len(value) - 1} more" if len(value) > 1 else "")
+    return f"{shown}: {len(files)} file{'s' if len(files) != 1 else ''}, {gb_text(size.data_bytes(value))}"
+
+
+def _fit(figures: dict[str, Any] | None) -> Iterator[Row]:
     if figures is None:
-        return [Row("wait", "memory", "not known before the errors are mended")]
-    device, disk = figures["device"], figures["disk"]
+        yield Row("wait", "memory", "not known before the errors are mended")
+        return
+    device, host, disk = figures["device"], figures["host"], figures["disk"]
     memory = f"{gb_text(device['total'])} of {gb_text(device['limit'])} allowed per rank (computed)"
-    rows = [Row("ok" if device["total"] <= device["limit"] else "fail", "memory", memory)]
+    yield Row("ok" if device["total"] <= device["limit"] else "fail", "memory", memory)
+    text = f"{gb_text(host['total'])} of {gb_text(host['available'])} (computed, processes guessed)"
+    yield Row("ok" if host["total"] <= host["available"] else "warn", "host memory", text)
     if disk["available"] is not None:
         fits = disk["total"] <= disk["available"]
-        text = f"{gb_text(disk['total'])} of {gb_text(disk['available'])} free (computed)"
-        rows.append(Row("ok" if fits else "fail", "disk", text))
-    return rows
+        yield Row("ok" if fits else "fail", "disk", f"{gb_text(disk['total'])} of {gb_text(disk['available'])} free (computed)")
 
 
-def _resolved(config: Config, machine: Machine, findings: Sequence[Finding]) -> tuple[Config | None, str, int]:
-    """The values in force and the DeepSpeed JSON; without them the reason stands in their place."""
-    if has_errors(findings):
-        return None, "not before the errors are mended", 0
-    ids = TOKENIZER_IDS.get(config.tokenizer, model_config(config).vocab_rows)
+def _cache(config: Config) -> Row:
+    place, free = free_space(Path(config.data_cache_dir).expanduser())
+    need = size.cache_bytes(config)
+    text = f"{gb_text(need)} of {gb_text(free)} free in {place} (guessed)"
+    if not os.access(place, os.W_OK | os.X_OK):
+        return Row("fail", "data cache", f"{place} cannot be written: set data_cache_dir")
+    return Row("ok", "data cache", text) if need <= free else Row("warn", "data cache", f"{text}: set data_cache_dir")
+
+
+def _checkpoints(config: Config) -> Row:
+    when = f"every {config.save_interval:,} steps" if config.save_interval else "at the end only"
+    text = f"{when}, {config.keep_checkpoints} kept and the best by {config.best_metric}"
+    if config.backup_every_n_hours and config.backup_path is not None:
+        place, _ = free_space(Path(config.backup_path).expanduser())
+        if not os.access(place, os.W_OK | os.X_OK):
+            return Row("fail", "checkpoints", f"backup_path: {place} cannot be written")
+    if config.max_steps is not None and config.save_interval >= config.max_steps:
+        return Row("ok", "checkpoints", f"{text}; none before the end at step {config.max_steps:,}")
+    return Row("ok", "checkpoints", text)
+
+
+def _ports(force: InForce) -> Iterator[Row]:
+    if force.resolved is None or force.world == 1:
+        return
+    wanted = force.resolved.master_port
+    port = free_port(wanted)
+    text = f"127.0.0.1:{port}" + ("" if port == wanted else f" ({wanted} is taken)")
+    yield Row("ok", "port", text)
+
+
+def _sockets() -> Row:
+    folder = socket_folder()
     try:
-        resolved = resolve(config, machine, tokenizer_vocab=ids)
-        world = int(resolved.num_gpus) * resolved.num_nodes
-        if not config.use_deepspeed:
-            return resolved, "use_deepspeed is false: plain torch", world
-        return resolved, json.dumps(to_deepspeed(resolved, world), indent=2), world
-    except ConfigError as error:
-        return None, str(error), 0
-
-
-def _how(resolved: Config) -> str:
-    launcher = "one process" if resolved.launcher == "none" else f"started by {resolved.launcher}"
-    return f"ZeRO-{resolved.zero_stage}, {resolved.precision}, {launcher}"
-
-
-def command(arguments: Sequence[str]) -> str:
-    """The command for use without lumina, as one pastes it into a shell."""
-    words = train_argv(arguments)
-    return shlex.join(["lumina-engine", *words[3:-2]])
+        prepare_folder(folder)
+    except RunError as error:
+        return Row("fail", "sockets", str(error))
+    except OSError as error:
+        return Row("fail", "sockets", f"{folder}: {error.strerror or error}: set LUMINA_SOCKETS to a folder of your own")
+    return Row("ok", "sockets", str(folder))
 
 
 def check_lines(rows: Sequence[Row]) -> list[Line]:

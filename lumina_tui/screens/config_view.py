@@ -27,7 +27,7 @@ class ConfigView(ConfigFiles):
     ConfigView #sections { width: 21; }
     ConfigView #middle { width: 1fr; }
     ConfigView #help { height: 6; }
-    ConfigView #side { width: 52; display: none; }
+    ConfigView #side { width: 56; display: none; }
     ConfigView #findings { height: 8; }
     ConfigView #budget { height: 5; }
     ConfigView.-compact #help { height: 5; }
@@ -102,9 +102,10 @@ class ConfigView(ConfigFiles):
         name = self.fields.current
         if name is None or self.form is None:
             return
-        lines = say.help_lines(name)
         for panel in (self._panel("help"), self._panel("side_help")):
-            panel.set_title(say.help_title(name))
+            width = panel.inner[0] - 4
+            lines = say.help_lines(name, width)
+            panel.set_title(say.help_title(name, width))
             panel.set_foot(say.help_foot(self.form, name))
             panel.set_lines([((problem.line(), "bad"),), *lines] if problem else lines)
 

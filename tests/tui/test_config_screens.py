@@ -2,98 +2,27 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lumina_engine.config.checks import check
-from lumina_engine.config.machine import GB, Machine
 from lumina_engine.config.presets import NAMES, ConfigPresets
-from lumina_engine.monitoring import hardware
-from lumina_engine.monitoring.record import Run, Step, encode
-from lumina_tui.application import LuminaApp, Start
+from lumina_tui.application import Start
 from lumina_tui.drafts import load_draft
-from lumina_tui.launching import Launched, LaunchError
 from lumina_tui.screens.config import ConfigScreen
 from lumina_tui.screens.config_layers import FieldSearch, YamlView
 from lumina_tui.screens.dialogs import Prompt, Question, Sheet
 from lumina_tui.screens.launch import LaunchScreen
 from lumina_tui.screens.presets import PresetsScreen
-from lumina_tui.terminal import COLOURS, Look
 from lumina_tui.widgets.fields import FieldList
 from lumina_tui.widgets.text_panel import wrapped
-from tests.tui.helpers import screen_text, until
 
-LAPTOP = Machine([], 16 * GB, 4, 500 * GB)
-
-
-@pytest.fixture(autouse=True)
-def place(tmp_path, monkeypatch):
-    """An empty folder to work in, a fixed machine."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
-    monkeypatch.setattr(hardware, "detect", lambda *_: LAPTOP)
-
-
-class App(LuminaApp):
-    """The program with its engine replaced: starts are recorded, not made."""
-
-    CSS_PATH = Path(__file__).resolve().parents[2] / "lumina_tui" / "app.tcss"
-
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__("runs", look=Look("braille", COLOURS, False, 10.0), **arguments)
-        self.starts: list[list[str]] = []
-        self.watched: list[Path] = []
-        self.fails: LaunchError | None = None
-
-    async def start_run(self, arguments: Any) -> Launched:
-        self.starts.append(list(arguments))
-        await asyncio.sleep(0)
-        if self.fails is not None:
-            raise self.fails
-        path = Path("runs") / "fake"
-        path.mkdir(parents=True)
-        return Launched("fake", path)
-
-    def open_monitor(self, run: Any) -> None:
-        self.watched.append(Path(run))
-
-
-def record(path: Path, *records: Any) -> None:
-    with (path / "metrics.jsonl").open("ab") as file:
-        for number, item in enumerate(records):
-            item.seq, item.t, item.inc = number + 1, time.time(), 1
-            file.write(encode(item))
-
-
-async def ready(pilot: Any, kind: type) -> Any:
-    await until(pilot, lambda: isinstance(pilot.app.screen, kind) and pilot.app.screen.machine is not None, what=kind.__name__)
-    await pilot.pause()
-    return pilot.app.screen
-
-
-async def config_of(pilot: Any, **arguments: Any) -> ConfigScreen:
-    pilot.app.open_config(**arguments)
-    return await ready(pilot, ConfigScreen)
-
-
-async def enter(pilot: Any, screen: ConfigScreen, name: str, text: str) -> None:
-    """Type a value into a field by keys."""
-    screen.go_to_field(name)
-    await pilot.press("enter")
-    field = screen.fields
-    assert field.editing == name
-    await pilot.press(
-        *["comma" if c == "," else "minus" if c == "-" else "full_stop" if c == "." else c for c in text], "enter"
-    )
-    await until(pilot, lambda: field.editing is None)
-
+from .config_app import ASCII, LAPTOP, App, config_of, enter, place, ready  # noqa: F401
+from .helpers import screen_text, until
 
 # presets
 
@@ -190,7 +119,7 @@ async def test_c129_journey_with_two_wrong_values() -> None:
         assert [c.name for c in screen.form.changes()] == ["moe_top_k"]
         await pilot.press("a")
         await until(pilot, lambda: isinstance(pilot.app.screen, LaunchScreen) and not pilot.app.screen.review.blocked)
-        assert pilot.app.screen.review.arguments == ("--preset", "debug", "moe_top_k=2")
+        assert pilot.app.screen.review.arguments[:4] == ("--preset", "debug", "moe_top_k=2", "--run")
 
 
 async def test_c129_problem_stands_under_the_field_while_typing() -> None:
@@ -329,116 +258,6 @@ async def test_c129_stale_file_is_told() -> None:
         await until(pilot, lambda: isinstance(pilot.app.screen, PresetsScreen))
         await pilot.press("3")
         await until(pilot, lambda: any("changed on disk" in n.text for n in pilot.app.notices))
-
-
-# launch
-
-
-async def test_c130_review_then_four_stages_then_monitor() -> None:
-    async with App().run_test(size=(80, 24)) as pilot:
-        pilot.app.open_launch(preset="debug")
-        screen = await ready(pilot, LaunchScreen)
-        await until(pilot, lambda: screen.review is not None and "ready" in screen_text(pilot.app).splitlines()[0])
-        text = screen_text(pilot.app)
-        assert "built-in corpus" in text and "3.25 M total" in text
-        assert json.loads(screen.review.deepspeed)["train_batch_size"] == 8
-        await pilot.press("enter")
-        await until(pilot, lambda: screen.started is not None)
-        assert pilot.app.starts == [["--preset", "debug"]]
-        await until(pilot, lambda: "supervisor" in screen_text(pilot.app) and "preparing the data" in screen_text(pilot.app))
-        record(screen.started, Run(state="preparing"), Run(state="running"))
-        await until(pilot, lambda: "ranks" in (screen.progress.reached if screen.progress else {}))
-        assert pilot.app.watched == []
-        record(screen.started, Step(step=1, loss=5.0))
-        await until(pilot, lambda: pilot.app.watched == [Path("runs/fake")])
-
-
-async def test_c130_a_run_that_dies_shows_its_last_words() -> None:
-    async with App().run_test(size=(80, 24)) as pilot:
-        pilot.app.open_launch(preset="debug")
-        screen = await ready(pilot, LaunchScreen)
-        await until(pilot, lambda: screen.review is not None)
-        await pilot.press("enter")
-        await until(pilot, lambda: screen.started is not None)
-        (screen.started / "engine.log").write_text("one\nthe disk [/x] \x1b[2J went away\n")
-        record(screen.started, Run(state="failed", reason="no room", exit_code=2))
-        await until(pilot, lambda: "failed" in screen_text(pilot.app).splitlines()[0])
-        text = screen_text(pilot.app)
-        assert "no room" in text and "went away" in text and "\x1b" not in text and pilot.app.watched == []
-        await pilot.press("r")
-        await until(pilot, lambda: "configuration" in screen_text(pilot.app))
-
-
-async def test_c130_a_refused_start_shows_the_engines_reason() -> None:
-    async with App().run_test(size=(80, 24)) as pilot:
-        pilot.app.fails = LaunchError("run debug exists: choose another", 2, "run debug exists: choose another")
-        pilot.app.open_launch(preset="debug")
-        screen = await ready(pilot, LaunchScreen)
-        await until(pilot, lambda: screen.review is not None)
-        await pilot.press("enter")
-        await until(pilot, lambda: screen._problem is not None)
-        assert "run debug exists" in screen_text(pilot.app)
-
-
-async def test_c130_warnings_ask_once_and_errors_block() -> None:
-    Path("d.jsonl").write_text("{}\n")
-    config = ConfigPresets.debug()
-    config.train_data_path, config.eval_data_path = "d.jsonl", "d.jsonl"
-    async with App().run_test(size=(160, 45)) as pilot:
-        pilot.app.open_launch(config=config, preset="debug")
-        screen = await ready(pilot, LaunchScreen)
-        await until(pilot, lambda: screen.review is not None)
-        await pilot.press("enter")
-        await until(pilot, lambda: isinstance(pilot.app.screen, Question))
-        assert "will flatter" in screen_text(pilot.app) and pilot.app.starts == []
-        await pilot.press("y")
-        await until(pilot, lambda: pilot.app.starts != [])
-    config.train_data_path = "missing.jsonl"
-    async with App().run_test(size=(160, 45)) as pilot:
-        pilot.app.open_launch(config=config, preset="debug")
-        screen = await ready(pilot, LaunchScreen)
-        await until(pilot, lambda: screen.review is not None and screen.review.blocked)
-        await pilot.press("enter", "]")
-        assert pilot.app.starts == [] and any("missing.jsonl" in n.text for n in pilot.app.notices)
-
-
-async def test_c130_a_review_of_other_data_is_stale() -> None:
-    Path("d.jsonl").write_text("{}\n")
-    config = ConfigPresets.debug()
-    config.train_data_path = "d.jsonl"
-    async with App().run_test(size=(80, 24)) as pilot:
-        pilot.app.open_launch(config=config, preset="debug")
-        screen = await ready(pilot, LaunchScreen)
-        await until(pilot, lambda: screen.review is not None)
-        Path("d.jsonl").write_text("{}\n{}\n")
-        await pilot.press("enter")
-        assert pilot.app.starts == [] and any("changed since this review" in n.text for n in pilot.app.notices)
-        before = screen.review
-        await pilot.press("r")
-        await until(pilot, lambda: screen.review is not before)
-        await pilot.press("enter")
-        await until(pilot, lambda: pilot.app.starts != [])
-
-
-async def test_c130_existing_name_and_readonly_block() -> None:
-    Path("runs/taken").mkdir(parents=True)
-    config = ConfigPresets.debug()
-    config.experiment_name = "taken"
-    async with App(readonly=True).run_test(size=(80, 24)) as pilot:
-        pilot.app.open_launch(config=config, preset="debug")
-        screen = await ready(pilot, LaunchScreen)
-        await until(pilot, lambda: screen.review is not None)
-        assert screen.review.blocked and "taken exists in runs" in screen_text(pilot.app)
-        await pilot.press("enter", "w")
-        assert pilot.app.starts == [] and sum("--readonly" in n.text for n in pilot.app.notices) == 2
-
-
-async def test_c130_empty_says_what_to_press() -> None:
-    async with App().run_test(size=(80, 24)) as pilot:
-        pilot.app.open_launch()
-        await until(pilot, lambda: "2 picks a preset" in screen_text(pilot.app))
-        await pilot.press("enter")
-        assert pilot.app.starts == []
 
 
 # all three
