@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 HELP = "list, show, tail, stop, plot"
 POLL_TIME = 0.2  # s between two looks at a log that is followed
-_COLUMNS = ("name", "state", "step", "loss", "tokens/s", "age", "path")
+_COLUMNS = ("name", "state", "step", "loss", "tokens/s", "left", "age", "alerts", "path")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             sub.add_argument("run", metavar="RUN", help="name of a run, or its folder")
         return sub
 
-    action("list", "every run, the most recently active first")
+    rows = action("list", "every run: living ones first, then the most recently active")
+    rows.add_argument("--filter", metavar="WORDS", default="", help="only runs with these words: state:failed, preset:b1, text")
+    rows.add_argument("--sort", metavar="ORDER", default="age", help="age (default), name, state, loss, alerts")
     action("show", "one run in detail")
     tail = action("tail", "the last records of a run, then each new one until the run ends")
     tail.add_argument("--type", metavar="LIST", help="only these record types, e.g. step,alert")
@@ -52,13 +54,6 @@ def run(args: argparse.Namespace) -> int:
     return {"show": _show, "tail": _tail, "stop": _stop, "plot": plot.run}[args.action](args, find(args.run, root))
 
 
-def _row(info: RunInfo) -> dict[str, Any]:
-    import dataclasses
-
-    row = {name: value for name, value in dataclasses.asdict(info).items() if name not in ("pid", "socket")}
-    return {**row, "path": str(info.path)}
-
-
 def _out(text: str) -> None:
     """Text for a person: safe for a terminal; a pipe or file gets the data with every control character escaped."""
     if sys.stdout.isatty():
@@ -68,28 +63,33 @@ def _out(text: str) -> None:
 
 
 def _list(args: argparse.Namespace, root: Any) -> int:
-    from ..run.directory import list_runs
+    from ..run.listing import SORTS, listed, matches, ordered, row_dict
 
-    rows = list_runs(root)
+    if args.sort not in SORTS:
+        raise common.UserError(f"--sort {args.sort}: there is no such order; orders: {', '.join(SORTS)}")
+    found = listed(root)
+    rows = ordered((info for info in found if matches(info, args.filter)), args.sort)
     if args.json:
-        common.print_json([_row(info) for info in rows])
+        common.print_json([row_dict(info) for info in rows])
         return 0
     if not rows:
-        _out(f"no runs in {root}; `lumina-engine train` starts one")
+        _out(f"no run matches {args.filter}" if found else f"no runs in {root}; `lumina-engine train` starts one")
         return 0
     cells = [
         (
             _one_line(info.name),
             info.state,
             _steps(info),
-            _figure(info.loss),
+            _figure(info.smoothed_loss),
             f"{info.tokens_per_s:,.0f}" if info.tokens_per_s is not None else "-",
+            duration(info.left_s),
             duration(info.age_s),
+            f"{info.alerts}" if info.alerts else "",
             _one_line(info.reason if info.state == "unreadable" and info.reason else str(info.path)),
         )
         for info in rows
     ]
-    _out(common.table(cells, _COLUMNS, right=(2, 3, 4, 5)))
+    _out(common.table(cells, _COLUMNS, right=(2, 3, 4, 5, 6, 7)))
     return 0
 
 
@@ -119,6 +119,7 @@ def duration(seconds: float | None) -> str:
 
 def _show(args: argparse.Namespace, directory: RunDirectory) -> int:
     from ..monitoring.log import last_records
+    from ..run.listing import row_dict
 
     info = directory.info()
     if info.state == "unreadable":
@@ -130,7 +131,14 @@ def _show(args: argparse.Namespace, directory: RunDirectory) -> int:
     if args.json:
         details = {key: identity.get(key) for key in ("world", "argv", "versions", "host", "settings")}
         common.print_json(
-            {**_row(info), "pid": info.pid, "socket": info.socket, **details, "checkpoints": saved, "alerts": _plain(alerts)}
+            {
+                **row_dict(info),
+                "pid": info.pid,
+                "socket": info.socket,
+                **details,
+                "checkpoints": saved,
+                "alerts": _plain(alerts),
+            }
         )
         return 0
     lines = [
@@ -172,6 +180,7 @@ def _plain(records: list[rec.Record]) -> list[Any]:
 def _stop(args: argparse.Namespace, directory: RunDirectory) -> int:
     from ..run.client import send_command
     from ..run.launch import wait
+    from ..run.listing import row_dict
 
     send_command(directory, "stop", {"save": not args.no_save})
     if not args.no_wait:
@@ -180,7 +189,7 @@ def _stop(args: argparse.Namespace, directory: RunDirectory) -> int:
         wait(directory)
     info = directory.info()
     if args.json:
-        common.print_json(_row(info))
+        common.print_json(row_dict(info))
     else:
         _out(f"run {info.name}: {info.state}, step {_steps(info)}")
     return 0 if args.no_wait or info.state == "finished" else 1
