@@ -362,10 +362,13 @@ class Form:
     # out of it
 
     def to_yaml(self, full: bool = False) -> str:
-        """YAML by section with the preset's name in the first line: the keys that differ from the defaults, or all."""
+        """YAML by section with the preset's name in the first line: the keys that differ from the defaults or from the preset, or all.
+
+        A key that was set on purpose is written also where it equals the default: the file says what was meant.
+        """
         sections: dict[str, dict[str, Any]] = {}
         for name, info in INFOS.items():
-            if full or name in self.bad or self.value(name) != info.default:
+            if full or name in self.bad or self.value(name) != info.default or self.changed(name):
                 sections.setdefault(info.section, {})[name] = (
                     _written(self.value(name)) if name in self.bad else self.value(name)
                 )

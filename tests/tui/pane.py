@@ -16,7 +16,11 @@ class Pane:
         self.folder, self.size = folder, size
         self.environ = {"LC_ALL": "C.UTF-8", "OMP_NUM_THREADS": "1", **environ}
         self.status = folder / "status"
-        self._socket = str(folder / "tmux")
+        self._starts = 0
+
+    @property
+    def _socket(self) -> str:
+        return str(self.folder / f"tmux-{self._starts}")  # a server of its own each time: an old one takes a while to die
 
     def tmux(self, *arguments: str) -> str:
         return subprocess.run(
@@ -32,6 +36,8 @@ class Pane:
     def start(self, *arguments: str) -> None:
         """Run `lumina` with these arguments. The pane stays when it has ended, for what it printed last."""
         self.status.unlink(missing_ok=True)
+        self.tmux("kill-server")
+        self._starts += 1
         settings = [f"{name}={value}" for name, value in self.environ.items()]
         words = ["env", "-u", "COLORTERM", *settings, sys.executable, "-m", "lumina_tui.app", *arguments]
         command = f"{shlex.join(words)}; echo $? >{shlex.quote(str(self.status))}; cat"

@@ -225,3 +225,9 @@ def test_c129_draft_survives_and_bad_drafts_are_left_out(tmp_path) -> None:
         assert found is None or (found.preset is None and found.changes() == [])
     drop_draft(path)
     assert load_draft(path) is None
+
+
+def test_c129_a_value_set_back_to_the_default_is_written() -> None:
+    form = Form.from_preset("b1")
+    form.set_text("num_layers", "8")  # the default; b1 has 16
+    assert "num_layers: 8" in form.to_yaml()
