@@ -88,17 +88,14 @@ class Compared:
         return (state or "no record"), STATE_ROLES.get(state, "dim")
 
     def why(self) -> str:
-        """The sentence behind a badge that is not good; "" otherwise."""
-        if self.error:
-            return self.error
-        if self.feed is None:
-            return ""
-        if self.feed.error:
-            return self.feed.error
-        if not len(self.feed.store.steps):
-            return "has no step yet" if self.feed.mode is not Mode.LOADING else self.feed.badge().why
-        badge = self.feed.badge()
-        return badge.why if badge.text.startswith(("QUIET", "DEAD")) else ""
+        """The sentence behind a badge that is not good, without the run's own path; "" otherwise."""
+        feed = self.feed
+        text = self.error
+        if not text and feed is not None and feed.mode is not Mode.LOADING:
+            badge = feed.badge()
+            text = feed.error or ("has no step yet" if not len(feed.store.steps) else "")
+            text = text or (badge.why if badge.text.startswith(("QUIET", "DEAD")) else "")
+        return text.replace(f"{self.run.path}{os.sep}", "")
 
 
 def opened(paths: Sequence[Path]) -> list[Compared]:
@@ -272,7 +269,7 @@ def side_by_side(runs: Sequence[Compared], width: int) -> list[Line]:
             parts.append(((f"{run.letter} {run.name}: ", "warn"), (run.config_error, "text")))
     keys = differing(runs)
     if keys:
-        parts += _block(f"{len(keys)} configuration keys differ", keys, runs, width)
+        parts += _block(f"{len(keys)} configuration key{' differs' if len(keys) == 1 else 's differ'}", keys, runs, width)
     elif sum(bool(run.config) for run in runs) > 1:
         parts.append((("no configuration key differs", "dim"),))
     parts += _block("results", results(runs), runs, width)

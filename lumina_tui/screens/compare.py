@@ -11,12 +11,9 @@ from pathlib import Path
 from textual.containers import Horizontal, Vertical
 from textual.widget import Widget
 
-from lumina_engine.run.directory import list_runs
-
 from ..actions import Action
 from ..comparing import COLUMNS, PINNED, Compared, as_text, exists, metrics_beside, opened, side_by_side, table_rows
 from ..feed import Feed
-from ..paint import clean
 from ..widgets.compare_parts import CompareChart, RunChooser, SidePanel
 from ..widgets.line_chart import Cursor, LineChart
 from ..widgets.picture import MOST_RUNS
@@ -25,7 +22,6 @@ from ..widgets.table import Table
 from .base import LuminaScreen, State
 
 LOOK_S = 1.0  # between two looks whether the folders are still there, and at the results
-EMPTY = "Mark runs in Home with Space, then =\n\nOr choose here: Space marks, Enter compares."
 
 
 class CompareScreen(LuminaScreen):
@@ -69,6 +65,7 @@ class CompareScreen(LuminaScreen):
         self._looked = 0.0
         self._shown: tuple[object, ...] = ()
         self._beside: list[str] = []  # metrics of the small charts
+        self._words: list[str] = []
         cursor = Cursor()
         self.chart = CompareChart("loss", cursor=cursor, id="chart")
         self.small = [CompareChart(name, cursor=cursor) for name in ("tokens_per_s", "grad_norm", "lr", "aux_loss")]
@@ -138,20 +135,11 @@ class CompareScreen(LuminaScreen):
 
     async def _offer(self) -> None:
         """Let the user choose among the runs below the root."""
-        root = self.lumina.runs_root
         self.add_class("-choosing")
-        self.choose.set_state(State.LOADING, f"reading {clean(root)} …")
         self.choose.focus()
-        try:
-            rows = await asyncio.to_thread(list_runs, root)
-        except OSError as error:
-            self.choose.set_state(State.ERROR, f"{root}: {error.strerror or error}\nr reads it again")
-            return
-        before = [run.run.path for run in self.runs] or [Path(p) for p in self.lumina.memory.get("compare.runs", [""]) if p]
-        self.choose.show(rows, before)
-        if len(rows) < 2:
-            self.choose.set_state(State.EMPTY, f"{len(rows)} run{'s' * (len(rows) != 1)} in {clean(root)}.\n\n{EMPTY}")
         self.set_frame(subject="choose runs", badge="")
+        before = [str(run.run.path) for run in self.runs] or self.lumina.memory.get("compare.runs", [""])
+        await self.choose.offer(self.lumina.runs_root, before)
         self.refresh_keys()
 
     # each tick
@@ -160,8 +148,9 @@ class CompareScreen(LuminaScreen):
         if not self.is_attached or not self.runs:
             return
         now = time.monotonic()
-        if now - self._looked >= LOOK_S:
-            self._looked = now
+        words = [run.badge()[0] for run in self.runs]
+        if now - self._looked >= LOOK_S or words != self._words:
+            self._looked, self._words = now, words
             self.lumina.spawn(self._look())
             self.side.show(side_by_side(self.runs, self.side.room))
             self._beside = metrics_beside(self.chart.metrics_known(), self.chart.options.metric)

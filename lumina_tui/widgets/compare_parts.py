@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from textual.message import Message
 
-from lumina_engine.run.directory import RunInfo
+from lumina_engine.run.directory import RunInfo, list_runs
 
-from ..paint import age, count, whole
+from ..paint import age, clean, count, whole
 from .bars import STATE_ROLES
 from .line_chart import Cursor, LineChart
+from .panel import State
 from .picture import MOST_RUNS
 from .table import Column, Row, Table
 from .text_panel import Line, TextPanel
 
+EMPTY = "Mark runs in Home with Space, then =\n\nOr choose here: Space marks, Enter compares."
 CHOICES = (
     Column("mark", "", 1),
     Column("name", "name", 20, grow=True),
@@ -67,16 +70,21 @@ class RunChooser(Table):
         self.infos: list[RunInfo] = []
         self.marked: list[str] = []
 
-    def show(self, infos: Sequence[RunInfo], marked: Sequence[Path]) -> None:
-        """List these runs; those in `marked` are marked."""
-        self.infos = list(infos)
-        known = {str(info.path): info.name for info in infos}
-        self.marked = [known[str(path)] for path in marked if str(path) in known][:MOST_RUNS]
+    async def offer(self, root: Path, marked: Sequence[str]) -> None:
+        """List the runs below `root`; those whose paths are in `marked` are marked."""
+        self.set_state(State.LOADING, f"reading {clean(root)} …")
+        try:
+            self.infos = await asyncio.to_thread(list_runs, root)
+        except OSError as error:
+            self.set_state(State.ERROR, f"{root}: {error.strerror or error}\nr reads it again")
+            return
+        self.marked = [info.name for info in self.infos if str(info.path.absolute()) in marked][:MOST_RUNS]
         self._fill()
+        if len(self.infos) < 2:
+            count_text = f"{len(self.infos)} run{'s' * (len(self.infos) != 1)} in {clean(root)}."
+            self.set_state(State.EMPTY, f"{count_text}\n\n{EMPTY}")
 
     def _fill(self) -> None:
-        from .panel import State
-
         self.set_state(State.LIVE)
         self.set_rows([Row(info.name, self._row(info)) for info in self.infos])
         self.set_foot(f"{len(self.marked)} marked")

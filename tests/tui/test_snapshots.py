@@ -15,11 +15,14 @@ from pathlib import Path
 
 import pytest
 
+from lumina_engine.config.loading import write_config
+from lumina_engine.config.schema import Config
 from lumina_engine.monitoring import record as rec
 from lumina_tui.application import LuminaApp, Start
 from lumina_tui.feed import Mode
 from lumina_tui.overview import Reader
 from lumina_tui.terminal import NAMED, AsciiFilter, Look, to_ascii
+from lumina_tui.widgets.picture import Limits
 
 from .fake_engine import FakeEngine
 from .helpers import screen_text, until
@@ -77,7 +80,7 @@ def story(engine: FakeEngine) -> None:
     engine.log("lumina engine", "device: cpu, 2 threads", "step 400: evaluated")
 
 
-@pytest.mark.parametrize("size", [(80, 24), (120, 40), (160, 45)], ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("size", [(80, 24), (120, 40), (160, 45), (200, 60)], ids=lambda size: f"{size[0]}x{size[1]}")
 @pytest.mark.parametrize("glyphs", LOOKS)
 async def test_monitor(tmp_path, size, glyphs):
     async with FakeEngine(tmp_path, "b1-oasst") as engine:
@@ -126,8 +129,45 @@ async def test_home(tmp_path, size, monkeypatch):
             compare(f"home-{size[0]}x{size[1]}", re.sub(r"path +[/…][^│\n]*", lambda m: "path".ljust(len(m[0])), text))
 
 
+COMPARED = [((80, 24), "braille"), ((80, 24), "ascii"), ((160, 45), "braille"), ((200, 60), "braille")]
+
+
+@pytest.mark.parametrize(
+    ("size", "glyphs"), COMPARED, ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value))
+)
+async def test_compare(tmp_path, size, glyphs):
+    """A run, one with another learning rate that stopped early, one that cannot be read; the crosshair at step 102."""
+    paths = [tmp_path / name for name in ("first", "slower", "broken")]
+    for seed, name in enumerate(("first", "slower")):
+        engine = FakeEngine(tmp_path, name)
+        engine.run.update_identity(id=f"run-{name}")
+        write_config(Config(learning_rate=1e-3 / (1 + seed)), engine.run.config_path)
+        engine._random.seed(seed)
+        await engine.serve(socket=False)
+        story(engine)
+        engine.steps(0 if seed else 100)
+        await (engine.crash() if seed else engine.finish())
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.json").write_text("{oops")
+    app = LuminaApp(tmp_path, look=LOOKS[glyphs])
+    async with app.run_test(size=size) as pilot:
+        app.open_compare(paths)
+        await until(pilot, lambda: app.screen.number == 6 and len(app.screen.runs) == 3)
+        screen, charts = app.screen, 5 if size[0] >= 160 else 1
+        await until(pilot, lambda: [len(run.feed.store.steps) for run in screen.runs[:2]] == [500, 400])
+        await until(pilot, lambda: "dead" in screen_text(app) and screen_text(app).count("a 500:") == charts)
+        for chart in (screen.chart, *screen.small):  # axes that remember no earlier picture
+            chart._limits = Limits()
+        screen.chart.cursor.step = 102
+        await until(pilot, lambda: screen_text(app).count("a 102:") == charts and "at step 102" in screen_text(app))
+        await until(pilot, lambda: charts == 1 or "restarts" in screen_text(app))
+        text = screen_text(app).replace(str(tmp_path), "/home/user")
+        compare(f"compare-{size[0]}x{size[1]}-{glyphs}", to_ascii(text) if glyphs == "ascii" else text)
+
+
 def test_no_snapshot_is_unused():
     wanted = {f"monitor-{w}x{h}-{g}.txt" for w, h in ((80, 24), (120, 40), (160, 45)) for g in LOOKS} | {
+        *(f"compare-{w}x{h}-{g}.txt" for (w, h), g in COMPARED),
         "home-80x24.txt",
         "home-160x45.txt",
     }
