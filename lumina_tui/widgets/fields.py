@@ -135,7 +135,7 @@ class FieldList(Finds, Drawn):
         if name is None or self.form is None:
             return []
         problem = self.problems.get(name)
-        lines = [((say.help_title(name), "title"),), *say.help_lines(name), ((say.help_foot(self.form, name), "dim"),)]
+        lines = [((name, "title"),), *say.help_lines(name, 0), ((say.help_foot(self.form, name), "dim"),)]
         return [*lines, ((problem.line(), "bad"),)] if problem else lines
 
     def go_to(self, name: str) -> None:
