@@ -396,6 +396,9 @@ DATA = (
     Action("data.report", "Export", "Write what is known of the chosen source as JSON", ("e",), changes=True),
     Action("data.cancel", "Cancel", "End what runs for the chosen source", ("X",), footer=1, short="cancel", danger=True),
     Action("data.forget", "Remove", "Take an added path out of the list; the files stay", ("D",)),
+    Action("data.find", "Find", "Go to a source by its name; n and N go on", ("/",)),
+    Action("data.copy", "Copy path", "Copy the path of the chosen source", ("y",)),
+    Action("data.command", "Copy command", "Copy the last command for the chosen source, for use without lumina", ("Y",)),
     Action("data.reload", "Reload", "Look at the files and fetch the sample again", ("r",)),
 )
 PATH = (

@@ -13,16 +13,17 @@ from lumina_engine.config.schema import Config
 from lumina_engine.data.conversation import DataError
 from lumina_engine.data.files import expand
 from lumina_engine.data.formats import detect_format
+from lumina_engine.data.size import BYTES_PER_TOKEN
 
 from .form import Form
 from .jobs import Job, JobState
 
 BUILT_IN = ""  # key of the built-in corpus
-BYTES_PER_TOKEN = 4.0  # guess for files that nobody has counted
 SAMPLE_ABOVE = 200_000_000  # bytes above which only a sample is tokenised …
 SAMPLE = 20_000  # … of this many conversations
 PREVIEW_TOKENS = 32_768  # tokens of the rows that one preview fetches, at least one row
 _DETECTED = 20  # files of a source whose format is looked at
+_ENTRIES = 50_000  # entries of a folder that are looked at
 
 Use = Literal["train", "eval", "added", "built-in"]
 Stamp = tuple[tuple[str, int, int], ...]  # path, bytes, mtime_ns of each file
@@ -89,22 +90,30 @@ class Source:
         """Problems found by the last check."""
         return 0 if self.check is None else sum(self.check["problem_counts"].values())
 
+    def forget_rows(self) -> None:
+        """Fetch rows anew: what they are made from has changed."""
+        self.rows, self.total_rows, self.at_row = {}, None, 0
+        self.jobs.pop("preview", None)
+
     @property
     def running(self) -> list[Job]:
         """Jobs that have not ended."""
         return [job for job in self.jobs.values() if not job.over]
 
 
-def look_at(key: str) -> Look:
-    """Files, sizes and format of a source. Reads the disk; never raises."""
+def look_at(key: str, before: Look | None = None) -> Look:
+    """Files, sizes and format of a source; `before` if nothing has changed since. Reads the disk; never raises."""
     if key == BUILT_IN:
         return Look((), "messages")
     try:
-        stamp = tuple((str(path), (found := path.stat()).st_size, found.st_mtime_ns) for path in expand(key))
+        files = expand(key, "data path", _ENTRIES)
+        stamp = tuple((str(path), (found := path.stat()).st_size, found.st_mtime_ns) for path in files)
     except DataError as error:
         return Look(problem=f"{error.message}" + (f"; {error.fix}" if error.fix else ""))
     except OSError as error:
         return Look(problem=f"cannot be read ({error.strerror or error})")
+    if before is not None and before.stamp == stamp:
+        return before
     return Look(stamp, *_formats([path for path, _, _ in stamp[:_DETECTED]]))
 
 
@@ -168,15 +177,16 @@ class Sources:
         self.rows: dict[str, Source] = {}
         self.arrange()
 
-    def configure(self, settings: Settings) -> None:
-        """Take another configuration. What was counted with another tokenizer or length stays, with what it was counted for."""
+    def configure(self, settings: Settings) -> bool:
+        """Take another configuration; whether it is another one. What was counted stays, with what it was counted for."""
         if settings == self.settings:
-            return
+            return False
         if settings.words() != self.settings.words():
             for source in self.rows.values():
-                source.rows, source.total_rows, source.at_row = {}, None, 0
+                source.forget_rows()
         self.settings = settings
         self.arrange()
+        return True
 
     def arrange(self) -> None:
         """Bring the rows in line with the configuration and the added paths."""
@@ -205,14 +215,16 @@ class Sources:
         self.added.remove(key)
         self.arrange()
 
-    def took(self, looks: dict[str, Look]) -> None:
-        """Take what a look at the disk gave. Rows that were previewed from older files are dropped."""
+    def took(self, looks: dict[str, Look]) -> bool:
+        """Take what a look at the disk gave; whether anything is new. Rows from older files are fetched again."""
+        new = False
         for key, look in looks.items():
             source = self.rows.get(key)
             if source is not None and source.look != look:
                 if source.look is not None:
-                    source.rows, source.total_rows = {}, None
-                source.look = look
+                    source.forget_rows()
+                source.look, new = look, True
+        return new
 
     def share(self, source: Source) -> tuple[float | None, str]:
         """The share of the training tokens that a source brings, and how it is known; None if it is not trained on."""

@@ -106,7 +106,7 @@ def sofar_text(job: Job) -> str:
     return word
 
 
-def findings(source: Source, settings: Settings, now: float | None = None) -> list[Line]:
+def findings(source: Source, settings: Settings) -> list[Line]:
     """Everything that is known of a source, problems first."""
     lines: list[Line] = [[(source.name, "title")]]
     look = source.look
@@ -129,7 +129,7 @@ def findings(source: Source, settings: Settings, now: float | None = None) -> li
         return lines
     if source.stale:
         lines.append([("? ", "warn"), ("a file has changed since this check: v checks again", "warn")])
-    return [*lines, *_checked(source, settings, time.time() if now is None else now)]
+    return [*lines, *_checked(source, settings)]
 
 
 def _other_data() -> list[Line]:
@@ -184,13 +184,14 @@ def _prepared(answer: dict[str, Any]) -> list[Line]:
     return lines + [[("  ", "dim"), (note, "dim")] for note in answer["notes"]]
 
 
-def _checked(source: Source, settings: Settings, now: float) -> list[Line]:
+def _checked(source: Source, settings: Settings) -> list[Line]:
     check = source.check
     assert check is not None
     tokenizer, seq_length = source.checked_with
+    clock = time.strftime("%H:%M", time.localtime(source.checked_at))
     roles = ", ".join(f"{count:,} {role}" for role, count in sorted(check["messages"].items()))
     lines: list[Line] = [
-        [(f"checked {_ago(now - source.checked_at)}, tokenizer {tokenizer}, seq_length {seq_length:,}", "dim")],
+        [(f"checked at {clock}, tokenizer {tokenizer}, seq_length {seq_length:,}", "dim")],
         [(_number(check["total_conversations"], "conversation"), "text"), (f"  {roles}", "dim")],
     ]
     if (tokenizer, seq_length) != (settings.config.tokenizer, settings.config.seq_length):
@@ -209,11 +210,6 @@ def _checked(source: Source, settings: Settings, now: float) -> list[Line]:
     if "lengths" in check:
         lines += [[], *histogram(check["lengths"], seq_length)]
     return lines
-
-
-def _ago(seconds: float) -> str:
-    text = paint.age(seconds)
-    return text if text == "now" else f"{text} ago"
 
 
 def _number(count: int, word: str) -> str:

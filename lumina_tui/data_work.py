@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import glob
 import json
-from collections.abc import Callable, Coroutine
+import shlex
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
 from . import data_text as say
-from .data_sources import BUILT_IN, Source, Sources, look_at, took_check, took_rows
+from .data_sources import BUILT_IN, Source, Sources, took_check, took_rows
 from .jobs import Job, JobState
 from .talking import Severity
 
@@ -74,7 +76,7 @@ class Work:
 
     def refusal(self, action: str, source: Source | None) -> str | None:
         """Why an action of the screen cannot be done for a source; None if it can."""
-        if action in ("add", "reload"):
+        if action in ("add", "reload", "find"):
             return None
         if source is None:
             return "no source is chosen"
@@ -84,6 +86,8 @@ class Work:
             return None if source.use == "added" else "only paths that were added with a can be removed"
         if action == "report":
             return None if source.check or source.prepared else "nothing is known yet: v validates"
+        if action == "copy":
+            return None if source.key != BUILT_IN else "the built-in corpus is no file"
         if action in ("validate", "convert", "prepare"):
             return self._why_no_job(source, action)
         return None
@@ -100,14 +104,26 @@ class Work:
         return None
 
 
+def command(arguments: Sequence[str]) -> str:
+    """A job's command for use without lumina, as one pastes it into a shell."""
+    return shlex.join(["lumina-engine", *arguments])
+
+
 def export_text(source: Source) -> str:
     """What is known of a source, as JSON."""
     return json.dumps({"source": source.name, "check": source.check, "prepared": source.prepared}, indent=2) + "\n"
 
 
 def wrong_path(text: str) -> str | None:
-    """What is wrong with a path as a source; None if it names files."""
-    return look_at(text.strip()).problem or None if text.strip() else "name a file, a folder or a pattern"
+    """What is wrong with a path as a source at first sight; what lies behind it is looked at once it stands in the list."""
+    text = text.strip()
+    if not text or "\0" in text:
+        return "name a file, a folder or a pattern"
+    there = Path(text).expanduser()
+    try:
+        return None if there.exists() or glob.has_magic(text) else "there is no such file or folder"
+    except OSError as error:  # a name that is too long
+        return error.strerror or str(error)
 
 
 def wrong_output(text: str) -> str | None:

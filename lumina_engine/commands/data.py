@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,6 +15,7 @@ from .common import UserError, add_config_arguments, add_json, load_config, prin
 
 if TYPE_CHECKING:
     from ..data.check import Check, Sofar
+    from ..data.conversation import Document
     from ..data.inspection import PreviewRow
 
 HELP = "convert, check, preview and prepare training data"
@@ -188,22 +189,19 @@ def _preview(args: argparse.Namespace) -> int:
     _at_least(args, rows=1, first=0, sample=0)
     config = load_config(args, default_preset="debug").config
     from ..data.inspection import preview
-    from ..data.layouts import Tally
     from ..data.rows import RowOptions
-    from ..data.store import file_source, sample_source
     from ..data.tokenizer import ConversationTokenizer
 
-    path = args.path if args.path is not None else config.train_data_path
-    source = sample_source("train") if path is None else file_source(path, config, "PATH")
+    label, documents = _documents(args.path if args.path is not None else config.train_data_path, config.data_format)
     tokenizer = ConversationTokenizer(config.tokenizer)
     options = RowOptions.from_config(config)
     meter = _Meter("conversations tokenised", args.progress)
-    seen = preview(source.read(Tally()), tokenizer, options, args.rows, args.sample, first=args.first, progress=meter.show)
+    seen = preview(documents, tokenizer, options, args.rows, args.sample, first=args.first, progress=meter.show)
     meter.end()
     if args.json:
         print_json(
             {
-                "source": source.label,
+                "source": label,
                 "tokenizer": tokenizer.name,
                 "seq_length": options.seq_length,
                 "packing": options.packing,
@@ -214,10 +212,23 @@ def _preview(args: argparse.Namespace) -> int:
             }
         )
         return 0
-    print(safe(f"{source.label}, tokenizer {tokenizer.name}, seq_length {options.seq_length:,}, packing {options.packing}"))
+    print(safe(f"{label}, tokenizer {tokenizer.name}, seq_length {options.seq_length:,}, packing {options.packing}"))
     for number, row in enumerate(seen.rows, seen.first):
         _print_row(number, row)
     return 0
+
+
+def _documents(path: Any, layout: str) -> tuple[str, Iterable[Document]]:
+    """Conversations of a path (None: the built-in corpus) and a name for them. Reads no more of them than is taken."""
+    from ..data.files import expand
+    from ..data.formats import read_conversations
+
+    if path is None:
+        from ..data.sample import conversations
+
+        return "built-in corpus (train)", conversations("train")
+    files = expand(path, "PATH")
+    return str(files[0]) if len(files) == 1 else f"{len(files)} files", read_conversations(list(files), layout, key="PATH")
 
 
 def _row_json(row: PreviewRow) -> dict[str, Any]:

@@ -55,26 +55,35 @@ def _visible(data: bytes | str) -> str:
     return "".join(chr(byte) if 32 <= byte < 127 else f"\\x{byte:02x}" for byte in data)
 
 
-def expand(paths: Paths, key: str = "data path") -> list[Path]:
+def expand(paths: Paths, key: str = "data path", most: int | None = None) -> list[Path]:
     """The files that `paths` (files, folders, globs) name, each once: list order, sorted within a folder or a glob.
 
-    Raises `DataError` for what names nothing; `key` is the setting to blame.
+    Raises `DataError` for what names nothing, and for a folder or glob of more than `most` entries; `key` is the setting to
+    blame.
     """
     entries = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not entries:
         raise DataError(f"{key} is an empty list", fix=f"name at least one file, or set {key}=null", exit_code=2)
     found: dict[Path, Path] = {}
     for entry in entries:
-        for path in _expand_one(os.fspath(entry), key):
+        for path in _expand_one(os.fspath(entry), key, most):
             found.setdefault(path.resolve(), path)
     return list(found.values())
 
 
-def _expand_one(entry: str, key: str) -> list[Path]:
+def _bounded(entries: Iterator[Path], entry: str, key: str, most: int | None) -> Iterator[Path]:
+    for number, path in enumerate(entries):
+        if most is not None and number >= most:
+            raise _unusable(f"{key}: more than {most:,} entries", entry, "name a folder that holds data only")
+        yield path
+
+
+def _expand_one(entry: str, key: str, most: int | None) -> list[Path]:
     path = Path(entry).expanduser()
     try:
         if path.is_dir():
-            inside = (p for p in path.rglob("*") if p.suffix.lower() in FOLDER_SUFFIXES and p.is_file())
+            everything = _bounded(path.rglob("*"), entry, key, most)
+            inside = (p for p in everything if p.suffix.lower() in FOLDER_SUFFIXES and p.is_file())
             files = sorted(p for p in inside if not _hidden(p, path))
             if not files:
                 raise _unusable(f"{key}: the folder holds no {', '.join(FOLDER_SUFFIXES)} file", path, "name the files")
@@ -87,7 +96,8 @@ def _expand_one(entry: str, key: str) -> list[Path]:
         raise _unusable(f"{key}: cannot be read ({error.__class__.__name__})", entry, "check the name and rights") from None
     if glob.has_magic(entry):
         root = Path(path.anchor or ".")
-        files = sorted(p for p in root.glob(str(path.relative_to(path.anchor))) if p.is_file())
+        matches = _bounded(root.glob(str(path.relative_to(path.anchor))), entry, key, most)
+        files = sorted(p for p in matches if p.is_file())
         if files:
             return files
         raise _unusable(f"{key}: the pattern matches no file", entry, "check the pattern")

@@ -13,9 +13,9 @@ from textual.containers import Container, Horizontal
 
 from .. import data_text as say
 from ..data_sources import BUILT_IN, Look, Settings, Source, Sources, look_at, output_name
-from ..data_work import Work, export_text, wrong_output, wrong_path
-from ..drafts import load_draft
-from ..form import Form
+from ..data_work import Work, command, export_text, wrong_output, wrong_path
+from ..drafts import draft_path, load_draft
+from ..form import Form, stamp_of
 from ..talking import Severity
 from ..widgets.table import Table
 from ..widgets.text_panel import TextPanel
@@ -53,6 +53,7 @@ class DataScreen(LuminaScreen):
         self.sources = Sources(Settings.of(None))
         self.work = Work(self.sources, self._spawn, self._tell, self._changed, lambda path: self._add(path, select=False))
         self._looked, self._looking = 0.0, False
+        self._draft: tuple[Any, Settings] = (None, self.sources.settings)  # what the settings were made from, and they
 
     def content(self) -> ComposeResult:
         with Horizontal(classes="content"):
@@ -96,13 +97,22 @@ class DataScreen(LuminaScreen):
         installed = self.lumina.is_screen_installed("screen-3")
         edited = getattr(self.lumina.get_screen("screen-3"), "form", None) if installed else None
         try:
-            settings, looks = await asyncio.to_thread(_look, edited, list(self.sources.added))
-            self.sources.configure(settings)
-            self.sources.took(looks)
-            self._changed()
-            self._fetch_soon()
+            known = {key: source.look for key, source in self.sources.rows.items()}
+            settings, looks = await asyncio.to_thread(self._look, edited, list(self.sources.added), known)
+            if self.sources.configure(settings) | self.sources.took(looks):
+                self._changed()
+                self._fetch_soon()
         finally:
             self._looked, self._looking = time.monotonic(), False
+
+    def _look(self, edited: Form | None, added: list[str], known: dict[str, Look | None]) -> tuple[Settings, dict[str, Look]]:
+        """Settings (made again only for another draft) and sources as they lie there now. In a thread."""
+        draft = edited.stamp if edited is not None else stamp_of(draft_path())
+        if draft != self._draft[0]:
+            self._draft = (draft, Settings.of(edited or load_draft()))
+        settings = self._draft[1]
+        keys = dict.fromkeys([BUILT_IN, *settings.train, *settings.eval, *added])
+        return settings, {key: look_at(key, known.get(key)) for key in keys}
 
     # showing
 
@@ -254,16 +264,24 @@ class DataScreen(LuminaScreen):
         except OSError as error:
             self.lumina.notice(f"not written: {error}", "error")
 
+    def action_copy(self) -> None:
+        source = self.chosen
+        assert source is not None
+        self.lumina.copy_text(source.key, "path.txt")
+
+    def action_command(self) -> None:
+        source = self.chosen
+        assert source is not None
+        last = list(source.jobs.values())[-1:]
+        self.lumina.copy_text(command(last[0].arguments if last else self.sources.validate(source)), "command.txt")
+
+    def action_find(self) -> None:
+        self.lumina.prompt("Find a source", self.table.find, value=self.table.needle)
+
     def action_reload(self) -> None:
         source = self.chosen
         if source is not None:
-            source.rows, source.total_rows = {}, None
-            source.jobs.pop("preview", None)
+            source.forget_rows()
         self._looked = 0.0
         self.tick()
-
-
-def _look(edited: Form | None, added: list[str]) -> tuple[Settings, dict[str, Look]]:
-    settings = Settings.of(edited or load_draft())
-    keys = [BUILT_IN, *settings.train, *settings.eval, *added]
-    return settings, {key: look_at(key) for key in dict.fromkeys(keys)}
+        self._fetch_soon()

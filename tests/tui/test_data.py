@@ -252,7 +252,7 @@ def test_c137_what_cannot_be_used_says_why(tmp_path, kind):
     elif kind == "oasst":
         path.write_text(lines({"message_id": "1", "text": "t", "replies": []}))
     look = look_at(str(path) + ("\0" if kind == "nul" else ""))
-    assert look.problem and look.format == "" and wrong_path(str(path) + ("\0" if kind == "nul" else ""))
+    assert look.problem and look.format == ""
     if kind == "oasst":
         assert "not available yet" in look.problem
 
@@ -280,6 +280,19 @@ def test_output_names_and_what_is_wrong_with_them(tmp_path):
     ]
     (tmp_path / "there").touch()
     assert wrong_output(str(tmp_path / "there")) and wrong_output("  ") and wrong_output(str(tmp_path / "new")) is None
+
+
+def test_a_path_is_checked_at_first_sight_only_and_folders_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "rglob", lambda *_: pytest.fail("a key press walked through a folder"))
+    assert wrong_path(str(tmp_path)) is None and wrong_path("*.jsonl") is None and wrong_path(" ") and wrong_path("a\0")
+    assert wrong_path(str(tmp_path / "nowhere")) and wrong_path("x" * 5000)
+    monkeypatch.undo()
+    (tmp_path / "many").mkdir()
+    for number in range(30):
+        (tmp_path / "many" / f"{number}.jsonl").write_text("{}\n")
+    monkeypatch.setattr("lumina_tui.data_sources._ENTRIES", 20)
+    assert "more than 20 entries" in look_at(str(tmp_path / "many")).problem
+    assert "more than 20 entries" in look_at(str(tmp_path / "many/*")).problem
 
 
 def test_completion_as_in_a_shell(tmp_path):
@@ -508,6 +521,31 @@ async def test_c137_adding_a_path_with_completion_is_remembered(tmp_path):
         await screen.action_do("data.forget")
         assert app.memory.get("data.paths", [""]) == [] and list(screen.sources.rows) == [BUILT_IN]
         assert Path("mydata/one.jsonl").exists()
+
+
+async def test_c137_copy_find_and_a_screen_that_rests_repaints_nothing(monkeypatch):
+    for name in ("a.jsonl", "b.jsonl"):
+        Path(name).write_text(lines(record("q", name)))
+    app = App()
+    async with app.run_test(size=(160, 45)) as pilot:
+        screen = await opened(pilot, "a.jsonl", "b.jsonl")
+        copied: list[str] = []
+        monkeypatch.setattr(app, "copy_text", lambda text, name="": copied.append(text))
+        await screen.action_do("data.copy")
+        screen.table.find("b.jsonl")
+        await until(pilot, lambda: screen.chosen.key == "b.jsonl")
+        await until(pilot, lambda: screen.chosen.rows, what="the sample")
+        screen.chosen.jobs.clear()
+        await screen.action_do("data.command")
+        assert copied == ["a.jsonl", "lumina-engine data validate --tokenizer lumina-1k --seq-length 256 -- b.jsonl"]
+        drawn: list[str] = []
+        for widget in screen.query("*"):
+            monkeypatch.setattr(widget, "refresh", lambda *args, _name=str(widget), **kwargs: drawn.append(_name))
+        for _ in range(3):
+            screen._looked = 0.0
+            screen.tick()
+            await until(pilot, lambda: not screen._looking)
+        assert drawn == []
 
 
 async def test_c137_readonly_reads_but_writes_nothing():
