@@ -210,7 +210,7 @@ class _Painter:
         self._outside(spans)
         if reduced.missing_C.any():
             self._missing(reduced)
-        self._count_left_out(missing)
+        self._count_left_out(missing, reduced)
 
     def _smooth(self, one: _Laid) -> tuple[Spans, int]:
         """The smoothed line of a run, and how many of its values are not finite."""
@@ -251,12 +251,13 @@ class _Painter:
             taken.add((column, free))
             self.plot.frame.put(self.plot.left + column, free, curve.letter, RUN + curve.slot)
 
-    def _count_left_out(self, missing: int) -> None:
+    def _count_left_out(self, missing: int, focused: Columns) -> None:
         """Values that the axes cannot show are left out, and counted in the title."""
         not_above = 0
         for one in self.laid:
             a, b = int(one.edges_D[0]), int(one.edges_D[-1])
-            if self.options.log_y and one.raw.columns(np.array([a, b])).low_C[0] <= 0:
+            low_C = (focused if one is self.focused else one.raw.columns(np.array([a, b]))).low_C if self.options.log_y else []
+            if len(low_C) and np.fmin.reduce(low_C) <= 0:
                 not_above += int(np.count_nonzero(one.raw.values[a:b] <= 0))
             if self.plot.axis.log:
                 not_above += int(np.searchsorted(one.history.x(self.options.base), 0, side="right"))
