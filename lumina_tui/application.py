@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from .launching import Launched
     from .screens.base import LuminaScreen
 
+AHEAD, AHEAD_S = "lumina_tui.screens.monitor", 1.0  # what is imported while the first screen is being read, and after how long
+
 # number -> module below lumina_tui.screens, class. A screen whose module is not there is not offered.
 SCREENS: Mapping[int, tuple[str, str]] = {
     1: ("home", "HomeScreen"),
@@ -183,6 +185,7 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
         if not self.is_headless:
             loop = asyncio.get_running_loop()
             Departure(lambda: loop.call_soon_threadsafe(self.exit), self.memory.flush).install()
+            self.set_timer(AHEAD_S, lambda: self.spawn(asyncio.to_thread(importlib.import_module, AHEAD)))
         for problem in self.problems:
             self.notice(problem, "warning", timeout=20)
         if self.start.preset is not None:

@@ -124,6 +124,8 @@ class Feed:
         self._restarts = 0
         self._cached = 0  # byte of the log up to which the column cache goes
         self._closed = False
+        self.shown = asyncio.Event()  # there is something to look at: everything, or a preview
+        self.opened = asyncio.Event()  # the first reading is over
         self._saving: asyncio.Task[bool] | None = None
         self._log_end = ""  # the last line of engine.log, once the run is quiet
         self.arrived = self.clock()  # when the newest record came
@@ -149,6 +151,8 @@ class Feed:
     async def close(self) -> None:
         """Let go of the run. The run does not notice."""
         self._closed = True
+        self.shown.set()
+        self.opened.set()
         for task in (self._task, self._lock_task):
             while task is not None and not task.done():  # wait_for of Python 3.10 and 3.11 can swallow a cancellation
                 task.cancel()
@@ -198,11 +202,13 @@ class Feed:
         self.reader.offset, self.reader.errors = cached.offset, cached.errors
         self._cached = cached.offset
         self.store.become(cached.store)
+        self.shown.set()
         return True
 
     async def _from_scratch(self) -> None:
         """Show a preview, read all of the log in a thread, then show that."""
         self.store.become(await asyncio.to_thread(_preview, self.reader.path))
+        self.shown.set()
         self.store.become(await asyncio.to_thread(self._read_all, RunStore()))
 
     def _read_all(self, store: RunStore) -> RunStore:
@@ -216,6 +222,7 @@ class Feed:
             if len(waiting) > BATCH:
                 store.apply(waiting)
                 waiting = []
+                store.steps.reserve(round(1.02 * len(store.steps) * length / self.reader.offset))
             self.progress = min(1.0, self.reader.offset / max(1, length))
         store.apply(waiting)
         return store
@@ -265,6 +272,8 @@ class Feed:
 
     async def _run(self) -> None:
         await self._open()
+        self.shown.set()
+        self.opened.set()
         self.alive = await asyncio.to_thread(lambda: self.run.alive)
         self._settle()
         while True:

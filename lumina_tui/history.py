@@ -101,6 +101,11 @@ class History:
             pyramid.extend(values[name])
         self.version += 1
 
+    def reserve(self, size: int) -> None:
+        """Make room for `size` rows in all, so that a long log is not copied while it grows."""
+        for column in (self.step, self.tokens, self.hours, self.clock, *(pyramid.raw for pyramid in self.metrics.values())):
+            column.reserve(size)
+
     def truncate(self, size: int) -> None:
         """Keep the first `size` rows."""
         if size >= len(self):

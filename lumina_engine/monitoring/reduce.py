@@ -45,13 +45,18 @@ class Buffer:
         """A view of the values; valid until the next change."""
         return self._data[: self._size]
 
+    def reserve(self, size: int) -> None:
+        """Make room for `size` values in all."""
+        if size > len(self._data):
+            grown = np.empty(size, self._data.dtype)
+            grown[: self._size] = self.values
+            self._data = grown
+
     def extend(self, values: np.ndarray) -> None:
         """Append values."""
         need = self._size + len(values)
         if need > len(self._data):
-            grown = np.empty(max(need, len(self._data) + len(self._data) // 4), self._data.dtype)
-            grown[: self._size] = self.values
-            self._data = grown
+            self.reserve(max(need, len(self._data) + len(self._data) // 4))
         self._data[self._size : need] = values
         self._size = need
 
@@ -338,7 +343,7 @@ def smooth(values_N: np.ndarray, weight: float) -> Floats:
 def percentile_range(
     values_N: np.ndarray, low: float = 5.0, high: float = 95.0, positive: bool = False
 ) -> tuple[float, float] | None:
-    """The percentiles of the finite (and positive) values, estimated from at most 16,384 evenly spread ones; None without any."""
+    """The percentiles of the finite (and positive) values, estimated from at most 16,384 even ones; None without any."""
     step = max(1, -(-len(values_N) // _SAMPLE))
     sample = np.asarray(values_N[::step], np.float64)
     sample = sample[np.isfinite(sample)]

@@ -149,6 +149,14 @@ class MonitorScreen(RunCommands, RunAlerts, LuminaScreen):
         feed.start()
         self.feed = feed
         self.tick()
+        self.lumina.spawn(self._first_look(feed))
+
+    async def _first_look(self, feed: Feed) -> None:
+        """Show a log as soon as there is something of it, and again when all of it is there: not at the next tick."""
+        for event in (feed.shown, feed.opened):
+            await event.wait()
+            if self.feed is feed:
+                self.tick()
 
     def _nothing(self, message: str) -> None:
         if self.feed is None:

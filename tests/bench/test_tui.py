@@ -24,7 +24,9 @@ def test_a_picture_is_what_a_terminal_would_show():
 
 def test_figures_are_read_off_the_picture():
     picture = Picture(60, 4)
-    picture.feed("\x1b[1;1Hlumina  FILE\x1b[2;1Hstep 1,234 of 5,000\x1b[3;1H⣿ EMA\x1b[4;1H└ 48,210: 1.9 (EMA 1.9)".encode())
+    picture.feed(
+        "\x1b[1;1Hlumina 5 Monitor  FILE\x1b[2;1Hstep 1,234 of 5,000\x1b[3;1H⣿ EMA\x1b[4;1H└ 48,210: 1.9 (EMA 1.9)".encode()
+    )
     assert step_of(picture) == 1234 and crosshair(picture) == "48,210" and exact(picture)
     picture.feed(b"\x1b[3;8Hpreview")
     assert not exact(picture)
