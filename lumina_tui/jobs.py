@@ -1,8 +1,8 @@
 """Work that needs the engine's libraries: a `lumina-engine … --json` subprocess with progress, never in the way of the loop.
 
-The child reads nothing, writes to files of ours and leads its own session: neither a frozen terminal nor the end of this
-process can hold it up or damage it. Its stdout is one JSON document; lines on stderr are progress (JSON objects with a
-`progress` key) or words for the user.
+The child reads nothing, writes to files without a name and leads its own session: neither a frozen terminal nor the end of
+this process can hold it up or damage it, and nothing is left behind. Its stdout is one JSON document; lines on stderr are
+progress (JSON objects with a `progress` key) or words for the user.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import asyncio
 import contextlib
 import json
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -19,7 +18,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 POLL_TIME = 0.2  # s between two looks at a running job
@@ -98,29 +96,25 @@ class Job:
             self._end(JobState.FAILED, f"an argument holds a NUL: {wrong!r}")
             return
         begun = time.monotonic()
-        folder = Path(tempfile.mkdtemp(prefix="lumina-job-"))
         try:
-            with (folder / "out").open("wb") as out, (folder / "err").open("wb") as err:
+            with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
                 self._process = await asyncio.create_subprocess_exec(
                     *self.argv, stdin=asyncio.subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
                 )
-            self.state = JobState.RUNNING
-            self._changed(self)
-            if self._cancelled:
-                self._signal(signal.SIGTERM)
-            self.code = await self._follow(folder / "err", begun)
-            self.seconds = time.monotonic() - begun
-            self._end(*await asyncio.to_thread(self._outcome, folder / "out"))
+                self.state = JobState.RUNNING
+                self._changed(self)
+                if self._cancelled:
+                    self._signal(signal.SIGTERM)
+                self.code = await self._follow(err.fileno(), begun)
+                self._end(*await asyncio.to_thread(self._outcome, out.fileno()))
         except OSError as error:
             self._end(JobState.FAILED, f"the engine did not start: {error.strerror or error}")
         except asyncio.CancelledError:  # the program ends
             if not self.keep:
                 self._signal(signal.SIGTERM)
             raise
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
-    async def _follow(self, errors: Path, begun: float) -> int:
+    async def _follow(self, errors: int, begun: float) -> int:
         """Wait for the end; tell of progress on the way."""
         assert self._process is not None
         waiting = asyncio.ensure_future(self._process.wait())
@@ -137,17 +131,14 @@ class Job:
         finally:
             waiting.cancel()
 
-    def _read_words(self, path: Path) -> bool:
-        """Take what is new on stderr."""
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            file.seek(self._read)
-            data = file.read(_MAX_READ)
-            self._read += len(data)
-            *lines, self._torn = (self._torn + data).split(b"\n")
-            for line in lines:
-                self._take(line.decode(errors="replace").strip())
-            return bool(data)
-        return False
+    def _read_words(self, errors: int) -> bool:
+        """Take what is new on stderr; the child writes through the same file, so its offset is not touched."""
+        data = os.pread(errors, _MAX_READ, self._read)
+        self._read += len(data)
+        *lines, self._torn = (self._torn + data).split(b"\n")
+        for line in lines:
+            self._take(line.decode(errors="replace").strip())
+        return bool(data)
 
     def _take(self, line: str) -> None:
         found = None
@@ -159,7 +150,7 @@ class Job:
         elif line:
             self._words.append(line)
 
-    def _outcome(self, path: Path) -> tuple[JobState, str]:
+    def _outcome(self, answer: int) -> tuple[JobState, str]:
         """State and error after the end; reads the answer."""
         if self._cancelled:
             return JobState.CANCELLED, ""
@@ -167,9 +158,9 @@ class Job:
             self._take(self._torn.decode(errors="replace").strip())
         last = self._words[-1].removeprefix("lumina-engine: ") if self._words else ""
         try:
-            if path.stat().st_size > MAX_RESULT:
+            if os.fstat(answer).st_size > MAX_RESULT:
                 return JobState.FAILED, f"the engine answered more than {MAX_RESULT >> 20} MiB"
-            self.result = json.loads(path.read_bytes())
+            self.result = json.loads(os.pread(answer, MAX_RESULT, 0))
         except (OSError, ValueError, RecursionError):
             return JobState.FAILED, last or f"lumina-engine {self.arguments[0]} ended with {self._ended()} and no answer"
         if self.code not in (0, 1):  # 1: a check that found something
