@@ -238,9 +238,9 @@ def _result(run: Compared) -> dict[str, str]:
 
 
 def differing(runs: Sequence[Compared]) -> list[Fields]:
-    """Configuration keys in which the readable runs differ; a key that a run does not have is `-`."""
+    """Configuration keys (but for the name) in which the readable runs differ; a key that a run does not have is `-`."""
     known = [run for run in runs if run.config]
-    names = list(dict.fromkeys(name for run in known for name in run.config))
+    names = [name for name in dict.fromkeys(name for run in known for name in run.config) if name != "experiment_name"]
     fields = []
     for name in names:
         if len({_shown(run.config, name) for run in known}) > 1:

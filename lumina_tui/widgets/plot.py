@@ -256,8 +256,8 @@ class _Painter:
         not_above = 0
         for one in self.laid:
             a, b = int(one.edges_D[0]), int(one.edges_D[-1])
-            low_C = (focused if one is self.focused else one.raw.columns(np.array([a, b]))).low_C if self.options.log_y else []
-            if len(low_C) and np.fmin.reduce(low_C) <= 0:
+            reduced = focused if one is self.focused or not self.options.log_y else one.raw.columns(np.array([a, b]))
+            if self.options.log_y and np.fmin.reduce(reduced.low_C) <= 0:
                 not_above += int(np.count_nonzero(one.raw.values[a:b] <= 0))
             if self.plot.axis.log:
                 not_above += int(np.searchsorted(one.history.x(self.options.base), 0, side="right"))
