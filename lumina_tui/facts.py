@@ -68,10 +68,20 @@ def split_bar(parts: Sequence[Part], width: int) -> Words:
     return [(part.letter * count, part.role) for part, count in zip(parts, cells, strict=True) if count]
 
 
+SHORT = {"forward": "fwd", "backward": "bwd", "optimizer": "opt"}
+
+
 def split_words(parts: Sequence[Part], width: int) -> Words:
-    """The shares in words: `data 3 %  forward 31 % …`; with the letters of the bar where there is no room for more."""
-    for name in (lambda part: part.name, lambda part: part.name[:3], lambda part: part.letter):
-        words = [item for part in parts for item in ((f"{name(part)} ", part.role), (f"{100 * part.share:.0f} %  ", "text"))]
+    """The shares in words: `data 3 %  forward 31 % …`, shorter where there is no room, at last with the letters of the bar."""
+    full = [(part.name, " %") for part in parts]
+    short = [(SHORT.get(part.name, part.name), "" if part is not parts[-1] else " %") for part in parts]
+    letters = [(part.letter, "") for part in parts]
+    for names in (full, short, letters):
+        words = [
+            item
+            for part, (name, unit) in zip(parts, names, strict=True)
+            for item in ((f"{name} ", part.role), (f"{100 * part.share:.0f}{unit}  ", "text"))
+        ]
         if sum(len(text) for text, _ in words) - 2 <= width:
             break
     return words

@@ -16,8 +16,8 @@ from .text_panel import Line
 COLUMNS = (
     Column("t", "time", 5),
     Column("severity", "severity", 8),
-    Column("step", "step", 9, "right", rank=2),
-    Column("code", "code", 18, rank=1),
+    Column("step", "step", 8, "right", rank=1),
+    Column("code", "code", 16, rank=2),
     Column("message", "what", 12, grow=True),
 )
 ROLES = {"info": "accent", "warning": "warn"}

@@ -17,10 +17,12 @@ import pytest
 
 from lumina_engine.config.loading import write_config
 from lumina_engine.config.schema import Config
+from lumina_engine.doctor.row import Row
 from lumina_engine.monitoring import record as rec
 from lumina_tui.application import LuminaApp, Start
 from lumina_tui.feed import Mode
 from lumina_tui.overview import Reader
+from lumina_tui.screens.doctor import DoctorScreen
 from lumina_tui.terminal import NAMED, AsciiFilter, Look, to_ascii
 from lumina_tui.widgets.picture import Limits
 
@@ -90,7 +92,7 @@ async def test_monitor(tmp_path, size, glyphs):
             await until(pilot, lambda: app.screen.feed is not None and app.screen.feed.mode is Mode.LIVE)
             for chart in app.screen.charts:  # axes that remember no earlier picture
                 chart.show(app.screen.store)
-            await until(pilot, lambda: all(part in screen_text(app) for part in ("loss_spike", "C checkpoint", "2.58")))
+            await until(pilot, lambda: all(part in screen_text(app) for part in ("loss_spike", "C checkpoint", "2.58", "LIVE")))
             text = screen_text(app)
             if glyphs == "ascii":
                 assert any(isinstance(item, AsciiFilter) for item in app.get_line_filters())
@@ -99,7 +101,7 @@ async def test_monitor(tmp_path, size, glyphs):
             compare(f"monitor-{size[0]}x{size[1]}-{glyphs}", text)
 
 
-@pytest.mark.parametrize("size", [(80, 24), (160, 45)], ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("size", [(80, 24), (160, 45), (200, 60)], ids=lambda size: f"{size[0]}x{size[1]}")
 async def test_home(tmp_path, size, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
@@ -165,11 +167,46 @@ async def test_compare(tmp_path, size, glyphs):
         compare(f"compare-{size[0]}x{size[1]}-{glyphs}", to_ascii(text) if glyphs == "ascii" else text)
 
 
+CHECKED = [((80, 24), "braille"), ((80, 24), "ascii"), ((200, 60), "braille")]
+
+
+@pytest.mark.parametrize(
+    ("size", "glyphs"), CHECKED, ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value))
+)
+async def test_doctor(tmp_path, size, glyphs, monkeypatch):
+    found = [
+        Row("python", "python", "ok", "3.11.7, /home/user/env/bin/python"),
+        Row("package.torch", "python", "ok", "2.13.0+cu128 (>=2.10)"),
+        Row("driver", "devices", "ok", "driver 570.1, CUDA 12.8, 2 GPUs"),
+        Row("driver.gpu0", "devices", "ok", "H100 80GB HBM3, 79 of 80 GB free, 41 C, bf16, flash attention"),
+        Row("compiler.ninja", "deepspeed", "warn", "not found: operators cannot be compiled", "pip install ninja"),
+        Row("memory", "memory", "ok", "64.0 GB, 60.0 GB free"),
+        Row("runs", "disk", "fail", "runs, ext4, 0.5 of 2,000.0 GB free", "free space there, or set LUMINA_RUNS (or --runs)"),
+        Row("launcher.pdsh", "network", "skipped", "not found; one machine does without", "install it for several nodes"),
+    ]
+
+    async def engine(self: DoctorScreen) -> None:
+        self.checkup.take({"progress": "checks", "checks": [{"id": "torch", "group": "python", "slow": True, "about": ""}]})
+        for row in found:
+            self.checkup.take({"progress": "row", "row": row.to_dict()})
+        self.show_rows()
+
+    monkeypatch.setattr(DoctorScreen, "_run_engine", engine)
+    monkeypatch.setattr("os.uname", lambda: os.uname_result(("Linux", "gpu01", "", "", "")))
+    app = LuminaApp(tmp_path, look=LOOKS[glyphs])
+    async with app.run_test(size=size) as pilot:
+        app.open_screen(9)
+        await until(pilot, lambda: "running torch" in screen_text(app))
+        compare(f"doctor-{size[0]}x{size[1]}-{glyphs}", to_ascii(screen_text(app)) if glyphs == "ascii" else screen_text(app))
+
+
 def test_no_snapshot_is_unused():
     wanted = {f"monitor-{w}x{h}-{g}.txt" for w, h in ((80, 24), (120, 40), (160, 45)) for g in LOOKS} | {
         *(f"compare-{w}x{h}-{g}.txt" for (w, h), g in COMPARED),
         "home-80x24.txt",
         "home-160x45.txt",
+        "home-200x60.txt",
+        *(f"doctor-{w}x{h}-{g}.txt" for (w, h), g in CHECKED),
     }
     assert {path.name for path in FOLDER.glob("*.txt")} == wanted
 
