@@ -42,6 +42,8 @@ BADGES = (
 SIGNS = (
     ("C ! D < |", "checkpoint, alert, change, rewind, restart on a chart's axis; a digit where they pile up"),
     ("o  x", "evaluation; a value that is not a number"),
+    ("^  v", "values above or below the Y range of a chart; i shows all of them"),
+    ("a b c", "where the line of a run ends, when several lie over each other"),
     ("* ! ?", "a field: changed, error, warning"),
     ("-", "not known"),
     ("dim", "old: the age stands behind it"),

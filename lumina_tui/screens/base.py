@@ -10,6 +10,7 @@ opens an empty screen that says what fills it:
     LaunchScreen(*, config: Config | None = None, origins: dict[str, str] | None = None,  screens/launch.py  4
                  preset: str | None = None, path: Path | None = None)
     MonitorScreen(*, run: str | Path | None = None)                                 screens/monitor.py   5
+    CompareScreen(*, runs: Sequence[Path] | None = None)                            screens/compare.py   6
     ChatScreen(*, checkpoint: str | Path | None = None)                             screens/chat.py      7
 
 The app keeps one instance of each. Opening it again with arguments calls `retarget(**arguments)`; if that returns False

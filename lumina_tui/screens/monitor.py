@@ -139,7 +139,7 @@ class MonitorScreen(RunCommands, RunAlerts, LuminaScreen):
         self.remove_class("-empty")
         for chart in self.charts:
             chart.set_state(State.LIVE)
-            chart.show(feed.store)
+            chart.show(feed.store, run.name)
         self.devices.feed = feed
         for panel in (self.experts, self.trend, self.devices, self.alert_table):
             panel.show(feed.store)
