@@ -108,4 +108,5 @@ def counts(rows: Iterable[Row]) -> dict[Status, int]:
 def summary(rows: Iterable[Row]) -> str:
     """The counts in words."""
     found = counts(rows)
-    return f"{found['fail']} failed, {found['warn']} warnings, {found['ok']} ok, {found['skipped']} skipped"
+    warnings = f"{found['warn']} warning{'s' * (found['warn'] != 1)}"
+    return f"{found['fail']} failed, {warnings}, {found['ok']} ok, {found['skipped']} skipped"

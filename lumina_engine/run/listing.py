@@ -18,7 +18,7 @@ from ..monitoring import record as rec
 from ..monitoring.log import LogReader, last_records, whole_length
 from .directory import RunDirectory, RunInfo
 
-NEAR_END = 1 << 17  # bytes of a log that are looked at first
+NEAR_END = 1 << 18  # bytes of a log that are looked at first
 FARTHER = 1 << 20  # bytes that are searched for the newest step if it is not there
 KEPT = 400  # newest steps
 WEIGHT = 0.9  # of the smoothed loss

@@ -121,7 +121,11 @@ class DoctorScreen(LuminaScreen):
         columns = self.checkup.columns(count, self.size.width // count - 2)
         for table, rows in zip(tables, columns, strict=False):
             table.set_state(State.LIVE)
+            first = next((row.key for row in table.rows if not row.rule), None)
+            at_top = table.cursor_key == first
             table.set_rows(rows)
+            if at_top:  # not moved yet: what comes above is worth more than the row of before
+                table.action_top()
         if not any(columns):
             words = clean(self.checkup.words)
             tables[0].set_state(

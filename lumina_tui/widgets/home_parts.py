@@ -90,7 +90,7 @@ def server_row(server: Server, now: float) -> Row:
     """The row of a loaded chat server."""
     card = server.card
     idle = None if card.active is None else max(0.0, now - card.active)
-    leaves = "-" if idle is None or not card.idle_timeout_s else duration(max(0.0, card.idle_timeout_s - idle))
+    leaves = "-" if idle is None or not card.idle_timeout_s else age(max(0.0, card.idle_timeout_s - idle))
     loading = card.state == "loading"
     return Row(
         str(card.pid),
