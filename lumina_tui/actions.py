@@ -228,7 +228,7 @@ MONITOR = (
 COMPARE = (
     Action("compare.hide", "Hide or mark", "Hide the chosen run, or show it again; in the list: mark", ("space",), footer=1),
     Action("compare.baseline", "Baseline", "Count differences from the chosen run", ("B",), footer=2, short="baseline"),
-    Action("compare.diff", "Differences", "Results and differing configuration keys, and back", ("d",), footer=3, short="diff"),
+    Action("compare.diff", "Differences", "Differing configuration keys and results, and back", ("d",), footer=3, short="diff"),
     Action("compare.choose", "Choose runs", "Compare other runs", ("a",), footer=4, short="runs"),
     Action("compare.reload", "Reload", "Read the runs again", ("r",)),
 )
@@ -240,6 +240,7 @@ TRANSCRIPT = (
     Action("transcript.bottom", "Newest", "Newest line, and follow it", ("G", "end")),
     Action("transcript.page_down", "Page down", "A page further", ("ctrl+d", "pagedown")),
     Action("transcript.page_up", "Page up", "A page back", ("ctrl+u", "pageup")),
+    *finding("transcript"),
 )
 
 TOKENS = (
@@ -269,6 +270,7 @@ CHAT = (
     Action("chat.checkpoints", "Checkpoints", "Choose another checkpoint for this pane", ("o",)),
     Action("chat.version_next", "Next version", "The next version of the last answer", ("]",)),
     Action("chat.version_before", "Version before", "The version of the last answer before", ("[",)),
+    Action("chat.find", "Find", "Lines of this pane with these words", ("/",)),
     Action("chat.raw", "Raw or laid out", "Markdown as it was written, or laid out", ("v",)),
     Action("chat.settings", "Settings", "Temperature, top-p, top-k, penalty, length, seed, trace", (",",)),
     Action(

@@ -1,8 +1,9 @@
 """What a reply consists of, and the lines of the chat socket. One declaration for engine, server, client and terminal.
 
-A reply is a stream of events: one `Start`, any number of `Token`, one `Done`. On the socket each event is one JSON object on
-one line, told apart by `op`; so are the requests. Unknown fields and wrong types are refused by the decoder, so nesting is
-bounded by these declarations. No torch here.
+A reply is a stream of events: one `Start`, any number of `Token`, one `Done`; in a traced reply of a model with experts a
+`Routed` follows each `Token`. On the socket each event is one JSON object on one line, told apart by `op`; so are the requests.
+Unknown fields and wrong types of a request are refused by the decoder, so nesting is bounded by these declarations; unknown
+fields of an answer are passed over, so that a server may say more than its client knows. No torch here.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -72,7 +72,8 @@ class Versions(msgspec.Struct, kw_only=True):
 class SavedChat:
     """What a saved file says, checked. `checkpoint` has path, step and digest.
 
-    `versions` by the index of the answer; `second` is what another checkpoint answered to the same messages.
+    `versions` by the index of the answer; `second` is what another checkpoint answered to the same messages. `content` is all
+    that the file says.
     """
 
     name: str
@@ -84,6 +85,7 @@ class SavedChat:
     seed: int | None = None
     versions: tuple[Versions, ...] = ()
     second: SavedChat | None = None
+    content: dict[str, Any] = field(default_factory=dict)
 
 
 def default_name(now: datetime) -> str:
@@ -220,6 +222,8 @@ def _checked(content: Any, path: Path) -> SavedChat:
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**62):
         raise ValueError("seed: a whole number from 0 on, or null, is expected")
     second = content.get("second")
+    if second is not None and (not isinstance(second, dict) or "second" in second):
+        raise ValueError("second: the conversation with another checkpoint is expected")
     return SavedChat(
         name=name if isinstance(name, str) and _NAME.fullmatch(name) else path.stem,
         conversation=conversation,
@@ -229,7 +233,8 @@ def _checked(content: Any, path: Path) -> SavedChat:
         checkpoint=checkpoint if isinstance(checkpoint, dict) else {},
         seed=seed,
         versions=_versions(content.get("versions") or [], conversation),
-        second=_checked(second, path) if isinstance(second, dict) and "second" not in second else None,
+        second=None if second is None else _checked(second, path),
+        content=content,
     )
 
 

@@ -110,13 +110,14 @@ class ChatSession:
         self.alternatives = alternatives
         self.trace = trace
         self.second: ChatSession | None = None
+        self._second_read: dict[str, Any] | None = None  # what a file said of another checkpoint, kept for the next save
         self.versions: dict[int, Versions] = {}  # by the answer's index in the history
         self.chats_dir = Path(chats_dir)
         self.history: list[Message] = []
         self.unsent: str | None = None  # a message whose reply failed; /retry sends it again
         self.name: str | None = None  # of the file this conversation was last saved to
         self.last: Done | None = None
-        self.context_used = 0  # tokens of the last prompt and its reply
+        self.context_used: int | None = 0  # tokens of the last prompt and its reply; None: not known
         self._attempt = 0
         self._busy = False
         self._saving = threading.Lock()
@@ -209,6 +210,7 @@ class ChatSession:
         entry = self.versions[len(self.history) - 1]
         entry.chosen += step
         self.history[-1] = {"role": "assistant", "content": entry.replies[entry.chosen].text}
+        self.context_used = None
         return True
 
     @property
@@ -346,6 +348,7 @@ class ChatSession:
         """Forget the conversation, not the system prompt; the next save is another file."""
         self.history.clear()
         self.versions.clear()
+        self._second_read = None
         self.unsent = None
         self.name = None
         self.last = None
@@ -406,7 +409,8 @@ class ChatSession:
             seed=self.seed,
             versions=[entry for turn, entry in sorted(self.versions.items()) if turn < len(history)],
         )
-        return content if self.second is None else {**content, "second": self.second.document(name)}
+        second = self._second_read if self.second is None else self.second.document(name)
+        return content if second is None else {**content, "second": second}
 
     def load(self, path: Path) -> saved.SavedChat:
         """Continue a saved conversation: history, mode, sampling and system prompt are replaced.
@@ -424,6 +428,7 @@ class ChatSession:
         """Continue a conversation that was read: history, versions, mode, sampling, seed and system prompt are replaced."""
         overrides = overrides_of(chat.mode, chat.sampling) if chat.sampling else {}
         self.clear()
+        self._second_read = chat.second.content if chat.second is not None else None
         self.history = list(chat.conversation)
         self.versions = {
             entry.turn: Versions(turn=entry.turn, replies=list(entry.replies), chosen=entry.chosen) for entry in chat.versions
@@ -431,6 +436,7 @@ class ChatSession:
         self.mode, self.overrides, self.system_prompt, self.seed = chat.mode, overrides, chat.system_prompt, chat.seed
         if self.history and self.history[-1]["role"] == "user":
             self.unsent = self.history.pop()["content"]  # /retry answers it
+        self.context_used = None if self.history else 0  # no tokenizer has seen it yet
 
 
 def help_text() -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 WRITING = "a reply is being written: Esc stops it"
 NO_SERVER = "no server: r starts it again"
-FREE = ("write", "copy", "tokens", "raw", "conversations")  # what can be done while a reply is being written
+FREE = ("write", "copy", "tokens", "raw", "find", "conversations")  # what can be done while a reply is being written
 ALWAYS = (*FREE, "checkpoints", "reload", "rename", "delete")  # and without a session
 
 
@@ -88,7 +88,7 @@ class ConversationKeys(LuminaScreen):
             return "no checkpoint is loaded"
         if name == "again" and (self.no_reply_now() or not session.can_retry):
             return self.no_reply_now() or "nothing was said yet"
-        if name in ("copy", "export", "tokens", "version_next", "version_before") and not (session.history or busy):
+        if name in ("copy", "export", "find", "tokens", "version_next", "version_before") and not (session.history or busy):
             return "nothing was said yet"
         return None
 
@@ -164,6 +164,9 @@ class ConversationKeys(LuminaScreen):
         self.lumina.prompt("Settings", apply, value=self.settings.text(), lines=HINT, check=self.settings.wrong)
 
     # views
+
+    def action_find(self) -> None:
+        self.lumina.prompt("Find in this pane", self.pane.transcript.find, value=self.pane.transcript.needle)
 
     def action_tokens(self) -> None:
         self.back_to_talk()

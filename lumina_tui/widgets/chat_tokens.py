@@ -10,7 +10,7 @@ from textual.binding import BindingType
 from textual.events import Key
 from textual.message import Message
 
-from lumina_engine.chat.events import Route, Token
+from lumina_engine.chat.events import Alternative, Route, Token
 
 from ..actions import bindings
 from ..paint import Piece, fit
@@ -19,7 +19,10 @@ from .panel import Drawn, State
 
 GLYPHS, GLYPHS_ASCII = "·░▒▓█", ".-=+#"
 SIDE_BY_SIDE = 72  # cells from which on alternatives and experts stand beside each other
-NONE_KNOWN = "This reply has no trace: it was loaded from a file, or , trace=off was set.\n\n. answers again, x goes back"
+NONE_KNOWN = (
+    "This reply has no trace: it was loaded from a file, the settings say trace=off, or its server is of an older Lumina.\n\n"
+    ". answers again, x goes back"
+)
 
 
 class TokenPanel(Drawn):
@@ -197,7 +200,10 @@ class TokenPanel(Drawn):
 
     def _alternatives(self, token: Token, width: int) -> list[list[Piece]]:
         lines: list[list[Piece]] = [[("likeliest by the model", self.palette.dim)]]
-        for other in token.alternatives:
+        others = list(token.alternatives)
+        if others and token.probability is not None and all(other.id != token.token for other in others):
+            others.append(Alternative(token.text, token.token, token.probability))  # what was drawn is always there
+        for other in others:
             chosen = other.id == token.token
             text = fit(f'"{shown(other.text, chr(92) + "n" if self.look.ascii else "↵")}"', max(4, width - 20))
             bar = "█" * round(max(0.0, min(1.0, other.probability)) * 10)

@@ -15,6 +15,7 @@ from ..actions import bindings
 from ..markdown import Layout, Markdown, Plain
 from ..paint import Piece
 from ..wrapping import Line
+from .acts import Finds
 from .panel import Drawn
 
 GUTTER = 5  # cells before the text, for who speaks
@@ -47,7 +48,7 @@ class Item:
         return self._lines
 
 
-class Transcript(Drawn):
+class Transcript(Finds, Drawn):
     """Paints items; `changed()` after editing the last one."""
 
     scope = "transcript"
@@ -140,6 +141,17 @@ class Transcript(Drawn):
 
     def action_page_up(self) -> None:
         self._scroll(self._top - max(1, self.inner[1] - 1))
+
+    # searching
+
+    def find_lines(self) -> list[str]:
+        return ["".join(text for text, _ in line) for item in self.items for line in item.lines(self._width, self.raw)]
+
+    def find_at(self) -> int:
+        return self._top
+
+    def find_show(self, index: int) -> None:
+        self._scroll(index)
 
     def on_mouse_scroll_down(self, event: MouseScrollDown) -> None:
         event.stop()

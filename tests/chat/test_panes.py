@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from lumina_engine.chat.events import Event, Routed, Start, Token
+from lumina_engine.chat.client import ServerBackend, probe, socket_path
+from lumina_engine.chat.events import Done, Event, Routed, Start, Token
 from lumina_engine.chat.generate import LocalBackend, generate
 from lumina_engine.chat.loading import open_backend
 from lumina_engine.chat.modes import ChatError, Sampling
@@ -24,8 +28,11 @@ from tests.chat.chat_screen import App, Servers, isolated, opened, runs, say, se
 from tests.chat.fakes import FakeBackend, commit_checkpoint
 from tests.chat.models import make_model, save_model
 from tests.tui.helpers import until
+from tests.tui.test_terminal import Terminal
 
 __all__ = ["isolated", "runs", "servers"]  # fixtures
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def ended(*panes: Pane) -> Callable[[], bool]:
@@ -436,6 +443,20 @@ async def test_c136_the_token_view_walks_a_reply(runs: Path, servers: Servers) -
         await until(pilot, lambda: app.chat.left.transcript.has_focus and "four words of text" in app.shown)
 
 
+async def test_c136_words_are_found_in_what_was_said(runs: Path, servers: Servers) -> None:
+    servers.backend.reply = "\n".join(f"line {number} of the answer" for number in range(60))
+    async with opened(runs, servers) as (app, pilot):
+        await say(app, pilot, "x")
+        assert "line 7 of" not in app.shown
+        await pilot.press("escape", "g", "slash")
+        await until(pilot, lambda: "Find in this pane" in app.shown)
+        app.screen.query_one("Input").value = "LINE answer 7"
+        await pilot.press("enter")
+        await until(pilot, lambda: "line 7 of" in app.shown.splitlines()[2])
+        await pilot.press("n")
+        await until(pilot, lambda: "line 17 of" in app.shown.splitlines()[2])
+
+
 async def test_c136_marks_say_without_colour_what_was_unlikely(runs: Path, servers: Servers) -> None:
     servers.backend.reply = " ".join(f"w{number}" for number in range(15))
     async with opened(runs, servers) as (app, pilot):
@@ -509,6 +530,34 @@ def assert_same(pane: Pane, backend: LocalBackend) -> None:
     routed = [event for event in events if isinstance(event, Routed)]
     assert [(t.routed.index, t.routed.routes) for t in trace.tokens if t.routed] == [(r.index, r.routes) for r in routed]
     assert len(routed) == len(tokens) > 0
+
+
+def test_c136_killing_lumina_harms_neither_server(runs: Path, tmp_path: Path) -> None:
+    checkpoints = [runs / f"autumn/checkpoints/step-000{step}" for step in (100, 200)]
+    places = [socket_path(path) for path in checkpoints]
+    places[0].parent.mkdir(mode=0o700)
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.chat import fakes; fakes.serve(sys.argv[1])"
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(place)], start_new_session=True) for place in places]
+    try:
+        deadline = time.monotonic() + 30
+        while not all(probe(place) for place in places):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        sockets = {"LUMINA_SOCKETS": str(places[0].parent)}
+        with Terminal("--runs", str(runs), str(checkpoints[1]), **sockets) as terminal:
+            terminal.expect(b"READY")
+            terminal.send(b"endless\r")
+            terminal.expect(b"answer 1 to")
+        # killed in the middle of a reply: both still answer
+        for place in places:
+            backend = ServerBackend(place)
+            events = list(backend.generate([{"role": "user", "content": "there?"}], Sampling(), 0))
+            assert isinstance(events[-1], Done) and events[-1].reason == "stop"
+            backend.close()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(20)
 
 
 async def test_c136_newer_is_said_of_what_came_since(runs: Path, servers: Servers) -> None:

@@ -442,6 +442,8 @@ BAD = [
     b'{"op":"generate","id":"1","messages":[{"role":"user","content":"x"}],"sampling":{},"seed":1,"path":"/etc/passwd"}',
     b'{"op":"generate","id":"","messages":[{"role":"user","content":"x"}],"sampling":{},"seed":1}',
     b'{"op":"generate","id":"1","messages":[{"role":"user","content":"x"}],"sampling":{},"seed":1,"alternatives":1000000}',
+    b'{"op":"generate","id":"1","messages":[{"role":"user","content":"x"}],"sampling":{},"seed":1,"trace":"yes"}',
+    b'{"op":"generate","id":"1","messages":[{"role":"user","content":"x"}],"sampling":{},"seed":1,"trace":1}',
     b'{"op":"load","path":"/etc/passwd"}',
     b"[]",
     b"null",

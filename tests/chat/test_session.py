@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import stat
+import threading
 from datetime import datetime
 from pathlib import Path
 
@@ -351,6 +352,17 @@ def test_c108_an_unanswered_message_is_saved_too(backend: FakeBackend, tmp_path:
         ('{"conversation": [], "sampling": {"top_p": 9}}', "top_p"),
         ('{"conversation": [], "sampling": {"heat": 9}}', "sampling"),
         ('{"conversation": [], "system_prompt": 1}', "system_prompt"),
+        ('{"conversation": [], "seed": -1}', "seed"),
+        ('{"conversation": [], "second": []}', "second"),
+        ('{"conversation": [], "second": {"conversation": [], "second": {}}}', "second"),
+        ('{"conversation": [], "second": {"conversation": 7}}', "conversation"),
+        ('{"conversation": [], "versions": [{"turn": 0, "replies": [{"text": "x"}]}]}', "turn 0 is no answer"),
+        (
+            '{"conversation": [{"role": "assistant", "content": "a"}], "versions": [{"turn": 0, "replies": []}]}',
+            "turn 0 is not",
+        ),
+        ('{"conversation": [{"role": "assistant", "content": "a"}], "versions": [{"turn": 0, "replies": [{}]}]}', "versions"),
+        ('{"conversation": [], "versions": 5}', "versions"),
         ("[" * 100_000, "no JSON"),
     ],
 )
@@ -365,6 +377,99 @@ def test_c108_a_file_that_is_no_conversation_is_refused_and_changes_nothing(
     assert "\n" not in do(session, f"/load {tmp_path / 'bad.json'}").text
     assert len(session.history) == 2 and session.system_prompt == "s"
     assert "No such file" in do(session, "/load missing.json").text and "needs the path" in do(session, "/load").text
+
+
+# -- versions of an answer, and a second checkpoint
+
+
+def test_c106_retry_keeps_the_answer_before_as_a_version(backend: FakeBackend, tmp_path: Path) -> None:
+    session = make(backend, tmp_path, seed=7)
+    assert session.version == (0, 0)
+    say(session, "a")
+    list(session.retry())
+    list(session.retry(seed=99))
+    assert session.version == (3, 3) and [seed for _, _, seed in backend.asked] == [7, 8, 99]
+    assert session.choose_version(-2) and session.version == (1, 3) and not session.choose_version(-1)
+    assert session.history[-1]["content"] == "answer 1 to a" and session.context_used is None
+    list(session.retry())
+    assert session.version == (4, 4) and backend.asked[-1][2] == 10  # never the numbers of another version
+    assert session.choose_version(-3)
+    say(session, "b")
+    assert backend.asked[-1][0][1]["content"] == "answer 1 to a"
+    assert session.version == (1, 1) and not session.choose_version(1)
+
+
+def test_c108_versions_are_saved_and_come_back(backend: FakeBackend, tmp_path: Path) -> None:
+    session = make(backend, tmp_path, seed=7)
+    say(session, "a")
+    list(session.retry())
+    session.choose_version(-1)
+    path = session.save("talk")
+    content = json.loads(path.read_text())
+    assert content["conversation"][1] == {"role": "assistant", "content": "answer 1 to a"}
+    [entry] = content["versions"]
+    assert (
+        entry["turn"] == 1
+        and entry["chosen"] == 0
+        and [reply["text"] for reply in entry["replies"]]
+        == [
+            "answer 1 to a",
+            "answer 2 to a",
+        ]
+    )
+    assert entry["replies"][1] == {
+        "text": "answer 2 to a",
+        "source": "x step-000100",
+        "reason": "stop",
+        "tokens": 4,
+        "seconds": 0.5,
+        "first_token_s": 0.25,
+        "seed": 8,
+    }
+    other = make(FakeBackend(), tmp_path)
+    other.load(path)
+    assert other.version == (1, 2) and other.seed == 7 and other.choose_version(1)
+    assert other.versions[1].replies[1].done is not None
+    list(other.retry())
+    assert other.version == (3, 3)
+    old = dict(content)
+    del old["versions"], old["seed"]  # a file of before there were versions
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    third = make(FakeBackend(), tmp_path)
+    third.load(tmp_path / "old.json")
+    list(third.retry())
+    assert third.version == (2, 2) and third.choose_version(-1) and third.history[-1]["content"] == "answer 1 to a"
+
+
+def test_c136_a_second_checkpoint_is_saved_with_the_first_and_never_lost(backend: FakeBackend, tmp_path: Path) -> None:
+    left, right = make(backend, tmp_path), make(FakeBackend("bb", 200), tmp_path)
+    left.second = right
+    say(left, "a")
+    say(right, "a")
+    path = left.save("talk")
+    content = json.loads(path.read_text())
+    assert content["second"]["checkpoint"]["step"] == 200 and len(content["second"]["conversation"]) == 2
+    alone = make(FakeBackend(), tmp_path)  # a front end that shows one checkpoint only
+    assert alone.load(path).second is not None
+    say(alone, "b")
+    alone.save()
+    kept = json.loads(path.read_text())
+    assert kept["second"] == content["second"] and len(kept["conversation"]) == 4
+    assert "the other checkpoint" in alone.export_markdown().read_text()
+    alone.clear()
+    say(alone, "c")
+    assert "second" not in json.loads(alone.save("new").read_text())
+
+
+def test_c136_two_replies_that_end_together_are_saved_in_one_file(backend: FakeBackend, tmp_path: Path) -> None:
+    session = make(backend, tmp_path)
+    say(session, "a")
+    threads = [threading.Thread(target=session.save) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [path.name for path in (tmp_path / "chats").iterdir()] == ["chat_20260801_123005.json"]
 
 
 # -- 5.5 context
