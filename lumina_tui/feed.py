@@ -225,6 +225,8 @@ class Feed:
                 store.steps.reserve(round(1.02 * len(store.steps) * length / self.reader.offset))
             self.progress = min(1.0, self.reader.offset / max(1, length))
         store.apply(waiting)
+        for pyramid in store.steps.metrics.values():
+            pyramid.build()
         return store
 
     async def _read_file(self, upto: int | None = None) -> None:

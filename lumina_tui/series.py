@@ -12,7 +12,8 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
+from itertools import compress, count, repeat
+from operator import attrgetter, is_not
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,8 @@ class RunStore:
         before = self.seq
         records = list(records)
         at = 0
-        for stop in [*(i for i, record in enumerate(records) if type(record) is not rec.Step), len(records)]:
+        others = compress(count(), map(is_not, map(type, records), repeat(rec.Step)))
+        for stop in [*others, len(records)]:
             self._take_steps(records[at:stop])  # type: ignore[arg-type]
             if stop < len(records) and records[stop].seq > self.seq:
                 self.seq = records[stop].seq
@@ -282,7 +284,7 @@ class RunStore:
             tokens = np.maximum(tokens, self.steps.tokens.values[-1])
         values = {name: _column(_GETTERS[name], rows) for name in self.steps.metrics}
         steps = np.fromiter(map(_STEP, rows), np.int64, len(rows))
-        hours, clock = self._hours(rows, values["step_time"]), np.fromiter(map(_TIME, rows), np.float64, len(rows))
+        hours, clock = self._hours(rows, steps, values["step_time"]), np.fromiter(map(_TIME, rows), np.float64, len(rows))
         self.steps.extend(steps, np.maximum.accumulate(tokens), hours, values, clock)
         self.epoch = rows[-1].epoch
         self.skipped += sum(map(_SKIPPED, rows))
@@ -303,11 +305,11 @@ class RunStore:
             columns = {name: column.astype(np.float32) for name, column in zip(history.metrics, values, strict=True)}
             history.extend(rows.step_N, tokens, hours, columns, clock)
 
-    def _hours(self, rows: list[rec.Step], step_time: np.ndarray) -> np.ndarray:
+    def _hours(self, rows: list[rec.Step], step_N: np.ndarray, step_time: np.ndarray) -> np.ndarray:
         """Hours of training up to each row. Steps between two rows are taken to last as long as the later one; where a
         step's time is unknown, the time since the row before counts."""
         before = int(self.steps.step.values[-1]) if len(self.steps) else rows[0].step - 1
-        spent = step_time.astype(np.float64) * np.diff(np.fromiter((before, *map(_STEP, rows)), np.int64, len(rows) + 1))
+        spent = step_time.astype(np.float64) * np.diff(step_N, prepend=before)
         unknown = np.flatnonzero(~np.isfinite(spent))
         if len(unknown):
             t = np.array([rows[0].t if self._t_before is None else self._t_before, *(row.t for row in rows)])

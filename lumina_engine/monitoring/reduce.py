@@ -15,6 +15,7 @@ Floats = NDArray[np.float64]
 BLOCK = 64  # samples in a block of the lowest level
 FANOUT = 4  # blocks of one level in a block of the next
 _MAX_BLOCKS = 32_768  # blocks looked at for one picture; beyond, the next level is used
+_COARSE = 4096  # samples in a block, at most, where everything is summed up
 _SAMPLE = 16_384  # values that a percentile is estimated from
 _SAVE_EVERY = 4096  # samples between two saved states of the smoothing
 _PIECE = 1 << 16  # samples smoothed at once: they fit the processor's cache
@@ -102,7 +103,7 @@ class Pyramid:
         """The pyramid of samples that are finite or NaN; it owns the buffer."""
         made = cls()
         made._raw = raw
-        made._build()
+        made.build()
         return made
 
     @property
@@ -119,10 +120,9 @@ class Pyramid:
         return self._raw.values
 
     def extend(self, values: np.ndarray) -> None:
-        """Append samples."""
+        """Append samples. The blocks over them are made when they are asked for."""
         values = np.asarray(values, np.float32)
         self._raw.extend(np.where(np.isfinite(values), values, np.float32(np.nan)))
-        self._build()
 
     def truncate(self, size: int) -> None:
         """Keep the first `size` samples."""
@@ -131,7 +131,8 @@ class Pyramid:
             for buffer in (level.low, level.high, level.total, level.count):
                 buffer.truncate(len(self._raw) // level.block)
 
-    def _build(self) -> None:
+    def build(self) -> None:
+        """Make the blocks over all samples: for who has a thread to do it in, before a picture asks for them."""
         block, index = BLOCK, 0
         while len(self._raw) >= block:
             if index == len(self._levels):
@@ -167,6 +168,7 @@ class Pyramid:
         """
         edges = np.asarray(edges, np.int64)
         start_C, stop_C = edges[:-1], edges[1:]
+        self.build()
         level = self._level_for(int(edges[-1] - edges[0]) if len(edges) > 1 else 0)
         if level is None:
             low_C, high_C, total_C, count_C = _reduce_raw(self._raw.values, start_C, stop_C)
@@ -175,6 +177,19 @@ class Pyramid:
         with np.errstate(invalid="ignore", divide="ignore"):
             mean_C = np.where(count_C > 0, total_C / count_C, np.nan)
         return Columns(low_C, high_C, mean_C, count_C, stop_C - start_C - count_C)
+
+    def extremes(self) -> tuple[float, float, int]:
+        """Lowest and highest value of all samples (NaN without any) and how many are finite. Costs no look at each sample."""
+        self.build()
+        level = next((level for level in reversed(self._levels) if level.block <= _COARSE), None)
+        done = len(level.low) * level.block if level is not None else 0
+        rest = self._raw.values[done:]
+        low, high, count = np.fmin.reduce(rest, initial=np.nan), np.fmax.reduce(rest, initial=np.nan), np.isfinite(rest).sum()
+        if level is not None:
+            low = np.fmin(low, np.fmin.reduce(level.low.values))
+            high = np.fmax(high, np.fmax.reduce(level.high.values))
+            count += level.count.values.sum()
+        return float(low), float(high), int(count)
 
     def _level_for(self, span: int) -> _Level | None:
         if span <= _MAX_BLOCKS:
