@@ -166,6 +166,7 @@ async def test_c133_a_preview_stands_in_until_all_is_read(tmp_path, small_caches
     original = Feed._read_all
 
     def slow(self: Feed, store: RunStore) -> RunStore:
+        assert self.shown.is_set() and not self.opened.is_set()
         seen.append((self.store.preview, len(self.store.steps), self.store.total_steps, self.store.step, self.mode))
         return original(self, store)
 
@@ -177,7 +178,7 @@ async def test_c133_a_preview_stands_in_until_all_is_read(tmp_path, small_caches
             await wait(lambda: feed.mode is Mode.LIVE)
             ((preview, points, total, step, mode),) = seen
             assert preview and mode is Mode.LOADING and 2000 < points < 20_000 and (total, step) == (20_000, 20_000)
-            assert feed.store is store and not store.preview
+            assert feed.store is store and not store.preview and feed.opened.is_set()
             same(feed)
 
 
