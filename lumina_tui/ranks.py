@@ -11,6 +11,7 @@ from .paint import clean, duration, whole
 LATE_S = 20.0  # at least, before a rank that does not move is called late
 # where a rank may stay for long without being late: the save, the evaluation and the start take their time
 PATIENT = frozenset({"paused", "save", "eval", "compile", "dry run", "examination", "data"})
+_NAMES = {"step": "optimizer"}  # of sections, where the program calls them otherwise
 LIMIT = 4096  # ranks that are taken from one answer
 
 
@@ -35,7 +36,7 @@ def beats(content: object) -> list[Beat]:
             beat = Beat(
                 rank=item["rank"],
                 step=_whole(item.get("step")),
-                section=clean(item["section"])[:32] if isinstance(item.get("section"), str) else "",
+                section=_section(item.get("section")),
                 age=max(0.0, float(item["age_s"])) if isinstance(item.get("age_s"), int | float) else 0.0,
                 pid=_whole(item.get("pid")),
                 connected=item.get("connected") is not False,
@@ -43,6 +44,10 @@ def beats(content: object) -> list[Beat]:
             )
             found[beat.rank] = beat
     return [found[rank] for rank in sorted(found)]
+
+
+def _section(value: object) -> str:
+    return _NAMES.get(value, clean(value)[:32]) if isinstance(value, str) else ""
 
 
 def _whole(value: Any) -> int | None:

@@ -261,7 +261,7 @@ class MonitorScreen(RunCommands, RunAlerts, LuminaScreen):
 
     def why_not(self, action_id: str) -> str | None:
         if self.feed is None and action_id != "monitor.reload":
-            return "no run is open; 1 lists the runs"
+            return "no run is open; 1 lists the runs" if self.has_class("-empty") else "the run is still being opened"
         return super().why_not(action_id)
 
     def footer_text(self, action: Action) -> str:

@@ -154,7 +154,7 @@ class StatusLine(Widget):
         if self._score >= 0:
             text += f", held-out questions right: {100 * self._score:.0f} %"
         best = next((item for item in reversed(store.checkpoints) if item.best), None)
-        return text + (f", best checkpoint at {whole(best.step)}" if best else "") + ". T chats."
+        return text + (f", best checkpoint at {whole(best.step)}" if best else "") + (". T chats." if store.checkpoints else "")
 
     def render_line(self, y: int) -> Strip:
         palette: Any = self.app.look.palette  # type: ignore[attr-defined]

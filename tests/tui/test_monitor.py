@@ -115,6 +115,7 @@ async def test_finished_run_is_read_from_the_file(tmp_path):
     async with FakeEngine(tmp_path) as engine:
         engine.state("running")
         engine.steps(100)
+        engine.emit(rec.Checkpoint(step=100, bytes=5))
         (engine.run.reports / "sample_eval.json").write_text('{"overall": 0.824, "skills": {}}')
         await engine.finish()
         async with monitor(tmp_path) as (app, pilot, screen):
@@ -573,3 +574,14 @@ async def test_c134_commands_to_a_run_that_is_over_are_refused_with_the_reason(t
             for name in ("checkpoint", "pause", "set_lr", "stop"):
                 await screen.action_do(f"monitor.{name}")
                 assert "the run is finished" in app.notices[-1].text, name
+
+
+@pytest.mark.parametrize("size", [*SIZES, (120, 40)])
+async def test_c014_a_dense_run_has_no_map(tmp_path, size):
+    async with live(tmp_path, size) as (engine, _, pilot, screen):
+        engine.hardware()
+        await until(pilot, lambda: screen.has_class("-dense") and box_of(screen, "#loss"))
+        await until(pilot, lambda: box_of(screen, "#experts") is None and box_of(screen, "#loss").width == size[0])
+        if size[0] >= 160:
+            assert sum(box_of(screen, f"#{name}").width for name in ("tokens_per_s", "grad_norm", "lr")) == size[0]
+        assert screen.experts.why_not("map.over_time")

@@ -12,6 +12,7 @@ def test_c131_answers_are_taken_as_far_as_they_make_sense():
         {"rank": 1, "pid": 11, "step": 812, "section": "backward", "age_s": 90.5, "connected": True, "exit_code": None},
         {"rank": 0, "pid": 10, "step": 813, "section": "\x1b[2Jdata", "age_s": 1},
         {"rank": "2"},
+        {"rank": 4, "step": 7, "section": "step", "age_s": 0},
         {"rank": True},
         7,
         {"rank": 3, "step": "x", "section": 5, "age_s": "long", "pid": None, "exit_code": "9"},
@@ -20,6 +21,7 @@ def test_c131_answers_are_taken_as_far_as_they_make_sense():
         Beat(0, 813, "␛[2Jdata", 1.0, 10),
         Beat(1, 812, "backward", 90.5, 11),
         Beat(3),
+        Beat(4, 7, "optimizer"),
     ]
     for nothing in (None, {}, "x", 3):
         assert beats(nothing) == []
