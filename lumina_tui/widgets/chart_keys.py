@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..history import BASES, CHART_METRICS, METRICS
 from ..series import RunStore
 from .acts import Acts
@@ -26,9 +24,9 @@ class Cursor:
     pin: int | None = None
 
 
-def habits(name: str) -> dict[str, Any]:
-    """Smoothing and range that suit a metric."""
-    return {"weight": 0.9, "outliers": True} if METRICS[name].noisy else {"weight": 0.0, "outliers": False}
+def habits(name: str, weight: float = 0.9) -> dict[str, Any]:
+    """Smoothing and range that suit a metric; `weight` is that of a noisy one."""
+    return {"weight": weight, "outliers": True} if METRICS[name].noisy else {"weight": 0.0, "outliers": False}
 
 
 class ChartKeys(Acts):
@@ -61,7 +59,7 @@ class ChartKeys(Acts):
 
     def remembered(self, name: str) -> dict[str, Any]:
         """The settings that the user chose last for a metric, else what suits it."""
-        memory, scope, habit = self.lumina.memory, self.memory_scope, habits(name)
+        memory, scope, habit = self.lumina.memory, self.memory_scope, habits(name, self.lumina.settings.smoothing)
         weight = memory.get(f"{scope}.weight", {"": 0.9}).get(name, habit["weight"])
         base = memory.get(f"{scope}.base", {"": ""}).get(name, self.options.base)
         return {
@@ -238,8 +236,7 @@ class ChartKeys(Acts):
         """Names of the metrics of which some run has a value."""
 
         def has(name: str) -> bool:
-            pyramids = [curve.history(name).metrics[name] for curve in self.curves]
-            return any(p.columns(np.array([0, len(p)])).count_C[0] > 0 for p in pyramids)
+            return any(curve.history(name).metrics[name].extremes()[2] for curve in self.curves)
 
         return [metric.name for metric in CHART_METRICS if has(metric.name)] or [CHART_METRICS[0].name]
 

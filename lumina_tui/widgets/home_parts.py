@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,7 +58,7 @@ def run_row(row: RunInfo, figures: Figures | None, marked: bool, ascii_only: boo
     role = STATE_ROLES.get(row.state, "bad" if row.state == UNREADABLE else "dim")
     name = ("*" if marked else "") + row.name
     if row.state == UNREADABLE:
-        reason = (row.reason or "").replace(f"{row.path}{os.sep}", "")
+        reason = (row.reason or "").replace(f"{row.path}/", "")
         return Row(row.name, ((f"{glyph} {row.state}", role), (f"{name}: {reason}", "bad")))
     known, stale = row.alerts is not None, "text" if row.alive else "dim"
     alerts = f"{'!!' if row.critical else '!'}{row.alerts}" if row.alerts else "" if known else "…"

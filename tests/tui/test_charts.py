@@ -15,6 +15,7 @@ from lumina_engine.monitoring.ticks import ticks, value_labels
 from lumina_tui.memory import Memory
 from lumina_tui.places import state_dir
 from lumina_tui.series import RunStore
+from lumina_tui.settings import Settings
 from lumina_tui.terminal import Look
 from lumina_tui.themes import DEFAULT, SKINS
 from lumina_tui.widgets.axis import Scale, x_labels, x_limit, y_limits
@@ -209,6 +210,7 @@ class Stage(App[None]):
         super().__init__()
         self.widget = widget
         self.memory = Memory(state_dir() / "session.json")
+        self.settings = Settings()
 
     def get_theme_variable_defaults(self):
         return SKINS[DEFAULT].variables()

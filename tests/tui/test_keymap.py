@@ -20,6 +20,7 @@ from lumina_tui.settings import Settings, about, check, load_settings, table
 from lumina_tui.terminal import Look
 from lumina_tui.widgets.acts import next_match
 
+from .fake_engine import FakeEngine
 from .helpers import screen_text, until
 
 
@@ -244,6 +245,16 @@ async def test_theme_is_chosen_and_kept_until_the_setting_changes(tmp_path):
     assert (await opened()).skin.name == "light"
     assert (await opened(settings=Settings(theme="high-contrast"))).skin.name == "high-contrast"
     assert (await opened()).skin.name == "light"
+
+
+async def test_smoothing_of_noisy_metrics_begins_at_the_setting(tmp_path):
+    async with FakeEngine(tmp_path) as engine:
+        engine.state("running")
+        engine.steps(5)
+        app = LuminaApp(tmp_path, look=Look(), settings=Settings(smoothing=0.75))
+        async with app.run_test(size=(100, 30)) as pilot:
+            app.open_monitor("demo")
+            await until(pilot, lambda: "EMA 0.75" in screen_text(app))
 
 
 @given(st.lists(st.text("ab ", max_size=4), max_size=8), st.text("ab", min_size=1, max_size=2), st.integers(0, 7))
