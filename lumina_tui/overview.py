@@ -151,4 +151,13 @@ def preset_changes(path: Path, preset: str | None) -> list[Change] | None:
         return None
     names = [info.name for info in fields_info() if getattr(base, info.name) not in (None, "auto")]
     pairs = [(name, getattr(mine, name), getattr(base, name)) for name in names if name not in ("experiment_name",)]
-    return [Change(name, show(now), show(before)) for name, now, before in pairs if now != before]
+    return [
+        Change(name, show(now), show(before)) for name, now, before in pairs if now != before and not _same_place(now, before)
+    ]
+
+
+def _same_place(now: object, before: object) -> bool:
+    """Whether a path is the preset's, only made absolute at the start."""
+    if not (isinstance(now, str) and isinstance(before, str) and now.startswith("/")):
+        return False
+    return now.endswith("/" + before.removeprefix("./"))

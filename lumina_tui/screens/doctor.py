@@ -21,7 +21,7 @@ from ..actions import Action
 from ..checkup import COLUMNS, Checkup
 from ..jobs import Job, JobState
 from ..paint import clean
-from ..terminal_check import Terminal, key_row, terminal_rows
+from ..terminal_check import Terminal, key_row, sent_row, terminal_rows
 from ..widgets.table import Table
 from .base import LuminaScreen, State
 from .sheets import lines_sheet
@@ -59,10 +59,6 @@ class DoctorScreen(LuminaScreen):
         self.set_frame(subject=os.uname().nodename)
         self.action_reload()
 
-    async def on_unmount(self) -> None:
-        if self._job is not None:
-            await self._job.cancel()
-
     @property
     def tables(self) -> list[Table]:
         return list(self.query(Table))
@@ -79,14 +75,17 @@ class DoctorScreen(LuminaScreen):
         if self._old_at is not None and time.time() >= self._old_at:
             self.show_rows()
 
+    def _terminal(self) -> Terminal:
+        wire, size = self.lumina.wire, (self.size.width, self.size.height)
+        return Terminal(os.environ, self.look, size, locale.getpreferredencoding(False), wire.sent, wire.seconds)
+
     async def _check_all(self) -> None:
-        wire = self.lumina.wire
-        encoding = locale.getpreferredencoding(False)
-        terminal = Terminal(os.environ, self.look, (self.size.width, self.size.height), encoding, wire.sent, wire.seconds)
-        rows = await asyncio.to_thread(terminal_rows, terminal)
+        rows = await asyncio.to_thread(terminal_rows, self._terminal())
         self.checkup.begin(rows)
         self.show_rows()
         await self._run_engine()
+        self.checkup.add(sent_row(self._terminal()))  # the longer it counts, the better
+        self.show_rows()
 
     async def _run_engine(self) -> None:
         """Run the checks that have no row yet, and take their rows as they come."""

@@ -110,8 +110,8 @@ class RunActions(LuminaScreen):
     def _unload(self, server: Server) -> None:
         from lumina_engine.chat.card import unload
 
-        gone = "asked to leave" if unload(server.card) else "has left already"
-        self.lumina.notice(f"chat server {server.card.pid} {gone}")
+        gone = "is asked to leave" if unload(server.card) else "has left already"
+        self.lumina.notice(f"the chat server of {server.card.name or server.card.checkpoint} {gone}")
         self.look_soon()
 
     def _stop(self, row: RunInfo, save: bool) -> None:

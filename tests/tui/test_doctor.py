@@ -185,10 +185,16 @@ async def test_readonly_saves_nothing(tmp_path):
         assert "readonly" in screen.refusal("doctor.export")
 
 
-async def test_leaving_ends_the_engine(tmp_path):
-    async with doctor(tmp_path) as (_, _, _, job):
-        pass
-    assert job.cancelled
+async def test_leaving_ends_the_engine(tmp_path, monkeypatch):
+    """The real process, which waits for a slow import, is gone soon after lumina is."""
+    monkeypatch.setattr("lumina_tui.screens.doctor.Job", jobs.Job)
+    app = LuminaApp(tmp_path, look=Look())
+    async with app.run_test(size=(80, 24)) as pilot:
+        screen = app.open_screen(9)
+        await until(pilot, lambda: screen.checkup.planned, 60)
+        process = screen._job._process
+        assert process.returncode is None
+    assert await asyncio.wait_for(process.wait(), 20) != 0
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60), (40, 8), (20, 6), (3, 2), (1, 1)])
