@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumina_tui import actions
@@ -87,6 +87,7 @@ def test_a_clash_of_two_own_rows_leaves_the_first():
     assert dict(keymap.own) == {"home.new": ("Z",)} and "line 2" in keymap.problems[0]
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from([action.id for action in actions.ACTIONS]),
@@ -257,6 +258,7 @@ async def test_smoothing_of_noisy_metrics_begins_at_the_setting(tmp_path):
             await until(pilot, lambda: "EMA 0.75" in screen_text(app))
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("ab ", max_size=4), max_size=8), st.text("ab", min_size=1, max_size=2), st.integers(0, 7))
 def test_search_goes_round_and_finds_every_match(lines: list[str], needle: str, at: int):
     matches = [i for i, line in enumerate(lines) if needle in line]

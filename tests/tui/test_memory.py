@@ -7,7 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lumina_tui.application import LuminaApp
@@ -29,6 +29,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
+@settings(deadline=None)
 @given(value=JSON, default=JSON)
 def test_restores_a_value_gives_back_what_was_kept_or_the_default(tmp_path_factory, value, default):
     path = tmp_path_factory.mktemp("m") / "session.json"

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from textual.widgets import Input
 
@@ -54,6 +54,7 @@ def test_palette_puts_what_cannot_be_done_now_behind():
     assert [item.title for item in found] == ["Stop run now", "Stop run"]
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("abc ", min_size=1, max_size=6), max_size=20), st.text("abc ", max_size=4))
 def test_search_gives_every_entry_with_the_words_and_no_other(titles: list[str], query: str):
     entries = [Entry("action", str(i), title, "help words") for i, title in enumerate(titles)]
