@@ -253,7 +253,7 @@ class Bench:
                 label = f"idle {ready}, {self.sizes.idle_s:.0f} s"
                 try:
                     viewer.until(partial(_titled, ready), f"screen {ready}", 5.0)
-                    viewer.settle(8.0 if self.sizes.idle_s > 5 else 0.5, 90.0)
+                    viewer.settle(15.0 if self.sizes.idle_s > 5 else 0.5, 120.0)
                 except MeasureError as error:
                     yield Figure(f"idle_{name}_cpu_pct", label, "% CPU", 1, None, str(error))
                     continue
