@@ -50,8 +50,8 @@ def summary_lines(figures: Mapping[str, Any], width: int) -> list[Line]:
     )
     disk, disk_role = disk_text(figures)
     second: Line = (
-        (f"{count_text(parameters['total'])} total, {count_text(parameters['active'])} active | ", "text"),
-        (f"{figures['tokens_per_step']:,} tokens/step | ", "text"),
+        (f"{count_text(parameters['total'])} total, {count_text(parameters['active'])} active, ", "text"),
+        (f"{figures['tokens_per_step']:,} tokens/step, ", "text"),
         (f"disk {disk}", disk_role),
     )
     return [first, second, ((time_text(figures), "dim"),)]

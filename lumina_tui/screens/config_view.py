@@ -83,8 +83,8 @@ class ConfigView(ConfigFiles):
         table = self.query_one("#sections", Table)
         table.set_rows([Row(s, (self._section_cell(s, problems, table.inner[0] - 2),)) for s in SECTIONS])
         self.fields.locked = "the file holds what no field can show: E mends it first" if form.text is not None else ""
-        note = STALE[self.disk] or "/ search all fields"
-        self.fields.show(form, self.section, problems, SECTION_TITLES[self.section], note)
+        title, note = STALE[self.disk] or SECTION_TITLES[self.section], "" if STALE[self.disk] else "/ search all fields"
+        self.fields.show(form, self.section, problems, title, note)
         self._show_help()
         panel = self._panel("findings")
         panel.set_title(f"Findings  {say.count_words(self.findings)}", "] next" if self.findings else "")

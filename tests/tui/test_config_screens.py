@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,13 @@ from lumina_engine.config.checks import check
 from lumina_engine.config.presets import NAMES, ConfigPresets
 from lumina_tui.application import Start
 from lumina_tui.drafts import load_draft
+from lumina_tui.own_presets import own_presets
 from lumina_tui.screens.config import ConfigScreen
 from lumina_tui.screens.config_layers import FieldSearch, YamlView
 from lumina_tui.screens.dialogs import Prompt, Question, Sheet
 from lumina_tui.screens.launch import LaunchScreen
 from lumina_tui.screens.presets import PresetsScreen
+from lumina_tui.terminal import to_ascii
 from lumina_tui.widgets.fields import FieldList
 from lumina_tui.widgets.text_panel import wrapped
 
@@ -258,6 +261,262 @@ async def test_c129_stale_file_is_told() -> None:
         await until(pilot, lambda: isinstance(pilot.app.screen, PresetsScreen))
         await pilot.press("3")
         await until(pilot, lambda: any("changed on disk" in n.text for n in pilot.app.notices))
+
+
+async def test_c129_n_and_shift_n_go_through_what_the_search_found() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        screen = await config_of(pilot, preset="b1")
+        await pilot.press("n")
+        assert any("nothing was searched for yet" in n.text for n in pilot.app.notices)
+        await pilot.press("slash")
+        await until(pilot, lambda: isinstance(pilot.app.screen, FieldSearch))
+        await pilot.press(*"offload", "enter")
+        await until(pilot, lambda: screen.is_current)
+        first = screen.fields.current
+        assert first is not None and "offload" in first
+        seen = [first]
+        for _ in range(3):
+            before = screen.fields.current
+            await pilot.press("n")
+            await until(pilot, lambda before=before: screen.fields.current != before)
+            seen.append(screen.fields.current)
+        assert len(set(seen)) == 4
+        await pilot.press("N", "N", "N")
+        await until(pilot, lambda: screen.fields.current == first)
+
+
+async def test_c139_budget_and_preview_are_one_key_away_at_80x24() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        screen = await config_of(pilot, preset="b1")
+        await until(pilot, lambda: "does not fit" in screen_text(pilot.app))
+        await pilot.press("b")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Sheet))
+        text = screen_text(pilot.app)
+        assert all(
+            part in text for part in ("weights", "experts", "gradients", "optimizer", "activations", "logits", "buckets")
+        )
+        assert "of 16 GB: does not fit" in text
+        await pilot.press("escape", "p")
+        await until(pilot, lambda: "lumina-engine train --preset b1" in screen_text(pilot.app))
+        await pilot.press("escape")
+        await until(pilot, lambda: screen.is_current)
+
+
+async def test_c139_the_budget_changes_with_what_is_typed_before_it_is_entered() -> None:
+    async with App().run_test(size=(100, 30)) as pilot:
+        screen = await config_of(pilot, preset="debug")
+        await until(pilot, lambda: "2,048 tokens/step" in screen_text(pilot.app))
+        screen.go_to_field("batch_size")
+        await pilot.press("enter", "1", "6")
+        await until(pilot, lambda: "4,096 tokens/step" in screen_text(pilot.app))
+        assert screen.form.value("batch_size") == 8
+        await pilot.press("escape")
+        await until(pilot, lambda: "2,048 tokens/step" in screen_text(pilot.app))
+
+
+async def test_c129_save_as_preset_is_listed_under_yours_and_clashes_are_refused() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        screen = await config_of(pilot, preset="b1")
+        await enter(pilot, screen, "seed", "7")
+        await pilot.press("W")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Prompt))
+        pilot.app.screen.query_one("Input").value = "b7"
+        await pilot.press("enter")
+        await until(pilot, lambda: "built-in preset" in screen_text(pilot.app))
+        pilot.app.screen.query_one("Input").value = "mine"
+        await pilot.press("enter")
+        path = own_presets() / "mine.yaml"
+        await until(pilot, path.exists)
+        await until(pilot, lambda: screen.is_current and screen.form.path == path and not screen.form.dirty)
+        pilot.app.open_presets()
+        await until(pilot, lambda: "mine" in screen_text(pilot.app) and "yours" in screen_text(pilot.app))
+
+
+async def test_c129_a_file_that_changes_on_disk_is_said_for_as_long_as_it_is_so() -> None:
+    path = Path("my.yaml")
+    path.write_text("# preset: debug\nseed: 3\n")
+    async with App().run_test(size=(80, 24)) as pilot:
+        screen = await config_of(pilot, path=path)
+        await enter(pilot, screen, "batch_size", "4")
+        path.write_text("# preset: debug\nseed: 44\n")
+        screen._looked = 0.0
+        await until(pilot, lambda: "changed on disk: r reload, w overwrite, d diff" in screen_text(pilot.app))
+        await pilot.press("d")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Sheet))
+        assert "here → on disk" in screen_text(pilot.app) and "44" in screen_text(pilot.app)
+        await pilot.press("escape", "r")
+        await until(pilot, lambda: screen.form.value("seed") == 44)
+        assert "changed on disk:" not in screen_text(pilot.app)
+        await pilot.press("u")
+        assert screen.form.value("seed") == 3 and screen.form.value("batch_size") == 4
+        path.unlink()
+        screen._looked = 0.0
+        await until(pilot, lambda: "gone from disk: w writes it again" in screen_text(pilot.app))
+
+
+async def test_c129_yaml_that_does_not_parse_opens_at_its_line_and_locks_the_fields() -> None:
+    Path("my.yaml").write_text("".join(f"# line {n}\n" for n in range(40)) + "seed: [3\nbatch_size: 2\n")
+    async with App(start=Start(config=Path("my.yaml"))).run_test(size=(80, 24)) as pilot:
+        await until(pilot, lambda: isinstance(pilot.app.screen, YamlView))
+        area = pilot.app.screen.query_one("TextArea")
+        assert area.cursor_location[0] >= 40 and "1 error" in screen_text(pilot.app)
+        await pilot.press("escape")
+        screen = await ready(pilot, ConfigScreen)
+        await pilot.press("enter")
+        assert screen.fields.editing is None and any("E mends it" in n.text for n in pilot.app.notices)
+        await pilot.press("E")
+        await until(pilot, lambda: isinstance(pilot.app.screen, YamlView))
+        pilot.app.screen.query_one("TextArea").text = "seed: 3\n"
+        await pilot.press("escape")
+        await until(pilot, lambda: screen.is_current and screen.form.text is None and screen.form.value("seed") == 3)
+        assert not screen.fields.locked
+
+
+async def test_c129_text_of_the_yaml_view_survives_a_lost_line() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        await config_of(pilot, preset="b1")
+        await pilot.press("E")
+        await until(pilot, lambda: isinstance(pilot.app.screen, YamlView))
+        pilot.app.screen.query_one("TextArea").text = "seed: [unfinished"
+        await until(pilot, lambda: (draft := load_draft()) is not None and draft.pending == "seed: [unfinished")
+    async with App().run_test(size=(80, 24)) as pilot:
+        pilot.app.open_config()
+        await until(pilot, lambda: isinstance(pilot.app.screen, YamlView))
+        assert pilot.app.screen.query_one("TextArea").text == "seed: [unfinished"
+
+
+async def test_c129_a_draft_is_one_undo_away_when_something_else_is_opened() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        screen = await config_of(pilot, preset="b1")
+        await enter(pilot, screen, "seed", "7")
+    async with App().run_test(size=(80, 24)) as pilot:
+        screen = await config_of(pilot, preset="b7")
+        assert screen.form.preset == "b7" and any(
+            "copy of b1 was not written: u brings it back" in n.text for n in pilot.app.notices
+        )
+        await pilot.press("u")
+        assert screen.form.preset == "b1" and screen.form.value("seed") == 7
+
+
+async def test_c129_a_configuration_with_errors_is_written_flagged_and_not_launched() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        screen = await config_of(pilot, preset="debug")
+        await enter(pilot, screen, "warmup_steps", "-5")
+        await pilot.press("w")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Prompt))
+        await pilot.press("enter")
+        await until(pilot, lambda: Path("configs/my_debug.yaml").exists() and screen.is_current)
+        assert any("with 1 error: it cannot be launched yet" in n.text for n in pilot.app.notices)
+        pilot.app.open_launch(path=Path("configs/my_debug.yaml"))
+        launch = await ready(pilot, LaunchScreen)
+        await until(pilot, lambda: launch.review is not None and launch.review.blocked)
+        await pilot.press("enter")
+        assert pilot.app.starts == []
+
+
+async def test_c129_200x60_has_two_field_columns_with_help_diff_and_budget_beside() -> None:
+    async with App().run_test(size=(200, 60)) as pilot:
+        screen = await config_of(pilot, preset="b1")
+        assert screen.fields.columns.count == 2
+        names = ("sections", "fields", "side_help", "diff", "details")
+        regions = {name: screen.query_one(f"#{name}").region for name in names}
+        assert regions["sections"].right <= regions["fields"].x and regions["fields"].right <= regions["side_help"].x
+        assert all(regions[name].area for name in names)
+        await pilot.press("G")
+        first = screen.fields.columns.place(screen.fields._line_of(screen.fields.current))
+        assert first is not None and first[0] == 1
+        await pilot.press("enter", "x")
+        await until(pilot, lambda: "error: x" in screen_text(pilot.app).replace("\n", " "))
+        field = screen.fields.query_one("ValueInput")
+        assert field.region.x > screen.fields.region.x + screen.fields.columns.width
+        await pilot.press("escape")
+        await pilot.click(FieldList, offset=(3, 2))
+        assert screen.fields.current == screen.fields._lines[1].name
+
+
+async def test_c128_filter_sort_and_the_cause_in_the_row() -> None:
+    Path("configs").mkdir()
+    Path("configs/broken.yaml").write_text("seed: 3\nbatch_sise: 1\n")
+    Path("configs/[red]x.yaml").write_text("# preset: debug\nseed: 3\n")
+    async with App().run_test(size=(100, 30)) as pilot:
+        pilot.app.open_presets()
+        screen = await ready(pilot, PresetsScreen)
+        await until(pilot, lambda: "! broken  line 2" in screen_text(pilot.app))
+        assert "[red]x" in screen_text(pilot.app)
+        await pilot.press("o")
+        rows = [row.key for row in screen.table.rows if not row.rule]
+        assert rows[: len(NAMES)] == sorted(NAMES)
+        await pilot.press("slash")
+        await until(pilot, lambda: isinstance(pilot.app.screen, Prompt))
+        await pilot.press(*"b1", "enter")
+        await until(pilot, lambda: "with b1" in screen_text(pilot.app))
+        assert [row.key for row in screen.table.rows if not row.rule] == ["b1", "b100", "b14"]
+    async with App().run_test(size=(100, 30)) as pilot:
+        pilot.app.open_presets()
+        screen = await ready(pilot, PresetsScreen)
+        assert screen.sort == "name", "remembered"
+
+
+async def test_c128_own_files_are_read_again_on_focus() -> None:
+    async with App().run_test(size=(80, 24)) as pilot:
+        pilot.app.open_presets()
+        await ready(pilot, PresetsScreen)
+        own_presets().mkdir(parents=True)
+        (own_presets() / "later.yaml").write_text("seed: 1\n")
+        pilot.app.app_focus = False
+        pilot.app.app_focus = True
+        await until(pilot, lambda: "later" in screen_text(pilot.app))
+
+
+HOSTILE = "[/][@click=app.bell]x[bold]\u202e\u009b2J\x1b]0;t\x07\x1b[2J"
+
+
+@pytest.mark.parametrize("size", [(80, 24), (200, 60)])
+async def test_se01_hostile_names_values_and_texts_on_all_three_screens(size: tuple[int, int]) -> None:
+    Path("configs").mkdir()
+    hostile = HOSTILE.replace("/", "")
+    Path(f"configs/{hostile}.yaml").write_text(f"# preset: debug\n'{hostile}': 1\nseed: 3\n", encoding="utf-8")
+    (own_presets()).mkdir(parents=True)
+    (own_presets() / f"{hostile}.yaml").write_text(json.dumps({"train_data_path": HOSTILE, "experiment_name": HOSTILE}))
+
+    def clean(app: App) -> bool:
+        text = screen_text(app)
+        return not any(c in text for c in "\x1b\u202e\x9b\x07")
+
+    async with App().run_test(size=size) as pilot:
+        pilot.app.open_presets()
+        screen = await ready(pilot, PresetsScreen)
+        await until(pilot, lambda: len(screen.own) == 2)
+        for entry in screen.own:
+            screen.table.move_to(entry.key)
+            await pilot.pause()
+            assert clean(pilot.app)
+            pilot.app.open_config(path=entry.path)
+            await until(pilot, lambda: isinstance(pilot.app.screen, ConfigScreen | YamlView))
+            assert clean(pilot.app)
+            if isinstance(pilot.app.screen, YamlView):
+                await pilot.press("escape")
+            config = await ready(pilot, ConfigScreen)
+            config.go_to_field("train_data_path")
+            await pilot.press("d")
+            assert clean(pilot.app)
+            await pilot.press("escape", "p")
+            assert clean(pilot.app)
+            await pilot.press("escape", "4")
+            launch = await ready(pilot, LaunchScreen)
+            await until(pilot, lambda launch=launch: launch.review is not None and not launch.reviewing)
+            assert clean(pilot.app) and launch.review.blocked
+            pilot.app.open_presets()
+            await pilot.pause()
+
+
+@pytest.mark.parametrize("number", [2, 3, 4])
+async def test_c138_ascii_leaves_only_ascii(number: int) -> None:
+    async with App(look=ASCII).run_test(size=(160, 45)) as pilot:
+        pilot.app.open_screen(number, **({} if number == 2 else {"preset": "b1"}))
+        screen = await ready(pilot, {2: PresetsScreen, 3: ConfigScreen, 4: LaunchScreen}[number])
+        await until(pilot, lambda: number != 4 or (screen.review is not None and not screen.reviewing))
+        assert to_ascii(screen_text(pilot.app)).isascii() and "?????" not in to_ascii(screen_text(pilot.app))
 
 
 # all three
