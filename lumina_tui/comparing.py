@@ -160,7 +160,7 @@ def _cells(run: Compared, baseline: Compared | None, other: Reading | None, opti
     metric = options.metric
     to_base = "base" if run is baseline else _change(metric, at, other)
     store = run.feed.store if run.feed is not None else None
-    text = "dim" if run.hidden or run.gone else "text"
+    text = "dim" if run.hidden or run.gone or word.startswith(("quiet", "dead")) else "text"  # stale looks stale
     newest = read(store, options) if store is not None else None
     return (
         *head,
@@ -188,10 +188,10 @@ def best(run: Compared, options: Options) -> float | None:
         return None
     history = run.feed.store.history(options.metric)
     pyramid = history.smooth(options.metric, options.weight) if options.weight else history.metrics[options.metric]
-    whole_range = pyramid.columns(np.array([0, len(pyramid)]))
-    if not whole_range.count_C[0]:
+    low, high, known = pyramid.extremes()
+    if not known:
         return None
-    return float(whole_range.low_C[0] if small else whole_range.high_C[0])
+    return low if small else high
 
 
 # results and configuration side by side
@@ -219,16 +219,15 @@ def _result(run: Compared) -> dict[str, str]:
     evals = store.evals.metrics["loss"].values
     good = np.flatnonzero(np.isfinite(evals))
     low = int(good[np.argmin(evals[good])]) if len(good) else -1
-    last = store.steps.smooth("loss", 0.9).values[-1]
     newest = evaluation(store, store.step or 0)
-    rate = store.steps.mean("tokens_per_s", len(store.steps))
+    hours = float(store.steps.hours.values[-1])
     return {
         "state": run.badge()[0],
         "steps": whole(store.step),
         "tokens": count(store.tokens),
-        "time": duration(float(store.steps.hours.values[-1]) * 3600),
-        "tokens/s": count(rate),
-        "loss (EMA)": value_text("loss", float(last)),
+        "time": duration(hours * 3600),
+        "tokens/s": count(store.steps.tokens.values[-1] / hours / 3600) if hours > 0 else "-",
+        "recent loss": value_text("loss", store.steps.mean("loss")),
         "best eval": value_text("loss", float(evals[low])) if low >= 0 else "-",
         "at step": whole(int(store.evals.step.values[low])) if low >= 0 else "-",
         "last eval": value_text("loss", newest[1]) if newest is not None else "-",

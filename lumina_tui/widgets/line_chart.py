@@ -128,7 +128,8 @@ class LineChart(ChartKeys, Drawn):
         if at is None:
             name = f"{self.curves[-1].name} " if len(self.curves) > 1 else ""
             return (f"{name}has nothing at {x_text(options.base, options.cross)}" if options.cross is not None else ""), ""
-        text = f"{whole(at.step)}: {value_text(options.metric, at.value)}"
+        place = "" if options.base == "step" else f" at {x_text(options.base, at.x)}"
+        text = f"{whole(at.step)}{place}: {value_text(options.metric, at.value)}"
         if at.smooth is not None:
             text += f" (EMA {value_text(options.metric, at.smooth)})"
         if len(self.curves) > 1:

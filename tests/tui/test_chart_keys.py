@@ -220,7 +220,7 @@ async def test_settings_of_a_chart_are_remembered_for_each_metric():
         await until(pilot, lambda: chart.options.base == "tokens")
     again, app = chart_of(run_of(*steps(50)))
     async with app.run_test(size=(80, 24)) as pilot:
-        await until(pilot, lambda: "50: " in screen_text(app))
+        await until(pilot, lambda: "50 at 5.00 k tokens: " in screen_text(app))
         assert (again.options.weight, again.options.log_y, again.options.base) == (0.98, True, "tokens")
         again.set_metric("lr")
         assert (again.options.weight, again.options.log_y) == (0.0, False)

@@ -54,6 +54,21 @@ def test_pyramid_equals_brute_force_on_random_windows(monkeypatch, limit):
         np.testing.assert_array_equal(got.missing_C, want[:, 4])
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 20_000), st.integers(0, 5))
+def test_extremes_of_everything_equal_brute_force(size, seed):
+    values = noisy(size, seed)
+    pyramid = Pyramid()
+    pyramid.extend(values)
+    good = values[np.isfinite(values)]
+    low, high, count = pyramid.extremes()
+    assert count == len(good)
+    if len(good):
+        assert (low, high) == (good.min(), good.max())
+    else:
+        assert np.isnan(low) and np.isnan(high)
+
+
 def test_mx06_one_spike_in_a_million_is_in_every_picture():
     values = np.zeros(1_000_000, np.float32)
     values[654_321] = 7.0
