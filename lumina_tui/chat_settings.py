@@ -11,10 +11,15 @@ from lumina_engine.chat.session import ChatSession
 if TYPE_CHECKING:
     from .memory import Memory
 
-HINT = (
-    "name=value with spaces between; seed=none draws a new one for each reply;",
-    "trace=off asks for no probabilities and experts",
-)
+MEANINGS = {
+    "temperature": "0 to 10; 0 takes the likeliest token",
+    "top_p": "share of probability that is kept; 1 = all",
+    "top_k": "likeliest tokens that are kept; 0 = all",
+    "repetition_penalty": "0.1 to 10; 1 = off",
+    "max_new_tokens": "longest reply",
+    "seed": "none draws a new one for each reply",
+    "trace": "on or off: probabilities and experts of tokens",
+}
 
 
 @dataclass
@@ -29,24 +34,42 @@ class ChatSettings:
     @classmethod
     def remembered(cls, memory: Memory) -> ChatSettings:
         """The settings of the last session, or the defaults for what cannot be used."""
-        found = cls(mode=memory.get("chat.mode", DEFAULT_MODE), trace=memory.get("chat.trace", True))
+        found = cls(mode=memory.get("chat.mode", DEFAULT_MODE))
         if found.mode not in MODES:
             found.mode = DEFAULT_MODE
         try:
-            found.apply_text(memory.get("chat.sampling", ""))
+            found.apply_text(memory.get("chat.settings", ""))
         except ChatError:  # written by another version: its bounds were others
-            found.overrides, found.seed = {}, None
+            return cls(found.mode)
         return found
 
     def remember(self, memory: Memory) -> None:
         """Keep them for the next session."""
         memory.set("chat.mode", self.mode)
-        memory.set("chat.trace", self.trace)
-        memory.set("chat.sampling", " ".join([f"{name}={value}" for name, value in self.overrides.items()] + [self._seed]))
+        memory.set("chat.settings", self.changes())
 
     @property
     def _seed(self) -> str:
         return f"seed={'none' if self.seed is None else self.seed}"
+
+    def changes(self) -> str:
+        """What differs from the mode's own, as `apply_text` reads it."""
+        parts = [f"{name}={value}" for name, value in self.overrides.items()]
+        return " ".join([*parts, *([self._seed] if self.seed is not None else []), *([] if self.trace else ["trace=off"])])
+
+    def table(self) -> list[str]:
+        """All settings with their values and what they mean, one a line."""
+        values = {
+            **sampling_for(self.mode, self.overrides).to_dict(),
+            "seed": self.seed,
+            "trace": "on" if self.trace else "off",
+        }
+        shown = {
+            name: "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+            for name, value in values.items()
+        }
+        rows = [f"{name:<18} {shown[name]:<8} {meaning}" for name, meaning in MEANINGS.items()]
+        return [*rows, "", f"What is not named has the value of mode {self.mode}. Example: temperature=0.5 seed=7"]
 
     def text(self) -> str:
         """All settings as `apply_text` reads them."""
@@ -67,8 +90,7 @@ class ChatSettings:
             raise ChatError(f"trace must be on or off, not {traces[-1]!r}", 2)
         rest = " ".join(word for word in words if not word.startswith("trace="))
         self.overrides, self.seed = parse_settings(self.mode, rest)
-        if traces:
-            self.trace = traces[-1] == "on"
+        self.trace = not traces or traces[-1] == "on"
 
     def wrong(self, text: str) -> str | None:
         """What is wrong with settings, or None."""

@@ -175,6 +175,7 @@ class TooSmall(Widget):
     .-tiny > TooSmall { display: block; }
     .-tiny > Panel, .-tiny > .content { display: none; }
     """
+    SCOPED_CSS = False  # it hides what stands beside it
 
     def render(self) -> Content:
         needs = getattr(self.screen, "smallest", (60, 15))

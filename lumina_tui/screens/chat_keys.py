@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from lumina_engine.chat.modes import MODES
 from lumina_engine.chat.session import ChatSession
 
-from ..chat_settings import HINT, ChatSettings
+from ..chat_settings import ChatSettings
 from ..chatting import Phase
 from ..conversations import Conversations
 from .base import LuminaScreen
@@ -161,7 +161,9 @@ class ConversationKeys(LuminaScreen):
             self.use_settings()
             self.pane.say("note", f"settings: {self.settings.text()}")
 
-        self.lumina.prompt("Settings", apply, value=self.settings.text(), lines=HINT, check=self.settings.wrong)
+        self.lumina.prompt(
+            "Settings", apply, value=self.settings.changes(), lines=self.settings.table(), check=self.settings.wrong
+        )
 
     # views
 

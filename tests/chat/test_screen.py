@@ -320,9 +320,10 @@ async def test_c136_no_size_raises(runs: Path, servers: Servers) -> None:
     async with opened(runs, servers) as (app, pilot):
         await say(app, pilot, "a long message " * 20)
         for choosing in (False, True):
-            for size in [(200, 60), (120, 40), (60, 15), (20, 6), (10, 3), (1, 1), (80, 24)]:
+            for size in [(200, 60), (120, 40), (60, 15), (59, 14), (20, 6), (10, 3), (1, 1), (80, 24)]:
                 await pilot.resize_terminal(*size)
                 await pilot.pause()
+                assert ("needs 60x15, has 59x14" in app.shown) == (size == (59, 14))
                 if size == (200, 60):  # the conversations beside what is read
                     wanted = "best latest" if choosing else "answer 1"
                     await until(pilot, lambda: "first words" in app.shown and wanted in app.shown)  # noqa: B023

@@ -252,8 +252,9 @@ def test_c104_settings_are_checked_and_remembered(tmp_path: Path) -> None:
     again.apply_text(chosen.text())
     assert again == chosen
     memory.set("chat.mode", "wild")
-    memory.set("chat.sampling", "nonsense=1")
-    assert ChatSettings.remembered(memory) == ChatSettings(trace=False)
+    memory.set("chat.settings", "nonsense=1")
+    assert ChatSettings.remembered(memory) == ChatSettings()
+    assert any("seed" in row and "7" in row for row in chosen.table())
 
 
 # checkpoints
