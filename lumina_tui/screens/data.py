@@ -147,12 +147,12 @@ class DataScreen(LuminaScreen):
             return
         findings = self._panel("findings")
         findings.set_title("Findings", say.state(source)[0])
-        findings.set_lines(say.findings(source, self.sources.settings))
+        findings.set_lines(say.findings(source, self.sources.settings), about=source.key)
         sample, job = self._panel("sample"), source.jobs.get("preview")
         sample.set_title(*say.sample_title(source))
         if source.rows.get(source.at_row) is not None:
             sample.set_state(State.LIVE)
-            sample.set_lines(say.sample(source))
+            sample.set_lines(say.sample(source), about=(source.key, source.at_row))
         elif job is not None and not job.over:
             sample.set_state(State.LOADING, say.sampling(job))
         elif job is not None and job.error:

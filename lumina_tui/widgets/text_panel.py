@@ -85,10 +85,14 @@ class TextPanel(Drawn):
         self._text: list[Line] = []
         self._indent = indent
         self._top = 0
+        self._about: object = None
         self._wrapped: tuple[int, list[list[Part]]] = (-1, [])
 
-    def set_lines(self, lines: Sequence[Line]) -> None:
-        """Show these lines; nothing is repainted if they are the same."""
+    def set_lines(self, lines: Sequence[Line], about: object = None) -> None:
+        """Show these lines; nothing is repainted if they are the same. A text `about` something else begins at its top."""
+        if about != self._about:
+            self._about, before = about, self._top
+            self._scroll(-before)
         if list(lines) == self._text:
             return
         self._text = list(lines)

@@ -95,6 +95,20 @@ def test_c030_a_sample_gives_a_guess_that_says_so(write):
     assert "tokens" not in check_files(path).to_dict()
 
 
+def test_c030_a_conversation_of_exactly_seq_length_is_not_cut_and_stands_before_the_mark(write):
+    turns = ["q", "a" * 10]
+    exact = len(TOKENIZER.encode_with_mask(conversation(turns))[0])
+    path = write("a.jsonl", [record(turns), record(["q", "a" * 11])])
+    found = check_files(path, tokenizer=TOKENIZER, seq_length=exact).to_dict()
+    bars = dict(zip(found["lengths"]["edges"][1:], found["lengths"]["counts"], strict=True))
+    assert bars[exact] == 1 and found["cut"] == {
+        "seq_length": exact,
+        "conversations": 1,
+        "lost_tokens": 1,
+        "how": {"question cut at its start": 1},
+    }
+
+
 def test_c030_answers_of_weight_0_are_not_trained(write, talk):
     talks = [talk("q", "abc", "r", "de", weights={1: 0.0}), talk("q", "abcd")]
     path = write("w.jsonl", [t.to_record() for t in talks])

@@ -184,6 +184,17 @@ def test_c031_report_equals_plain_loops_over_the_records(run, seed):
     assert split["seconds"]["rest"] == pytest.approx(rest)
 
 
+def test_a_rewind_takes_values_back_before_anything_is_written_again(run):
+    experts = [rec.Experts(step=n, layers=[0], load=[[float(n), 1.0]], imbalance=[float(n)]) for n in (10, 20)]
+    steps = [rec.Step(step=n, loss=float(n)) for n in range(1, 21)]
+    saved = [rec.Checkpoint(step=10, bytes=1), rec.Checkpoint(step=20, bytes=1)]
+    write(run, *steps, rec.Eval(step=10, loss=1.0), rec.Eval(step=20, loss=0.5), *experts, *saved, rec.Rewind(to_step=12))
+    found, _ = report(run)
+    assert found["summary"]["step"] == 12 and found["summary"]["best_eval"]["step"] == 10 and found["routing"]["step"] == 10
+    assert [c["step"] for c in found["checkpoints"]["recorded"]] == [10] and found["curves"]["imbalance"]["max"] == [10.0]
+    assert [entry["kind"] for entry in found["timeline"]["entries"]] == ["rewind"]
+
+
 def test_a_record_of_experts_that_was_split_is_one_row(run):
     write(
         run,
@@ -195,6 +206,10 @@ def test_a_record_of_experts_that_was_split_is_one_row(run):
     row = {name: history.routing[name][0] for name in ("imbalance", "entropy", "dead", "dropped")}
     assert row == {"imbalance": 2.0, "entropy": 0.1, "dead": 1.0, "dropped": pytest.approx(0.3)}
     assert worst([])["imbalance"] is None
+    write(run, rec.Experts(step=6, layers=[0], load=[[2.0, 2.0]], imbalance=[1.0]))
+    history = read_history(run.metrics_path)
+    assert history.routing["imbalance"].tolist() == [2.0, 1.0]  # the other layer was not looked at in step 6
+    assert {index: layer.step for index, layer in history.layers.items()} == {0: 6, 1: 5}
 
 
 def test_starts_tell_their_steps_times_and_last_state(run):
