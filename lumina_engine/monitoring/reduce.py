@@ -16,7 +16,7 @@ BLOCK = 64  # samples in a block of the lowest level
 FANOUT = 4  # blocks of one level in a block of the next
 _MAX_BLOCKS = 32_768  # blocks looked at for one picture; beyond, the next level is used
 _COARSE = 4096  # samples in a block, at most, where everything is summed up
-_SAMPLE = 16_384  # values that a percentile is estimated from
+SAMPLE = 16_384  # values that a percentile is estimated from
 _SAVE_EVERY = 4096  # samples between two saved states of the smoothing
 _PIECE = 1 << 16  # samples smoothed at once: they fit the processor's cache
 _SCAN = 64  # terms that the smoothing adds up in one matrix product
@@ -359,7 +359,7 @@ def percentile_range(
     values_N: np.ndarray, low: float = 5.0, high: float = 95.0, positive: bool = False
 ) -> tuple[float, float] | None:
     """The percentiles of the finite (and positive) values, estimated from at most 16,384 even ones; None without any."""
-    step = max(1, -(-len(values_N) // _SAMPLE))
+    step = max(1, -(-len(values_N) // SAMPLE))
     sample = np.asarray(values_N[::step], np.float64)
     sample = sample[np.isfinite(sample)]
     if positive:

@@ -66,6 +66,8 @@ class CompareScreen(LuminaScreen):
         self._shown: tuple[object, ...] = ()
         self._beside: list[str] = []  # metrics of the small charts
         self._words: list[str] = []
+        self._turn = 0
+        self._moved: tuple[int | None, int | None] = (None, None)
         cursor = Cursor()
         self.chart = CompareChart("loss", cursor=cursor, id="chart")
         self.small = [CompareChart(name, cursor=cursor) for name in ("tokens_per_s", "grad_norm", "lr", "aux_loss")]
@@ -156,8 +158,11 @@ class CompareScreen(LuminaScreen):
             self._beside = metrics_beside(self.chart.metrics_known(), self.chart.options.metric)
         if self._drawn() != self._shown:
             self._lay()
-        for chart in (self.chart, *self.small):
+        moved = (self.chart.cursor.step, self.chart.cursor.pin)
+        self._turn = (self._turn + 1) % len(self.small)  # the small charts take turns, unless the crosshair moves
+        for chart in (self.chart, *(self.small if moved != self._moved else [self.small[self._turn]])):
             chart.sync()
+        self._moved = moved
         options = self.chart.options
         columns = COLUMNS if options.pin is None else PINNED
         if self.table.columns != columns:

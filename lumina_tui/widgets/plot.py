@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lumina_engine.monitoring.reduce import Columns, Pyramid, percentile_range
+from lumina_engine.monitoring.reduce import SAMPLE, Columns, Pyramid, percentile_range
 from lumina_engine.monitoring.ticks import clock_ticks, ticks, value_labels
 
 from ..history import History
@@ -127,7 +127,7 @@ def _edges(xs: np.ndarray, bounds_D: np.ndarray) -> np.ndarray:
 
 def _y_range(laid: Sequence[_Laid], options: Options, x: tuple[float, float]) -> tuple[float, float]:
     """Lowest and highest value to show, over all curves."""
-    found = [limits for one in laid if (limits := _range_of(one, options, x)) is not None]
+    found = [limits for one in laid if (limits := _range_of(one, options, x, len(laid))) is not None]
     if not found:
         return (0.1, 1.0) if options.log_y else (0.0, 1.0)
     return min(low for low, _ in found), max(high for _, high in found)
@@ -144,12 +144,13 @@ def _with_tails(low: float, high: float, curve: Curve, options: Options, x: tupl
     return low, high
 
 
-def _range_of(one: _Laid, options: Options, x: tuple[float, float]) -> tuple[float, float] | None:
-    """Of the middle 90 %, or of everything; evaluations and the newest value always fit."""
+def _range_of(one: _Laid, options: Options, x: tuple[float, float], share: int) -> tuple[float, float] | None:
+    """Of the middle 90 %, or of everything; evaluations and the newest value always fit. `share` runs share the samples."""
     a, b = int(one.edges_D[0]), int(one.edges_D[-1])
     values = one.raw.values[max(0, a - 1) : b + 1]
     if options.outliers or options.log_y:
-        found = percentile_range(values, *((5, 95) if options.outliers else (0, 100)), positive=options.log_y)
+        sample = values[:: max(1, len(values) * share // SAMPLE)] if share > 1 else values
+        found = percentile_range(sample, *((5, 95) if options.outliers else (0, 100)), positive=options.log_y)
     else:
         reduced = one.raw.columns(np.array([max(0, a - 1), min(b + 1, len(one.raw))]))
         found = (float(reduced.low_C[0]), float(reduced.high_C[0])) if reduced.count_C[0] else None
