@@ -25,14 +25,23 @@ _LOW_IS_BAD = frozenset({"entropy", "confidence"})
 
 @dataclass(frozen=True)
 class LayerTime:
-    """One layer over time. `share_TE` is the mean share in each column (NaN: unknown); `dead_TE` whether an expert had an
-    observation without a token; `figures[name]` has the worst value of each column."""
+    """One layer over time. `dead_TE` tells whether an expert had an observation without a token; `figures[name]` has the worst
+    value of each column."""
 
     first_T: np.ndarray  # steps
     last_T: np.ndarray
-    share_TE: np.ndarray
     dead_TE: np.ndarray
     figures: dict[str, np.ndarray]
+    sum_TE: np.ndarray  # of the shares in each column
+    known_T: np.ndarray  # how many there were
+
+    @property
+    def share_TE(self) -> np.ndarray:
+        """The mean share in each column; NaN where it is unknown."""
+        known_T = self.known_T.astype(np.float32)
+        with np.errstate(all="ignore"):
+            share_TE: np.ndarray = np.where(known_T[:, None] > 0, self.sum_TE / known_T[:, None], np.nan)
+        return share_TE
 
 
 @dataclass(frozen=True)
@@ -138,11 +147,8 @@ class Block:
     def layer(self, layer: int) -> LayerTime:
         """One of the layers over time."""
         at = self.layers.index(layer)
-        with np.errstate(all="ignore"):
-            known_T = self.known_TL[:, at].astype(np.float32)
-            share_TE = np.where(known_T[:, None] > 0, self.share_TLE[:, at] / known_T[:, None], np.nan)
         figures = {name: column[:, at] for name, column in self.worst.items()}
-        return LayerTime(self.first_T, self.last_T, share_TE, self.dead_TLE[:, at], figures)
+        return LayerTime(self.first_T, self.last_T, self.dead_TLE[:, at], figures, self.share_TLE[:, at], self.known_TL[:, at])
 
     def _get(self, name: str) -> np.ndarray:
         figure = name[:-3]

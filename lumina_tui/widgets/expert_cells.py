@@ -5,9 +5,10 @@ A share is a load divided by the fair one; five levels. An expert without a toke
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from rich.style import Style
@@ -28,7 +29,12 @@ WIDEST = 3  # cells for an expert, at most
 
 def level_of(share: float) -> int:
     """0 (far below the fair share) to 4 (above twice the fair share)."""
-    return sum(share >= limit for limit in LEVELS)
+    return bisect.bisect_right(LEVELS, share)
+
+
+def _level(share: float, dead: bool) -> int:
+    """A level, -1 for unknown, -2 for dead."""
+    return -2 if dead else level_of(share) if math.isfinite(share) else -1
 
 
 def shares(load: Sequence[float]) -> list[float]:
@@ -50,6 +56,7 @@ class Ink:
     palette: Palette
     ascii: bool = False
     halves: bool = False
+    _pairs: dict[tuple[int, int], Style] = field(default_factory=dict, compare=False, repr=False)  # by levels
 
     def cell(self, share: float, dead: bool) -> tuple[str, Style]:
         """One glyph."""
@@ -62,11 +69,16 @@ class Ink:
 
     def pair(self, upper: tuple[float, bool], lower: tuple[float, bool]) -> tuple[str, Style]:
         """Two cells in one, one above the other."""
-        (_, above), (_, below) = self.cell(*upper), self.cell(*lower)
-        if upper[1] or lower[1]:
-            behind = above if lower[1] and not upper[1] else below if not lower[1] else None
-            return DEAD, self.palette.bad + Style(bgcolor=behind.color if behind is not None else None)
-        return HALF, Style(color=above.color, bgcolor=below.color)
+        key = (_level(*upper), _level(*lower))
+        style = self._pairs.get(key)
+        if style is None:
+            (_, above), (_, below) = self.cell(*upper), self.cell(*lower)
+            style = Style(color=above.color, bgcolor=below.color)
+            if upper[1] or lower[1]:
+                behind = above if lower[1] and not upper[1] else below if not lower[1] else None
+                style = self.palette.bad + Style(bgcolor=behind.color if behind is not None else None)
+            self._pairs[key] = style
+        return (DEAD if upper[1] or lower[1] else HALF), style
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ class ExpertMap(RunPanel):
         self._expert, self._time = 0, 10**9  # of a layer over time: expert, column
         self._rows: list[tuple[int, LayerLoad]] = []
         self._merged = 1
+        self._experts = 0  # in a layer
+        self._plan: tuple[int, Row, list[str]] = (3, Row(0, 0, 1, 1), [])
         self._layer: int | None = None  # shown over time
         self._figure: Figure | None = None  # of all layers over time
         self._picture = Picture([])
@@ -64,8 +66,9 @@ class ExpertMap(RunPanel):
         groups = [layers[i : i + self._merged] for i in range(0, len(layers), self._merged)]
         self._rows = [max(group, key=lambda item: (bool(item[1].dead), _known(imbalance(item[1])))) for group in groups]
         self._row = min(self._row, max(0, len(self._rows) - 1))
-        experts = self._experts
+        experts = self._experts = max((len(load.load) for _, load in layers), default=0)
         self._column = min(self._column, max(0, experts - 1))
+        self._plan = self._laid_out(self.inner[0])
         if self._layer is not None:
             self._arrange_layer(self._layer)
         elif self._figure is not None:
@@ -87,7 +90,7 @@ class ExpertMap(RunPanel):
         if time is None or not len(time.last_T):
             self._layer = None
             return
-        self._expert = min(self._expert, time.share_TE.shape[1] - 1)
+        self._expert = min(self._expert, time.dead_TE.shape[1] - 1)
         if self._time >= 10**9:
             self._time = len(time.last_T) - 1
         self._picture, words = layer_picture(time, width, height, self._ink, self._expert, self._time)
@@ -112,7 +115,7 @@ class ExpertMap(RunPanel):
     def _foot(self, layers: list[tuple[int, LayerLoad]]) -> tuple[str, str]:
         if not layers:
             return "", ""
-        row = self._layout(self.inner[0])[1]
+        row = self._plan[1]
         page = f"E{row.first}-{row.first + row.count - 1} of {self._experts}" if row.count < self._experts else ""
         right = ", ".join(part for part in (f"worst of {self._merged}" if self._merged > 1 else "", page) if part)
         if self.has_focus and self._rows:
@@ -127,10 +130,6 @@ class ExpertMap(RunPanel):
         if dropped:
             parts.append(f"drop {100 * sum(dropped) / len(dropped):.1f} %")
         return ", ".join(parts), right
-
-    @property
-    def _experts(self) -> int:
-        return max((len(load.load) for load in self.store.layers.values()), default=0)
 
     # painting
 
@@ -196,7 +195,7 @@ class ExpertMap(RunPanel):
                 used += len(text)
         return pieces
 
-    def _layout(self, width: int) -> tuple[int, Row, list[str]]:
+    def _laid_out(self, width: int) -> tuple[int, Row, list[str]]:
         """Columns of the label, how the experts lie, and the figures beside each layer besides max/mean."""
         label = max((len(str(layer)) for layer, _ in self._rows), default=1) + 2
         room = max(1, width - label - 8)
@@ -210,7 +209,7 @@ class ExpertMap(RunPanel):
         return label, row_of(self._experts, room, self._ink.halves, self._column), beside
 
     def _line(self, y: int, width: int, height: int) -> Sequence[Piece]:
-        label, row, beside = self._layout(width)
+        label, row, beside = self._plan
         header = int(height >= 6 and len(self._rows) < height)
         if header and y == 0:
             return self._header(label, row, beside)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -43,7 +45,7 @@ def _small(value: float) -> str:
 
 def _steps(*limits: float) -> Callable[[float], int]:
     """Levels 1 to 4 by limits: 1 is fine, 4 is bad."""
-    return lambda value: 1 + sum(value >= limit for limit in limits)
+    return lambda value: 1 + bisect.bisect_right(limits, value)
 
 
 FIGURES = (
@@ -90,10 +92,11 @@ def _column_width(columns: int, room: int) -> int:
 
 def layer_picture(time: LayerTime, width: int, height: int, ink: Ink, row: int, column: int) -> tuple[Picture, str]:
     """One layer: experts from top to bottom, time from left to right. The cell under (`row`, `column`) in words."""
-    experts = time.share_TE.shape[1]
+    share_TE = time.share_TE
+    experts = share_TE.shape[1]
     label, newest_width = len(str(max(0, experts - 1))) + 2, 6
     room = max(1, width - label - newest_width)
-    share, dead, starts = fewer_columns(time.share_TE, time.dead_TE, room)
+    share, dead, starts = fewer_columns(share_TE, time.dead_TE, room)
     rows = max(1, height - (1 if height >= 4 else 0))
     per = 2 if ink.halves and experts > rows else 1
     page = rows * per
@@ -109,7 +112,7 @@ def layer_picture(time: LayerTime, width: int, height: int, ink: Ink, row: int, 
             if row in pair and t == column:
                 style += Style(reverse=True)
             pieces.append((text * each, style))
-        newest = float(time.share_TE[-1, top]) if len(time.share_TE) else math.nan
+        newest = float(share_TE[-1, top]) if len(share_TE) else math.nan
         lines.append(
             [
                 (fit(f"E{top}", label - 1) + " ", ink.palette.dim),
@@ -148,7 +151,7 @@ def figure_picture(
         worse = np.fmin if figure.name in ("entropy", "confidence") else np.fmax
         values = worse.reduceat(values_T, starts)
         cells, each, ends = len(values), _column_width(len(values), room), (int(time.first_T[0]), int(time.last_T[-1]))
-        pieces = [_figure_cell(float(value), figure, ink, at == row and t == column) for t, value in enumerate(values)]
+        pieces = _figure_cells(values, figure, ink, min(column, cells - 1) if at == row else None)
         newest = figure.text(float(values_T[-1]))
         lines.append(
             [
@@ -180,9 +183,13 @@ def figures_below(history: RoutingHistory, layers: Sequence[int], width: int, he
     return lines
 
 
-def _figure_cell(value: float, figure: Figure, ink: Ink, chosen: bool) -> Piece:
-    text, style = ink.cell(math.nan, False)
-    if math.isfinite(value):
-        level = figure.level(value)
-        text, style = ink.cell((0.1, 0.5, 1.0, 1.5, 3.0)[level], False)
-    return text, style + Style(reverse=True) if chosen else style
+def _figure_cells(values: np.ndarray, figure: Figure, ink: Ink, chosen: int | None) -> list[Piece]:
+    """A cell a value; neighbours of one level are one piece."""
+    looks = [ink.cell(math.nan, False), *(ink.cell(share, False) for share in (0.1, 0.5, 1.0, 1.5, 3.0))]
+    levels = [figure.level(value) + 1 if math.isfinite(value) else 0 for value in values.tolist()]
+    pieces: list[Piece] = []
+    for (level, marked), group in itertools.groupby(enumerate(levels), lambda item: (item[1], item[0] == chosen)):
+        text, style = looks[level]
+        count = sum(1 for _ in group)
+        pieces.append((text * count, style + Style(reverse=True) if marked else style))
+    return pieces
