@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from lumina_engine.monitoring import record as rec
 from lumina_tui.application import LuminaApp, Start
 from lumina_tui.feed import Mode
 from lumina_tui.overview import Reader
+from lumina_tui.screens.data import DataScreen
 from lumina_tui.screens.doctor import DoctorScreen
 from lumina_tui.terminal import NAMED, AsciiFilter, Look, to_ascii
 from lumina_tui.widgets.picture import Limits
@@ -200,13 +202,52 @@ async def test_doctor(tmp_path, size, glyphs, monkeypatch):
         compare(f"doctor-{size[0]}x{size[1]}-{glyphs}", to_ascii(screen_text(app)) if glyphs == "ascii" else screen_text(app))
 
 
+SOURCES = [((80, 24), "braille"), ((80, 24), "ascii"), ((120, 40), "braille"), ((200, 60), "braille")]
+
+
+@pytest.mark.parametrize(
+    ("size", "glyphs"), SOURCES, ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value))
+)
+async def test_data(tmp_path, size, glyphs, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    talks = [{"instruction": f"Count to {n}.", "output": ", ".join(map(str, range(1, n)))} for n in (2, 9, 60, 9)]
+    Path("count.json").write_text(json.dumps(talks, indent=1))
+    Path("broken.jsonl").write_bytes(b'{"messages": "caf\xe9"}\n')
+    app = LuminaApp("runs", look=LOOKS[glyphs])
+    async with app.run_test(size=size) as pilot:
+        app.memory.set("data.paths", ["count.json", "broken.jsonl"])
+        screen = app.open_screen(8)
+        await until(pilot, lambda: screen.is_current and all(row.look for row in screen.sources.rows.values()))
+        screen.table.move_to("count.json")
+        await screen.action_do("data.validate")
+        source = screen.chosen
+        await until(pilot, lambda: source.check is not None)
+        if size == (80, 24):
+            compare(f"data-list-80x24-{glyphs}", _ascii_or(glyphs, screen_text(app)))
+            await pilot.press("enter")
+        source.checked_at = 1_764_000_000.0
+        await until(pilot, lambda: source.rows and "checked at 16:00" in _shown_again(screen))
+        compare(f"data-{size[0]}x{size[1]}-{glyphs}", _ascii_or(glyphs, screen_text(app)))
+
+
+def _shown_again(screen: DataScreen) -> str:
+    screen._show()
+    return screen_text(screen.app)
+
+
+def _ascii_or(glyphs: str, text: str) -> str:
+    return to_ascii(text) if glyphs == "ascii" else text
+
+
 def test_no_snapshot_is_unused():
-    wanted = {f"monitor-{w}x{h}-{g}.txt" for w, h in ((80, 24), (120, 40), (160, 45)) for g in LOOKS} | {
+    wanted = {f"monitor-{w}x{h}-{g}.txt" for w, h in ((80, 24), (120, 40), (160, 45), (200, 60)) for g in LOOKS} | {
         *(f"compare-{w}x{h}-{g}.txt" for (w, h), g in COMPARED),
         "home-80x24.txt",
         "home-160x45.txt",
         "home-200x60.txt",
         *(f"doctor-{w}x{h}-{g}.txt" for (w, h), g in CHECKED),
+        *(f"data-{w}x{h}-{g}.txt" for (w, h), g in SOURCES),
+        *(f"data-list-80x24-{g}.txt" for g in LOOKS),
     }
     assert {path.name for path in FOLDER.glob("*.txt")} == wanted
 
