@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from .memory import Memory
 
 MEANINGS = {
-    "temperature": "0 to 10; 0 takes the likeliest token",
-    "top_p": "share of probability that is kept; 1 = all",
-    "top_k": "likeliest tokens that are kept; 0 = all",
+    "temperature": "0 to 10; 0 = likeliest",
+    "top_p": "share kept; 1 = all",
+    "top_k": "likeliest kept; 0 = all",
     "repetition_penalty": "0.1 to 10; 1 = off",
     "max_new_tokens": "longest reply",
-    "seed": "none draws a new one for each reply",
-    "trace": "on or off: probabilities and experts of tokens",
+    "seed": "none: new each reply",
+    "trace": "probabilities, experts",
 }
 
 
@@ -68,8 +68,8 @@ class ChatSettings:
             name: "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
             for name, value in values.items()
         }
-        rows = [f"{name:<18} {shown[name]:<8} {meaning}" for name, meaning in MEANINGS.items()]
-        return [*rows, "", f"What is not named has the value of mode {self.mode}. Example: temperature=0.5 seed=7"]
+        rows = [f"{name:<19}{shown[name]:<7} {meaning}" for name, meaning in MEANINGS.items()]
+        return [*rows, "", f"The rest is as in mode {self.mode}. temperature=0.5 seed=7"]
 
     def text(self) -> str:
         """All settings as `apply_text` reads them."""

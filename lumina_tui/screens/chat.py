@@ -248,12 +248,12 @@ class ChatScreen(ConversationFiles):
             return
         if self.pane.link.phase is Phase.CONNECTING:
             self.pane.leave()
-            if self.pane is self.right:
+            if self.pane.session is not None:
+                self.pane.stay_without("loading was given up")
+            elif self.pane is self.right:
                 self.action_split()
-            elif self.left.session is None:
-                self._choose(self.left)
             else:
-                self.left.stay_without("loading was given up")
+                self._choose(self.left)
         else:
             await self.app.run_action("do('app.back')")
 

@@ -86,7 +86,7 @@ class ConversationKeys(LuminaScreen):
             return None
         if session is None:
             return "no checkpoint is loaded"
-        if name == "again" and (self.no_reply_now() or not session.can_retry):
+        if name == "again" and (self.no_reply_now() or not any(session.can_retry for session in self.sessions)):
             return self.no_reply_now() or "nothing was said yet"
         if name in ("copy", "export", "find", "tokens", "version_next", "version_before") and not (session.history or busy):
             return "nothing was said yet"
@@ -138,10 +138,18 @@ class ConversationKeys(LuminaScreen):
         if reason := self.why_not("chat.again"):
             self.lumina.notice(reason, "warning")
             return
-        ready = [pane for pane in self.panes if pane.link.phase is Phase.READY and pane.session and pane.session.can_retry]
-        sessions = [pane.session for pane in ready if pane.session is not None]
-        seed = sessions[0].reply_seed(again=True) if sessions else 0
-        for pane in ready:
+        ready = [pane for pane in self.panes if pane.link.phase is Phase.READY]
+        able = [(pane, pane.session) for pane in ready if pane.session is not None and pane.session.can_retry]
+        if not able:
+            self.lumina.notice("nothing to answer again where a server is ready", "warning")
+            return
+        if waiting := [(pane, session) for pane, session in able if session.unsent is not None]:
+            # a message that only one pane could not answer: with the seed that the other one had
+            answered = next((s.last for s in self.sessions if s.unsent is None and s.last is not None), None)
+            seed = answered.seed if answered is not None else waiting[0][1].reply_seed()
+        else:
+            seed = able[0][1].reply_seed(again=True)
+        for pane, _ in waiting or able:
             pane.again(seed)
 
     def action_copy(self) -> None:

@@ -155,6 +155,8 @@ async def test_c136_a_dead_server_is_one_panes_affair_and_r_starts_it_again(runs
         app.chat.action_again()
         await until(pilot, ended(*app.chat.panes))
         assert [turn["content"] for turn in app.chat.right.session.history][2] == "two"
+        left, right = left_right(servers)
+        assert len(left.asked) == 2 and right.asked[-1][2] == left.asked[-1][2]  # only what was missing, with the same seed
 
 
 async def test_c136_the_split_closes_and_opens_and_its_words_stay_in_the_file(runs: Path, servers: Servers) -> None:
@@ -171,6 +173,24 @@ async def test_c136_the_split_closes_and_opens_and_its_words_stay_in_the_file(ru
         app.chat.action_split()
         await until(pilot, lambda: app.chat.right.link.phase is Phase.READY)
         assert len(app.chat.right.session.history) == 2
+
+
+async def test_c136_giving_up_a_load_keeps_what_was_said(runs: Path, servers: Servers) -> None:
+    async with two(runs, servers) as (app, pilot):
+        await tell(app, pilot, "one")
+        servers.load.clear()
+        server, thread = servers.running.pop()
+        server.stop("killed")
+        await asyncio.to_thread(thread.join, 20)
+        app.chat.right.open(app.chat.right.wanted)
+        app.chat.right.enter()
+        await until(pilot, lambda: "LOADING" in app.shown and app.chat.right.transcript.has_focus)
+        await pilot.press("escape")
+        await until(pilot, lambda: app.chat.right.link.phase is Phase.GONE)
+        assert app.chat.split and len(app.chat.right.session.history) == 2
+        servers.load.set()
+        app.chat.action_reload()
+        await until(pilot, lambda: app.chat.right.link.phase is Phase.READY)
 
 
 # versions
