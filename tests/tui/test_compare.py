@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
 import itertools
 import math
@@ -31,6 +32,7 @@ from lumina_tui.widgets.plot import build
 
 from .fake_engine import FakeEngine
 from .helpers import screen_text, until
+from .pane import Pane
 
 LOOKS = {
     "braille": Look(hz=10),
@@ -452,3 +454,33 @@ def test_the_focused_line_owns_its_cells():
     mine &= ~np.isin(many.frame.code_HW[body], [ord(c) for c in "abcd"])
     assert mine.sum() > 200 and (many.frame.code_HW[body][mine] == alone.frame.code_HW[body][mine]).all()
     assert (many.frame.style_HW[body][mine] == RUN + 3).all()
+
+
+def test_what_is_stale_looks_stale():
+    live, dead = compared("a", filled(losses=[2.0])), compared("b", filled(losses=[2.0]))
+    dead.feed.mode, dead.feed.store.state = Mode.DEAD, "running"
+    rows = table_rows([live, dead], live, Options(weight=0.0), reach=1.0)
+    assert [row.cells[2] for row in rows] == [("2.000", "text"), ("2.000", "dim")] and rows[1].cells[1] == ("dead", "bad")
+    assert "it was killed" in dead.why()
+
+
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed")
+def test_c138_compare_by_keys_in_a_real_tmux(tmp_path):
+    asyncio.run(ended(*runs_in(tmp_path / "runs", ("one", 60), ("two", 30))))
+    with Pane(tmp_path, NO_COLOR="1") as pane:
+        pane.start("--runs", str(tmp_path / "runs"), "--ascii")
+        pane.see("one", "two")
+        pane.press("6")
+        pane.see("choose runs", "finished")
+        pane.press("Space", "j", "Space", "Enter")
+        pane.see("to base", "2 runs by step", "loss  EMA")
+        pane.press("c", "H", "B")
+        pane.see("runs  at step")
+        pane.press("Tab")
+        assert "learning_rate" in pane.see("differences and results", "configuration key")
+        pane.tmux("resize-window", "-t", "a", "-x", "30", "-y", "8")
+        pane.see("needs 40x12")
+        pane.tmux("resize-window", "-t", "a", "-x", "160", "-y", "45")
+        pane.see("to base", "grad norm", "learning_rate")
+        pane.press("q")
+        assert pane.ended() == 0 and "Traceback" not in pane.text()
