@@ -114,6 +114,7 @@ class Feed:
     alive: bool = False
     attachments: int = 0
     gaps: int = 0
+    caching: bool = True  # whether a column cache is written; one that is there is used in any case
 
     def __post_init__(self) -> None:
         self.reader = LogReader(self.run.metrics_path)
@@ -255,7 +256,7 @@ class Feed:
 
     def _keep(self, grown: int) -> None:
         """Write the column cache in a thread if the log is long and has `grown` since, unless that is being done."""
-        busy = self._saving is not None and not self._saving.done()
+        busy = not self.caching or (self._saving is not None and not self._saving.done())
         offset, fresh = self.reader.offset, self.reader.offset - self._cached
         if busy or offset < columns.LEAST or (fresh < grown and self._cached) or not self.store.seq or self.store.preview:
             return

@@ -106,7 +106,7 @@ class CompareScreen(LuminaScreen):
         await self._close()
         for run in runs:
             if not run.error:
-                run.feed = Feed(run.run, hz=self.lumina.rate)
+                run.feed = Feed(run.run, hz=self.lumina.rate, caching=not self.lumina.readonly)
                 run.feed.start()
         self.runs = runs
         self.baseline = self.focus_on = next((run for run in runs if not run.error), None)

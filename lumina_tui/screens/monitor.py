@@ -134,7 +134,7 @@ class MonitorScreen(RunCommands, RunAlerts, LuminaScreen):
         old, self.feed = self.feed, None
         if old is not None:
             await old.close()
-        feed = Feed(run, hz=self.look.hz)
+        feed = Feed(run, hz=self.look.hz, caching=not self.lumina.readonly)
         self.expect_alerts(await asyncio.to_thread(identity_of, run))
         self.remove_class("-empty")
         for chart in self.charts:

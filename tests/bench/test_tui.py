@@ -50,7 +50,7 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=280)
 
 
-def test_c136_a_few_measurements_as_json():
+def test_c148_a_few_measurements_as_json():
     done = run("--quick", "--json", "--only", "first_paint,crash,form")
     assert done.returncode == 0, done.stderr
     *lines, last = [json.loads(line) for line in done.stdout.splitlines()]
@@ -65,7 +65,7 @@ def test_an_unknown_measurement_is_named():
 
 
 @pytest.mark.slow
-def test_c136_every_measurement_gives_a_figure():
+def test_c148_every_measurement_gives_a_figure():
     done = run("--quick", "--json")
     assert done.returncode == 0, done.stderr
     *lines, last = [json.loads(line) for line in done.stdout.splitlines()]

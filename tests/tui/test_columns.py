@@ -160,6 +160,15 @@ async def test_c133_a_long_log_comes_from_its_cache(tmp_path, small_caches, monk
             assert content(feed.store.alerts) == content(fresh.alerts) and content(feed.store.events) == content(fresh.events)
 
 
+async def test_a_feed_that_may_not_write_uses_a_cache_but_makes_none(tmp_path, small_caches):
+    async with long_run(tmp_path) as engine:
+        feed = Feed(RunDirectory(engine.run.path), caching=False)
+        feed.start()
+        await wait(lambda: feed.mode is Mode.LIVE)
+        await feed.close()
+        assert not columns.cache_path(engine.run.metrics_path).exists()
+
+
 async def test_c133_a_preview_stands_in_until_all_is_read(tmp_path, small_caches, monkeypatch):
     """It is labelled, and replaced in the same store, so that charts keep their zoom and crosshair."""
     seen = []

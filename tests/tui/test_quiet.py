@@ -46,7 +46,7 @@ def old_run(root) -> FakeEngine:
     return engine
 
 
-async def test_c136_an_idle_home_repaints_nothing(tmp_path, repaints, monkeypatch):
+async def test_c138_an_idle_home_repaints_nothing(tmp_path, repaints, monkeypatch):
     monkeypatch.setenv("LUMINA_SOCKETS", str(tmp_path / "s"))
     old_run(tmp_path / "runs")
     app = LuminaApp(tmp_path / "runs", look=Look(hz=0.2))
@@ -63,7 +63,7 @@ async def test_c136_an_idle_home_repaints_nothing(tmp_path, repaints, monkeypatc
 
 
 @pytest.mark.parametrize("size", [(80, 24), (120, 40), (200, 60)])
-async def test_c136_a_finished_run_repaints_nothing(tmp_path, repaints, size):
+async def test_c138_a_finished_run_repaints_nothing(tmp_path, repaints, size):
     engine = old_run(tmp_path)
     app = LuminaApp(tmp_path, look=Look(hz=0.2), start=Start(run=engine.run.path))
     async with app.run_test(size=size) as pilot:
