@@ -58,6 +58,30 @@ def test_a_check_that_hangs_is_given_up_and_hides_no_other():
     assert "no answer within" in rows[0].value and "--skip hangs" in rows[0].fix
 
 
+def test_the_answer_of_a_check_that_was_given_up_is_not_told():
+    release = threading.Event()
+
+    def hangs(system):
+        """Hangs."""
+        release.wait(60)
+        yield ok("too late")
+
+    def waits(system):
+        """Ends after the other."""
+        thread = next(thread for thread in threading.enumerate() if thread.name == "check-hangs")
+        assert given_up.wait(60)
+        release.set()
+        thread.join(60)
+        yield ok("done")
+
+    given_up = threading.Event()
+    rows = []
+    for row in run_checks(System.here(), (Check("hangs", "disk", hangs, limit_s=0.05), Check("waits", "disk", waits))):
+        rows.append((row.id, row.status))
+        given_up.set()
+    assert rows == [("hangs", "fail"), ("waits", "ok")]
+
+
 def test_rows_come_before_the_last_check_ends():
     release = threading.Event()
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lumina_engine.cli import main
 from lumina_engine.monitoring import record as rec
-from lumina_engine.monitoring.log import MetricLog
+from lumina_engine.monitoring.log import MetricLog, read_records, surviving
 from lumina_engine.run import listing
 from lumina_engine.run.directory import RunDirectory, RunInfo
 from lumina_engine.run.listing import SORTS, Tail, listed, matches, ordered, smoothed, with_figures
@@ -68,6 +68,8 @@ def test_following_a_log_is_as_reading_it_again(tmp_path_factory, story, looked)
     assert follower.figures() == Tail(path).figures()
     last = follower.figures().last
     assert (last.step if last else 0) == step
+    kept = [record for record in surviving(read_records(path)) if isinstance(record, rec.Step)]
+    assert list(follower.figures().losses) == [record.loss for record in kept]
 
 
 def test_only_new_bytes_are_read(log, monkeypatch):
@@ -93,7 +95,7 @@ def test_a_log_that_was_replaced_is_read_again(log, tmp_path):
 
 def test_the_newest_step_is_found_behind_long_records(log):
     log.emit(rec.Step(step=7, loss=2.0))
-    for _ in range(6):
+    for _ in range(12):
         log.emit(rec.Experts(step=7, layers=[0], load=[[1.5] * 8000]))
     assert Tail(log.path).figures().last.step == 7
 

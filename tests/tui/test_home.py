@@ -27,6 +27,7 @@ from lumina_tui.runs import RunList
 from lumina_tui.screens.home import HomeScreen
 from lumina_tui.terminal import Look
 from lumina_tui.widgets.bars import KeyBar
+from lumina_tui.widgets.table import Row
 
 from .fake_engine import FakeEngine
 from .helpers import screen_text, until
@@ -248,6 +249,23 @@ def test_mx05_only_what_can_have_changed_is_read(tmp_path, reads):
     assert rows["r001"].step == 3 and rows["r000"].step == 2 and rows["r002"].step is None
 
 
+def test_mx10_a_killed_supervisor_changes_no_file_and_is_seen(tmp_path):
+    run = RunDirectory.create(tmp_path, "demo")
+    run.update_identity(state="running", pid=2**22 + 1, start_time=1)
+    code = f"from lumina_engine.run.directory import *; RunDirectory({str(run.path)!r}).lock(); print(1, flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
+        runs = RunList(tmp_path)
+        assert runs.refresh()[0].alive and not runs.look_at_living()
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert runs.refresh()[0].alive, "no file has changed, and this looks at files only"
+    assert runs.look_at_living()
+    assert runs.refresh()[0].state == "crashed" and not runs.look_at_living()
+
+
 async def test_c127_two_hundred_runs_read_only_what_is_seen(tmp_path, reads):
     finished_runs(tmp_path, 180, steps=2)
     async with contextlib.AsyncExitStack() as stack:
@@ -402,13 +420,14 @@ async def test_200x60_shows_all_columns_and_the_difference_to_the_preset(tmp_pat
         engine.emit(alert)
         config = ConfigPresets.get("debug")
         config.learning_rate = 0.25
+        config.data_cache_dir = f"/somewhere/{config.data_cache_dir.removeprefix('./')}"  # as every start does
         engine.run.config_path.write_text(to_yaml(config))
         async with home(tmp_path, (200, 60)) as (app, pilot, screen):
             await until(pilot, lambda: "against preset debug" in screen_text(app))
             text = screen_text(app)
             head = next(line for line in text.split("\n") if "tokens/s" in line)
             assert all(column.title in head for column in screen.table.columns)
-            assert "learning_rate" in text and "0.25" in text
+            assert "learning_rate" in text and "0.25" in text and "data_cache_dir" not in text
             assert "! loss_spike" in text and "Lower the rate." in text and "!!1" in text
 
 
@@ -472,3 +491,20 @@ async def test_a_refresh_without_news_repaints_nothing(tmp_path, monkeypatch):
             monkeypatch.setattr(widget, "refresh", lambda *regions, who=widget, **kwargs: painted.append((who, regions)))
         await screen._refresh()
         assert [who for who, _ in painted if not isinstance(who, KeyBar)] == []
+
+
+async def test_only_changed_cells_are_repainted(tmp_path, monkeypatch):
+    finished_runs(tmp_path, 3)
+    async with home(tmp_path, (120, 30)) as (_, pilot, screen):
+        await until(pilot, lambda: len(screen.rows) == 3 and all(row.alerts is not None for row in screen.rows))
+        table = screen.table
+        regions = []
+        monkeypatch.setattr(table, "refresh", lambda *found, **kwargs: regions.extend(found))
+        row = table.rows[1]
+        index = [column.key for column in table.columns].index("loss")
+        cells = (*row.cells[:index], ("9.999", "text"), *row.cells[index + 1 :])
+        table.set_rows([table.rows[0], Row(row.key, cells), table.rows[2]])
+        (region,) = regions
+        assert (region.y, region.height, region.width) == (1 + 1 + 1, 1, table.columns[index].width)
+        shown = table.render_line(region.y).text[region.x : region.right]
+        assert shown.strip() == "9.999"
