@@ -31,16 +31,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..monitoring.curves import read_history
+    from dataclasses import replace
+
+    from ..monitoring.curves import History, read_history
     from ..monitoring.report import document
     from ..monitoring.report_page import page
     from ..run.directory import find, runs_root
 
     directory = find(args.run, Path(args.runs) if args.runs else runs_root())
     target = Path(args.out).with_suffix(".html") if args.out else directory.reports / "report.html"
-    found_subject = subject(directory)
-    history = read_history(directory.metrics_path)
-    found = document(found_subject, history)
+    about = subject(directory)
+    try:
+        history = read_history(directory.metrics_path)
+    except OSError as error:
+        history = History()
+        about = replace(about, missing=(*about.missing, f"metrics.jsonl: cannot be read ({error.strerror or error})"))
+    found = document(about, history)
     data = target.with_suffix(".json")
     target.parent.mkdir(parents=True, exist_ok=True)
     _replace(target, page(found, history))

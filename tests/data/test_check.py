@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -234,6 +235,61 @@ def test_c142_every_row_can_be_asked_for(write, capsys):
     assert rows(1, 2)["rows"] == whole["rows"][1:3] and rows(1, 2)["first"] == 1
     ends = Counter(p["ends_turn"] for row in whole["rows"] for p in row["pieces"] if p["kind"] == "trained")
     assert ends == {True: 12}
+
+
+LAYOUTS = {
+    "messages": [record(["q", "a", "r", "b"]), record(["q", "c"])],
+    "sharegpt": [{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}] * 2,
+    "alpaca": [{"instruction": "q", "input": "more", "output": "a"}, {"instruction": "q", "output": "b"}],
+}
+
+
+def previewed(capsys, path, *words):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    assert (
+        command.run(parser.parse_args(["preview", str(path), "tokenizer=lumina-1k", *words, "--json", "--rows", "1000"])) == 0
+    )
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_c142_every_answer_of_every_layout_ends_with_a_trained_end_of_turn(write, capsys, layout):
+    path = write(f"{layout}.json", LAYOUTS[layout])
+    answers = check_files(path).messages["assistant"]
+    pieces = [p for row in previewed(capsys, path, "seq_length=128")["rows"] for p in row["pieces"] if p["kind"] == "trained"]
+    assert len(pieces) == answers and all(p["ends_turn"] and p["text"].endswith("<|im_end|>") for p in pieces)
+
+
+REAL = (
+    "alpaca/instruction-data.json",
+    "alpaca/seed_tasks.jsonl",
+    "sharegpt/dummy_conversation.json",
+    "sharegpt/glaive_toolcall_en_demo.json",
+    "messages/oasst1_en_val_top1.messages.jsonl",
+)
+
+
+@pytest.mark.parametrize("path", REAL)
+def test_c142_rows_of_real_data_end_their_answers(shared, capsys, path):
+    found = previewed(capsys, shared / path, "seq_length=8192", "--sample=40")
+    pieces = [p for row in found["rows"] for p in row["pieces"] if p["kind"] == "trained"]
+    assert found["conversations"] == 40 and len(pieces) >= 40 and all(p["ends_turn"] for p in pieces)
+
+
+def test_c030_a_file_without_rights_is_a_problem_of_its_own(write, monkeypatch):
+    closed, good = write("closed.jsonl", GOOD), write("good.jsonl", GOOD)
+    real = Path.open
+
+    def refuse(self, *args, **kwargs):
+        if self == closed:
+            raise PermissionError(13, "Permission denied", str(self))
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    found = check_files([closed, good]).to_dict()
+    assert found["total_conversations"] == 1 and found["problems"][0]["path"] == str(closed)
+    assert "cannot be read (Permission denied)" in found["problems"][0]["message"]
 
 
 def test_excerpt_makes_every_byte_visible():

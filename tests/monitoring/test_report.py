@@ -25,6 +25,7 @@ from lumina_engine.monitoring.curves import SMOOTHING, Timeline, read_history, r
 from lumina_engine.monitoring.plot import POINTS, curve, stacked, svg, text
 from lumina_engine.monitoring.report_page import Markup, tag
 from lumina_engine.run.directory import RunDirectory
+from lumina_engine.run.process import boot_id, myself
 
 HOSTILE = "<script>alert(1)</script>\x1b]0;x\x07\x1b[31m\u202e\"'&]]>--><img src=http://x.example/a onerror=b>\x9b"
 
@@ -343,6 +344,24 @@ def test_a_damaged_run_gives_the_rest(run):
     for part in ("run.json", "are no records", "sample_eval.json", "config.yaml"):
         assert part in told
     assert found["summary"]["step"] == 61 and found["run"]["state"] == "unreadable"
+
+
+def test_a_log_that_cannot_be_read_is_named_and_the_rest_is_there(run):
+    run.metrics_path.unlink(missing_ok=True)
+    run.metrics_path.mkdir()
+    ConfigPresets.debug().save(run.config_path)
+    found, page = report(run)
+    check_page(page)
+    assert any("metrics.jsonl: cannot be read" in text for text in found["missing"]) and found["config"]["differences"] == []
+
+
+def test_a_living_run_is_reported_as_of_now(run):
+    me = myself()
+    run.update_identity(state="running", pid=me.pid, start_time=me.start, boot_id=boot_id(), inc=1)
+    write(run, rec.Run(state="running"), rec.Step(step=3, loss=2.0))
+    found, page = report(run)
+    assert found["run"]["alive"] and found["run"]["state"] == "running" and found["summary"]["step"] == 3
+    assert "still running" in check_page(page).words
 
 
 def test_differences_from_the_preset_and_the_graded_questions_are_there(run):
