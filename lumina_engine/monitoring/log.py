@@ -281,8 +281,8 @@ class LogReader:
     """Reads a log that may still grow, from byte `offset` on.
 
     `offset` is the byte after the last whole line read. `errors` holds (first byte, byte after the last) of lines that are no
-    records; they are skipped, as empty lines are. A line without its newline is left for the next call. If the file was
-    replaced by another one, or cut, reading starts over and `restarts` counts up.
+    records; they are skipped. A line without its newline is left for the next call. If the file was replaced by another one,
+    or cut, reading starts over and `restarts` counts up.
     """
 
     def __init__(self, path: str | os.PathLike[str], offset: int = 0) -> None:
@@ -365,7 +365,8 @@ def _all_records(data: bytes) -> list[rec.Record] | None:
         found = rec.decode_lines(data)
     except rec.RecordError:
         return None
-    return found if data.endswith(b"\n") and min(map(_SEQ, found), default=1) > 0 else None
+    # the decoder also takes empty lines and several objects on a line
+    return found if len(found) == data.count(b"\n") and min(map(_SEQ, found), default=1) > 0 else None
 
 
 def read_records(path: str | os.PathLike[str]) -> Iterator[rec.Record]:

@@ -149,6 +149,61 @@ def test_reader_starts_over_when_the_file_was_replaced(tmp_path: Path) -> None:
     assert reader.restarts == 1
 
 
+def test_ps06_reading_at_once_equals_reading_line_by_line(tmp_path: Path) -> None:
+    """Damage anywhere in a block costs only its own lines, whatever else the block holds."""
+    rng = random.Random(5)
+    bad = [
+        b"{",
+        b"[]",
+        b"\0\0",
+        b'{"type":"step"}',
+        b'{"type":"step","step":1}',
+        b'{"type":"step","step":1,"seq":0}',
+        b'{"seq":3}',
+        b"\xff",
+    ]
+    for number in range(60):
+        lines = []
+        for seq in range(1, rng.randint(2, 60)):
+            step = rec.Step(step=seq, loss=rng.choice([1.5, float("nan"), None]))
+            step.seq, step.t, step.inc = seq, 1.0, 1
+            lines.append(rec.encode(step)[:-1])
+            while rng.random() < rng.choice([0.0, 0.3]):
+                lines.append(rng.choice([*bad, b"", b'{"type":"step","step":1,"seq":1}{"type":"step","step":1,"seq":2}']))
+        path = tmp_path / f"{number}.jsonl"
+        path.write_bytes(b"\n".join(lines) + b"\n")
+        good, damaged, at = [], [], 0
+        for line in lines:
+            try:
+                record = rec.decode(line)
+                if record.seq < 1:
+                    raise rec.RecordError("no seq")
+                good.append(record)
+            except rec.RecordError:
+                damaged += range(at, at + len(line) + 1)
+            at += len(line) + 1
+        reader = LogReader(path)
+        found = []
+        while records := reader.read_new():
+            found += records
+        assert repr(found) == repr(good) and reader.offset == at
+        assert {byte for first, last in reader.errors for byte in range(first, last)} == set(damaged)
+
+
+def test_a_reader_sees_another_file_of_any_length_and_a_missing_one(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricLog(path, 1, sync_interval=0) as log:
+        log.emit(rec.Note(message="one"))
+    reader = LogReader(path)
+    assert len(reader.read_new()) == 1 and not reader.missing
+    path.rename(tmp_path / "old")
+    assert reader.read_new() == [] and reader.missing
+    with MetricLog(path, 1, sync_interval=0) as log:
+        for _ in range(5):
+            log.emit(rec.Note(message="longer than before"))
+    assert [record.seq for record in reader.read_new()] == [1, 2, 3, 4, 5] and reader.restarts == 1 and not reader.missing
+
+
 def test_reader_from_an_offset(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     fill(path, 5)

@@ -225,6 +225,8 @@ def test_badge_quiet_busy_and_loading(tmp_path):
     assert feed.badge().text == "QUIET 42 s"
     feed.store.apply([rec.Checkpoint(seq=3, t=1042.0, inc=1, step=1, blocking=30.0)])
     assert feed.badge().text.startswith("LIVE")  # a run that saves for half a minute may be silent for a minute
+    feed.hz = 2.5  # what the screen has adapted to
+    assert feed.badge().text == "LIVE 2.5 Hz"
 
 
 def test_nan_gaps_and_time_left(tmp_path):
