@@ -51,12 +51,13 @@ def clock_ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def clock_labels(values: list[float]) -> list[str]:
-    """Unix seconds as local time of day, or as days where they lie a day or more apart."""
+    """Unix seconds as local time of day; midnight, and places a day or more apart, as days."""
     if not values:
         return []
     gap = min((b - a for a, b in itertools.pairwise(values)), default=60.0)
     form = "%d %b" if gap >= DAY_S else "%H:%M" if gap >= 60 else "%H:%M:%S"
-    return [time.strftime(form, time.localtime(value)) for value in values]
+    moments = [time.localtime(value) for value in values]
+    return [time.strftime("%d %b" if at.tm_hour == at.tm_min == at.tm_sec == 0 else form, at) for at in moments]
 
 
 def value_labels(values: list[float], log: bool = False) -> list[str]:

@@ -104,6 +104,8 @@ class CompareScreen(LuminaScreen):
             self.lumina.notice(f"{MOST_RUNS} runs can be compared; the first {MOST_RUNS} are shown", "warning")
         runs = await asyncio.to_thread(opened, paths)
         await self._close()
+        if self._wanted != tuple(paths) or self not in self.app.screen_stack:
+            return  # others were asked for meanwhile, or the screen was left
         for run in runs:
             if not run.error:
                 run.feed = Feed(run.run, hz=self.lumina.rate, caching=not self.lumina.readonly)

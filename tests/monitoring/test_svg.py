@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 import xml.etree.ElementTree as ET
 
 import numpy as np
@@ -113,6 +114,8 @@ def test_ticks_are_few_round_and_inside():
         found = clock_ticks(start, start + hours * 3600, 6)
         assert 1 <= len(found) <= 8 and len(clock_labels(found)) == len(found)
         assert all(start <= value <= start + hours * 3600 for value in found)
+    midnight = time.mktime((2025, 11, 25, 0, 0, 0, 0, 0, -1))
+    assert clock_labels([midnight - 3600, midnight, midnight + 3600]) == ["23:00", "25 Nov", "01:00"]
     assert clock_ticks(math.nan, 1, 3) == [] and clock_labels([]) == []
     assert count_labels([123_420.0, 123_440.0]) == ["123,420", "123,440"] and hour_labels([0.5]) == ["30m"]
     assert [short(value) for value in (0, 12_000, 999_900, 2.5e6, 1e-3, 0.25)] == ["0", "12k", "1M", "2.5M", "1e-3", "0.25"]

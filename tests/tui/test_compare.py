@@ -162,6 +162,7 @@ def test_c135_differing_keys_side_by_side():
     assert any([text.strip() for text, _ in line] == ["seed", "1", "2", "-"] for line in wide)
     assert any("".join(text for text, _ in line) == "seed  a 1  b 2  c -" for line in narrow)
     assert {entry.name: entry.values for entry in results(runs)}["steps"] == ("1", "1", "1")
+    assert {entry.name: entry.values for entry in results(runs)}["best eval"] == ("-", "-", "-")  # without evaluations
 
 
 def test_colours_do_not_depend_on_the_order_and_never_collide():
@@ -181,7 +182,7 @@ def test_colours_of_any_runs_differ(names):
 # the screen
 
 
-def runs_in(root: Path, *shapes: tuple[str, int], evals: bool = True) -> list[FakeEngine]:
+def runs_in(root: Path, *shapes: tuple[str, int]) -> list[FakeEngine]:
     """Run directories of fake engines, not alive yet."""
     made = []
     for seed, (name, steps) in enumerate(shapes):
@@ -190,7 +191,7 @@ def runs_in(root: Path, *shapes: tuple[str, int], evals: bool = True) -> list[Fa
         engine.t = 1_764_000_000.0 + 3600 * seed
         engine.state("running")
         engine.steps(steps)
-        if evals and steps:
+        if steps:
             engine.emit(rec.Eval(step=steps, loss=2.0 + seed))
         made.append(engine)
     return made
@@ -326,6 +327,20 @@ async def test_a_live_run_grows_one_is_deleted_one_is_broken_one_is_empty(tmp_pa
             await until(pilot, lambda: len(screen.runs) == 5 and len(screen.runs[4].feed.store.steps) == 45)
             feeds = [run.feed for run in screen.runs if run.feed is not None]
         assert all(feed._task.done() for feed in feeds)
+
+
+async def test_what_is_asked_for_last_is_shown(tmp_path):
+    one, two, three = await ended(*runs_in(tmp_path, ("one", 10), ("two", 12), ("three", 5)))
+    app = LuminaApp(tmp_path, look=Look(hz=10))
+    async with app.run_test(size=(80, 24)) as pilot:
+        app.open_compare([one, two])
+        app.open_compare([three, two])
+        await until(pilot, lambda: loaded(app, 5, 12))
+        app.open_compare([one, three])
+        app.open_home()
+        await until(pilot, lambda: not app._screens[6].runs)
+        app.open_screen(6)
+        await until(pilot, lambda: loaded(app, 10, 5))
 
 
 async def test_a_layer_over_the_screen_does_not_let_go_of_the_runs(tmp_path):
