@@ -36,6 +36,7 @@ from .widgets.panel import Panel
 from .wire import Wire
 
 if TYPE_CHECKING:
+    from .helping import Line
     from .launching import Launched
     from .screens.base import LuminaScreen
 
@@ -445,18 +446,24 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
 
     def action_help(self) -> None:
         from .helping import screen_help
-        from .screens.sheets import lines_sheet
 
         screen: Any = self.screen
-        self.push_screen(lines_sheet(f"Help: {screen.heading}", screen_help(screen)))
+        self._read(f"Help: {screen.heading}", screen_help(screen))
 
     def open_help(self, page: str) -> None:
         """Show a page of help by its name in `helping.PAGES`."""
         from .helping import PAGES
-        from .screens.sheets import lines_sheet
 
         title, lines = PAGES[page]
-        self.push_screen(lines_sheet(f"Help: {title}", lines(self)))
+        self._read(f"Help: {title}", lines(self))
+
+    def _read(self, heading: str, lines: Sequence[Line]) -> None:
+        """Show lines in a layer, wrapped with their beginnings to the left."""
+        from .screens.sheets import lines_sheet
+        from .widgets.text_panel import wrapped
+
+        width = min(110, self.size.width * 96 // 100) - 7  # of the text in a sheet: its frame, padding and scroll bar are 7
+        self.push_screen(lines_sheet(heading, [part for line in lines for part in wrapped(line, width, indent=8)]))
 
     def action_notices(self) -> None:
         from textual.content import Content

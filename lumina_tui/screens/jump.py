@@ -31,7 +31,6 @@ class Jump(Layer[Widget]):
     """Gives the chosen widget, or None. Lies over `below` without hiding it."""
 
     DEFAULT_CSS = """
-    Jump { background: transparent; }
     Jump Static { position: absolute; width: auto; height: 1; text-style: bold reverse; }
     """
 

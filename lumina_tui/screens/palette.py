@@ -75,7 +75,7 @@ class Palette(Layer[None]):
 
     scope = "palette"
     DEFAULT_CSS = """
-    Palette { align: center top; background: $background 60%; }
+    Palette { align: center top; }
     Palette > Vertical { width: 96%; max-width: 120; height: 90%; max-height: 32; margin: 1 0; background: $surface; }
     Palette Input { border: none; height: 1; background: $bar; padding: 0 1; }
     Palette Table { height: 1fr; }

@@ -295,6 +295,7 @@ async def test_jump_puts_a_letter_on_every_target_and_goes_there(tmp_path, numbe
                 jump = app.screen
                 assert isinstance(jump, Jump) and list(jump.targets.values()) == chain
                 assert all(f" {label} " in screen_text(app) for label in jump.targets)
+                assert f"{number} {screen.heading}" in app.export_screenshot().replace("&#160;", " ")  # not hidden by it
                 await pilot.press(*list(jump.targets)[index])
                 await until(pilot, lambda wanted=wanted: app.screen is screen and screen.focused is wanted)
             app.action_jump()
