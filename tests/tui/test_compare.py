@@ -338,7 +338,8 @@ async def test_what_is_asked_for_last_is_shown(tmp_path):
         await until(pilot, lambda: loaded(app, 5, 12))
         app.open_compare([one, three])
         app.open_home()
-        await until(pilot, lambda: not app._screens[6].runs)
+        await until(pilot, lambda: not any(task.get_coro().__qualname__ == "CompareScreen._open" for task in app._tasks))
+        assert not app._screens[6].runs  # nothing is watched behind another screen
         app.open_screen(6)
         await until(pilot, lambda: loaded(app, 10, 5))
 
