@@ -95,8 +95,7 @@ class App(LuminaApp):
     CSS_PATH = str(Path(lumina_tui.application.__file__).with_name("app.tcss"))
 
     def __init__(self, runs: Path, **arguments: Any) -> None:
-        readonly = arguments.pop("readonly", False)
-        super().__init__(runs, readonly=readonly)
+        super().__init__(runs, readonly=arguments.pop("readonly", False), look=arguments.pop("look", None))
         self.arguments = arguments
 
     def get_default_screen(self) -> Screen[Any]:

@@ -21,15 +21,21 @@ from lumina_engine.config.schema import Config
 from lumina_engine.doctor.row import Row
 from lumina_engine.monitoring import record as rec
 from lumina_tui.application import LuminaApp, Start
+from lumina_tui.chatting import Phase
 from lumina_tui.feed import Mode
 from lumina_tui.overview import Reader
 from lumina_tui.screens.data import DataScreen
 from lumina_tui.screens.doctor import DoctorScreen
 from lumina_tui.terminal import NAMED, AsciiFilter, Look, to_ascii
 from lumina_tui.widgets.picture import Limits
+from tests.chat.chat_screen import App as ChatApp
+from tests.chat.chat_screen import runs, servers
+from tests.chat.fakes import FakeBackend
 
 from .fake_engine import FakeEngine
 from .helpers import screen_text, until
+
+__all__ = ["runs", "servers"]  # fixtures
 
 FOLDER = Path(__file__).parent / "snapshots"
 LOOKS = {"braille": Look(hz=4), "ascii": Look(glyphs="ascii", palette=NAMED, ansi=True, hz=4)}
@@ -239,6 +245,43 @@ def _ascii_or(glyphs: str, text: str) -> str:
     return to_ascii(text) if glyphs == "ascii" else text
 
 
+TALKED = [((80, 24), "braille"), ((80, 24), "ascii"), ((120, 40), "braille"), ((200, 60), "braille")]
+ANSWERS = {
+    "step-000200": "Trees stop feeding their leaves:\n\n1. a layer of *cork* cuts each leaf off\n2. the **wind** does the rest",
+    "step-000100": "Leaves leaves fall because\n```\nautumn = True\n```",
+}
+
+
+@pytest.mark.parametrize(
+    ("size", "glyphs"), TALKED, ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value))
+)
+async def test_chat(tmp_path, size, glyphs, monkeypatch, servers, runs):
+    monkeypatch.setenv("LUMINA_SOCKETS", str(tmp_path / "sockets"))
+    for name, answer in ANSWERS.items():
+        servers.others[name] = FakeBackend(step=int(name[-6:]))
+        servers.others[name].reply = answer
+    app = ChatApp(runs, checkpoint="autumn", starter=servers, chats_dir=tmp_path / "chats", look=LOOKS[glyphs], readonly=True)
+    async with app.run_test(size=size) as pilot:
+        chat = app.chat
+        await until(pilot, lambda: chat.left.link.phase is Phase.READY)
+        chat.settings.seed = 7
+        chat.right.wanted = "autumn@step-000100"
+        chat.action_split()
+        await until(pilot, lambda: chat.right.link.phase is Phase.READY)
+        chat.use_settings()
+        chat.field.put("Why do leaves fall in autumn?")
+        chat.field.focus()
+        await pilot.press("enter")
+        await until(pilot, lambda: all(p.link.phase is Phase.READY and not p._grown and p.session.history for p in chat.panes))
+        await until(pilot, lambda: "READY" in screen_text(app) and screen_text(app).count("tok") >= 2)
+        compare(f"chat-{size[0]}x{size[1]}-{glyphs}", _ascii_or(glyphs, screen_text(app)))
+        chat.right.toggle_tokens()
+        chat.right.tokens.action_last()
+        await until(pilot, lambda: "6 of 6" in screen_text(app) and "5:0.75" in screen_text(app))
+        await until(pilot, lambda: "next token" in screen_text(app) or "l next" in screen_text(app))
+        compare(f"chat-tokens-{size[0]}x{size[1]}-{glyphs}", _ascii_or(glyphs, screen_text(app)))
+
+
 def test_no_snapshot_is_unused():
     wanted = {f"monitor-{w}x{h}-{g}.txt" for w, h in ((80, 24), (120, 40), (160, 45), (200, 60)) for g in LOOKS} | {
         *(f"compare-{w}x{h}-{g}.txt" for (w, h), g in COMPARED),
@@ -248,6 +291,8 @@ def test_no_snapshot_is_unused():
         *(f"doctor-{w}x{h}-{g}.txt" for (w, h), g in CHECKED),
         *(f"data-{w}x{h}-{g}.txt" for (w, h), g in SOURCES),
         *(f"data-list-80x24-{g}.txt" for g in LOOKS),
+        *(f"chat-{w}x{h}-{g}.txt" for (w, h), g in TALKED),
+        *(f"chat-tokens-{w}x{h}-{g}.txt" for (w, h), g in TALKED),
     }
     assert {path.name for path in FOLDER.glob("*.txt")} == wanted
 
