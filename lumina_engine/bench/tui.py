@@ -257,9 +257,12 @@ class Bench:
                 except MeasureError as error:
                     yield Figure(f"idle_{name}_cpu_pct", label, "% CPU", 1, None, str(error))
                     continue
+                before = viewer.picture.text.split("\n")
                 cpu, sent, _ = self.cost(viewer, self.sizes.idle_s)
             yield Figure(f"idle_{name}_cpu_pct", label, "% CPU", 1, cpu)
-            yield Figure(f"idle_{name}_bytes", f"{label}: sent", "bytes", 0, sent)
+            changed = [new for old, new in zip(before, viewer.picture.text.split("\n"), strict=True) if old != new]
+            note = "changed: " + "; ".join(" ".join(line.split())[:100] for line in changed[:2]) if changed else ""
+            yield Figure(f"idle_{name}_bytes", f"{label}: sent", "bytes", 0, sent, note)
 
     def monitor(self) -> Iterator[Figure]:
         for prefix, size in (("monitor", (120, 40)), ("monitor_80x24", (80, 24))):

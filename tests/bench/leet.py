@@ -156,7 +156,8 @@ def main() -> int:
             viewers["lumina, cache"]()
             viewers["wandb leet"]()
             if args.capture:
-                args.capture.write_text("\n".join(tmux("capture-pane", "-p", "-t", f":0.{pane}") for pane in (0, 1)))
+                panes = [tmux("capture-pane", "-p", "-t", f":0.{pane}").split("\n") for pane in (0, 1)]
+                args.capture.write_text("\n".join(f"{left:<{PANE[0]}}│{right}" for left, right in zip(*panes, strict=False)))
         finally:
             tmux("kill-server")
     result = {}
