@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -49,19 +50,17 @@ class Pane:
 
     def see(self, *texts: str, seconds: float = 60.0) -> str:
         """Wait until all texts stand on the screen at once, and return the screen."""
-        deadline = time.monotonic() + seconds
-        while True:
-            pane = self.text()
-            if all(text in pane for text in texts):
-                return pane
-            assert time.monotonic() < deadline, f"waited for {texts} on:\n{pane}"
-            time.sleep(0.05)  # between two looks: tmux has no way to wait for text
+        return self.settle(lambda pane: all(text in pane for text in texts), str(texts), seconds)
 
     def lose(self, text: str, seconds: float = 60.0) -> str:
         """Wait until a text is gone."""
+        return self.settle(lambda pane: text not in pane, f"{text} to go", seconds)
+
+    def settle(self, condition: Callable[[str], bool], what: str, seconds: float = 120.0) -> str:
+        """Wait until the screen's text fulfils a condition, and return it."""
         deadline = time.monotonic() + seconds
-        while text in (pane := self.text()):
-            assert time.monotonic() < deadline, f"still there: {text} on:\n{pane}"
+        while not condition(pane := self.text()):
+            assert time.monotonic() < deadline, f"waited for {what} on:\n{pane}"
             time.sleep(0.05)  # between two looks: tmux has no way to wait for text
         return pane
 
