@@ -27,6 +27,7 @@ class Copied:
     """The full series of one run, independent of what the run does next (N samples, E evaluations)."""
 
     name: str
+    letter: str
     x: dict[Base, np.ndarray]  # N each
     value_N: np.ndarray
     ema_N: np.ndarray
@@ -44,6 +45,7 @@ def copied(curve: Curve, options: Options) -> Copied:
     evals = store.evals if metric == "loss" else None
     return Copied(
         curve.name or "run",
+        curve.letter,
         {base: history.x(base).copy() for base in BASES},
         value_N,
         ema_N,
@@ -101,7 +103,7 @@ def svg_text(runs: Sequence[Copied], options: Options, title: str = "") -> str:
     """All runs over the chart's X base: raw values faint behind smoothed ones, evaluations as points, events of the last."""
     series = []
     many = len(runs) > 1
-    for run in runs:
+    for run in sorted(runs, key=lambda run: run.letter):  # colours go by the order, not by which one is focused
         x = run.x[options.base]
         series.append(Series(run.name, x, run.value_N, "faint" if options.weight else "line"))
         if options.weight:

@@ -22,6 +22,7 @@ Kind = Literal["line", "faint", "points", "events"]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#a09000")  # after Okabe and Ito
 DASHES = ("", "7 3", "2 3", "9 3 2 3")  # the second tell-tale besides colour, every second series
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 40, 48  # px around the plot
+_SIGN = 10  # px that the sign of an event takes
 _FONT = "font-family:ui-sans-serif,system-ui,sans-serif"
 
 
@@ -261,10 +262,14 @@ def _envelope(xs: np.ndarray, ys: np.ndarray, x: _Axis) -> tuple[np.ndarray, np.
 def _events(picture: _Picture, one: Series, x: _Axis, height: int) -> None:
     bottom = height - _BOTTOM
     picture.parts.append(f'<g style="{_FONT};font-size:11px" fill="#555555">')
+    piled: dict[int, list[tuple[float, str]]] = {}
     for at, label in zip(x.at(one.x).tolist(), one.labels, strict=False):
         if _LEFT <= at <= x.stop:
-            picture.add("path", d=f"M{_px(at)} {bottom}v6", stroke="#555555")
-            picture.add("text", label, x=_px(at), y=bottom + 32, text_anchor="middle")
+            piled.setdefault(int(at // _SIGN), []).append((at, label))
+    for group in piled.values():  # a digit where they pile up
+        at, sign = group[0][0], group[0][1] if len(group) == 1 else str(len(group)) if len(group) < 10 else "+"
+        picture.add("path", d="".join(f"M{_px(place)} {bottom}v6" for place, _ in group), stroke="#555555")
+        picture.add("text", sign, x=_px(at), y=bottom + 32, text_anchor="middle")
     picture.parts.append("</g>")
 
 

@@ -18,7 +18,7 @@ from ..widgets.compare_parts import CompareChart, RunChooser, SidePanel
 from ..widgets.line_chart import Cursor, LineChart
 from ..widgets.picture import MOST_RUNS
 from ..widgets.readings import label_of, x_text
-from ..widgets.table import Table
+from ..widgets.table import Row, Table
 from .base import LuminaScreen, State
 
 LOOK_S = 1.0  # between two looks whether the folders are still there, and at the results
@@ -170,7 +170,7 @@ class CompareScreen(LuminaScreen):
         if self.table.columns != columns:
             self.table.columns = columns
             self.table.refresh()
-        self.table.set_rows(table_rows(self.runs, self.baseline, options, self.chart.reach))
+        self.table.set_rows(self._rows())
         at = f"at {x_text(options.base, options.cross)}" if options.cross is not None else "newest values"
         self.table.set_title(
             f"runs  {at}", f"{label_of(options.metric)} | base {self.baseline.letter if self.baseline else '-'}"
@@ -179,6 +179,9 @@ class CompareScreen(LuminaScreen):
         badge = f"{live} live" if live else ""
         self.set_frame(subject=f"{len(self.runs)} runs by {options.base}", badge=badge, badge_role="good")
         self._states()
+
+    def _rows(self) -> list[Row]:
+        return table_rows(self.runs, self.baseline, self.chart.options, self.chart.reach)
 
     async def _look(self) -> None:
         runs = self.runs
@@ -292,4 +295,4 @@ class CompareScreen(LuminaScreen):
         self.lumina.spawn(self._offer() if self.choosing or not self._wanted else self._open(self._wanted))
 
     def _as_text(self) -> list[str]:
-        return as_text(self.table.rows, side_by_side(self.runs, 110))
+        return as_text(self._rows(), side_by_side(self.runs, 110))

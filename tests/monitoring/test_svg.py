@@ -94,6 +94,13 @@ def test_series_of_one_name_share_colour_and_legend():
     assert strokes[0] == strokes[1] != strokes[2]
 
 
+def test_events_that_pile_up_are_counted():
+    x = np.concatenate([[10.0], np.full(3, 500.0), np.full(12, 900.0), [1000.0]])
+    svg = line_svg([Series("a", np.arange(1001.0), np.ones(1001)), Series("events", x, x, "events", ["C"] * len(x))])
+    signs = [node.text for node in ET.fromstring(svg).findall("s:g", NS)[2].findall("s:text", NS)]
+    assert signs == ["C", "3", "+", "C"]
+
+
 def test_lengths_and_sizes_are_checked():
     with pytest.raises(ValueError, match=r"series a: x has shape \(2,\), y \(3,\)"):
         line_svg([Series("a", np.arange(2), np.arange(3))])
