@@ -48,11 +48,14 @@ class TokenPanel(Drawn):
         self._rows: list[list[Cell]] = []
         self._layer = 0  # first layer shown
         self._shape: tuple[int, int, int] = (-1, 0, 0)
+        self._seen: tuple[object, ...] = ()
+        self._below: list[list[Piece]] = []  # what stands below the text for `_seen`
 
     def show(self, trace: Trace | None, title: str = "") -> None:
         """Show a reply's trace; None: it has none."""
         if trace is not self.trace:
             self.trace, self.index, self._layer, self._shape = trace or Trace(), 0, 0, (-1, 0, 0)
+            self._seen = ()
         if self.trace.known:
             self.set_state(State.LIVE)
         else:
@@ -69,11 +72,15 @@ class TokenPanel(Drawn):
         if shape != self._shape:
             self._shape = shape
             self.set_foot(LEGEND if self.inner[0] >= len(LEGEND) + 6 else "marks . - ? ! rarer")
-            self._rows = strip_rows(self.trace, self.inner[0] - 2, "\\n" if self.look.ascii else "↵")
+            self._rows = strip_rows(self.trace, self.inner[0] - 2, self._newline)
 
     def on_resize(self) -> None:
         self._arrange()
         self.refresh()
+
+    @property
+    def _newline(self) -> str:
+        return "\\n" if self.look.ascii else "↵"
 
     @property
     def current(self) -> Traced | None:
@@ -149,8 +156,10 @@ class TokenPanel(Drawn):
         rows = self._strip_height(height)
         if y < rows:
             return self._strip_line(y, rows)
-        below = self._facts(traced, width - 2, height - rows)
-        at = y - rows
+        shape = (self.index, self._layer, width, height - rows, traced.routed is not None)
+        if shape != self._seen:
+            self._seen, self._below = shape, self._facts(traced, width - 2, height - rows)
+        below, at = self._below, y - rows
         return [(" ", None), *below[at]] if at < len(below) else ()
 
     def _strip_height(self, height: int) -> int:
@@ -177,7 +186,7 @@ class TokenPanel(Drawn):
 
     def _facts(self, traced: Traced, width: int, height: int) -> list[list[Piece]]:
         token = traced.token
-        text = shown(token.text, "\\n" if self.look.ascii else "↵")
+        text = shown(token.text, self._newline)
         dim, plain, wide = self.palette.dim, self.palette.text, width >= 56
         lines: list[list[Piece]] = [
             [(f'"{text}"', self.palette.title), (f"  id {token.token}", dim)],
@@ -205,7 +214,7 @@ class TokenPanel(Drawn):
             others.append(Alternative(token.text, token.token, token.probability))  # what was drawn is always there
         for other in others:
             chosen = other.id == token.token
-            text = fit(f'"{shown(other.text, chr(92) + "n" if self.look.ascii else "↵")}"', max(4, width - 20))
+            text = fit(f'"{shown(other.text, self._newline)}"', max(4, width - 20))
             bar = "█" * round(max(0.0, min(1.0, other.probability)) * 10)
             style = self.palette.title if chosen else self.palette.text
             mark = ">" if chosen else " "
