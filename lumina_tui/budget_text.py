@@ -50,7 +50,7 @@ def summary_lines(figures: Mapping[str, Any], width: int) -> list[Line]:
     )
     disk, disk_role = disk_text(figures)
     second: Line = (
-        (f"{count_text(parameters['total'])} total, {count_text(parameters['active'])} active, ", "text"),
+        (f"{count_text(parameters['total'])} ({count_text(parameters['active'])} active), ", "text"),
         (f"{figures['tokens_per_step']:,} tokens/step, ", "text"),
         (f"disk {disk}", disk_role),
     )
@@ -101,10 +101,10 @@ def detail_lines(figures: Mapping[str, Any], width: int) -> list[Line]:
         ("compute", f"{flops_text(figures['flops_per_token'])} per token (computed)", "text"),
     ]
     lines: list[Line] = memory_lines(figures, width)
-    lines += [((f"{label:<{_LABEL}}", "dim"), (text, role)) for label, text, role in rows]
     if figures["advice"]:
         lines.append((("what would make it fit:", "warn"),))
-    return lines + [((f"  {text}", "text"),) for text in figures["advice"]]
+    lines += [((f"  {text}", "text"),) for text in figures["advice"]]
+    return lines + [((f"{label:<{_LABEL}}", "dim"), (text, role)) for label, text, role in rows]
 
 
 def _steps(figures: Mapping[str, Any]) -> str:
@@ -122,7 +122,7 @@ def disk_text(figures: Mapping[str, Any]) -> tuple[str, str]:
         return gb_text(disk["total"]), "text"
     short = disk["total"] > disk["available"]
     text = f"{gb_text(disk['total'])} of {gb_text(disk['available'])} free"
-    return (f"{gb_text(disk['total'])}, only {gb_text(disk['available'])} free", "bad") if short else (text, "text")
+    return (f"{gb_text(disk['total'])} > {gb_text(disk['available'])} free", "bad") if short else (text, "text")
 
 
 def time_text(figures: Mapping[str, Any]) -> str:

@@ -39,7 +39,8 @@ class ConfigView(ConfigFiles):
     ConfigView.-wide #side { display: block; }
     ConfigView.-wide #help, ConfigView.-wide #budget { display: none; }
     ConfigView #side_help { height: 8; }
-    ConfigView #details { height: 26; }
+    ConfigView #diff { height: 1fr; }
+    ConfigView #details { height: 2fr; }
     """
 
     def __init__(self) -> None:
@@ -57,7 +58,7 @@ class ConfigView(ConfigFiles):
             with Vertical(id="side"):
                 yield TextPanel(id="side_help", focusable=False)
                 yield TextPanel(id="diff", title="Differences")
-                yield TextPanel(id="details", focusable=False)
+                yield TextPanel(id="details")
         yield TextPanel(id="findings")
         yield TextPanel(id="budget", focusable=False)
 

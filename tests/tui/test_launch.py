@@ -128,7 +128,7 @@ async def test_c130_review_then_four_stages_then_monitor() -> None:
     async with App().run_test(size=(80, 24)) as pilot:
         screen = await reviewed(pilot, preset="debug")
         text = screen_text(pilot.app)
-        assert "ready" in text.splitlines()[0] and "built-in corpus" in text and "3.25 M total" in text
+        assert "ready" in text.splitlines()[0] and "built-in corpus" in text and "3.25 M (494 K active)" in text
         assert json.loads(screen.review.in_force.deepspeed)["train_batch_size"] == 8
         await pilot.press("enter")
         await until(pilot, lambda: screen.start is not None and "supervisor" in screen.start.progress.reached)
