@@ -130,5 +130,6 @@ def time_text(figures: Mapping[str, Any]) -> str:
     source = figures["basis"]["time"]
     if figures["steps"] is None:
         return "steps and time unknown: max_steps is null, the data is counted at the start"
-    low, high = (duration(figures["time"][key] * 3600) for key in ("p50_h", "p90_h"))
-    return f"{figures['steps']:,} steps, {low} to {high} ({source})"
+    steps, (low, high) = figures["steps"], (figures["time"][key] * 3600 for key in ("p50_h", "p90_h"))
+    span = f"{duration(low)} to {duration(high)}" if high >= 1 else "less than 1 s"
+    return f"{steps:,} step{'s' if steps != 1 else ''}, {span} ({source})"

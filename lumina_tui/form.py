@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lumina_engine.config.machine import Machine
 
 UNDO_STEPS = 200
+DEFAULT_PRESET = "debug"  # what `lumina-engine train` takes without --preset and --config
 SECTION_TITLES = {
     "model": "Model",
     "moe": "Experts",
@@ -362,7 +363,7 @@ class Form:
     # out of it
 
     def to_yaml(self, full: bool = False) -> str:
-        """YAML by section with the preset's name in the first line: the keys that differ from the defaults or from the preset, or all.
+        """YAML by section with the preset's name in the first line: keys that differ from defaults or preset, or all.
 
         A key that was set on purpose is written also where it equals the default: the file says what was meant.
         """
@@ -394,15 +395,17 @@ class Form:
         return words + [f"{n}={_word(v)}" for n, v in config.items() if not same(v, base[n])]
 
     def _base(self) -> tuple[list[str], Mapping[str, Any]]:
-        """The file or preset that the command starts from, and its values; a file with errors is no start."""
+        """The file or preset that the command starts from, and its values; a file with errors is no start.
+
+        Without either the command takes a preset by itself, so that preset is named.
+        """
         if self.path is not None and self.path.exists():
             try:
                 return ["--config", str(self.path)], merge(None, self.path, []).config.to_dict(sectioned=False)
             except ConfigError:
                 pass
-        if self.preset is not None:
-            return ["--preset", self.preset], reference_values(self.preset)
-        return [], reference_values(None)
+        preset = self.preset or DEFAULT_PRESET
+        return ["--preset", preset], reference_values(preset)
 
 
 def _written(text: str) -> Any:

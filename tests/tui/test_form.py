@@ -31,6 +31,17 @@ def test_c129_a_copy_of_a_preset() -> None:
     assert form.arguments() == ["--preset", "b1"]
 
 
+def test_c130_without_a_preset_the_command_names_the_one_that_the_engine_would_take() -> None:
+    from lumina_engine.commands import common, train
+
+    form = Form.from_config(Config(seed=4))
+    words = form.arguments()
+    assert words[:2] == ["--preset", "debug"] and rebuilt(form) == Config(seed=4)
+    parser = train.argparse.ArgumentParser()
+    train.add_arguments(parser)
+    assert common.load_config(parser.parse_args(words), default_preset="debug").config == Config(seed=4)
+
+
 def test_c129_each_key_is_checked_and_refused_text_is_kept() -> None:
     form = Form.from_preset("b1")
     problem = form.set_text("warmup_steps", "-5")

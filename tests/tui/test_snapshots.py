@@ -17,9 +17,12 @@ from pathlib import Path
 import pytest
 
 from lumina_engine.config.loading import write_config
+from lumina_engine.config.machine import GB, Accelerator, Machine
 from lumina_engine.config.schema import Config
 from lumina_engine.doctor.row import Row
+from lumina_engine.monitoring import hardware
 from lumina_engine.monitoring import record as rec
+from lumina_tui import preview, review
 from lumina_tui.application import LuminaApp, Start
 from lumina_tui.chatting import Phase
 from lumina_tui.feed import Mode
@@ -282,6 +285,53 @@ async def test_chat(tmp_path, size, glyphs, monkeypatch, servers, runs):
         compare(f"chat-tokens-{size[0]}x{size[1]}-{glyphs}", _ascii_or(glyphs, screen_text(app)))
 
 
+CONFIGURED = [((80, 24), "braille"), ((80, 24), "ascii"), ((120, 40), "braille"), ((200, 60), "braille")]
+
+
+def two_gpus(tmp_path, monkeypatch):
+    """A fixed machine, folder, clock and free disk for presets, editor and launch."""
+    (tmp_path / "work" / "configs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("LUMINA_SOCKETS", "sockets")
+    machine = Machine([Accelerator("H100", 80 * GB)] * 2, 1000 * GB, 32, 1100 * GB)
+    monkeypatch.setattr(hardware, "detect", lambda *_: machine)
+    monkeypatch.setattr(review, "free_space", lambda path: (Path(), 1100 * GB))
+    monkeypatch.setattr(review, "auto_name", lambda stem: f"{stem}-20261124-120000")
+    monkeypatch.setattr(preview, "rank_argv", lambda *_: ["torchrun", "-m", "lumina_engine.training.worker"])
+    monkeypatch.setattr(review, "free_port", lambda port: port)
+    Path("configs/my_run.yaml").write_text("# preset: b1\ntraining:\n  seed: 3\n  batch_size: 16\n  warmup_steps: -5\n")
+    Path("configs/broken.yaml").write_text("training:\n  batch_sise: 3\n")
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    Path("d.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+
+
+@pytest.mark.parametrize("name", ["presets", "config", "launch"])
+@pytest.mark.parametrize(
+    ("size", "glyphs"), CONFIGURED, ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value))
+)
+async def test_presets_config_launch(tmp_path, size, glyphs, name, monkeypatch):
+    two_gpus(tmp_path, monkeypatch)
+    app = LuminaApp("runs", look=LOOKS[glyphs])
+    async with app.run_test(size=size) as pilot:
+        if name == "presets":
+            app.open_presets(select="b1")
+            await until(pilot, lambda: getattr(app.screen, "verdicts", None) is not None)
+        elif name == "config":
+            app.open_config(preset="b1")
+            await until(pilot, lambda: getattr(app.screen, "machine", None) is not None)
+            for field, value in (("batch_size", "16"), ("eval_interval", "0"), ("warmup_steps", "-5")):
+                app.screen.form.set_text(field, value)
+            app.screen._rules()
+            app.screen.go_to_field("warmup_steps")
+        else:
+            app.open_launch(config=Config(train_data_path="d.jsonl", hidden_size=128, num_layers=2, tokenizer="lumina-1k"))
+            await until(pilot, lambda: getattr(app.screen, "review", None) is not None and not app.screen.reviewing)
+        await pilot.pause()
+        await pilot.pause()
+        text = screen_text(app)
+        compare(f"{name}-{size[0]}x{size[1]}-{glyphs}", to_ascii(text) if glyphs == "ascii" else text)
+
+
 def test_no_snapshot_is_unused():
     wanted = {f"monitor-{w}x{h}-{g}.txt" for w, h in ((80, 24), (120, 40), (160, 45), (200, 60)) for g in LOOKS} | {
         *(f"compare-{w}x{h}-{g}.txt" for (w, h), g in COMPARED),
@@ -293,6 +343,7 @@ def test_no_snapshot_is_unused():
         *(f"data-list-80x24-{g}.txt" for g in LOOKS),
         *(f"chat-{w}x{h}-{g}.txt" for (w, h), g in TALKED),
         *(f"chat-tokens-{w}x{h}-{g}.txt" for (w, h), g in TALKED),
+        *(f"{name}-{w}x{h}-{g}.txt" for name in ("presets", "config", "launch") for (w, h), g in CONFIGURED),
     }
     assert {path.name for path in FOLDER.glob("*.txt")} == wanted
 
