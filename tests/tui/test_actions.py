@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import pkgutil
 
 import pytest
 from textual.binding import Binding
 
 from lumina_tui import actions
 from lumina_tui.app import parser
-from lumina_tui.application import SCREENS, LuminaApp
+from lumina_tui.application import LuminaApp
 from lumina_tui.screens.base import LuminaScreen
 from lumina_tui.widgets.acts import Acts
 
@@ -20,11 +21,13 @@ def subclasses(cls: type) -> set[type]:
 
 
 def nodes() -> dict[str, type]:
-    """The class that runs each scope's actions."""
-    for module, _ in SCREENS.values():
-        if importlib.util.find_spec(f"lumina_tui.screens.{module}"):
-            importlib.import_module(f"lumina_tui.screens.{module}")
-    found = {cls.scope: cls for cls in sorted(subclasses(Acts), key=lambda c: len(c.__mro__)) if cls.scope}
+    """The class of the program that runs each scope's actions."""
+    for part in ("screens", "widgets"):
+        package = importlib.import_module(f"lumina_tui.{part}")
+        for module in pkgutil.iter_modules(package.__path__):
+            importlib.import_module(f"lumina_tui.{part}.{module.name}")
+    ours = [cls for cls in subclasses(Acts) if cls.__module__.startswith("lumina_tui.")]
+    found = {cls.scope: cls for cls in sorted(ours, key=lambda c: len(c.__mro__)) if cls.scope}
     return {**found, "app": LuminaApp}
 
 
