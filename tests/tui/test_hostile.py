@@ -147,7 +147,7 @@ def test_se01_se02_a_chat_server_that_sends_payloads(tmp_path, monkeypatch):
     thread.start()
     try:
         with Terminal("--runs", str(tmp_path / "runs"), "autumn@best", LUMINA_SOCKETS=str(tmp_path / "sockets")) as terminal:
-            terminal.expect(b"Enter send")
+            terminal.expect(b"READY")
             for text in (
                 b"hello\r",
                 b"/stats\r",
@@ -168,3 +168,8 @@ def test_se01_se02_a_chat_server_that_sends_payloads(tmp_path, monkeypatch):
     finally:
         server.stop("the test is over")
         thread.join(20)
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_se01_each_payload_would_be_noticed(payload):
+    assert obeyed(b"\x1b[38;5;250mtext " + payload.encode() + b" text\x1b[0m") != []
