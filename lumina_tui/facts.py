@@ -87,6 +87,15 @@ def split_words(parts: Sequence[Part], width: int) -> Words:
     return words
 
 
+def split_help() -> list[Words]:
+    """What the letters of the bar mean, for the help."""
+    letters = [(letter, title, role) for _, title, letter, role in (*PARTS, OTHER)]
+    words: Words = [("  ", "text")]
+    for letter, title, role in letters:
+        words += [(letter, role), (f" {title}   ", "text")]
+    return [[("  A step's time, as the mean of the newest ones:", "text")], words]
+
+
 # ---- devices and host ---------------------------------------------------------------------------------------------------
 
 

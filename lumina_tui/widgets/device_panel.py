@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..facts import Words, device_title, hardware_lines, rank_lines, split_bar, split_words, step_split
+from ..facts import Words, device_title, hardware_lines, rank_lines, split_bar, split_help, split_words, step_split
 from ..feed import Feed
 from ..paint import Piece, duration
 from ..ranks import Ranks
 from .run_panel import RunPanel
+from .text_panel import Line
 
 
 class DevicePanel(RunPanel):
@@ -61,3 +62,7 @@ class DevicePanel(RunPanel):
         if y >= len(self._lines):
             return ()
         return [(" ", None), *((text, self.palette.of(role)) for text, role in self._lines[y])]
+
+    def explain(self) -> Sequence[Line]:
+        """For the help: the signs of this panel."""
+        return split_help()

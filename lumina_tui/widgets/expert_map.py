@@ -16,6 +16,7 @@ from .expert_cells import DEAD, LIMIT_WARN, Ink, Row, imbalance, level_of, row_c
 from .expert_time import BY_NAME, FIGURES, Figure, Picture, figure_picture, figures_below, layer_picture
 from .run_panel import RunPanel
 from .sparkline import EIGHTHS, EIGHTHS_ASCII
+from .text_panel import Line
 
 WIDTHS = {"dead": 5, "entropy": 6, "dropped": 8, "bias_range": 7, "confidence": 6}  # figures beside a layer, first one first
 
@@ -284,6 +285,15 @@ class ExpertMap(RunPanel):
         self._figure = order[(order.index(self._figure) + 1) % len(order)] if self._layer is None else self._figure
         self._layer, self._time = None, 10**9
         self.sync()
+
+    def explain(self) -> Sequence[Line]:
+        """For the help: the signs of the map."""
+        limits = ("under 0.25", "to 0.75", "to 1.25", "to 2", "above")
+        values = (0.1, 0.5, 1.0, 1.5, 3.0)
+        cells = [(self._ink.cell(value, False)[0], words) for value, words in zip(values, limits, strict=True)]
+        signs = [part for sign, words in cells for part in ((f"  {sign or ' '} ", "key"), (words, "text"))]
+        dead = [(f"  {DEAD} ", "bad"), ("no token at all", "text")]
+        return [[("  Load of an expert, its fair share being 1:", "text")], [*signs, *dead]]
 
     # export
 

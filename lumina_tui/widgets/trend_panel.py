@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from ..facts import hardware_lines, split_bar, split_words, step_split
+from ..facts import hardware_lines, split_bar, split_help, split_words, step_split
 from ..history import METRICS
 from ..paint import Piece, duration, fit
 from .readings import value_text
 from .run_panel import RunPanel
 from .sparkline import spark
+from .text_panel import Line
 
 RECENT = 600  # steps in a sparkline
 
@@ -78,3 +79,7 @@ class TrendPanel(RunPanel):
         if row == 1 and parts:
             return [(" ", None), *((text, self.palette.of(role)) for text, role in split_words(parts, width - 2))]
         return []
+
+    def explain(self) -> Sequence[Line]:
+        """For the help: the signs of this panel."""
+        return split_help()

@@ -154,8 +154,12 @@ async def test_c131_log_scrolls_follows_filters_and_finds(tmp_path):
             file.write("line 100\n")
         view.sync()
         await until(pilot, lambda: "line 0" in shown(app) and "91 lines below" in shown(app))
-        view.action_follow()
-        await until(pilot, lambda: "line 100" in shown(app))
+        view.action_bottom()  # who reads at the bottom follows again
+        await until(pilot, lambda: "line 100" in shown(app) and "lines below" not in shown(app))
+        with path.open("a") as file:
+            file.write("one more\n")
+        view.sync()
+        await until(pilot, lambda: "one more" in shown(app))
         view.set_filter("line 7")
         await until(pilot, lambda: "line 87" in shown(app) and "line 99" not in shown(app) and "19 lines" in shown(app))
         view.action_previous_match()

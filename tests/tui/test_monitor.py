@@ -473,6 +473,9 @@ async def test_enter_on_an_alert_moves_the_crosshair(tmp_path):
         for step, code in ((7, "loss_spike"), (31, "nan_loss")):
             engine.emit(rec.Alert(severity="critical", code=code, message="m", recommendation="Lower it.", step=step))
         await until(pilot, lambda: "!2" in screen_text(app))
+        for _ in range(3):
+            screen.loss.action_zoom_in()
+        await until(pilot, lambda: "zoomed" in screen_text(app))
         screen.action_alerts()
         await until(pilot, lambda: isinstance(app.screen, AlertSheet) and "Lower it." in screen_text(app))
         app.screen.table.action_down()
@@ -480,6 +483,8 @@ async def test_enter_on_an_alert_moves_the_crosshair(tmp_path):
         app.screen.table.action_choose()
         await until(pilot, lambda: app.screen is screen and screen.cursor.step == 7)
         await until(pilot, lambda: "─ 7: " in screen_text(app) and "!2" not in screen_text(app))
+        view = screen.loss.options.view
+        assert view is not None and view[0] <= 7 <= view[1], "it comes into view"
         screen.action_alerts()
         await until(pilot, lambda: isinstance(app.screen, AlertSheet))
         await pilot.press("escape")
@@ -585,3 +590,15 @@ async def test_c014_a_dense_run_has_no_map(tmp_path, size):
         if size[0] >= 160:
             assert sum(box_of(screen, f"#{name}").width for name in ("tokens_per_s", "grad_norm", "lr")) == size[0]
         assert screen.experts.why_not("map.over_time")
+
+
+async def test_help_explains_the_signs_of_the_panel(tmp_path):
+    async with live(tmp_path, (160, 45)) as (engine, app, pilot, screen):
+        engine.experts(2, 8)
+        for panel, words in ((screen.experts, "no token at all"), (screen.devices, "o optimizer")):
+            panel.focus()
+            await until(pilot, lambda panel=panel: app.focused is panel)
+            app.action_help()
+            await until(pilot, lambda words=words: words in screen_text(app))
+            await pilot.press("escape")
+            await until(pilot, lambda: app.screen is screen)

@@ -9,6 +9,7 @@ import time
 from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
 from lumina_engine.monitoring import record as rec
@@ -311,7 +312,8 @@ def test_c134_a_kill_ends_the_tree_and_says_what_it_freed(tmp_path):
             assert time.monotonic() < deadline
         held = {child.pid: 30_000_000_000 for child in children}
         before = footprint(run, Nvml(Busy({**held, stranger.pid: 7})))
-        assert sorted(before.pids) == sorted(child.pid for child in children) and before.host_bytes > 0
+        assert sorted(before.pids) == sorted(child.pid for child in children)
+        assert before.host_bytes == sum(psutil.Process(child.pid).memory_info().rss for child in children)
         assert before.device_bytes == 60_000_000_000
         kill_run(run)
         after = footprint(run, Nvml(Busy({stranger.pid: 7})))
