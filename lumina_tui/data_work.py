@@ -45,10 +45,11 @@ class Work:
         return job
 
     def fetch(self, source: Source) -> None:
-        """Fetch the rows around the source's sample, unless they are there, on their way, or cannot be made."""
+        """Fetch the rows around the source's sample, unless they are there, on their way, or could not be made."""
         job = source.jobs.get("preview")
+        idle = job is None or job.state in (JobState.DONE, JobState.CANCELLED)
         usable = source.look is not None and not source.look.problem
-        if usable and source.at_row not in source.rows and (job is None or job.state is JobState.DONE):
+        if usable and source.at_row not in source.rows and idle:
             self.begin(source, self.sources.preview(source, source.at_row))
 
     def cancel(self, source: Source) -> None:

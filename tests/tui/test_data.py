@@ -487,6 +487,22 @@ time.sleep(600)"""
         assert any("cancelled" in notice.text for notice in app.notices)
 
 
+async def test_c137_a_cancelled_sample_can_be_asked_for_again(monkeypatch):
+    Path("a.jsonl").write_text(lines(record("q", "a")))
+    app = App()
+    async with app.run_test(size=(120, 30)) as pilot:
+        with monkeypatch.context() as slow:
+            slow.setattr(Job, "argv", property(lambda self: [sys.executable, "-c", "import time; time.sleep(600)"]))
+            screen = await opened(pilot, "a.jsonl")
+            source = screen.chosen
+            await until(pilot, lambda: source.running)
+            await screen.action_do("data.cancel")
+            await until(pilot, lambda: source.jobs["preview"].state is JobState.CANCELLED)
+        assert "> shows rows" in screen._panel("sample").message
+        await screen.action_do("data.next")
+        await until(pilot, lambda: source.rows)
+
+
 async def test_c137_convert_and_prepare_leave_files_and_sources():
     Path("s.json").write_text(
         json.dumps([{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}] * 3)
