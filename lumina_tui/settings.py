@@ -86,7 +86,8 @@ def check(name: str, value: Any) -> tuple[Any, str]:
         near = difflib.get_close_matches(name, known, 1)
         return None, f"no setting is called {name}; {f'did you mean {near[0]}?' if near else 'there are ' + ', '.join(known)}"
     what = known[name]
-    if isinstance(value, bool) != (what.kinds == (bool,)) or not isinstance(value, what.kinds):
+    fits: bool = isinstance(value, what.kinds)  # (a bool is an int for Python, not for a reader of YAML)
+    if isinstance(value, bool) != (what.kinds == (bool,)) or not fits:
         return None, f"{name} must be {_expected(what)}, not {_shown(value)}"
     if isinstance(value, list):
         if not all(isinstance(item, str) and item and "\0" not in item for item in value):

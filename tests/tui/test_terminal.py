@@ -118,7 +118,7 @@ def test_se01_no_payload_leaves_as_a_sequence(tmp_path):
     hostile_run(tmp_path)
     with Terminal("--runs", str(tmp_path), size=(120, 40)) as terminal:
         terminal.expect(b"]0;pwned")
-        for key, expected in ((b"\r", b"loss  EMA"), (b"t", b"engine.log"), (b"A", b"Alerts")):
+        for key, expected in ((b"\r", b"loss  EMA"), (b"t", b"engine.log"), (b"A", b"what to do")):
             terminal.send(key)
             terminal.expect(expected)
         terminal.send(b"qq")  # the list, then the program
