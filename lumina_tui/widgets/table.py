@@ -195,10 +195,14 @@ class Table(Finds, Drawn):
         y, left = index - self._top, 1 + self.framed
         if not 0 <= y < self.page:
             return
+        changed: list[tuple[int, int]] = []
         for i, _, cells in self.layout_columns(self.inner[0]):
             if old.cells[i] != new.cells[i]:
-                self.refresh(Region(left, y + self.header + self.framed, cells, 1))
+                changed.append((left, left + cells))
             left += cells + 2
+        if changed:  # one region: Textual sends each one from the line's beginning
+            start, stop = changed[0][0], changed[-1][1]
+            self.refresh(Region(start, y + self.header + self.framed, stop - start, 1))
 
     def on_resize(self) -> None:
         if self._scroll_to_cursor():
