@@ -13,9 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     text = "start-up, key delay, CPU, bytes and memory of `lumina` in a pseudo-terminal (about 12 minutes)"
     tui = verbs.add_parser("tui", help=text, description=text, allow_abbrev=False)
-    tui.add_argument(
-        "--json", action="store_true", help="a JSON object a line for each figure; the last line has all"
-    )
+    tui.add_argument("--json", action="store_true", help="a JSON object a line for each figure; the last line has all")
     tui.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, not what it costs")
     tui.add_argument("--only", metavar="LIST", default="", help="only these measurements, separated by commas")
 
