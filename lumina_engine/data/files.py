@@ -79,7 +79,10 @@ def _bounded(entries: Iterator[Path], entry: str, key: str, most: int | None) ->
 
 
 def _expand_one(entry: str, key: str, most: int | None) -> list[Path]:
-    path = Path(entry).expanduser()
+    try:
+        path = Path(entry).expanduser()
+    except RuntimeError:  # ~name of nobody
+        raise _unusable(f"{key}: there is no such home folder", entry, "write the whole path") from None
     try:
         if path.is_dir():
             everything = _bounded(path.rglob("*"), entry, key, most)

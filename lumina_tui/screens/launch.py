@@ -122,10 +122,13 @@ class LaunchScreen(LaunchView):
 
         try:
             self.machine, self.review = await asyncio.to_thread(work)
-        except OSError as error:
+        except (OSError, RuntimeError, ValueError) as error:  # a path of the configuration that cannot be looked at
             self.reviewing, self.review = False, None
-            why = f"{error.filename or 'the check'}: {error.strerror or error}"
-            self._panel("checks").set_state(State.ERROR, f"{why}: r checks again")
+            place = getattr(error, "filename", None) or "the check failed"
+            self._panel("checks").set_state(
+                State.ERROR, f"{place}: {getattr(error, 'strerror', None) or error}: r checks again"
+            )
+            self.set_frame(badge="not checked", badge_role="bad")
             return
         self.reviewing = False
         self._set_stale(False)

@@ -279,6 +279,16 @@ async def test_c130_existing_name_and_readonly_block() -> None:
         assert pilot.app.starts == [] and sum("--readonly" in n.text for n in pilot.app.notices) == 2
 
 
+async def test_c130_a_path_that_cannot_be_looked_at_is_an_error_with_a_key() -> None:
+    rows = rows_of(Form.from_config(Config(train_data_path="~nobody-of-this-name/x.jsonl")))
+    assert rows["data"].status == "fail" and "no such home folder" in rows["data"].text
+    async with App().run_test(size=(80, 24)) as pilot:
+        pilot.app.open_launch(config=Config(data_cache_dir="~nobody-of-this-name/cache"))
+        await until(pilot, lambda: "r checks again" in screen_text(pilot.app))
+        await pilot.press("enter")
+        assert pilot.app.starts == [] and any("review is not ready" in n.text for n in pilot.app.notices)
+
+
 async def test_c130_empty_says_what_to_press() -> None:
     async with App().run_test(size=(80, 24)) as pilot:
         pilot.app.open_launch()
