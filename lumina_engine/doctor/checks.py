@@ -59,4 +59,6 @@ CHECKS: tuple[Check, ...] = (
     Check("loopback", "network", network.loopback),
     Check("launcher", "network", network.launchers),
     Check("ssh", "ssh", network.ssh),
+    Check("term", "terminal", network.term),
+    Check("locale", "terminal", network.charset),
 )

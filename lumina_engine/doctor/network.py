@@ -1,4 +1,4 @@
-"""Checks of what several ranks and several nodes need, and of the SSH line. No connection leaves this machine."""
+"""Checks of what several ranks and several nodes need, of the SSH line and the terminal. No connection leaves this machine."""
 
 from __future__ import annotations
 
@@ -76,3 +76,24 @@ def ssh(system: System) -> Iterator[Result]:
         f"from {connection[0]}; compression cannot be seen from here{', inside tmux or screen' if inside else ''}",
         advice if inside else f"{advice}; tmux or mosh keeps the screen over a lost line (runs go on anyway)",
     )
+
+
+def term(system: System) -> Iterator[Result]:
+    """Whether the full-screen program can run in this terminal, and with how many colours."""
+    name = system.environ.get("TERM", "")
+    if name in ("", "dumb"):
+        yield skipped(f"TERM={name or '-'}: no full screen, lumina-engine works", "set TERM, e.g. xterm-256color, for lumina")
+    elif "256color" in name or system.environ.get("COLORTERM", "").lower() in ("truecolor", "24bit"):
+        yield ok(f"TERM={name}")
+    else:
+        yield ok(f"TERM={name}: 16 colours", "TERM=xterm-256color shows more, if the terminal can")
+
+
+def charset(system: System) -> Iterator[Result]:
+    """Whether the locale has Unicode: without it charts and frames are ASCII."""
+    names = ("LC_ALL", "LC_CTYPE", "LANG")
+    name, value = next(((name, system.environ[name]) for name in names if system.environ.get(name)), ("LANG", ""))
+    if "utf" in value.lower():
+        yield ok(f"{name}={value}")
+    else:
+        yield warn(f"{name}={value or '-'}: charts and frames are ASCII", "export LC_ALL=C.UTF-8 (or a UTF-8 locale of yours)")

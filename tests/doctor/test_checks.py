@@ -503,6 +503,21 @@ def test_ssh_hint(tmp_path):
     assert "10.0.0.1" in found[1] and "ssh -C" in found[2] and "tmux" in found[2]
 
 
+@pytest.mark.parametrize(
+    ("environ", "term", "charset"),
+    [
+        ({"TERM": "xterm-256color", "LANG": "de_DE.UTF-8"}, "ok", "ok"),
+        ({"TERM": "dumb"}, "skipped", "warn"),
+        ({"TERM": "vt100", "LANG": "en_US.UTF-8", "LC_ALL": "C"}, "ok", "warn"),
+        ({}, "skipped", "warn"),
+    ],
+)
+def test_terminal_without_a_screen(tmp_path, environ, term, charset):
+    system = system_at(tmp_path, environ=environ)
+    assert results(network.term, system)[""][0] == term
+    assert results(network.charset, system)[""][0] == charset
+
+
 def test_the_table(tmp_path):
     ids = [check.id for check in CHECKS]
     assert len(ids) == len(set(ids)) and not any("." in id for id in ids)

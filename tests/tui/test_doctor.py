@@ -342,3 +342,19 @@ async def test_c137_a_real_engine_fills_the_screen(tmp_path, monkeypatch):
             id.partition(".")[0] in screen.checkup.planned or row.row.group in ("terminal", "ssh")
             for id, row in screen.checkup.found.items()
         )
+
+
+async def test_c137_an_engine_that_dies_is_the_first_row_with_its_own_words(tmp_path, monkeypatch):
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'Traceback (most recent call last):' >&2\necho 'ImportError: no numpy' >&2\nexit 1\n")
+    python.chmod(0o755)
+    monkeypatch.setattr("lumina_tui.screens.doctor.Job", jobs.Job)
+    monkeypatch.setattr(jobs.sys, "executable", str(python))
+    app = LuminaApp(tmp_path, look=Look())
+    async with app.run_test(size=(80, 24)) as pilot:
+        screen = app.open_screen(9)
+        await until(pilot, lambda: "engine" in screen.checkup.found and "ImportError" in screen_text(app))
+        lines = screen_text(app).split("\n")
+        assert "fail" in lines[2] and "ImportError: no numpy" in lines[2] and "1 failed" in lines[0]
+        assert "Traceback (most recent call last):" in screen.checkup.engine_words
+        assert "glyphs" in screen.checkup.found, "the terminal was checked all the same"
