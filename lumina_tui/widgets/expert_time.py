@@ -176,7 +176,7 @@ def figures_below(history: RoutingHistory, layers: Sequence[int], width: int, he
     lines: list[list[Piece]] = []
     for figure in FIGURES:
         picture, _ = figure_picture(history, figure, layers, width, max(4, len(layers) + 1), ink, -1, -1)
-        block = [[(f" {figure.title} over time", ink.palette.dim)], *picture.lines]
+        block: list[list[Piece]] = [[(f" {figure.title} over time", ink.palette.dim)], *picture.lines]
         if not picture.lines or len(lines) + len(block) + 1 > height:
             break
         lines += [*([[]] if lines else []), *block]

@@ -126,7 +126,9 @@ def test_c131_parts_that_follow_each_other_leave_no_gap() -> None:
 )
 def test_c131_mfu_only_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch, name: str, precision: str, known: bool) -> None:
     monkeypatch.setattr(step_clock.torch.cuda, "get_device_name", lambda device: name)
-    shape = DeepSeekConfig(vocab_size=1024, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, gradient_checkpointing=True)
+    shape = DeepSeekConfig(
+        vocab_size=1024, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, gradient_checkpointing=True
+    )
     one = Utilisation(shape, 128, precision, SimpleNamespace(type="cuda"), 1).of(1e6)
     two = Utilisation(shape, 128, precision, SimpleNamespace(type="cuda"), 2).of(1e6)
     if not known:
