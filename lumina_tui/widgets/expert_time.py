@@ -179,7 +179,9 @@ def figures_below(history: RoutingHistory, layers: Sequence[int], width: int, he
         block: list[list[Piece]] = [[(f" {figure.title} over time", ink.palette.dim)], *picture.lines]
         if not picture.lines or len(lines) + len(block) + 1 > height:
             break
-        lines += [*([[]] if lines else []), *block]
+        if lines:
+            lines.append([])
+        lines += block
     return lines
 
 
