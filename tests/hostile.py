@@ -51,7 +51,8 @@ assert len(PAYLOADS) == 40
 
 MARKUP = ["[/x]", "[@click=app.leave]go[/]", "[link=http://x]y[/link]", "[bold", "[red]r[/red]", "$x ${y}", "[" * 10_000]
 
-# what textual itself writes: cursor, pointer shape, colours, modes, clearing to the end of line, synchronised output, keys and mouse
+# what textual itself writes: cursor, pointer shape, colours, modes, clearing to the end of line, synchronised output, keys,
+# mouse
 _OURS = re.compile(
     rb"\x1b\[[0-9;]*m|\x1b\[\d+;\d+H|\x1b\[\d*[ABCDKJ]|\x1b\[\?\d+(;\d+)*[hlu]|\x1b\[[<>=][0-9;]*u|\x1b\[\?\d+\$p"
     rb"|\x1b\[\?[0-9;]*c|\x1b\[[0-9]* q|\x1b\[[0-9;]*t|\x1b[=>78]|\x1b\[H|\x1b\]22;[a-z]*\x07"

@@ -13,6 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from textual.pilot import Pilot
 
@@ -26,6 +27,27 @@ SETTLE = 40  # looks without a change before a screen counts as drawn
 
 def screen_text(app: LuminaApp) -> str:
     return "\n".join(strip.text for strip in app.screen._compositor.render_strips())
+
+
+async def until(pilot: Pilot[None], condition: Callable[[], bool]) -> None:
+    """Wait for something that takes as long as it takes: torch has to start, a reply to be written."""
+    for _ in range(6000):
+        if condition():
+            return
+        await pilot.pause(0.02)
+    raise TimeoutError(screen_text(pilot.app))  # type: ignore[arg-type]
+
+
+async def converse(app: LuminaApp, pilot: Pilot[None], prompt: str) -> None:
+    """Ask the loaded checkpoint, then look at the tokens of its answer."""
+    await until(pilot, lambda: "READY" in screen_text(app))
+    screen: Any = app.screen
+    screen.field.put(prompt)
+    screen.field.focus()
+    await pilot.press("enter")
+    await until(pilot, lambda: "tok/s" in screen_text(app))
+    await pilot.press("tab", "x")
+    await until(pilot, lambda: "by the model" in screen_text(app))
 
 
 async def still(pilot: Pilot[None], app: LuminaApp) -> None:
@@ -55,7 +77,7 @@ def stations(run: Path, others: list[Path]) -> dict[str, Callable[[LuminaApp], o
     }
 
 
-async def walk(root: Path, run: str, out: Path, svg: bool, only: list[str]) -> None:
+async def walk(root: Path, run: str, out: Path, svg: bool, only: list[str], prompt: str) -> None:
     path = root / run
     others = [row.path for row in list_runs(root) if row.path.name != run][:2]
     for size in SIZES:
@@ -65,6 +87,8 @@ async def walk(root: Path, run: str, out: Path, svg: bool, only: list[str]) -> N
                 if only and name not in only:
                     continue
                 visit(app)
+                if name == "chat":
+                    await converse(app, pilot, prompt)
                 await still(pilot, app)
                 stem = f"{name}-{size[0]}x{size[1]}"
                 (out / f"{stem}.txt").write_text(screen_text(app))
@@ -78,12 +102,13 @@ def main() -> None:
     parser.add_argument("run")
     parser.add_argument("out", type=Path)
     parser.add_argument("--svg", action="store_true")
+    parser.add_argument("--prompt", default="Count one up from 12.")
     parser.add_argument("--only", nargs="*", default=[])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as own:  # as a first-time user sees it
         os.environ.update(XDG_CONFIG_HOME=own, XDG_STATE_HOME=own, XDG_CACHE_HOME=own)
-        asyncio.run(walk(args.root, args.run, args.out, args.svg, args.only))
+        asyncio.run(walk(args.root, args.run, args.out, args.svg, args.only, args.prompt))
 
 
 if __name__ == "__main__":

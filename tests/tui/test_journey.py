@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lumina_engine.monitoring import record as rec
@@ -29,6 +30,15 @@ def engine(folder: Path, *arguments: str) -> None:
         check=True,
         capture_output=True,
     )
+
+
+@pytest.fixture
+def no_servers_left(tmp_path):
+    """Chat servers outlive `lumina`, also in a test."""
+    yield
+    for process in psutil.process_iter(["cmdline"]):
+        if any(str(tmp_path) in word for word in process.info["cmdline"] or ()):
+            process.kill()
 
 
 def records(folder: Path, run: str) -> list[rec.Record]:
@@ -57,7 +67,7 @@ def budget_of(pane: Pane) -> str:
     return found[0]
 
 
-def test_c138_a_day_by_keys_alone(tmp_path):
+def test_c138_a_day_by_keys_alone(tmp_path, no_servers_left):
     engine(tmp_path, "train", "--preset", "debug", "--run", "earlier", "max_steps=24", "save_interval=12", "eval_interval=12")
     with Pane(tmp_path) as pane:
         pane.start()
