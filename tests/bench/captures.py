@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +30,11 @@ def screen_text(app: LuminaApp) -> str:
     return "\n".join(strip.text for strip in app.screen._compositor.render_strips())
 
 
+def without_fonts(svg: str) -> str:
+    """A picture that asks no other host for its letters."""
+    return re.sub(r"@font-face\s*{[^}]*}", "", svg)
+
+
 async def until(pilot: Pilot[None], condition: Callable[[], bool]) -> None:
     """Wait for something that takes as long as it takes: torch has to start, a reply to be written."""
     for _ in range(6000):
@@ -45,8 +51,8 @@ async def converse(app: LuminaApp, pilot: Pilot[None], prompt: str) -> None:
     screen.field.put(prompt)
     screen.field.focus()
     await pilot.press("enter")
-    await until(pilot, lambda: "tok/s" in screen_text(app))
-    await pilot.press("tab", "x")
+    await until(pilot, lambda: " s, first token" in screen_text(app) or "tok/s" in screen_text(app))
+    screen.action_tokens()
     await until(pilot, lambda: "by the model" in screen_text(app))
 
 
@@ -93,7 +99,7 @@ async def walk(root: Path, run: str, out: Path, svg: bool, only: list[str], prom
                 stem = f"{name}-{size[0]}x{size[1]}"
                 (out / f"{stem}.txt").write_text(screen_text(app))
                 if svg:
-                    (out / f"{stem}.svg").write_text(app.export_screenshot(title=f"lumina: {name}"))
+                    (out / f"{stem}.svg").write_text(without_fonts(app.export_screenshot(title=f"lumina: {name}")))
 
 
 def main() -> None:
