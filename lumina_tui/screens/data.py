@@ -54,13 +54,13 @@ class DataScreen(LuminaScreen):
         self.work = Work(self.sources, self._spawn, self._tell, self._changed, lambda path: self._add(path, select=False))
         self._looked, self._looking = 0.0, False
         self._draft: tuple[Any, Settings] = (None, self.sources.settings)  # what the settings were made from, and they
+        # jobs may tell something before the panels are on the screen, and after they have left it
+        self.table = Table(say.COLUMNS, title="Sources", id="list")
+        self.findings = TextPanel(id="findings", title="Findings", indent=4)
+        self.sample = TextPanel(id="sample", title="Sample")
 
     def content(self) -> ComposeResult:
-        with Horizontal(classes="content"):
-            yield Table(say.COLUMNS, title="Sources", id="list")
-            with Detail():
-                yield TextPanel(id="findings", title="Findings", indent=4)
-                yield TextPanel(id="sample", title="Sample")
+        yield Horizontal(self.table, Detail(self.findings, self.sample), classes="content")
 
     # life
 
@@ -117,17 +117,10 @@ class DataScreen(LuminaScreen):
     # showing
 
     @property
-    def table(self) -> Table:
-        return self.query_one("#list", Table)
-
-    @property
     def chosen(self) -> Source | None:
         """The source under the cursor."""
         key = say.key_of(self.table.cursor_key)
         return None if key is None else self.sources.rows.get(key)
-
-    def _panel(self, name: str) -> TextPanel:
-        return self.query_one(f"#{name}", TextPanel)
 
     def _show(self) -> None:
         if not self.is_mounted:
@@ -145,10 +138,9 @@ class DataScreen(LuminaScreen):
         source = self.chosen
         if source is None:
             return
-        findings = self._panel("findings")
+        findings, sample, job = self.findings, self.sample, source.jobs.get("preview")
         findings.set_title("Findings", say.state(source)[0])
         findings.set_lines(say.findings(source, self.sources.settings), about=source.key)
-        sample, job = self._panel("sample"), source.jobs.get("preview")
         sample.set_title(*say.sample_title(source))
         if source.rows.get(source.at_row) is not None:
             sample.set_state(State.LIVE)
@@ -171,7 +163,7 @@ class DataScreen(LuminaScreen):
         detail = self.query_one(Detail)
         if self.has_class("-compact"):
             self.maximize(detail, container=False)
-        self._panel("findings").focus()
+        self.findings.focus()
         self._fetch_soon()
 
     # rows
@@ -179,7 +171,7 @@ class DataScreen(LuminaScreen):
     def _fetch_soon(self) -> None:
         """Fetch rows of the chosen source once the cursor rests on it, if they can be seen."""
         source = self.chosen
-        if source is not None and self._panel("sample").display and (not self.has_class("-compact") or self.maximized):
+        if source is not None and self.sample.display and (not self.has_class("-compact") or self.maximized):
             self.set_timer(REST_TIME, lambda: self.work.fetch(source) if source is self.chosen else None)
 
     def action_next(self) -> None:
