@@ -375,7 +375,7 @@ async def test_c137_validate_shows_lines_bad_bytes_lengths_and_then_stale(tmp_pa
         await screen.action_do("data.validate")
         source = screen.chosen
         await until(pilot, lambda: source.check is not None)
-        text = shown(screen._panel("findings"))
+        text = shown(screen.findings)
         for part in (
             "bad.jsonl:4 byte 18 is not UTF-8",
             'here  {"messages": "caf\\xe9"}\\x0a',
@@ -394,7 +394,7 @@ async def test_c137_validate_shows_lines_bad_bytes_lengths_and_then_stale(tmp_pa
         bad.write_text(lines(record("q", "mended")))
         screen._looked = 0.0
         await until(pilot, lambda: "changed since" in screen_text(app))
-        assert "a file has changed since this check: v checks again" in shown(screen._panel("findings"))
+        assert "a file has changed since this check: v checks again" in shown(screen.findings)
         await screen.action_do("data.validate")
         await until(pilot, lambda: "clean" in screen_text(app))
 
@@ -417,7 +417,7 @@ async def test_c137_overlap_with_the_configured_evaluation_data_is_found():
         assert screen.chosen.use == "train" and "100 %" in screen_text(app)
         await screen.action_do("data.validate")
         await until(pilot, lambda: screen.chosen.check is not None)
-        text = shown(screen._panel("findings"))
+        text = shown(screen.findings)
         assert "1 are also in the evaluation data" in text and "t.jsonl:2" in text
 
 
@@ -430,7 +430,7 @@ async def test_c142_rows_of_every_layout_and_their_keys(tmp_path):
         await until(pilot, lambda: source.total_rows is not None, what="rows fetched by themselves")
         total = source.total_rows
         assert total >= 3 and f"Sample row 1 of {total}" in screen_text(app) and "T tell" in screen_text(app)
-        sample = screen._panel("sample")
+        sample = screen.sample
         await pilot.resize_terminal(110, 30)
         sample.action_page_down()
         assert sample._top > 0
@@ -451,15 +451,15 @@ async def test_c137_a_source_that_cannot_be_sampled_says_why_and_r_tries_again()
     app = App()
     async with app.run_test(size=(160, 45)) as pilot:
         screen = await opened(pilot, "y.jsonl", "x.jsonl")
-        sample = screen._panel("sample")
+        sample = screen.sample
         await until(pilot, lambda: sample.state is State.ERROR)
         assert "y.jsonl:1" in sample.message and "r tries again" in sample.message
         Path("y.jsonl").write_text(lines(record("q", "a")))
         await screen.action_do("data.reload")
         await until(pilot, lambda: sample.state is State.LIVE)
         screen.table.move_to("x.jsonl")
-        await until(pilot, lambda: "no known layout" in shown(screen._panel("findings")))
-        assert "not available yet: OASST" in shown(screen._panel("findings")) and "unusable" in screen_text(app)
+        await until(pilot, lambda: "no known layout" in shown(screen.findings))
+        assert "not available yet: OASST" in shown(screen.findings) and "unusable" in screen_text(app)
         assert screen.why_not("data.validate") is not None
 
 
@@ -477,8 +477,8 @@ time.sleep(600)"""
         assert screen.why_not("data.cancel") == "nothing runs for this source"
         await screen.action_do("data.validate")
         await until(pilot, lambda: "checking 42 %" in screen_text(app))
-        assert "1,234 conversations, 99 tokens, 2 problems so far" in shown(screen._panel("findings"))
-        assert "1.23 k" in screen_text(app) and "X cancels" in shown(screen._panel("findings"))
+        assert "1,234 conversations, 99 tokens, 2 problems so far" in shown(screen.findings)
+        assert "1.23 k" in screen_text(app) and "X cancels" in shown(screen.findings)
         assert "already" in (screen.why_not("data.validate") or "")
         source = screen.chosen
         await screen.action_do("data.cancel")
@@ -498,7 +498,7 @@ async def test_c137_a_cancelled_sample_can_be_asked_for_again(monkeypatch):
             await until(pilot, lambda: source.running)
             await screen.action_do("data.cancel")
             await until(pilot, lambda: source.jobs["preview"].state is JobState.CANCELLED)
-        assert "> shows rows" in screen._panel("sample").message
+        assert "> shows rows" in screen.sample.message
         await screen.action_do("data.next")
         await until(pilot, lambda: source.rows)
 
@@ -518,7 +518,7 @@ async def test_c137_convert_and_prepare_leave_files_and_sources():
         await screen.action_do("data.prepare")
         await until(pilot, lambda: source.prepared is not None or source.jobs["prepare"].error)
         assert source.jobs["prepare"].error == "" and list(Path("data/cache").glob("*/tokens.u32"))
-        assert "prepared" in shown(screen._panel("findings"))
+        assert "prepared" in shown(screen.findings)
         screen.action_report()
         (export,) = Path("exports").glob("data-s-*.json")
         assert json.loads(export.read_text())["prepared"]["stores"]["train"]["conversations"] >= 1
