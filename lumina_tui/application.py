@@ -265,6 +265,7 @@ class LuminaApp(Acts, Talks, TypeAhead, Defects, inherit_bindings=False):
             screen: Any = self.screen
             if getattr(screen, "ready", False):
                 screen.tick()
+                screen.keep_focus()
             self._remember_place()
             self._watch_alerts()
         finally:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from textual import on
 from textual.binding import BindingType
 from textual.content import Content
-from textual.events import Mount
+from textual.events import DescendantFocus, Mount
 from textual.screen import Screen
 from textual.widget import Widget
 
@@ -68,6 +68,7 @@ class LuminaScreen(Acts, Screen[None], inherit_bindings=False):
         self.alerts = 0
         self.critical = False
         self.ready = False
+        self._held: Widget | None = None  # has the keys, or had them when it was hidden
         self._waiting: list[Callable[[], object]] = []
 
     def when_ready(self, work: Callable[[], object]) -> None:
@@ -154,6 +155,17 @@ class LuminaScreen(Acts, Screen[None], inherit_bindings=False):
     def on_descendant_focus(self) -> None:
         self.refresh_keys()
 
+    @on(DescendantFocus)
+    def _hold(self, event: DescendantFocus) -> None:
+        if _is_shown(event.widget):
+            self._held = event.widget
+
+    def keep_focus(self) -> None:
+        """Give the keys back to the panel that had them when it was hidden (a small terminal, a run that starts)."""
+        lost = self.focused is None or not _is_shown(self.focused)
+        if lost and self._held is not None and self._held.is_attached and _is_shown(self._held):
+            self._held.focus(scroll_visible=False)
+
     def on_screen_resume(self) -> None:
         for bar in self.query(TitleBar):
             bar.refresh()  # alerts of another screen may have been opened meanwhile
@@ -165,6 +177,10 @@ class LuminaScreen(Acts, Screen[None], inherit_bindings=False):
         self.set_class(width < 100 or height < 30, "-compact")
         self.set_class(width >= 160 and height >= 45, "-wide")
         self.set_class(width < self.smallest[0] or height < self.smallest[1], "-tiny")
+
+
+def _is_shown(widget: Widget) -> bool:
+    return all(node.display for node in widget.ancestors_with_self)
 
 
 class TooSmall(Widget):

@@ -212,7 +212,10 @@ class MonitorScreen(RunCommands, RunAlerts, LuminaScreen):
         if before != (state, feed.mode):
             self.refresh_keys()
         empty = not len(store.steps)
-        self.set_class(empty and feed.mode is not Mode.LOADING, "-starting")
+        starting = empty and feed.mode is not Mode.LOADING
+        if self.has_class("-starting") and not starting and self.focused in (None, self.log_view):
+            self.call_after_refresh(self.loss.focus)  # the first step: chart keys work at once
+        self.set_class(starting, "-starting")
         self.set_class(not store.layers, "-dense")
         self._lay_out()
         stale = badge.text.startswith(("QUIET", "DEAD"))

@@ -122,7 +122,7 @@ class TextPanel(Drawn):
         most = max(0, len(self.lines_at(width - 2)) - height) if width > 2 else 0
         before, self._top = self._top, max(0, min(self._top + step, most))
         hidden = most - self._top
-        self.set_foot(self._foot_left, f"{hidden} more lines" if hidden > 0 else "")
+        self.set_foot(self._foot_left, f"{hidden} more line{'s' if hidden > 1 else ''}" if hidden > 0 else "")
         if before != self._top:
             self.refresh()
 

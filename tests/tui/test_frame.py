@@ -75,6 +75,22 @@ async def test_every_screen_at_every_size(tmp_path, number, look):
                 assert len(text.split("\n")) == height
 
 
+@pytest.mark.parametrize("number", list(SCREENS))
+async def test_a_terminal_that_was_too_small_gives_the_keys_back_to_the_same_panel(tmp_path, number):
+    async with FakeEngine(tmp_path) as engine:
+        engine.steps(3)
+        app = app_for(tmp_path)
+        async with app.run_test(size=(80, 24)) as pilot:
+            app.open_screen(number)
+            await until(pilot, lambda: app.screen.number == number and app.screen.focused is not None)
+            held = app.screen.focused
+            await pilot.resize_terminal(20, 6)
+            await until(pilot, lambda: app.screen.has_class("-tiny"))
+            await pilot.pause()
+            await pilot.resize_terminal(80, 24)
+            await until(pilot, lambda: app.screen.focused is held and all(node.display for node in held.ancestors_with_self))
+
+
 async def test_keys_switch_screens_and_esc_goes_back(tmp_path):
     app = app_for(tmp_path)
     async with app.run_test(size=(80, 24)) as pilot:

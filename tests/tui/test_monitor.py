@@ -87,6 +87,7 @@ async def test_start_phase_shows_state_and_log(tmp_path):
             engine.state("running")
             engine.steps(2)
             await until(pilot, lambda: "loss  EMA" in screen_text(app) and not screen.has_class("-starting"))
+            await until(pilot, lambda: screen.focused is screen.loss)  # chart keys work at once
 
 
 async def test_failed_before_the_first_step(tmp_path):
