@@ -128,19 +128,21 @@ def load(run: RunDirectory) -> Cached | None:
 
 
 def _read(descriptor: int, run: RunDirectory) -> Cached | None:
+    room = os.fstat(descriptor).st_size  # nothing is read or made that is larger: a damaged length costs no memory
     magic, length, crc = _LEAD.unpack(os.pread(descriptor, _LEAD.size, 0))
+    if magic != MAGIC or length > room:
+        return None
     data = os.pread(descriptor, length, _LEAD.size)
-    if magic != MAGIC or len(data) != length or zlib.crc32(data) != crc:
+    if len(data) != length or zlib.crc32(data) != crc:
         return None
     head = msgspec.msgpack.decode(data, type=Head)
-    if head.schema != _schema() or head != _place(run, head.offset, head.seq, head):
+    if not 0 <= head.body <= room or head.schema != _schema() or head != _place(run, head.offset, head.seq, head):
         return None
     at = _LEAD.size + length
     body = os.pread(descriptor, head.body, at)
     at += head.body
     crc = zlib.crc32(body)
     arrays = []
-    room = os.fstat(descriptor).st_size
     for kind, shape in head.arrays:
         dtype = np.dtype(kind)
         if dtype.kind not in "biuf" or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize > room:

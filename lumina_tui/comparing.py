@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.cells import cell_len
 
 from lumina_engine.run.directory import RunDirectory, RunError
 
 from .feed import Feed, Mode
 from .history import METRICS
-from .paint import clean, count, duration, whole
+from .paint import clean, count, duration, fit, fit_ends, whole
 from .runs import held_out_score
 from .widgets.bars import STATE_ROLES
 from .widgets.picture import LETTERS, MOST_RUNS, Curve, Options, colour_slots
@@ -23,7 +24,7 @@ from .widgets.table import Cell, Column, Row
 from .widgets.text_panel import Line
 
 COLUMNS = (
-    Column("run", "run", 10, grow=True),
+    Column("run", "run", 10, grow=True, ends=True),
     Column("state", "state", 10),
     Column("value", "value", 8, "right"),
     Column("ema", "EMA", 8, "right", rank=1),
@@ -283,11 +284,11 @@ def _block(title: str, fields: Sequence[Fields], runs: Sequence[Compared], width
     each = min(16, (width - label) // max(1, len(runs)) - 1)
     need = max(len(value) for entry in fields for value in entry.values)
     if each >= min(need, _CELL) and each >= 4:
-        heads = [(f" {_cut(f'{run.letter} {run.name}', each):>{each}}", f"run{run.slot}") for run in runs]
+        heads = [(" " + _right(f"{run.letter} {run.name}", each), f"run{run.slot}") for run in runs]
         lines.append(((" " * label, "dim"), *heads))
         for entry in fields:
-            row = [(f" {_cut(value, each):>{each}}", "text") for value in entry.values]
-            lines.append(((f"{_cut(entry.name, label - 1):<{label}}", "dim"), *row))
+            row = [(" " + _right(value, each), "text") for value in entry.values]
+            lines.append(((fit(entry.name, label - 1) + " ", "dim"), *row))
         return lines
     for entry in fields:
         pairs = zip(runs, entry.values, strict=True)
@@ -296,8 +297,8 @@ def _block(title: str, fields: Sequence[Fields], runs: Sequence[Compared], width
     return lines
 
 
-def _cut(text: str, width: int) -> str:
-    return text if len(text) <= width else text[: max(0, width - 1)] + "…"
+def _right(text: str, width: int) -> str:
+    return fit_ends(text, width) if cell_len(text) > width else fit(text, width, "right")
 
 
 def as_text(rows: Sequence[Row], lines: Sequence[Line]) -> list[str]:

@@ -339,7 +339,11 @@ class Feed:
         if first.get("proto") != PROTO:
             self.why = f"the run speaks protocol {first.get('proto')}, this program {PROTO}"
             raise EOFError(self.why)
-        await self._read_file(int(first.get("offset", 0)))
+        offset = first.get("offset", 0)
+        if not isinstance(offset, int):
+            self.why = "refused: its hello names no place in the log"
+            raise EOFError(self.why)
+        await self._read_file(offset)
         self.why, self.mode = "", Mode.LIVE
         self._asks = first["asks"] if isinstance(first.get("asks"), list) else []
         self._take_ranks(first)

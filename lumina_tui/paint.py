@@ -32,6 +32,18 @@ def fit(text: str, width: int, align: Align = "left", ellipsis: str = "…") -> 
     return " " * (width - size) + text if align == "right" else text + " " * (width - size)
 
 
+def fit_ends(text: str, width: int) -> str:
+    """`text` in exactly `width` cells; a longer one loses its middle, since names of one family differ at their end."""
+    if cell_len(text) <= width or width < 8:
+        return fit(text, width)
+    tail = ""
+    for letter in reversed(text):
+        if cell_len(letter + tail) > (width - 1) // 2:
+            break
+        tail = letter + tail
+    return fit(fit(text, width - cell_len(tail)) + tail, width)
+
+
 def line(width: int, left: Iterable[Piece], right: Iterable[Piece] = (), base: Style | None = None) -> Strip:
     """A strip of `width` cells: pieces from the left, pieces at the right edge.
 

@@ -14,7 +14,7 @@ from textual.message import Message
 from textual.strip import Strip
 
 from ..actions import bindings
-from ..paint import Align, Piece, clean, fit, line
+from ..paint import Align, Piece, clean, fit, fit_ends, line
 from .acts import Finds
 from .panel import Drawn
 
@@ -23,7 +23,8 @@ Cell = tuple[str, str]  # text (made safe when painted), role of the palette
 
 @dataclass(frozen=True)
 class Column:
-    """`width` in cells; a column with `grow` takes what is left; low `rank` is dropped last when there is no room."""
+    """`width` in cells; a column with `grow` takes what is left; low `rank` is dropped last when there is no room. What is too
+    long loses its end, with `ends` its middle."""
 
     key: str
     title: str
@@ -31,6 +32,7 @@ class Column:
     align: Align = "left"
     grow: bool = False
     rank: int = 0
+    ends: bool = False
 
 
 @dataclass(frozen=True)
@@ -302,8 +304,12 @@ class Table(Finds, Drawn):
             last = i == len(row.cells) - 1 and i < len(self.columns) - 1
             text, role = row.cells[i] if i < len(row.cells) else ("", "text")
             room = width - used - 2 * (at > 0) - 1 if last else cells
-            pieces.append(("  " * (at > 0) + fit(clean(text), room, column.align), self.palette.of(role)))
+            pieces.append(("  " * (at > 0) + _cell(clean(text), room, column), self.palette.of(role)))
             used += 2 * (at > 0) + room
             if last:
                 break
         return pieces
+
+
+def _cell(text: str, width: int, column: Column) -> str:
+    return fit_ends(text, width) if column.ends else fit(text, width, column.align)

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import math
 import os
+import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -224,6 +225,9 @@ def test_ps06_a_damaged_cache_is_ignored_and_written_anew(tmp_path):
     for at in places:
         path.write_bytes(good[:at] + bytes([good[at] ^ 0x41]) + good[at + 1 :])
         assert columns.load(run) is None, at
+    for length in (len(good), 1 << 31, (1 << 32) - 1):  # a length that the file does not have asks for no memory
+        path.write_bytes(good[:8] + struct.pack("<I", length) + good[12:])
+        assert columns.load(run) is None, length
     for size in (0, 5, 16, 200, len(good) // 2, len(good) - 1):
         path.write_bytes(good[:size])
         assert columns.load(run) is None, size

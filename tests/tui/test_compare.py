@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.cells import cell_len
 
 from lumina_engine.config.loading import write_config
 from lumina_engine.config.schema import Config
@@ -24,6 +25,7 @@ from lumina_tui import comparing
 from lumina_tui.application import LuminaApp
 from lumina_tui.comparing import Compared, as_text, differing, opened, results, side_by_side, table_rows
 from lumina_tui.feed import Feed, Mode
+from lumina_tui.paint import fit_ends
 from lumina_tui.screens.compare import CompareScreen
 from lumina_tui.series import RunStore
 from lumina_tui.terminal import NAMED, Look, to_ascii
@@ -500,3 +502,17 @@ def test_c138_compare_by_keys_in_a_real_tmux(tmp_path):
         pane.see("to base", "grad norm", "learning_rate")
         pane.press("q")
         assert pane.ended() == 0 and "Traceback" not in pane.text()
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=("Cc", "Cs", "Mn", "Cf")), max_size=60), st.integers(0, 40))
+def test_names_that_are_cut_keep_both_ends_and_their_room(text, width):
+    shown = fit_ends(text, width)
+    assert cell_len(shown) == width
+    if cell_len(text) <= width:
+        assert shown.rstrip() == text.rstrip()
+    elif width >= 12 and text.isascii():
+        assert shown[:4] == text[:4] and shown[-4:] == text[-4:] and "…" in shown
+
+
+def test_names_of_one_family_stay_apart_in_a_narrow_table():
+    assert fit_ends("a sample-seed-1", 13) != fit_ends("a sample-seed-2", 13)
