@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,7 +13,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -53,16 +56,25 @@ def fixed_clock(monkeypatch):
     time.tzset()
 
 
-def compare(name: str, text: str) -> None:
-    """Against the stored picture; differences in age and rate are no differences."""
-    text = re.sub(r"LIVE [\d.]+ Hz", "LIVE 4 Hz", text)
-    text = "\n".join(line.rstrip() for line in text.split("\n")) + "\n"
+async def compare(pilot: Any, name: str, edit: Callable[[str], str] = lambda text: text) -> None:
+    """The screen, after `edit`, against the stored picture; differences in rate are no differences.
+
+    A part that is painted a moment later is waited for.
+    """
+
+    def text() -> str:
+        shown = re.sub(r"LIVE [\d.]+ Hz", "LIVE 4 Hz", edit(screen_text(pilot.app)))
+        return "\n".join(line.rstrip() for line in shown.split("\n")) + "\n"
+
     path = FOLDER / f"{name}.txt"
     if os.environ.get("LUMINA_SNAPSHOTS") == "write":
         FOLDER.mkdir(exist_ok=True)
-        path.write_text(text)
+        path.write_text(text())
     assert path.exists(), f"{path.name} is missing; LUMINA_SNAPSHOTS=write makes it"
-    assert text == path.read_text(), f"{path.name} has changed:\n{text}"
+    wanted = path.read_text()
+    with contextlib.suppress(AssertionError):
+        await until(pilot, lambda: text() == wanted, seconds=10)
+    assert text() == wanted, f"{path.name} has changed:\n{text()}"
 
 
 def story(engine: FakeEngine) -> None:
@@ -104,12 +116,8 @@ async def test_monitor(tmp_path, size, glyphs):
             for chart in app.screen.charts:  # axes that remember no earlier picture
                 chart.show(app.screen.store)
             await until(pilot, lambda: all(part in screen_text(app) for part in ("loss_spike", "C checkpoint", "2.58", "LIVE")))
-            text = screen_text(app)
-            if glyphs == "ascii":
-                assert any(isinstance(item, AsciiFilter) for item in app.get_line_filters())
-                assert text.isascii() or to_ascii(text).isascii()
-                text = to_ascii(text)
-            compare(f"monitor-{size[0]}x{size[1]}-{glyphs}", text)
+            assert glyphs != "ascii" or any(isinstance(item, AsciiFilter) for item in app.get_line_filters())
+            await compare(pilot, f"monitor-{size[0]}x{size[1]}-{glyphs}", lambda text: _ascii_or(glyphs, text))
 
 
 @pytest.mark.parametrize("size", [(80, 24), (160, 45), (200, 60)], ids=lambda size: f"{size[0]}x{size[1]}")
@@ -135,11 +143,15 @@ async def test_home(tmp_path, size, monkeypatch):
                 pilot,
                 lambda: len(app.screen.rows) == 3 and "disk free" in screen_text(app) and "step 400, best" in screen_text(app),
             )
-            text = re.sub(r"made\s+\d{4}-\d\d-\d\d \d\d:\d\d", "made   2025-11-24 16:00", screen_text(app))
-            text = text.replace(str(tmp_path), "/home/user")
-            if size == (80, 24):
-                text = re.sub(r"path .*", "path …", text)
-            compare(f"home-{size[0]}x{size[1]}", re.sub(r"path +[/…][^│\n]*", lambda m: "path".ljust(len(m[0])), text))
+
+            def edited(text: str) -> str:
+                text = re.sub(r"made\s+\d{4}-\d\d-\d\d \d\d:\d\d", "made   2025-11-24 16:00", text)
+                text = text.replace(str(tmp_path), "/home/user")
+                if size == (80, 24):
+                    text = re.sub(r"path .*", "path …", text)
+                return re.sub(r"path +[/…][^│\n]*", lambda m: "path".ljust(len(m[0])), text)
+
+            await compare(pilot, f"home-{size[0]}x{size[1]}", edited)
 
 
 COMPARED = [((80, 24), "braille"), ((80, 24), "ascii"), ((160, 45), "braille"), ((200, 60), "braille")]
@@ -174,8 +186,8 @@ async def test_compare(tmp_path, size, glyphs):
         screen.chart.cursor.step = 102
         await until(pilot, lambda: screen_text(app).count("a 102:") == charts and "at step 102" in screen_text(app))
         await until(pilot, lambda: charts == 1 or "restarts" in screen_text(app))
-        text = screen_text(app).replace(str(tmp_path), "/home/user")
-        compare(f"compare-{size[0]}x{size[1]}-{glyphs}", to_ascii(text) if glyphs == "ascii" else text)
+        name = f"compare-{size[0]}x{size[1]}-{glyphs}"
+        await compare(pilot, name, lambda text: _ascii_or(glyphs, text.replace(str(tmp_path), "/home/user")))
 
 
 CHECKED = [((80, 24), "braille"), ((80, 24), "ascii"), ((200, 60), "braille")]
@@ -208,7 +220,7 @@ async def test_doctor(tmp_path, size, glyphs, monkeypatch):
     async with app.run_test(size=size) as pilot:
         app.open_screen(9)
         await until(pilot, lambda: "running torch" in screen_text(app))
-        compare(f"doctor-{size[0]}x{size[1]}-{glyphs}", to_ascii(screen_text(app)) if glyphs == "ascii" else screen_text(app))
+        await compare(pilot, f"doctor-{size[0]}x{size[1]}-{glyphs}", lambda text: _ascii_or(glyphs, text))
 
 
 SOURCES = [((80, 24), "braille"), ((80, 24), "ascii"), ((120, 40), "braille"), ((200, 60), "braille")]
@@ -232,11 +244,11 @@ async def test_data(tmp_path, size, glyphs, monkeypatch):
         source = screen.chosen
         await until(pilot, lambda: source.check is not None)
         if size == (80, 24):
-            compare(f"data-list-80x24-{glyphs}", _ascii_or(glyphs, screen_text(app)))
+            await compare(pilot, f"data-list-80x24-{glyphs}", lambda text: _ascii_or(glyphs, text))
             await pilot.press("enter")
         source.checked_at = 1_764_000_000.0
         await until(pilot, lambda: source.rows and "checked at 16:00" in _shown_again(screen))
-        compare(f"data-{size[0]}x{size[1]}-{glyphs}", _ascii_or(glyphs, screen_text(app)))
+        await compare(pilot, f"data-{size[0]}x{size[1]}-{glyphs}", lambda text: _ascii_or(glyphs, text))
 
 
 def _shown_again(screen: DataScreen) -> str:
@@ -277,12 +289,12 @@ async def test_chat(tmp_path, size, glyphs, monkeypatch, servers, runs):
         await pilot.press("enter")
         await until(pilot, lambda: all(p.link.phase is Phase.READY and not p._grown and p.session.history for p in chat.panes))
         await until(pilot, lambda: "READY" in screen_text(app) and screen_text(app).count("tok") >= 2)
-        compare(f"chat-{size[0]}x{size[1]}-{glyphs}", _ascii_or(glyphs, screen_text(app)))
+        await compare(pilot, f"chat-{size[0]}x{size[1]}-{glyphs}", lambda text: _ascii_or(glyphs, text))
         chat.right.toggle_tokens()
         chat.right.tokens.action_last()
         await until(pilot, lambda: "6 of 6" in screen_text(app) and "5:0.75" in screen_text(app))
         await until(pilot, lambda: "next token" in screen_text(app) or "l next" in screen_text(app))
-        compare(f"chat-tokens-{size[0]}x{size[1]}-{glyphs}", _ascii_or(glyphs, screen_text(app)))
+        await compare(pilot, f"chat-tokens-{size[0]}x{size[1]}-{glyphs}", lambda text: _ascii_or(glyphs, text))
 
 
 CONFIGURED = [((80, 24), "braille"), ((80, 24), "ascii"), ((120, 40), "braille"), ((200, 60), "braille")]
@@ -326,10 +338,7 @@ async def test_presets_config_launch(tmp_path, size, glyphs, name, monkeypatch):
         else:
             app.open_launch(config=Config(train_data_path="d.jsonl", hidden_size=128, num_layers=2, tokenizer="lumina-1k"))
             await until(pilot, lambda: getattr(app.screen, "review", None) is not None and not app.screen.reviewing)
-        await pilot.pause()
-        await pilot.pause()
-        text = screen_text(app)
-        compare(f"{name}-{size[0]}x{size[1]}-{glyphs}", to_ascii(text) if glyphs == "ascii" else text)
+        await compare(pilot, f"{name}-{size[0]}x{size[1]}-{glyphs}", lambda text: _ascii_or(glyphs, text))
 
 
 def test_no_snapshot_is_unused():
