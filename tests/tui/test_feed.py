@@ -79,8 +79,7 @@ async def test_c133_a_jump_and_a_gap_are_filled_from_the_file(tmp_path):
             engine.hold_live = True
             engine.steps(9)
             engine.gap()
-            await wait(lambda: feed.store.step == 70)
-            assert feed.gaps == 2
+            await wait(lambda: feed.store.step == 70 and feed.gaps == 2)  # the reading for the jump may have met these too
             same(feed)
 
 
