@@ -113,8 +113,8 @@ class ConfigView(ConfigFiles):
     def _show_budget(self) -> None:
         figures, machine = self.checked.figures, self.machine
         title = f"Budget on {machine.label}" if machine else "Budget"
-        wrong = ", ".join(self.form.bad) if self.form is not None else ""
-        source = f"computed, {wrong} as before" if wrong else "computed"  # a refused text is in no figure
+        refused = self.form is not None and bool(self.form.bad)
+        source = "last valid values" if refused else "computed"  # a refused text is in no figure
         for name, lines in (("budget", budget_text.summary_lines), ("details", budget_text.detail_lines)):
             panel = self._panel(name)
             panel.set_title(title, source if figures else "")

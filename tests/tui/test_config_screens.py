@@ -102,7 +102,7 @@ async def test_c129_journey_with_two_wrong_values() -> None:
         text = screen_text(pilot.app)
         assert "Findings  2 errors" in text and "Experts" in text and "1* 1!" in text
         assert "more than num_experts = 8" in text
-        assert "computed, warmup_steps as before" in text, "the budget says what it leaves out"
+        assert "last valid values" in text, "a refused text is in no figure of the budget"
         lines = {f.line() for f in screen.findings}
         assert {f.line() for f in check(screen.form.config()) if f.code != "bad_value"} <= lines
         await pilot.press("4")
