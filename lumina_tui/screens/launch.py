@@ -82,6 +82,8 @@ class LaunchScreen(LaunchView):
         now = time.monotonic()
         if self.reviewing:
             self._show_rows()
+        elif self.review is not None and self._panel("budget").inner[0] != self._budget_width:  # a scroll bar has come or gone
+            self._show()
         elif self.start is None and self.review is not None and not self.stale and now - self._looked > _LOOK:
             self._looked = now
             self.lumina.spawn(self._look_for_changes())

@@ -52,6 +52,7 @@ class LaunchView(LuminaScreen):
         self.stale = False  # configuration or data changed since the review
         self.reviewing = False
         self.finding = -1  # the current one
+        self._budget_width = 0  # cells that the budget was laid out for
         self._rows: dict[str, Row] = {}  # as a review finds them
 
     def content(self) -> ComposeResult:
@@ -101,7 +102,8 @@ class LaunchView(LuminaScreen):
             self._panel("checks").set_title("Before the start", note)
             self._panel("checks").set_lines(check_lines(found.rows))
         budget = self._panel("budget")
-        figures, width = found.figures, max(0, budget.inner[0] - 2)
+        self._budget_width = budget.inner[0]
+        figures, width = found.figures, max(0, self._budget_width - 2)
         budget.set_title("Budget", f"computed, time {figures['basis']['time']}" if figures else "")
         known = budget_text.summary_lines(figures, width) + budget_text.detail_lines(figures, width) if figures else []
         budget.set_lines(known or [(("not known before the errors are mended", "dim"),)])

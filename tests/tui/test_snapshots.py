@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -69,6 +70,7 @@ async def compare(pilot: Any, name: str, edit: Callable[[str], str] = lambda tex
     path = FOLDER / f"{name}.txt"
     if os.environ.get("LUMINA_SNAPSHOTS") == "write":
         FOLDER.mkdir(exist_ok=True)
+        await asyncio.sleep(1)  # writing only: what is painted late belongs into the picture
         path.write_text(text())
     assert path.exists(), f"{path.name} is missing; LUMINA_SNAPSHOTS=write makes it"
     wanted = path.read_text()
