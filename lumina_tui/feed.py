@@ -10,23 +10,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import LogReader, sampled_records
 from lumina_engine.run.directory import RunDirectory, RunError
-from lumina_engine.text import safe_text
+from lumina_engine.run.output import last_lines
 
 from . import columns
-from .paint import duration
+from .badge import Badge, Mode, badge_of
 from .ranks import Beat, Ranks, beats
+from .requests import Phase, Request
 from .series import RunStore
 
 PROTO = 1
@@ -39,63 +38,9 @@ LOCK_S = 0.5  # between two looks at the lock
 RETRY_S = 1.0  # before the socket is tried again
 HELLO_S = 2.0
 QUIET_S = 20.0  # at least, before a silent run is called quiet
-WAITS_S = 10.0  # after which a command says what it waits for
 LINE_LIMIT = 1 << 20
 ASK_S = 2.0  # between two questions where the ranks are
 RESYNC = 5_000  # live records after which the place in the file is brought up to date
-
-
-class Mode(Enum):
-    """Where the records come from."""
-
-    LOADING = "loading"
-    LIVE = "live"
-    FILE = "file"
-    DEAD = "dead"
-
-
-class Phase(Enum):
-    """How far a command has come."""
-
-    SENT = "sent"
-    ACCEPTED = "accepted"
-    APPLIED = "applied"
-    REFUSED = "refused"
-
-
-@dataclass
-class Request:
-    """A command to the run. `text` is what it does, for a person; `note` how it ended or what it waits for."""
-
-    id: str
-    cmd: str
-    args: dict[str, Any]
-    text: str
-    sent: float
-    phase: Phase = Phase.SENT
-    note: str = ""
-
-    @property
-    def open(self) -> bool:
-        return self.phase in (Phase.SENT, Phase.ACCEPTED)
-
-    def line(self, now: float) -> str:
-        """One line for the screen."""
-        if self.phase is Phase.REFUSED:
-            return f"{self.text}: refused: {self.note}"
-        if self.phase is Phase.APPLIED:
-            return f"{self.text}: {self.note}"
-        waits = f", waits for a step boundary ({duration(now - self.sent)})" if now - self.sent >= WAITS_S else ""
-        return f"{self.text}: {self.phase.value}{waits}"
-
-
-@dataclass(frozen=True)
-class Badge:
-    """What the first line says about the feed; `why` is the longer story behind it."""
-
-    text: str
-    role: str
-    why: str = ""
 
 
 @dataclass
@@ -129,7 +74,7 @@ class Feed:
         self.shown = asyncio.Event()  # there is something to look at: everything, or a preview
         self.opened = asyncio.Event()  # the first reading is over
         self._saving: asyncio.Task[bool] | None = None
-        self._log_end = ""  # the last line of engine.log, once the run is quiet
+        self.log_end = ""  # the last line of engine.log, once the run is quiet
         self.arrived = self.clock()  # when the newest record came
         self._beats: list[Beat] = []  # the newest word about the ranks, and when it came
         self._world: int | None = None
@@ -310,8 +255,8 @@ class Feed:
                 self.wake()
             if self.mode in (Mode.FILE, Mode.DEAD):
                 self._settle()
-            elif self._quiet:
-                self._log_end = await asyncio.to_thread(_last_line, self.run.log_path)
+            elif self.quiet:
+                self.log_end = await asyncio.to_thread(last_lines, self.run.log_path, 0, 1)
 
     def _socket_path(self) -> str:
         try:
@@ -522,29 +467,13 @@ class Feed:
         return max(QUIET_S, 5 * step, 2 * self.store.longest_save())
 
     @property
-    def _quiet(self) -> bool:
+    def quiet(self) -> bool:
         """Whether a run that should be working has been silent for longer than its habit: perhaps it hangs."""
         return self.mode is Mode.LIVE and self.store.state == "running" and self.silence() > self.quiet_after()
 
     def badge(self) -> Badge:
         """The state of the feed in a few words."""
-        store = self.store
-        now = self.clock()
-        if self.mode is Mode.LOADING:
-            return Badge(f"LOADING {100 * self.progress:.0f} %", "accent", f"reading {self.reader.path}")
-        if self.mode is Mode.DEAD:
-            return Badge("DEAD", "bad", "nobody holds the run's lock although it never ended: it was killed")
-        if self.mode is Mode.FILE:
-            why = f"the run is {store.state}" if store.final else self.why or "no connection to the run's supervisor"
-            return Badge("FILE", "dim", why + "; the file is read each second")
-        if store.state in ("preparing", "compiling", "stopping"):
-            since = now - store.state_since if store.state_since else self.silence()
-            return Badge(f"BUSY {store.state} {duration(max(0.0, since))}", "accent", store.reason or "")
-        if self._quiet:
-            why = f"the supervisor lives, but nothing came after {store.newest} (record {store.seq})"
-            why += f"; engine.log ends with: {self._log_end}" if self._log_end else "; engine.log is empty"
-            return Badge(f"QUIET {duration(self.silence())}", "warn", why)
-        return Badge(f"LIVE {self.hz:g} Hz", "good", "records arrive as they are written")
+        return badge_of(self)
 
 
 def _preview(path: Path) -> RunStore:
@@ -552,18 +481,6 @@ def _preview(path: Path) -> RunStore:
     store = RunStore(preview=True)
     store.apply(sampled_records(path))
     return store
-
-
-def _last_line(path: Path) -> str:
-    """The last line of a text file that has anything in it; empty without one."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - 4096))
-            lines = file.read().splitlines()
-    except OSError:
-        return ""
-    found = next((line for line in reversed(lines) if line.strip()), b"")
-    return safe_text(found.decode("utf-8", "replace").strip()[-200:])
 
 
 def _length(reader: LogReader) -> int:

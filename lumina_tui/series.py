@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.experts import LayerLoad, layers_of
 from lumina_engine.monitoring.reduce import thin
 
 from .history import BASES, EVAL_METRICS, EXPERT_METRICS, RECENT, STEP_METRICS, Base, History
@@ -40,20 +41,6 @@ class Event:
     sign: str
     text: str
     t: float
-
-
-@dataclass
-class LayerLoad:
-    """Routing of one expert layer, newest observation."""
-
-    step: int
-    load: list[float]
-    imbalance: float | None = None
-    entropy: float | None = None
-    dead: int | None = None
-    dropped: float | None = None
-    bias_range: float | None = None
-    confidence: float | None = None
 
 
 @dataclass(frozen=True)
@@ -227,23 +214,7 @@ class RunStore:
         self._event(Event(record.step, "!" if record.failed else "C", text, record.t))
 
     def _take_experts(self, record: rec.Experts) -> None:
-        for i, load in enumerate(record.load):
-            layer = record.layers[i] if i < len(record.layers) else i
-
-            def at(values: list[float], i: int = i) -> float | None:
-                return values[i] if i < len(values) else None
-
-            dead = at(record.dead)  # type: ignore[arg-type]
-            self.layers[layer] = LayerLoad(
-                record.step,
-                load,
-                at(record.imbalance),
-                at(record.entropy),
-                int(dead) if dead is not None else None,
-                at(record.dropped),
-                at(record.bias_range),
-                at(record.confidence),
-            )
+        self.layers.update(layers_of(record))
         self.expert_version += 1
 
     def _take_hardware(self, record: rec.Hardware) -> None:

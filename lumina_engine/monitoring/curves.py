@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from . import record as rec
+from .experts import LayerLoad, layers_of
 from .log import LogReader
 from .reduce import Buffer, smooth
 
@@ -97,20 +98,6 @@ class Incarnation:
 
 
 @dataclass
-class Layer:
-    """Routing of one expert layer as of `step`: load per expert in tokens, and the figures of its record; None if unknown."""
-
-    step: int
-    load: list[float]
-    imbalance: float | None = None
-    entropy: float | None = None
-    dead: int | None = None
-    dropped: float | None = None
-    bias_range: float | None = None
-    confidence: float | None = None
-
-
-@dataclass
 class History:
     """A run as its log tells it. `unreadable` has (first byte, byte after the last) of lines that are no records."""
 
@@ -126,10 +113,10 @@ class History:
     total_steps: int | None = None
     records: int = 0
     unreadable: list[tuple[int, int]] = field(default_factory=list)
-    _layers: dict[int, deque[Layer]] = field(default_factory=dict)
+    _layers: dict[int, deque[LayerLoad]] = field(default_factory=dict)
 
     @property
-    def layers(self) -> dict[int, Layer]:
+    def layers(self) -> dict[int, LayerLoad]:
         """The newest observation of each expert layer, by its index in the model."""
         return {index: seen[-1] for index, seen in sorted(self._layers.items()) if seen}
 
@@ -241,25 +228,16 @@ class _Taker:
     def _experts(self, record: rec.Experts) -> None:
         """Keep each layer; a record that was split over several lines makes one row of the curves."""
         layers = self.history._layers
-        for place, load in enumerate(record.load):
-            index = record.layers[place] if place < len(record.layers) else place
-            figures = {name: _at(getattr(record, name), place) for name in _LAYER_FIGURES}
+        for index, layer in layers_of(record):
             seen = layers.setdefault(index, deque(maxlen=_LAYER_HISTORY))
             while seen and seen[-1].step >= record.step:
                 seen.pop()
-            seen.append(Layer(record.step, load, **figures))
+            seen.append(layer)
         now = [seen[-1] for seen in layers.values() if seen and seen[-1].step == record.step]
         self._replace(self.history.routing, record.step, {name: [value] for name, value in worst(now).items()})
 
 
-_LAYER_FIGURES = ("imbalance", "entropy", "dead", "dropped", "bias_range", "confidence")
-
-
-def _at(values: list[Any], place: int) -> Any:
-    return values[place] if place < len(values) else None
-
-
-def worst(layers: list[Layer]) -> dict[str, float | None]:
+def worst(layers: list[LayerLoad]) -> dict[str, float | None]:
     """Routing of all layers in one figure each: highest max/mean, lowest entropy, dead experts in all, mean dropped share."""
 
     def known(name: str) -> list[float]:

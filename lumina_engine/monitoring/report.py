@@ -16,7 +16,8 @@ import msgspec
 import numpy as np
 
 from . import record as rec
-from .curves import EVAL_METRICS, ROUTING_METRICS, SMOOTHING, SPLIT, STEP_METRICS, History, Layer, reduced
+from .curves import EVAL_METRICS, ROUTING_METRICS, SMOOTHING, SPLIT, STEP_METRICS, History, reduced
+from .experts import LayerLoad
 
 FORMAT = 1
 COLUMNS = 250  # columns that a curve is reduced to in the JSON file; a shorter one is given step by step
@@ -191,7 +192,7 @@ def _routing(history: History) -> dict[str, Any] | None:
     return {"step": max(layer.step for layer in layers.values()), "layers": rows}
 
 
-def _layer(layer: Layer) -> dict[str, Any]:
+def _layer(layer: LayerLoad) -> dict[str, Any]:
     """The record's figures, and those that follow from the load: min/mean, CV, share of the fair load of each expert."""
     load = np.array(layer.load, np.float64)
     mean = float(load.mean()) if len(load) else 0.0

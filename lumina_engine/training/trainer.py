@@ -8,7 +8,6 @@ evaluate. Saving comes before evaluating, so that a fault in evaluation costs no
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections import deque
@@ -29,6 +28,7 @@ from .objective import GlobalBatch, Objective
 from .precision import Precision
 from .routing import RoutingWindow
 from .schedule import Schedule
+from .setup import deepspeed_config, emitter, resolved_for_training
 from .step_clock import StepClock, Utilisation
 
 
@@ -62,9 +62,6 @@ class Progress:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Progress:
         return cls(**{name: state[name] for name in cls.__dataclass_fields__ if name in state})
-
-
-Emit = Callable[[Any], None]
 
 
 class EnhancedConversationTrainer:
@@ -476,35 +473,3 @@ class EnhancedConversationTrainer:
     def _section(self, name: str, step: int) -> None:
         if self.channel is not None:
             self.channel.report(step, name)
-
-
-def emitter(logger: Any, comm: Comm) -> Emit:
-    """A function that takes records: rank 0's go to the logger, the others' nowhere."""
-    if comm.rank != 0 or logger is None:
-        return lambda record: None
-    if isinstance(logger, logging.Logger):
-        return lambda record: logger.info("%s", rec.encode(record).decode().rstrip())
-    return logger.emit
-
-
-def resolved_for_training(config: Any, model: Any, tokenizer: Any, comm: Comm) -> Any:
-    """`config` with every `auto` replaced, and the shape taken from the model; what differs there is a warning."""
-    from ..config.resolve import resolve
-    from ..monitoring.hardware import detect
-
-    shape = {name: getattr(model.config, name) for name in type(model.config).model_fields}
-    given = {name: getattr(config, name) for name in shape}
-    other = [name for name, value in shape.items() if given[name] not in ("auto", value)]
-    if other:
-        logging.getLogger("lumina").warning("the model decides its shape; ignored in the config: %s", ", ".join(other))
-    merged = config.model_copy(update=shape)
-    return resolve(merged, detect(), tokenizer_vocab=tokenizer.get_vocab_size(), world=comm.world_size)
-
-
-def deepspeed_config(config: Any, comm: Comm) -> dict[str, Any] | None:
-    """What DeepSpeed is given; None without DeepSpeed."""
-    if not config.use_deepspeed:
-        return None
-    from ..config.deepspeed import to_deepspeed
-
-    return to_deepspeed(config, comm.world_size)

@@ -30,37 +30,26 @@ class ConversationKeys(LuminaScreen):
     left: Pane
     right: Pane
 
-    @property
-    def pane(self) -> Pane:
-        raise NotImplementedError
+    if TYPE_CHECKING:  # what the screen itself has
 
-    @property
-    def panes(self) -> list[Pane]:
-        raise NotImplementedError
+        @property
+        def pane(self) -> Pane: ...
 
-    @property
-    def sessions(self) -> list[ChatSession]:
-        raise NotImplementedError
+        @property
+        def panes(self) -> list[Pane]: ...
 
-    def back_to_talk(self) -> None:
-        """The panes instead of a list."""
-        raise NotImplementedError
+        @property
+        def sessions(self) -> list[ChatSession]: ...
 
-    def chosen_conversation(self) -> Path | None:
-        """The saved conversation that keys act on."""
-        raise NotImplementedError
+        def back_to_talk(self) -> None: ...
 
-    def refresh_conversations(self) -> None:
-        """Read the folder of conversations again."""
-        raise NotImplementedError
+        def chosen_conversation(self) -> Path | None: ...
 
-    def open_conversation(self, path: Path) -> None:
-        """Continue a saved conversation."""
-        raise NotImplementedError
+        def refresh_conversations(self) -> None: ...
 
-    def action_new(self, note: str = "") -> None:
-        """An empty conversation."""
-        raise NotImplementedError
+        def open_conversation(self, path: Path) -> None: ...
+
+        def action_new(self, note: str = "") -> None: ...
 
     # what can be done
 

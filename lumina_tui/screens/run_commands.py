@@ -10,8 +10,9 @@ from typing import Any
 from lumina_engine.run.directory import RunDirectory
 
 from ..ending import Footprint, footprint, kill_run, outcome
-from ..feed import Feed, Phase, Request
+from ..feed import Feed
 from ..paint import number, whole
+from ..requests import Phase, Request
 from ..widgets.acts import Acts
 from .dialogs import Choice
 

@@ -56,17 +56,16 @@ class Finds(Acts):
 
     needle = ""
 
-    def find_lines(self) -> Sequence[str]:
-        """The texts to search, one for each place that can be gone to."""
-        raise NotImplementedError
+    if TYPE_CHECKING:  # what the panel itself has
 
-    def find_at(self) -> int:
-        """The place where one is now."""
-        raise NotImplementedError
+        def find_lines(self) -> Sequence[str]:
+            """The texts to search, one for each place that can be gone to."""
 
-    def find_show(self, index: int) -> None:
-        """Go to a place."""
-        raise NotImplementedError
+        def find_at(self) -> int:
+            """The place where one is now."""
+
+        def find_show(self, index: int) -> None:
+            """Go to a place."""
 
     def find(self, text: str) -> None:
         """Search for lines with all words of `text`, from here on; nothing changes if there is none."""

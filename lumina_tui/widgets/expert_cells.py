@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from rich.style import Style
 
+from lumina_engine.monitoring.experts import LayerLoad
+
 from ..paint import Piece
-from ..series import LayerLoad
 from ..terminal import Palette
 
 LEVELS = (0.25, 0.75, 1.25, 2.0)  # limits of the share of the fair load

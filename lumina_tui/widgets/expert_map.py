@@ -9,9 +9,11 @@ from typing import ClassVar
 from rich.style import Style
 from textual.binding import BindingType
 
+from lumina_engine.monitoring.experts import LayerLoad
+
 from ..actions import bindings
 from ..paint import Piece, count, fit, whole
-from ..series import LayerLoad, RunStore
+from ..series import RunStore
 from .expert_cells import DEAD, LIMIT_WARN, Ink, Row, imbalance, level_of, row_cells, row_of, shares
 from .expert_time import BY_NAME, FIGURES, Figure, Picture, figure_picture, figures_below, layer_picture
 from .run_panel import RunPanel

@@ -8,7 +8,6 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -17,6 +16,7 @@ from lumina_engine.chat.client import SUFFIX, ServerBackend, socket_path
 from lumina_engine.chat.modes import sampling_for
 from lumina_engine.chat.server import ChatServer
 from lumina_engine.run.process import process
+from tests.waiting import until
 
 from .fakes import FakeBackend
 
@@ -28,13 +28,6 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / "s"
 
 
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, condition
-        time.sleep(0.005)
-
-
 def test_c127_a_server_tells_its_checkpoint_and_its_idle_time(folder):
     place = socket_path("x")
     server = ChatServer(place, lambda say: FakeBackend(), idle_timeout_s=600)
@@ -42,14 +35,14 @@ def test_c127_a_server_tells_its_checkpoint_and_its_idle_time(folder):
     thread = threading.Thread(target=server.serve)
     thread.start()
     try:
-        wait_for(lambda: [card.state for card in living_cards()] == ["ready"])
+        until(lambda: [card.state for card in living_cards()] == ["ready"])
         (card,) = living_cards()
         assert card.pid == os.getpid() and card.checkpoint == FakeBackend().info.path and card.idle_timeout_s == 600
         assert stat.S_IMODE(card_path(place).stat().st_mode) == 0o600
         first = card.active
         backend = ServerBackend(place)
         list(backend.generate([{"role": "user", "content": "hi"}], sampling_for("standard"), 1))
-        wait_for(lambda: (living_cards()[0].active or 0) > first)
+        until(lambda: (living_cards()[0].active or 0) > first)
         backend.close()
     finally:
         server.stop("done")
@@ -75,7 +68,7 @@ def test_cards_of_the_dead_and_nonsense_are_passed_over(folder):
 
 
 def test_unload_ends_exactly_that_process(folder):
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdin=subprocess.PIPE)
     try:
         found = process(child.pid)
         assert found is not None

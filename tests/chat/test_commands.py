@@ -20,7 +20,7 @@ from lumina_engine.chat.modes import ChatError
 from lumina_engine.data.tokenizer import ConversationTokenizer
 from lumina_engine.model.transformer import DeepSeekTransformer
 from tests.chat.models import make_model, save_model
-from tests.chat.test_server import until
+from tests.waiting import until
 
 DEADLINE = 60.0
 ROOT = Path(__file__).resolve().parents[2]

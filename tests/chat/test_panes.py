@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ from tests.chat.fakes import FakeBackend, commit_checkpoint
 from tests.chat.models import make_model, save_model
 from tests.tui.helpers import until
 from tests.tui.test_terminal import Terminal
+from tests.waiting import until as wait
 
 __all__ = ["isolated", "runs", "servers"]  # fixtures
 
@@ -559,10 +559,7 @@ def test_c136_killing_lumina_harms_neither_server(runs: Path, tmp_path: Path) ->
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from tests.chat import fakes; fakes.serve(sys.argv[1])"
     processes = [subprocess.Popen([sys.executable, "-c", code, str(place)], start_new_session=True) for place in places]
     try:
-        deadline = time.monotonic() + 30
-        while not all(probe(place) for place in places):
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait(lambda: all(probe(place) for place in places), "both servers", deadline=30)
         sockets = {"LUMINA_SOCKETS": str(places[0].parent)}
         with Terminal("--runs", str(runs), str(checkpoints[1]), **sockets) as terminal:
             terminal.expect(b"READY")

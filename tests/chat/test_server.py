@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,18 +22,11 @@ from lumina_engine.chat.server import ChatServer
 from lumina_engine.chat.session import ChatSession
 from lumina_engine.run.directory import RunError
 from tests.chat.fakes import FakeBackend
+from tests.waiting import until
 
 DEADLINE = 20.0
 ROOT = Path(__file__).resolve().parents[2]
 HELLO = b'{"op":"hello","proto":1}\n'
-
-
-def until(condition: Callable[[], object], what: str = "") -> None:
-    """Wait for a condition, not for a time."""
-    end = time.monotonic() + DEADLINE
-    while not condition():
-        assert time.monotonic() < end, f"never happened: {what}"
-        threading.Event().wait(0.005)
 
 
 class Running:

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from lumina_engine.data.conversation import Conversation, DataError, Message
 from lumina_engine.data.cut import Samples
 from lumina_engine.data.files import excerpt
 from lumina_engine.data.store import build_store
+from tests.waiting import until
 
 from .conftest import ByteTokenizer
 
@@ -209,10 +209,8 @@ def test_c137_sigterm_ends_a_conversion_and_leaves_nothing(tmp_path, write):
     argv = [sys.executable, "-m", "lumina_engine.cli", "data", "convert", str(path), str(tmp_path / "out" / "o.jsonl")]
     process = subprocess.Popen([*argv, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     try:
-        deadline = time.monotonic() + 60
-        while not list(tmp_path.glob("out/.*.tmp")):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.005)
+        until(lambda: list(tmp_path.glob("out/.*.tmp")) or process.poll() is not None, "the file being written", deadline=60)
+        assert process.poll() is None
         process.send_signal(signal.SIGTERM)
         out, _ = process.communicate(timeout=60)
     finally:

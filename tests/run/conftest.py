@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,18 +16,9 @@ import pytest
 from lumina_engine.run import launch
 from lumina_engine.run.directory import RunDirectory
 from lumina_engine.run.process import marked, send_all
+from tests.waiting import until
 
 WORKER = str(Path(__file__).with_name("fake_worker.py"))
-DEADLINE = 20.0  # s; a wait that needs longer has failed
-
-
-def until(condition: Callable[[], Any], what: str = "", deadline: float = DEADLINE) -> Any:
-    """Wait for a condition to hold; its value."""
-    end = time.monotonic() + deadline
-    while not (value := condition()):
-        assert time.monotonic() < end, f"waited in vain for {what or condition}"
-        select.select([], [], [], 0.01)
-    return value
 
 
 class Runs:

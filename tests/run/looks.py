@@ -10,8 +10,7 @@ from lumina_engine.monitoring.log import read_records
 from lumina_engine.run.client import RunClient
 from lumina_engine.run.directory import RunDirectory
 from lumina_engine.run.process import Process, descendants
-
-from .conftest import until
+from tests.waiting import until
 
 LAUNCHER_OF_TWO = str(Path(__file__).with_name("fake_launcher.py"))
 

@@ -20,8 +20,9 @@ from lumina_engine.run import launch
 from lumina_engine.run.client import RunClient, send_command
 from lumina_engine.run.directory import RunError
 from lumina_engine.run.process import descendants
+from tests.waiting import until
 
-from .conftest import WORKER, Runs, until
+from .conftest import WORKER, Runs
 from .looks import LAUNCHER_OF_TWO, gap_free, ranks_of, step, with_id, worker
 
 

@@ -18,8 +18,7 @@ from lumina_engine.monitoring.log import MetricLog
 from lumina_engine.run import directory as module
 from lumina_engine.run.directory import RunDirectory, RunError, find, list_runs, require_free_space, runs_root
 from lumina_engine.run.process import Process, boot_id, myself, send_signal
-
-from .conftest import until
+from tests.waiting import until
 
 
 def make(root: Path, name: str = "r", **identity: Any) -> RunDirectory:

@@ -17,8 +17,7 @@ from lumina_engine.run import rank as module
 from lumina_engine.run.channel import RankServer
 from lumina_engine.run.directory import RunError
 from lumina_engine.run.rank import Command, NullChannel, RankChannel
-
-from .conftest import until
+from tests.waiting import until
 
 
 class Server:

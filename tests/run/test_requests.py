@@ -17,8 +17,8 @@ from lumina_engine.run.directory import RunError
 from lumina_engine.run.requests import check_command
 from lumina_engine.run.socket import bind_socket, prepare_folder, too_deep
 from lumina_engine.run.tail import command_ids
+from tests.waiting import until
 
-from .conftest import until
 from .viewers import Server, Viewer, emit
 
 

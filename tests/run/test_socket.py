@@ -21,8 +21,8 @@ from lumina_engine.monitoring import record as rec
 from lumina_engine.run import socket as module
 from lumina_engine.run.socket import MAX_CLIENTS, QUEUE_LIMIT
 from lumina_engine.run.tail import Chunk
+from tests.waiting import DEADLINE, until
 
-from .conftest import DEADLINE, until
 from .viewers import Server, Viewer, closing_word, emit
 
 

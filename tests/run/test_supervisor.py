@@ -18,8 +18,9 @@ from lumina_engine.run import launch
 from lumina_engine.run.client import RunClient, send_command
 from lumina_engine.run.directory import RunError
 from lumina_engine.run.process import marked
+from tests.waiting import until
 
-from .conftest import Runs, until
+from .conftest import Runs
 from .looks import LAUNCHER_OF_TWO, gap_free, ranks_of, reasons, states, step, worker
 
 

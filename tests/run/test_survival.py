@@ -17,8 +17,9 @@ from lumina_engine.monitoring.log import last_records, read_records
 from lumina_engine.run import launch
 from lumina_engine.run.client import RunClient, send_command
 from lumina_engine.run.process import descendants, marked, process
+from tests.waiting import until
 
-from .conftest import WORKER, Runs, until
+from .conftest import WORKER, Runs
 from .looks import gap_free, ranks_of, states, step, worker
 
 LAUNCHER = """

@@ -16,8 +16,7 @@ from lumina_engine.monitoring.log import LogReader, MetricLog
 from lumina_engine.run.requests import RequestBook
 from lumina_engine.run.socket import ViewerServer
 from lumina_engine.run.tail import LogTail
-
-from .conftest import DEADLINE, until
+from tests.waiting import DEADLINE, until
 
 
 class Server:

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import select
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -19,6 +16,7 @@ from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import read_records, surviving
 from lumina_engine.run.directory import RunDirectory
 from lumina_engine.run.launch import wait
+from tests.waiting import until
 
 KEYS = [
     *(
@@ -57,13 +55,6 @@ def train(root: Path, name: str, data: Path, *more: str) -> RunDirectory:
     return RunDirectory(root / name)
 
 
-def until(condition: Callable[[], bool], what: str, deadline: float = 120.0) -> None:
-    end = time.monotonic() + deadline
-    while not condition():
-        assert time.monotonic() < end, f"waited {deadline} s for {what}"
-        select.select([], [], [], 0.01)
-
-
 def steps(run: RunDirectory) -> dict[int, rec.Step]:
     return {r.step: r for r in surviving(read_records(run.metrics_path)) if isinstance(r, rec.Step)}
 
@@ -75,12 +66,12 @@ def kill_rank_at(run: RunDirectory, step: int) -> None:
         last = [r for r in read_records(run.metrics_path) if isinstance(r, rec.Step | rec.Rewind)]
         return bool(last) and isinstance(last[-1], rec.Step) and last[-1].step >= step and run.newest_step() is not None
 
-    until(reached, f"step {step}")
+    until(reached, f"step {step}", deadline=120)
     owner = run.owner()
     assert owner is not None
     for child in psutil.Process(owner.pid).children():
         os.kill(child.pid, signal.SIGKILL)
-    until(lambda: not run.alive, "the supervisor's end")
+    until(lambda: not run.alive, "the supervisor's end", deadline=120)
 
 
 @pytest.fixture(scope="module")

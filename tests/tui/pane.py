@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.waiting import until
+
 
 class Pane:
     """One tmux server of its own; `start()` runs a command in it, which leaves its exit status in `status`."""
@@ -58,10 +60,14 @@ class Pane:
 
     def settle(self, condition: Callable[[str], bool], what: str, seconds: float = 120.0) -> str:
         """Wait until the screen's text fulfils a condition, and return it."""
-        deadline = time.monotonic() + seconds
-        while not condition(pane := self.text()):
-            assert time.monotonic() < deadline, f"waited for {what} on:\n{pane}"
-            time.sleep(0.05)  # between two looks: tmux has no way to wait for text
+        pane = ""
+
+        def holds() -> bool:
+            nonlocal pane
+            pane = self.text()
+            return condition(pane)
+
+        until(holds, lambda: f"{what} on:\n{pane}", seconds)
         return pane
 
     def press(self, *keys: str) -> None:

@@ -17,7 +17,8 @@ import pytest
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import last_records, read_records, surviving
 from lumina_engine.run.directory import RunDirectory
-from lumina_tui.feed import Feed, Mode, Phase
+from lumina_tui.feed import Feed, Mode
+from lumina_tui.requests import Phase
 
 from .fake_engine import FakeEngine
 

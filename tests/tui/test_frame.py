@@ -8,8 +8,9 @@ from rich.segment import Segment
 from textual.color import Color
 from textual.widgets import Input
 
-from lumina_tui.application import SCREENS, LuminaApp
+from lumina_tui.application import LuminaApp
 from lumina_tui.launching import LaunchError, train_argv
+from lumina_tui.opening import SCREENS
 from lumina_tui.paint import age, clean, count, duration, fit, line, number, size, whole
 from lumina_tui.screens.base import LuminaScreen
 from lumina_tui.screens.dialogs import Choice, Prompt, Question, Sheet

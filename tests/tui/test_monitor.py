@@ -13,7 +13,8 @@ import pytest
 from lumina_engine.monitoring import record as rec
 from lumina_tui.application import LuminaApp, Start
 from lumina_tui.ending import Footprint
-from lumina_tui.feed import Mode, Phase
+from lumina_tui.feed import Mode
+from lumina_tui.requests import Phase
 from lumina_tui.screens import run_commands
 from lumina_tui.screens.alerts import AlertSheet
 from lumina_tui.screens.base import State

@@ -1,0 +1,44 @@
+"""What the trainer is made from: the configuration in force, DeepSpeed's part of it, where records go."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from ..monitoring import record as rec
+from .comm import Comm
+
+Emit = Callable[[rec.Record], object]
+
+
+def emitter(logger: Any, comm: Comm) -> Emit:
+    """A function that takes records: rank 0's go to the logger, the others' nowhere."""
+    if comm.rank != 0 or logger is None:
+        return lambda record: None
+    if isinstance(logger, logging.Logger):
+        return lambda record: logger.info("%s", rec.encode(record).decode().rstrip())
+    return logger.emit
+
+
+def resolved_for_training(config: Any, model: Any, tokenizer: Any, comm: Comm) -> Any:
+    """`config` with every `auto` replaced, and the shape taken from the model; what differs there is a warning."""
+    from ..config.resolve import resolve
+    from ..monitoring.hardware import detect
+
+    shape = {name: getattr(model.config, name) for name in type(model.config).model_fields}
+    given = {name: getattr(config, name) for name in shape}
+    other = [name for name, value in shape.items() if given[name] not in ("auto", value)]
+    if other:
+        logging.getLogger("lumina").warning("the model decides its shape; ignored in the config: %s", ", ".join(other))
+    merged = config.model_copy(update=shape)
+    return resolve(merged, detect(), tokenizer_vocab=tokenizer.get_vocab_size(), world=comm.world_size)
+
+
+def deepspeed_config(config: Any, comm: Comm) -> dict[str, Any] | None:
+    """What DeepSpeed is given; None without DeepSpeed."""
+    if not config.use_deepspeed:
+        return None
+    from ..config.deepspeed import to_deepspeed
+
+    return to_deepspeed(config, comm.world_size)
