@@ -41,7 +41,7 @@ def payload(trainer: EnhancedConversationTrainer) -> Payload:
         step=progress.step,
         epoch=progress.epoch,
         tokens=progress.tokens,
-        model=trainer.model.state_dict(),
+        model=trainer.engine.model_tensors(),
         model_config=trainer.model.config.to_dict(),
         tokenizer={"name": trainer.tokenizer.name, "digest": trainer.tokenizer.digest},
         global_state={
@@ -63,7 +63,7 @@ def payload(trainer: EnhancedConversationTrainer) -> Payload:
 def restore(trainer: EnhancedConversationTrainer, loaded: Loaded) -> None:
     """Put a checkpoint back into a prepared trainer: weights, optimizer, schedule, position, routing window, random state."""
     assert trainer.schedule is not None
-    trainer.model.load_state_dict(loaded.model)
+    trainer.engine.load_model_tensors(loaded.model)
     trainer.engine.load_state_tensors(loaded.rank_tensors)
     if trainer.window is not None:
         trainer.window.load_state_tensors(loaded.rank_tensors)

@@ -1,0 +1,94 @@
+"""The engine of plain PyTorch: the same numbers without DeepSpeed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .comm import Comm
+from .engine import StepResult, adamw, global_norm, load_named_state, named_state, parameter_groups
+from .precision import Precision
+
+
+class PlainEngine:
+    """PyTorch alone. With several ranks the gradients are summed once, after the last micro batch of a step.
+
+    With `bf16` weights the optimizer works on fp32 masters, from which the weights are rounded after each step.
+    """
+
+    def __init__(self, model: nn.Module, config: Any, comm: Comm) -> None:
+        self.comm = comm
+        self.precision = Precision.from_name(config.precision)
+        self.module = model.to(device=comm.device, dtype=self.precision.weights)
+        self.parameters = [p for p in self.module.parameters() if p.requires_grad]
+        self.names = {p: n for n, p in self.module.named_parameters() if p.requires_grad}
+        self.max_grad_norm = config.max_grad_norm
+        groups = parameter_groups(self.module, config.weight_decay)
+        self.masters: dict[nn.Parameter, nn.Parameter] = {}
+        if self.precision.weights != torch.float32:
+            self.masters = {p: nn.Parameter(p.detach().float().clone()) for p in self.parameters}
+            groups = [{**group, "params": [self.masters[p] for p in group["params"]]} for group in groups]
+            self.names = {self.masters[p]: name for p, name in self.names.items()}
+        self.optimizer = adamw(groups, config)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with self.precision.context(self.comm.device):
+            return self.module(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor, last: bool) -> None:
+        loss.backward()
+
+    def _sum_over_ranks(self) -> None:
+        if self.comm.world_size == 1:
+            return
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        flat = torch.cat([p.grad.float().reshape(-1) for p in self.parameters])  # type: ignore[union-attr]
+        self.comm.sum(flat)
+        at = 0
+        for parameter in self.parameters:
+            part = flat[at : at + parameter.numel()].view_as(parameter)
+            parameter.grad.copy_(part)  # type: ignore[union-attr]
+            at += parameter.numel()
+
+    def step(self, lr: float) -> StepResult:
+        self._sum_over_ranks()
+        worked = self.parameters
+        if self.masters:
+            for parameter, master in self.masters.items():
+                master.grad = None if parameter.grad is None else parameter.grad.float()
+            worked = list(self.masters.values())
+        norm = global_norm(worked)
+        grad_norm = float(norm)
+        applied = bool(torch.isfinite(norm))
+        if applied:
+            if self.max_grad_norm > 0:
+                torch.nn.utils.clip_grads_with_norm_(worked, self.max_grad_norm, norm)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.optimizer.step()
+            with torch.no_grad():
+                for parameter, master in self.masters.items():
+                    parameter.copy_(master)
+        for parameter in {*self.parameters, *worked}:
+            parameter.grad = None
+        return StepResult(grad_norm, applied)
+
+    def model_tensors(self) -> dict[str, torch.Tensor]:
+        return self.module.state_dict()
+
+    def load_model_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        self.module.load_state_dict(tensors)
+
+    def state_tensors(self) -> dict[str, torch.Tensor]:
+        masters = {f"master.{self.names[m]}": m.detach() for m in self.masters.values()}
+        return {**masters, **dict(named_state(self.optimizer, self.names))}  # type: ignore[arg-type]
+
+    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for master in self.masters.values():
+                master.copy_(tensors[f"master.{self.names[master]}"])
+        load_named_state(self.optimizer, self.names, tensors)  # type: ignore[arg-type]
