@@ -1,21 +1,128 @@
-"""`lumina-engine bench`: measure what using Lumina costs on this machine."""
+"""`lumina-engine bench`: measure on this machine how fast Lumina trains and answers, and what its screen costs."""
 
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
 
+from . import common
 from .common import UserError, print_json
 
-HELP = "measure the terminal program on this machine"
+HELP = "measure training, generation or the terminal program on this machine"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    text = "start-up, key delay, CPU, bytes and memory of `lumina` in a pseudo-terminal (about 12 minutes)"
-    tui = verbs.add_parser("tui", help=text, description=text, allow_abbrev=False)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+    text = "steps of the training loop on random tokens: tokens per second, where the time goes, memory, share of matmul peak"
+    _add_shape(add("train", text), "and steps=6, warmup=2")
+    tui = add("tui", "start-up, key delay, CPU, bytes and memory of `lumina` in a pseudo-terminal (about 12 minutes)")
     tui.add_argument("--json", action="store_true", help="a JSON object a line for each figure; the last line has all")
     tui.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, not what it costs")
     tui.add_argument("--only", metavar="LIST", default="", help="only these measurements, separated by commas")
+
+
+def _add_shape(parser: argparse.ArgumentParser, own: str) -> None:
+    common.add_config_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="a JSON object a line; the last one is the result")
+    parser.epilog = f"Any configuration key may be given, {own}."
+
+
+def run(args: argparse.Namespace) -> int:
+    actions: dict[str, Callable[[argparse.Namespace], int]] = {"train": _train, "tui": _tui}
+    return actions[args.action](args)
+
+
+def _config(args: argparse.Namespace, shape: dict[str, Any], own: dict[str, int]) -> tuple[Any, dict[str, int]]:
+    """The configuration (`shape` < preset < file < key=value), checked, and the bench's own whole numbers.
+
+    Raises:
+        ConfigError: unknown keys, wrong values, keys that contradict each other.
+    """
+    from pathlib import Path
+
+    from ..config.checks import check
+    from ..config.finding import ConfigError, Finding, has_errors, unknown_key
+    from ..config.loading import Layer, combine, file_layer, override_layer, preset_layer
+    from ..config.schema import Config, infos_of
+
+    numbers, words, findings = dict(own), [], []
+    for word in args.overrides:
+        name, _, text = word.partition("=")
+        name = name.strip().replace("-", "_")
+        if name not in own:
+            words.append(word)
+            if name not in infos_of(Config) and "=" in word:
+                findings.append(unknown_key(name, [*infos_of(Config), *own], "command line"))
+        elif text.strip().isdigit() and (int(text) or name == "warmup"):
+            numbers[name] = int(text)
+        else:
+            findings.append(Finding("bench", "error", (), f"{name} = {text}: not a positive whole number", f"set {own[name]}"))
+    if findings:
+        raise ConfigError(findings)
+    layers = [Layer("default", dict(shape))]
+    if args.preset is not None:
+        layers.append(preset_layer(args.preset))
+    if args.config is not None:
+        layers.append(file_layer(Path(args.config)))
+    config = combine([*layers, override_layer(words)]).config
+    findings = check(config)
+    if has_errors(findings):
+        raise ConfigError(findings)
+    return config, numbers
+
+
+def _train(args: argparse.Namespace) -> int:
+    from ..training.benchmark import SHAPE, measure
+
+    config, numbers = _config(args, SHAPE, {"steps": 6, "warmup": 2})
+
+    def each(step: dict[str, Any]) -> str:
+        return f"step {step['step']:>3}  {step['seconds']:.3f} s  loss {step['loss']:.4f}"
+
+    with _output(args.json) as write:
+        figures = measure(config, numbers["steps"], numbers["warmup"], lambda step: write(step, each))
+        write(figures, describe_train)
+    return 0
+
+
+@contextmanager
+def _output(json: bool) -> Iterator[Callable[[dict[str, Any], Callable[[dict[str, Any]], str]], None]]:
+    """A function that prints figures as JSON, or as the text that its second argument makes of them; none prints nothing.
+
+    Whatever else is printed meanwhile (libraries announce themselves) goes to standard error.
+    """
+    out = sys.stdout
+
+    def write(figures: dict[str, Any], text: Callable[[dict[str, Any]], str]) -> None:
+        if figures:
+            print(common.json_text(figures, lines=True) if json else common.safe(text(figures)), file=out, flush=True)
+
+    with redirect_stdout(sys.stderr):
+        yield write
+
+
+def describe_train(figures: dict[str, Any]) -> str:
+    """The figures of `bench train` as lines of text."""
+    low, high = figures["tokens_per_s_min"], figures["tokens_per_s_max"]
+    split = figures["split_s"]
+    whole = sum(split.values()) or 1.0
+    own = f"products of the step's own shapes ({figures['matmul_own_shapes_flops_per_s'] / 1e9:,.0f})"
+    lines = [
+        ("throughput", f"{figures['tokens_per_s']:,.0f} tokens/s (median of {figures['steps']} steps, {low:,.0f}-{high:,.0f})"),
+        ("step", f"{figures['step_s']:.3f} s: " + ", ".join(f"{k} {v:.3f} ({v / whole:.0%})" for k, v in split.items())),
+        ("matmul", f"{figures['flops_per_s'] / 1e9:,.0f} GFLOP/s, {figures['matmul_share']:.0%} of a large square product"),
+        ("", f"({figures['matmul_peak_flops_per_s'] / 1e9:,.0f}), {figures['matmul_share_own_shapes']:.0%} of {own}"),
+        ("memory", f"{figures['peak_memory_bytes'] / 1e9:.2f} GB at most"),
+        ("run", f"{figures['engine']}, {figures['precision']}, {figures['ranks']} rank(s), {figures['threads']} threads"),
+    ]
+    return "\n".join(f"{label:<12}{text}" for label, text in lines)
 
 
 def row(label: str, goal: float | None, value: float | None, unit: str, holds: bool | None, note: str) -> str:
@@ -26,7 +133,7 @@ def row(label: str, goal: float | None, value: float | None, unit: str, holds: b
     return f"{label:<58} {shown:>9} {unit:<7} {limit:>9}  {word:<6} {note}".rstrip()
 
 
-def run(args: argparse.Namespace) -> int:
+def _tui(args: argparse.Namespace) -> int:
     import importlib.util
     import tempfile
     from pathlib import Path

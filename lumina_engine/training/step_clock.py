@@ -111,8 +111,8 @@ class Utilisation:
             self._peak = peak * world if peak is not None else None
         # what is computed twice to save memory is no use
         plain = shape.model_copy(update={"gradient_checkpointing": False})
-        self._flops = training_flops_per_token(plain, seq_length)
+        self.flops_per_token = training_flops_per_token(plain, seq_length)
 
     def of(self, tokens_per_s: float) -> float | None:
         """The share, 0-1; None if unknown."""
-        return None if self._peak is None else tokens_per_s * self._flops / self._peak
+        return None if self._peak is None else tokens_per_s * self.flops_per_token / self._peak

@@ -1,0 +1,88 @@
+"""`lumina-engine bench train` runs the real loop and says what it measured. No figure is asserted: this is no timing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lumina_engine.config.counts import training_flops_per_token
+from lumina_engine.config.schema import Config, DeepSeekConfig
+from lumina_engine.training import benchmark
+from lumina_engine.training.matmul_peak import step_products
+
+TINY = {
+    "vocab_size": 1024,
+    "hidden_size": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "intermediate_size": 64,
+    "num_experts": 4,
+    "seq_length": 32,
+    "batch_size": 2,
+}
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lumina_engine.cli", "bench", *words]
+    environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environ)
+
+
+def test_c148_bench_train_measures_the_real_loop(monkeypatch):
+    trained = []
+    step = benchmark.EnhancedConversationTrainer._step
+
+    def spied(self, micro_batches, begin, data_time):
+        trained.append([tuple(batch.input_ids_BS.shape) for batch in micro_batches])
+        step(self, micro_batches, begin, data_time)
+
+    monkeypatch.setattr(benchmark.EnhancedConversationTrainer, "_step", spied)
+    config = Config(**{**benchmark.SHAPE, **TINY, "gradient_accumulation_steps": 2, "deterministic": False})
+    seen: list[dict] = []
+    figures = benchmark.measure(config, 3, 1, seen.append)
+    assert trained == [[(2, 32), (2, 32)]] * 4
+    assert [line["step"] for line in seen] == [1, 2, 3, 4] and figures["steps"] == 3
+    for line in seen:  # the parts are the whole
+        assert sum(line[part] for part in benchmark.PARTS) == pytest.approx(line["seconds"]) and line["telemetry"] >= 0
+    assert figures["tokens_per_step"] == 128
+    assert figures["tokens_per_s_min"] <= figures["tokens_per_s"] <= figures["tokens_per_s_max"]
+    assert figures["matmul_share"] == pytest.approx(figures["flops_per_s"] / figures["matmul_peak_flops_per_s"])
+    assert set(figures["split_s"]) == set(benchmark.PARTS) and figures["peak_memory_bytes"] > 0
+
+
+def test_the_step_s_own_products_are_its_operations_but_for_attention_and_router():
+    for changes in ({}, {"num_shared_experts": 1, "num_dense_layers": 1}, {"use_moe": False}):
+        values = {k: v for k, v in benchmark.SHAPE.items() if k in DeepSeekConfig.model_fields}
+        model = DeepSeekConfig(**{**values, **changes}).resolved()
+        tokens = 4 * 256
+        products = 3 * sum(product.flops for product in step_products(model, 4, 256))
+        attention = 6 * model.num_layers * model.num_heads * model.head_size * 256 * tokens
+        assert products + attention == pytest.approx(tokens * training_flops_per_token(model, 256), rel=2e-3)
+
+
+def test_c148_the_last_line_of_json_is_the_result_and_nothing_else_is_on_stdout():
+    words = [f"{name}={value}" for name, value in TINY.items()]
+    done = run("train", "--json", *words, "steps=2", "warmup=1", "precision=bf16", "use_deepspeed=true")
+    assert done.returncode == 0, done.stderr
+    *lines, last = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert last["tokens_per_s"] > 0 and last["precision"] == "bf16" and last["engine"] == "deepspeed ZeRO-1"
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("hiden_size=64", "did you mean hidden_size"),
+        ("warmpu=1", "did you mean warmup"),
+        ("steps=0", "not a positive whole number"),
+        ("num_heads=3", "num_heads"),
+    ],
+)
+def test_c148_a_wrong_key_is_named_with_its_nearest(word, said):
+    done = run("train", "--json", word)
+    assert done.returncode == 2 and said in done.stderr and done.stdout == "" and "Traceback" not in done.stderr
