@@ -86,7 +86,7 @@ class DeepSpeedKeys(Section):
         "auto", "How ranks talk: auto is nccl on GPUs, gloo on CPU.", resume=True, read_by=_WORKER
     )
     deepspeed_log_level: Literal["debug", "info", "warning", "error"] = key(
-        "warning", "How much DeepSpeed writes to engine.log.", resume=True, read_by="training/engine.py"
+        "warning", "How much DeepSpeed writes to engine.log.", resume=True, read_by="training/deepspeed_engine.py"
     )
     deepspeed_overrides: dict[str, Any] = key(
         {},

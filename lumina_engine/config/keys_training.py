@@ -41,7 +41,11 @@ class TrainingKeys(Section):
     )
     adam_eps: float = key(1e-8, "Added to AdamW's denominator.", minimum=0, below=1, resume=True, read_by=_ENGINE)
     max_grad_norm: float = key(
-        1.0, "Gradients are scaled down to this global norm; 0 is off.", minimum=0, resume=True, read_by=_ENGINE
+        1.0,
+        "Gradients are scaled down to this global norm; 0 is off.",
+        minimum=0,
+        resume=True,
+        read_by="training/plain_engine.py, config/deepspeed.py",
     )
     num_epochs: int = key(
         3,
