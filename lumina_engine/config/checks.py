@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lumina_engine.config.curriculum import bounds, row_lengths
 from lumina_engine.config.declare import show
 from lumina_engine.config.deepspeed import check_overrides
 from lumina_engine.config.finding import ConfigError, Finding, Severity, nearest
@@ -29,10 +30,6 @@ NOT_YET: dict[str, tuple[object, ...] | None] = {
     "precision": ("auto", "fp32", "bf16", "mixed_bf16"),
     "auto_tune_precision": None,
     "dynamic_precision": None,
-    "curriculum_learning": None,
-    "min_seq_length": None,
-    "max_seq_length": None,
-    "curriculum_steps": None,
     "dynamic_batching": None,
     "min_batch_size": None,
     "max_batch_size": None,
@@ -195,14 +192,58 @@ def _schedule(config: Config) -> Iterator[Finding]:
     if config.min_batch_size > config.max_batch_size:
         message = f"min_batch_size = {config.min_batch_size}: more than max_batch_size = {config.max_batch_size}"
         yield _error("batch_bounds", "min_batch_size max_batch_size", message, f"set min_batch_size={config.max_batch_size}")
+    if config.curriculum_learning and config.max_steps is not None and config.max_steps <= config.curriculum_steps:
+        message = (
+            f"curriculum_steps = {config.curriculum_steps:,}: the run ends at step {config.max_steps:,} before full length"
+        )
+        fix = f"set curriculum_steps={max(1, config.max_steps // 2)}"
+        yield _finding("warning", "curriculum_end", "curriculum_steps max_steps", message, fix)
+
+
+def _curriculum(config: Config) -> Iterator[Finding]:
     low, high = config.min_seq_length, config.max_seq_length
+    wrong = False
     for name, value in (("min_seq_length", low), ("max_seq_length", high)):
         if value != "auto" and value > config.seq_length:
             message = f"{name} = {value:,}: longer than seq_length = {config.seq_length:,}"
             yield _error("curriculum", f"{name} seq_length", message, f"set {name}=auto")
+            wrong = True
     if low != "auto" and high != "auto" and low > high:
         message = f"min_seq_length = {low:,}: longer than max_seq_length = {high:,}"
         yield _error("curriculum", "min_seq_length max_seq_length", message, f"set min_seq_length={high}")
+    elif not config.curriculum_learning:
+        yield from _unused_lengths(config)
+    elif not wrong:
+        yield from _rounded_lengths(config)
+
+
+def _unused_lengths(config: Config) -> Iterator[Finding]:
+    for name in ("min_seq_length", "max_seq_length", "curriculum_steps"):
+        if getattr(config, name) != infos_of(Config)[name].default:
+            message = f"{name} = {show(getattr(config, name))} has no effect with curriculum_learning = false"
+            yield _finding("info", "curriculum_off", f"{name} curriculum_learning", message, "set curriculum_learning=true")
+
+
+def _rounded_lengths(config: Config) -> Iterator[Finding]:
+    """What the curriculum makes of the lengths: rows are cut into equal parts, so not every length can be had."""
+    size, (low, high) = config.seq_length, bounds(config)
+    lengths = row_lengths(size, low, high)
+    if not lengths:
+        message = f"max_seq_length = {high:,}: rows of {size:,} tokens cannot be cut into equal rows that short"
+        fix = "set max_seq_length=auto, or seq_length to a power of two"
+        yield _error("curriculum", "max_seq_length seq_length", message, fix)
+        return
+    if len(lengths) == 1:
+        message = (
+            f"curriculum_learning = true, but all rows have {lengths[0]:,} tokens: none shorter can be had from {low:,} on"
+        )
+        fix = "set a lower min_seq_length, or seq_length to a power of two"
+        yield _finding("warning", "curriculum_one", "curriculum_learning min_seq_length seq_length", message, fix)
+    steps = " - ".join(f"{length:,}" for length in lengths)
+    for name, found in (("min_seq_length", lengths[0]), ("max_seq_length", lengths[-1])):
+        if getattr(config, name) not in ("auto", found):
+            message = f"{name} = {getattr(config, name):,} becomes {found:,}: rows are halved (at most 8 lengths): {steps}"
+            yield _finding("info", "curriculum_lengths", f"{name} seq_length", message, f"set {name}={found}")
 
 
 def _data(config: Config) -> Iterator[Finding]:
@@ -242,7 +283,7 @@ def _deepspeed(config: Config) -> Iterator[Finding]:
         yield _finding("info", "zero_stage_0", "zero_stage", message, "set zero_stage=auto if that was meant")
 
 
-_RULES: tuple[Rule, ...] = (_not_yet, _shape, _router, _rope, _tokenizer, _schedule, _data, _deepspeed)
+_RULES: tuple[Rule, ...] = (_not_yet, _shape, _router, _rope, _tokenizer, _schedule, _curriculum, _data, _deepspeed)
 
 
 def _machine(config: Config, machine: Machine) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 from lumina_engine.config.declare import Section, key
 
 _BATCH = "data/batch.py"
+_CURRICULUM = "config/curriculum.py"
 _ENGINE = "training/engine.py"
 _SCHEDULE = "training/schedule.py"
 _TRAINER = "training/trainer.py"
@@ -108,19 +109,24 @@ class TrainingKeys(Section):
         resume=True,
         read_by="training/worker.py",
     )
-    curriculum_learning: bool = key(False, "Start with short rows and lengthen them in steps.", read_by=_BATCH)
+    curriculum_learning: bool = key(
+        False,
+        "Start with short rows and double their length in steps. Full rows are cut into shorter ones, so the tokens of a step "
+        "stay the same and none is lost; a conversation that a cut splits is read as two.",
+        read_by=_CURRICULUM,
+    )
     min_seq_length: int | Literal["auto"] = key(
         "auto",
         "Length of the first rows of the curriculum. auto is seq_length / 8, at least 64.",
         unit="tokens",
         minimum=16,
-        read_by=_BATCH,
+        read_by=_CURRICULUM,
     )
     max_seq_length: int | Literal["auto"] = key(
-        "auto", "Length of the last rows of the curriculum. auto is seq_length.", unit="tokens", minimum=16, read_by=_BATCH
+        "auto", "Length of the last rows of the curriculum. auto is seq_length.", unit="tokens", minimum=16, read_by=_CURRICULUM
     )
     curriculum_steps: int = key(
-        1_000, "Steps until the curriculum reaches full length.", unit="steps", minimum=1, read_by=_BATCH
+        1_000, "Steps until the curriculum reaches full length.", unit="steps", minimum=1, read_by=_CURRICULUM
     )
     dynamic_batching: bool = key(
         False,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from lumina_engine.config.curriculum import Curriculum
 from lumina_engine.config.finding import ConfigError, Finding
 from lumina_engine.config.machine import Machine, gb_text
 from lumina_engine.config.memory import Layout, training_memory
@@ -123,7 +124,7 @@ def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: in
     """A copy of `config` in which every `auto` is the value in force.
 
     `warmup_steps` and `experiment_name` stay: they need the length of the data and the moment of the start. So do
-    `data_format`, which is found out for each file, and the lengths of a curriculum, which does not exist yet.
+    `data_format`, which is found out for each file, and the lengths of a curriculum that is switched off.
 
     Raises:
         ConfigError: the vocabulary is too small for the tokenizer, or the run does not fit the devices.
@@ -145,6 +146,9 @@ def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: in
         "communication_backend": _backend(config, machine),
         "master_addr": "127.0.0.1" if config.master_addr == "auto" and config.num_nodes == 1 else config.master_addr,
     }
+    if config.curriculum_learning:
+        lengths = Curriculum.of(config).lengths
+        changes |= {"min_seq_length": lengths[0], "max_seq_length": lengths[-1]}
     return Config(**(config.to_dict(sectioned=False) | changes))
 
 

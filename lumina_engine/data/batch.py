@@ -5,6 +5,8 @@ Shape letters: B rows of a micro batch, S tokens of a row.
 The rows of all epochs form one endless list; step k of a run takes the next `global_batch` of them (micro batch ×
 accumulation × world), whatever the split: micro batch m of rank r takes the rows from (m · world + r) · micro on. Epochs may
 meet inside a step. The last step of a run is filled up with rows of padding.
+
+A curriculum changes nothing of that: the planned rows of a step are cut into shorter ones, so each step has the same tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .rows import RowOptions, RowPlan, Rows
+from ..config.curriculum import Curriculum
+from .rows import IGNORE, RowOptions, RowPlan, Rows
 from .token_store import TokenStore
 
 T = TypeVar("T")
@@ -36,7 +39,7 @@ class Position:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One micro batch. `rows` are the planned rows it holds (-1: a row of padding)."""
+    """One micro batch. `rows` are the planned rows in it (-1: a row of padding), also where they are cut into shorter ones."""
 
     input_ids_BS: Tensor  # int64
     labels_BS: Tensor  # int64, each label on its own token; -100 = no loss
@@ -78,6 +81,32 @@ def make_batch(plan: RowPlan, rows: list[int]) -> Batch:
         None if built.weights is None else torch.from_numpy(built.weights),
         tuple(rows),
     )
+
+
+def cut_rows(batch: Batch, length: int) -> Batch:
+    """The rows of a batch cut into rows of `length` tokens, (B, S) to (B · S / length, length), in the same order.
+
+    Every token stays. What a cut splits of a document is a document of its own, with positions from 0: nothing comes before
+    its first token, which therefore carries no loss.
+    """
+    size = batch.input_ids_BS.shape[1]
+    if size == length:
+        return batch
+    if size % length:
+        raise ValueError(f"rows of {size} tokens cannot be cut into rows of {length}")
+    ids, labels, documents, positions = (
+        tensor.reshape(-1, length).clone()
+        for tensor in (batch.input_ids_BS, batch.labels_BS, batch.document_ids_BS, batch.position_ids_BS)
+    )
+    first_B1 = documents[:, :1].clone()
+    positions -= torch.where(documents == first_B1, positions[:, :1], 0)
+    documents = torch.where(documents > 0, documents - first_B1 + 1, 0)
+    labels[:, 0] = IGNORE
+    weights = batch.weights_BS
+    if weights is not None:
+        weights = weights.reshape(-1, length).clone()
+        weights[:, 0] = 0
+    return Batch(ids, labels, documents, positions, weights, batch.rows)
 
 
 class ConversationDataset(Dataset[dict[str, Tensor]]):
@@ -135,8 +164,8 @@ def ahead_of(make: Callable[[int], T], count: int, workers: int, prefetch: int) 
 class TrainLoader:
     """Steps of training: iterating gives, per optimizer step, the micro batches of this rank (`accumulation` of them).
 
-    Starts at `start` and ends with the last row of `config.num_epochs`. `position` is where the run stands after the step that
-    was yielded last: a loader started there goes on with the very next rows.
+    Starts at `start`, after `steps_done` optimizer steps, and ends with the last row of `config.num_epochs`. `position` is
+    where the run stands after the step that was yielded last: a loader started there goes on with the very next rows.
     """
 
     def __init__(
@@ -149,8 +178,11 @@ class TrainLoader:
         micro_batch: int | None = None,
         accumulation: int | None = None,
         start: Position | None = None,
+        steps_done: int = 0,
     ) -> None:
         self.plan = RowPlan(store, RowOptions.from_config(config))
+        self.curriculum = Curriculum.of(config)
+        self.steps_done = steps_done
         self.rank, self.world = rank, world
         self.micro_batch = micro_batch if micro_batch is not None else int(config.batch_size)
         self.accumulation = accumulation if accumulation is not None else int(getattr(config, "gradient_accumulation_steps", 1))
@@ -199,19 +231,19 @@ class TrainLoader:
         return [self.plan.row(*divmod(number, self.rows_per_epoch)) if number < end else -1 for number in numbers]
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        begin, steps = self._row_number(self.position), len(self)
+        begin, steps, done_before = self._row_number(self.position), len(self), self.steps_done
 
         def micro_batch(number: int) -> Batch:
             step, micro = divmod(number, self.accumulation)
             first = begin + step * self.global_batch + (micro * self.world + self.rank) * self.micro_batch
-            return make_batch(self.plan, self._planned(first))
+            return cut_rows(make_batch(self.plan, self._planned(first)), self.curriculum.length(done_before + step + 1))
 
         batches = ahead_of(micro_batch, steps * self.accumulation, self.num_workers, self.prefetch_batches)
         try:
             for step in range(1, steps + 1):
                 micro_batches = [next(batches) for _ in range(self.accumulation)]
                 done = min(begin + step * self.global_batch, self.rows_per_epoch * self.num_epochs)
-                self.position = self._position(done)
+                self.position, self.steps_done = self._position(done), done_before + step
                 yield micro_batches
         finally:
             batches.close()  # type: ignore[attr-defined]

@@ -134,7 +134,7 @@ def _figures(
     tokens = config.batch_size * config.gradient_accumulation_steps * config.seq_length * world
     rates = [tokens / step["seconds"] for step in steps]
     rate = statistics.median(rates)
-    flops = rate * trainer.utilisation.flops_per_token / world
+    flops = rate * trainer.utilisation.flops_per_token(trainer.config.seq_length) / world
     return {
         "tokens_per_s": rate,
         "tokens_per_s_min": min(rates),

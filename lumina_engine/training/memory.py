@@ -8,6 +8,8 @@ from typing import Any
 import psutil
 import torch
 
+from ..config.curriculum import Curriculum
+
 
 def memory_stats(model: Any, optimizer_tensors: dict[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
     """Memory now. On CPU the device figures are those of this process (`allocated` and `reserved` = resident set)."""
@@ -56,6 +58,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
+WORST_DOCUMENT = 17  # tokens: attention lays it into a rectangle that is 32 wide
+
+
 class DoesNotFit(MemoryError):
     """The worst micro batch does not fit: a matter of the configuration, told before the first step."""
 
@@ -65,17 +70,21 @@ class DoesNotFit(MemoryError):
 def dry_run(model: Any, config: Any, device: torch.device, context: Any) -> None:
     """One forward and backward pass at the worst shape, before the first step: what does not fit fails now, with advice.
 
-    Parameters, gradients and random state are as before. Rows are full, every token is trained.
+    Parameters, gradients and random state are as before. Rows are full, every token is trained, and documents are just longer
+    than the narrowest rectangle of attention, which leaves the most filler in it. The longest rows of a curriculum are the
+    worst: all its shapes have the same tokens, and only what grows with the square of the length tells them apart.
 
     Raises:
         DoesNotFit: it does not fit; the message names the keys that would help.
     """
     rng = torch.get_rng_state()
-    shape = (config.batch_size, config.seq_length)
+    length = Curriculum.of(config).lengths[-1]
+    shape = (config.batch_size * config.seq_length // length, length)
     ids_BS = torch.arange(shape[0] * shape[1], device=device).reshape(shape) % config.vocab_size
+    documents_BS = (torch.arange(length, device=device) // WORST_DOCUMENT + 1).expand(shape)
     try:
         with context(device):
-            out = model(ids_BS, labels=ids_BS, document_ids=torch.ones_like(ids_BS), return_aux=True)
+            out = model(ids_BS, labels=ids_BS, document_ids=documents_BS, return_aux=True)
         objective = out.loss_sum
         if out.router is not None:
             objective = objective + out.router.prob_sum_LE.sum() + out.router.z_sum_L.sum()

@@ -98,21 +98,23 @@ class Utilisation:
 
     Args:
         shape: the model's config.
-        seq_length: tokens in a row.
         precision: as in the config.
         device: of this rank; all ranks are taken to have the same.
         world: number of ranks.
     """
 
-    def __init__(self, shape: Any, seq_length: int, precision: str, device: torch.device, world: int) -> None:
+    def __init__(self, shape: Any, precision: str, device: torch.device, world: int) -> None:
         self._peak: float | None = None
         if device.type == "cuda" and precision != "fp32":
             peak = device_peak(torch.cuda.get_device_name(device))
             self._peak = peak * world if peak is not None else None
         # what is computed twice to save memory is no use
-        plain = shape.model_copy(update={"gradient_checkpointing": False})
-        self.flops_per_token = training_flops_per_token(plain, seq_length)
+        self._shape = shape.model_copy(update={"gradient_checkpointing": False})
 
-    def of(self, tokens_per_s: float) -> float | None:
-        """The share, 0-1; None if unknown."""
-        return None if self._peak is None else tokens_per_s * self.flops_per_token / self._peak
+    def flops_per_token(self, seq_length: int) -> float:
+        """Operations of forward and backward for one token of a row of `seq_length`."""
+        return training_flops_per_token(self._shape, seq_length)
+
+    def of(self, tokens_per_s: float, seq_length: int) -> float | None:
+        """The share, 0-1, at rows of `seq_length` tokens; None if unknown."""
+        return None if self._peak is None else tokens_per_s * self.flops_per_token(seq_length) / self._peak

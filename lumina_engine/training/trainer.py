@@ -48,7 +48,7 @@ class Progress:
     epoch: int = 0
     index: int = 0  # next row of the epoch's row order
     tokens: int = 0
-    samples: int = 0  # rows processed
+    samples: int = 0  # full rows processed
     skipped: int = 0
     nonfinite_in_row: int = 0
     best: float | None = None  # best evaluation (or training) loss
@@ -113,9 +113,7 @@ class EnhancedConversationTrainer:
         layers = list(range(shape.num_dense_layers, shape.num_layers)) if shape.use_moe else []
         self.window = RoutingWindow(layers, shape.num_experts, self.top_k, self.comm) if layers else None
         self.clock = StepClock(self.comm.device)
-        self.utilisation = Utilisation(
-            shape, self.config.seq_length, self.config.precision, self.comm.device, self.comm.world_size
-        )
+        self.utilisation = Utilisation(shape, self.config.precision, self.comm.device, self.comm.world_size)
         self.progress = Progress()
         self.schedule: Schedule | None = None
         self.total_steps = 0
@@ -182,6 +180,7 @@ class EnhancedConversationTrainer:
             micro_batch=self.config.batch_size,
             accumulation=self.config.gradient_accumulation_steps,
             start=Position(self.progress.epoch, self.progress.index),
+            steps_done=self.progress.step,
         )
 
     def _total_steps(self, loader: TrainLoader) -> int:
@@ -239,7 +238,8 @@ class EnhancedConversationTrainer:
             self.model.update_router_bias(objective.counts_LE, cfg.router_bias_rate)
         times = self.clock.times()
         now = time.perf_counter()
-        self._count(step, totals, sum(b.input_ids_BS.shape[0] for b in micro_batches), result.applied, now - begin)
+        rows, length = sum(b.input_ids_BS.shape[0] for b in micro_batches), micro_batches[0].input_ids_BS.shape[1]
+        self._count(step, totals, sum(len(b.rows) for b in micro_batches), result.applied, now - begin)
         self.last_loss = loss_value
         if step % cfg.log_interval == 0 or not result.applied:
             tokens_per_s = totals.tokens / (now - begin)
@@ -255,9 +255,9 @@ class EnhancedConversationTrainer:
                     grad_norm=result.grad_norm,
                     step_time=now - begin,
                     tokens_per_s=tokens_per_s,
-                    mfu=self.utilisation.of(tokens_per_s),
-                    seq_length=cfg.seq_length,
-                    batch=len(micro_batches) * cfg.batch_size * self.comm.world_size,
+                    mfu=self.utilisation.of(tokens_per_s, length),
+                    seq_length=length,
+                    batch=rows * self.comm.world_size,
                     skipped=not result.applied,
                     data_time=data_time,
                     forward_time=times["forward"],

@@ -31,6 +31,7 @@ KEYS = [
     *("tokenizer=lumina-1k", "seq_length=64", "rope_theta=10000", "batch_size=4", "num_workers=0", "learning_rate=3e-3"),
     *("max_steps=30", "save_interval=5", "eval_interval=10", "eval_batches=2", "warmup_steps=4", "max_restarts=0"),
     *("dropout=0.1", "router_jitter_noise=0.01", "router_bias_rate=0.001", "expert_log_interval=3"),
+    *("curriculum_learning=true", "min_seq_length=16", "curriculum_steps=20"),  # both kills fall into its ramp
 ]
 
 
@@ -95,8 +96,10 @@ def test_rs02_killed_twice_equals_unbroken(unbroken: tuple[Path, Path, RunDirect
     want, got = steps(whole), steps(run)
     assert sorted(got) == sorted(want) == list(range(1, 31))
     for step in want:
-        for name in ("loss", "aux_loss", "z_loss", "grad_norm", "lr", "tokens", "epoch"):
+        for name in ("loss", "aux_loss", "z_loss", "grad_norm", "lr", "tokens", "epoch", "seq_length", "batch"):
             assert getattr(got[step], name) == getattr(want[step], name), (step, name)
+    shapes = [(want[step].seq_length, want[step].batch) for step in sorted(want)]
+    assert shapes == [(16, 16)] * 10 + [(32, 8)] * 10 + [(64, 4)] * 10  # C74
     records = list(read_records(run.metrics_path))
     assert [r.seq for r in records] == list(range(1, len(records) + 1))
     assert len([r for r in records if isinstance(r, rec.Rewind)]) == 2

@@ -129,8 +129,8 @@ def test_c131_mfu_only_where_the_peak_is_known(monkeypatch: pytest.MonkeyPatch, 
     shape = DeepSeekConfig(
         vocab_size=1024, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, gradient_checkpointing=True
     )
-    one = Utilisation(shape, 128, precision, SimpleNamespace(type="cuda"), 1).of(1e6)
-    two = Utilisation(shape, 128, precision, SimpleNamespace(type="cuda"), 2).of(1e6)
+    one = Utilisation(shape, precision, SimpleNamespace(type="cuda"), 1).of(1e6, 128)
+    two = Utilisation(shape, precision, SimpleNamespace(type="cuda"), 2).of(1e6, 128)
     if not known:
         assert one is None
         return
