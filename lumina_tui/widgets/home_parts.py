@@ -16,6 +16,7 @@ from lumina_engine.run.directory import UNREADABLE, RunInfo
 from lumina_engine.run.listing import Figures
 
 from ..paint import Piece, age, clean, count, duration, fit, line, size, whole
+from ..steady import Steady
 from .bars import STATE_ROLES
 from .panel import Drawn
 from .table import Column, Row
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
 GLYPHS = {"running": "●", "paused": "‖", "finished": "✓", "failed": "✗", "crashed": "✗", "preempted": "↓", UNREADABLE: "?"}
 _GLYPHS_ASCII = {"●": "*", "‖": "=", "✓": "+", "✗": "x", "↓": "v", "○": "o"}
 CURVE_WIDTH = 12
+MATERIAL = 0.02  # of the whole: memory or disk that changed by less is shown as before
+FREE_SHARE = 0.1  # of the free disk: where little is left, less is material
+TIGHT = 0.85  # of the memory in use: from here on it is told how much
+USE_BAND = 10.0  # points of utilisation
 RUN_COLUMNS = (
     Column("state", "state", 12),
     Column("name", "name", 20, grow=True),
@@ -113,17 +118,18 @@ class Chosen:
 
 
 class MachineLine(Widget):
-    """What this machine has, in one line."""
+    """What this machine has, in one line. It is painted again when a figure changed materially."""
 
     DEFAULT_CSS = "MachineLine { height: 1; }"
 
     def __init__(self) -> None:
         super().__init__()
         self._text = ""
+        self._steady = Steady()
 
     def show(self, sample: Hardware | None, live: int) -> None:
         """New figures."""
-        text = "  |  ".join(machine_parts(sample, live))
+        text = "  |  ".join(machine_parts(sample, live, self._steady))
         if text != self._text:
             self._text = text
             self.refresh()
@@ -133,24 +139,38 @@ class MachineLine(Widget):
         return line(self.size.width, [(" " + self._text, palette.dim)], base=self.rich_style)
 
 
-def machine_parts(sample: Hardware | None, live: int) -> list[str]:
-    """Devices with their use, memory, free disk, and how many runs live; what is not known is left out."""
-    parts = []
-    if sample is not None:
-        names = [clean(device.name).removeprefix("NVIDIA ") for device in sample.devices]
-        uses = [device.utilisation for device in sample.devices if device.utilisation is not None]
-        used = [device.memory_used for device in sample.devices if device.memory_used is not None]
-        totals = [device.memory_total for device in sample.devices if device.memory_total]
-        text = f"{len(names)} x {names[0]}" if names else "no GPU"
-        text += f" {sum(uses) / len(uses):.0f} %" if uses else ""
-        text += f", {sum(used) / 1e9:.0f} of {sum(totals) / 1e9:.0f} GB" if used and totals else ""
-        parts.append(text)
-        parts.append(f"{sample.cpu_count} cores" if sample.cpu_count else "")
-        if sample.memory_used is not None and sample.memory_total:
-            parts.append(f"mem {sample.memory_used / 1e9:.0f} of {sample.memory_total / 1e9:.0f} GB")
-        parts.append(f"{size(sample.disk_free)} disk free" if sample.disk_free is not None else "")
-        parts.append(f"{live} live" if live else "no live run")
+def machine_parts(sample: Hardware | None, live: int, steady: Steady) -> list[str]:
+    """Devices with their use, memory, free disk, and how many runs live; what is not known is left out.
+
+    Memory in use is told while a run lives or little is left: what other programs take and give back is no news.
+    """
+    if sample is None:
+        return []
+    parts = [_devices(sample, steady), f"{sample.cpu_count} cores" if sample.cpu_count else ""]
+    if sample.memory_total:
+        total = sample.memory_total
+        used = steady("memory", sample.memory_used, MATERIAL * total) if sample.memory_used is not None else None
+        told = used is not None and (live or used >= TIGHT * total)
+        parts.append(f"mem {used / 1e9:.0f} of {total / 1e9:.0f} GB" if used is not None and told else f"{size(total)} memory")
+    if sample.disk_free is not None:
+        band = min(MATERIAL * (sample.disk_total or math.inf), FREE_SHARE * sample.disk_free)
+        parts.append(f"{size(steady('disk', sample.disk_free, max(1.0, band)))} disk free")
+    parts.append(f"{live} live" if live else "no live run")
     return [part for part in parts if part]
+
+
+def _devices(sample: Hardware, steady: Steady) -> str:
+    names = [clean(device.name).removeprefix("NVIDIA ") for device in sample.devices]
+    if not names:
+        return "no GPU"
+    uses = [device.utilisation for device in sample.devices if device.utilisation is not None]
+    used = [device.memory_used for device in sample.devices if device.memory_used is not None]
+    total = sum(device.memory_total for device in sample.devices if device.memory_total)
+    text = f"{len(names)} x {names[0]}"
+    text += f" {steady('devices', sum(uses) / len(uses), USE_BAND):.0f} %" if uses else ""
+    if used and total:
+        text += f", {steady('device memory', sum(used), MATERIAL * total) / 1e9:.0f} of {total / 1e9:.0f} GB"
+    return text
 
 
 def facts(chosen: Chosen) -> list[tuple[str, str]]:
