@@ -15,13 +15,6 @@ from lumina_engine.config.schema import Config, infos_of
 
 # Keys whose feature does not exist yet, with the values that are allowed meanwhile (None: only the default).
 NOT_YET: dict[str, tuple[object, ...] | None] = {
-    "attention": ("gqa",),
-    "kv_lora_rank": None,
-    "q_lora_rank": None,
-    "qk_nope_head_dim": None,
-    "qk_rope_head_dim": None,
-    "v_head_dim": None,
-    "sliding_window": None,
     "partition_activations": None,
     "compile": None,
     "gradient_checkpointing": (False, True),
@@ -106,7 +99,18 @@ def _not_yet(config: Config) -> Iterator[Finding]:
             yield _error("not_yet", name, f"{name} = {show(value)}: not available yet", fix)
 
 
-def _shape(config: Config) -> Iterator[Finding]:
+_LATENT_KEYS = ("kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+
+
+def _attention(config: Config) -> Iterator[Finding]:
+    yield from _latent(config) if config.attention == "mla" else _grouped(config)
+    window = config.sliding_window
+    if window is not None and window >= config.seq_length:
+        message = f"sliding_window = {window:,} hides nothing in rows of seq_length = {config.seq_length:,}"
+        yield _finding("info", "window", "sliding_window seq_length", message, "set sliding_window=null, or a smaller one")
+
+
+def _grouped(config: Config) -> Iterator[Finding]:
     hidden, heads, kv = config.hidden_size, config.num_heads, config.num_kv_heads
     if config.head_dim == "auto":
         if hidden % heads:
@@ -120,6 +124,32 @@ def _shape(config: Config) -> Iterator[Finding]:
         divisor = max(d for d in range(1, min(kv, heads) + 1) if heads % d == 0)
         message = f"num_kv_heads = {kv}: does not divide num_heads = {heads}"
         yield _error("kv_heads", "num_kv_heads num_heads", message, f"set num_kv_heads={divisor}")
+    for name in _LATENT_KEYS:
+        default = infos_of(Config)[name].default
+        if getattr(config, name) != default:
+            message = f"{name} = {show(getattr(config, name))} has no effect with attention = gqa"
+            yield _error("latent_keys", f"{name} attention", message, f"set attention=mla, or {name}={show(default)}")
+
+
+def _latent(config: Config) -> Iterator[Finding]:
+    head = config.qk_nope_head_dim + config.qk_rope_head_dim
+    if head % 2 or not 8 <= head <= 512:
+        message = f"qk_nope_head_dim + qk_rope_head_dim = {head}: a head needs an even number of values from 8 to 512"
+        yield _error(
+            "latent_head", "qk_nope_head_dim qk_rope_head_dim", message, "set qk_nope_head_dim=128 qk_rope_head_dim=64"
+        )
+    if config.head_dim not in ("auto", head):
+        message = f"head_dim = {config.head_dim}: with attention = mla a head has qk_nope_head_dim + qk_rope_head_dim = {head}"
+        yield _error("latent_head_dim", "head_dim attention", message, "set head_dim=auto")
+    if config.qk_norm:
+        message = "qk_norm = true with attention = mla: keys are never built for a cached token, so they cannot be normed"
+        yield _error("latent_qk_norm", "qk_norm attention", message, "set qk_norm=false (the latents have norms of their own)")
+    if config.num_kv_heads not in (infos_of(Config)["num_kv_heads"].default, config.num_heads):
+        message = f"num_kv_heads = {config.num_kv_heads} has no effect with attention = mla: all heads share one latent"
+        yield _finding("info", "latent_kv_heads", "num_kv_heads attention", message, f"set num_kv_heads={config.num_heads}")
+
+
+def _shape(config: Config) -> Iterator[Finding]:
     if config.use_moe and config.moe_top_k > config.num_experts:
         message = f"moe_top_k = {config.moe_top_k}: more than num_experts = {config.num_experts}"
         yield _error("top_k", "moe_top_k num_experts", message, f"set moe_top_k={config.num_experts}")
@@ -283,7 +313,18 @@ def _deepspeed(config: Config) -> Iterator[Finding]:
         yield _finding("info", "zero_stage_0", "zero_stage", message, "set zero_stage=auto if that was meant")
 
 
-_RULES: tuple[Rule, ...] = (_not_yet, _shape, _router, _rope, _tokenizer, _schedule, _curriculum, _data, _deepspeed)
+_RULES: tuple[Rule, ...] = (
+    _not_yet,
+    _attention,
+    _shape,
+    _router,
+    _rope,
+    _tokenizer,
+    _schedule,
+    _curriculum,
+    _data,
+    _deepspeed,
+)
 
 
 def _machine(config: Config, machine: Machine) -> Iterator[Finding]:

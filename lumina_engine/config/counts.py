@@ -1,15 +1,14 @@
 """Parameters and floating point operations of a model, from its shape alone.
 
 One counting function serves the command line, the editor, reports and the model itself; tests hold it equal to the module.
-Letters: h hidden size, H and K query and key/value heads, d head size, I expert width, E experts, k experts per token,
-L blocks, S sequence length, V embedding rows. One multiply-add is two operations.
+Letters: h hidden size, H and K query and key/value heads, d and e key and value size of a head, I expert width, E experts,
+k experts per token, L blocks, S sequence length, V embedding rows. One multiply-add is two operations.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lumina_engine.config.finding import ConfigError, Finding
 from lumina_engine.config.schema import DeepSeekConfig
 
 
@@ -46,13 +45,10 @@ class Counts:
 
 
 def parameter_counts(model: DeepSeekConfig) -> Counts:
-    """Parameters of a model. Raises `ConfigError` while `vocab_size` is auto, or for an attention that does not exist yet."""
-    if model.attention != "gqa":
-        message = f"attention = {model.attention}: not available yet"
-        raise ConfigError([Finding("not_yet", "error", ("attention",), message, "set gqa")])
-    hidden, d = model.hidden_size, model.head_size
-    attention = 2 * hidden * model.num_heads * d + 2 * hidden * model.num_kv_heads * d
-    norms = 2 * hidden + (2 * d if model.qk_norm else 0)
+    """Parameters of a model. Raises `ConfigError` while `vocab_size` is auto."""
+    hidden = model.hidden_size
+    attention = sum(rows * columns for rows, columns in attention_matrices(model))
+    norms = 2 * hidden + _norms_of_attention(model)
     expert = 3 * hidden * model.expert_width
     with_experts = model.expert_layers
     without = model.num_layers - with_experts
@@ -72,20 +68,51 @@ def parameter_counts(model: DeepSeekConfig) -> Counts:
     return Counts(**counts, embeddings=embeddings, active=sum(counts.values()) - idle)
 
 
+def attention_matrices(model: DeepSeekConfig) -> list[tuple[int, int]]:
+    """(outputs, inputs) of each projection of one block."""
+    hidden, heads = model.hidden_size, model.num_heads
+    if model.attention == "gqa":
+        return [((heads + 2 * model.num_kv_heads) * model.head_size, hidden), (hidden, heads * model.head_size)]
+    queries = heads * model.head_size
+    compressed = (model.q_lora_rank or queries) + model.kv_lora_rank + model.qk_rope_head_dim
+    expand_queries = [(queries, model.q_lora_rank)] if model.q_lora_rank else []
+    expand = (heads * (model.qk_nope_head_dim + model.v_head_dim), model.kv_lora_rank)
+    return [(compressed, hidden), *expand_queries, expand, (hidden, heads * model.v_head_dim)]
+
+
+def _norms_of_attention(model: DeepSeekConfig) -> int:
+    """Weights of the norms inside attention: of the latents, or of the heads of queries and keys."""
+    if model.attention == "mla":
+        return model.kv_lora_rank + (model.q_lora_rank or 0)
+    return 2 * model.head_size if model.qk_norm else 0
+
+
 def kv_cache_bytes_per_token(model: DeepSeekConfig, bytes_per_value: int) -> int:
-    """Bytes that the chat cache keeps for one token: keys and values of the key/value heads only."""
+    """Bytes that the chat cache keeps for one token: keys and values of key/value heads, or latent and rotary key."""
+    if model.attention == "mla":
+        return model.num_layers * (model.kv_lora_rank + model.qk_rope_head_dim) * bytes_per_value
     return 2 * model.num_layers * model.num_kv_heads * model.head_size * bytes_per_value
 
 
+def attention_pair_flops(model: DeepSeekConfig, seq_length: int) -> int:
+    """Operations of scores and weighted sums over one row of S tokens, all blocks; causal, within the window if there is one.
+
+    2 L H (d + e) for each pair of a token and one that it sees, counted as S²/2 pairs, or W·S - W²/2 with a window W.
+    """
+    value = model.v_head_dim if model.attention == "mla" else model.head_size
+    window = min(model.sliding_window or seq_length, seq_length)
+    return model.num_layers * model.num_heads * (model.head_size + value) * window * (2 * seq_length - window)
+
+
 def forward_flops(model: DeepSeekConfig, seq_length: int, batch_size: int = 1) -> dict[str, int]:
-    """Operations of one forward pass over `batch_size` rows, by part. Attention is causal: half of S x S."""
+    """Operations of one forward pass over `batch_size` rows, by part. Of attention only pairs that see each other."""
     tokens = seq_length * batch_size
-    hidden, d = model.hidden_size, model.head_size
+    hidden = model.hidden_size
     counts = parameter_counts(model)
     used = counts.active - counts.attention - counts.router - counts.norms
     parts = {
         "projections": 2 * tokens * counts.attention,
-        "attention": 2 * model.num_layers * model.num_heads * d * seq_length * tokens,
+        "attention": attention_pair_flops(model, seq_length) * batch_size,
         "experts": 2 * tokens * used,
         "router": 2 * tokens * counts.router,
         "head": 2 * tokens * model.vocab_rows * hidden,
@@ -97,10 +124,11 @@ def forward_flops(model: DeepSeekConfig, seq_length: int, batch_size: int = 1) -
 def training_flops_per_token(model: DeepSeekConfig, seq_length: int | None = None) -> float:
     """Operations of forward and backward for one token of a row of `seq_length` (default: the longest).
 
-    6 x (active + V h) + 6 L H d S; a third more with full gradient checkpointing.
+    6 x (active + V h) + 3 L H (d + e) S, with a window W instead of S in it 2 W - W²/S; a third more with full gradient
+    checkpointing.
     """
     length = seq_length or model.seq_length
     counts = parameter_counts(model)
     flops = 6.0 * (counts.active + model.vocab_rows * model.hidden_size)
-    flops += 6.0 * model.num_layers * model.num_heads * model.head_size * length
+    flops += 3.0 * attention_pair_flops(model, length) / length
     return flops * 4 / 3 if model.gradient_checkpointing is True else flops

@@ -8,6 +8,7 @@ from lumina_engine.config.declare import Section, key
 
 _MODEL = "model/transformer.py"
 _ATTENTION = "model/attention.py"
+_LATENT = "model/latent.py"
 _MOE = "model/moe.py"
 
 
@@ -65,18 +66,32 @@ class ModelKeys(Section):
     attention: Literal["gqa", "mla"] = key(
         "gqa", "Kind of attention: grouped-query, or multi-head latent with a compressed cache.", read_by=_ATTENTION
     )
-    kv_lora_rank: int = key(512, "MLA: rank of the compressed keys and values.", minimum=1, read_by=_ATTENTION)
-    q_lora_rank: int | None = key(
-        None, "MLA: rank of the compressed queries; null does not compress them.", minimum=1, read_by=_ATTENTION
+    kv_lora_rank: int = key(
+        512,
+        "MLA: size of the latent from which keys and values are expanded; the chat cache keeps it.",
+        minimum=1,
+        read_by=_LATENT,
     )
-    qk_nope_head_dim: int = key(128, "MLA: part of a head without rotary positions.", minimum=1, read_by=_ATTENTION)
-    qk_rope_head_dim: int = key(64, "MLA: part of a head with rotary positions.", minimum=2, multiple_of=2, read_by=_ATTENTION)
-    v_head_dim: int = key(128, "MLA: width of a value head.", minimum=1, read_by=_ATTENTION)
+    q_lora_rank: int | None = key(
+        None,
+        "MLA: size of the latent from which queries are expanded; null does not compress them.",
+        minimum=1,
+        read_by=_LATENT,
+    )
+    qk_nope_head_dim: int = key(128, "MLA: part of a head without rotary positions.", minimum=1, read_by=_LATENT)
+    qk_rope_head_dim: int = key(64, "MLA: part of a head with rotary positions.", minimum=2, multiple_of=2, read_by=_LATENT)
+    v_head_dim: int = key(128, "MLA: width of a value head.", minimum=1, read_by=_LATENT)
     sliding_window: int | None = key(
-        None, "How far back a token attends; null is the whole document.", unit="tokens", minimum=16, read_by=_ATTENTION
+        None,
+        "A token attends to itself and this many tokens minus one before it; null is the whole document.",
+        unit="tokens",
+        minimum=16,
+        read_by=_ATTENTION,
     )
     qk_norm: bool = key(
-        False, "RMSNorm on queries and keys of every head; steadies training at high learning rates.", read_by=_ATTENTION
+        False,
+        "RMSNorm on queries and keys of every head; steadies training at high learning rates. Not with attention mla.",
+        read_by=_ATTENTION,
     )
     rope_theta: float = key(
         500_000.0,

@@ -84,13 +84,10 @@ def _bucket_bytes(layout: Layout, stage: int, parameters: int, grad_bytes: int) 
 
 def block_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
     """Bytes that one block keeps for its backward pass, averaged over blocks with and without experts."""
-    hidden, d = model.hidden_size, model.head_size
-    heads, kv = model.num_heads * d, model.num_kv_heads * d
-    # input and normed input, fused q k v, rotated q and k, output of attention
-    attention = tokens * value_bytes * (2 * hidden + heads + 2 * kv + heads + kv + heads)
-    attention += tokens * 4 * (1 + model.num_heads)  # statistic of the norm, logsumexp of the scores
-    if model.qk_norm:
-        attention += tokens * 4 * (model.num_heads + model.num_kv_heads)
+    hidden = model.hidden_size
+    attention = (
+        _latent_bytes(model, tokens, value_bytes) if model.attention == "mla" else _grouped_bytes(model, tokens, value_bytes)
+    )
     before = tokens * (value_bytes * hidden + 4)  # input of the second half and the statistic of its norm
     with_experts = model.expert_layers
     without = model.num_layers - with_experts
@@ -98,6 +95,34 @@ def block_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int)
     dense = tokens * value_bytes * (hidden + 3 * width)
     experts = expert_activation_bytes(model, tokens, value_bytes) if with_experts else 0
     return attention + before + (with_experts * experts + without * dense) // model.num_layers
+
+
+def _grouped_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
+    """Bytes that grouped-query attention of one block keeps, with its norm."""
+    heads, kv = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
+    # input and normed input, fused q k v, rotated q and k, output of attention
+    values = 2 * model.hidden_size + heads + 2 * kv + heads + kv + heads
+    statistics = 1 + model.num_heads  # of the norm, logsumexp of the scores
+    if model.qk_norm:
+        statistics += model.num_heads + model.num_kv_heads
+    return tokens * (value_bytes * values + 4 * statistics)
+
+
+def _latent_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
+    """Bytes that latent attention of one block keeps, with its norm."""
+    heads, key, value = model.num_heads, model.head_size, model.v_head_dim
+    queries, latent = model.q_lora_rank or 0, model.kv_lora_rank
+    # input and normed input, compressed, normed latents
+    values = 2 * model.hidden_size + (queries or heads * key) + latent + model.qk_rope_head_dim + queries + latent
+    statistics = 2 + (1 if queries else 0)  # of the norms
+    expanded = heads * (model.qk_nope_head_dim + value)
+    if key != value and value_bytes < 4:  # blocks of queries: queries, keys, values within the expanded, output
+        values += 2 * heads * key + expanded + heads * value
+    else:  # SDPA on one width: queries, keys, values, output; what is widened is a copy of its own
+        wide = heads * max(key, value)
+        values += 2 * wide + (wide if value < key else expanded) + wide + (heads * value if value != key else 0)
+        statistics += heads  # logsumexp of the scores
+    return tokens * (value_bytes * values + 4 * statistics)
 
 
 def expert_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:

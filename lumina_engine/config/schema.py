@@ -180,7 +180,9 @@ class DeepSeekConfig(_Checked, ExpertKeys, ModelKeys):
 
     @property
     def head_size(self) -> int:
-        """`head_dim` as a number."""
+        """`head_dim` as a number; with latent attention that of the keys."""
+        if self.attention == "mla":
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
         return self.hidden_size // self.num_heads if self.head_dim == "auto" else self.head_dim
 
     @property

@@ -3,7 +3,8 @@
 A document of 37 tokens becomes a row of a rectangle that is 64 wide, its end filled with zeros. Under causal attention the
 filler comes after every real token, so no mask is needed and no S × S tensor exists; the work follows the documents' lengths.
 
-Shapes: B batch, S sequence, T = B·S tokens, M tokens that are not padding, P places in all rectangles, N heads, d head size.
+Shapes: B batch, S sequence, T = B·S tokens, M tokens that are not padding, P places in all rectangles, H and K query and
+key/value heads, d and e key and value size.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lumina_engine.model.attention_core import fused_attention
 
 _NARROWEST = 16  # rectangles are this wide, or a power of two above it
 
@@ -59,6 +62,24 @@ class Segments:
     def unpack(self, x_P: Tensor) -> Tensor:
         """Rows per place (P, …) to rows per token (T, …), zeros for padding."""
         return _Move.apply(x_P, self.places_M, self.tokens_M, self.num_tokens)
+
+    def attend(
+        self, query_PHd: Tensor, key_PKd: Tensor, value_PKe: Tensor, scale: float | None = None, window: int | None = None
+    ) -> Tensor:
+        """Attention within documents, (T, H, e), of what lies in the places. `scale` and `window` as for `fused_attention`."""
+        attended: list[Tensor] = []
+        if not self.rectangles:  # all padding: an empty output that keeps the projections in the graph
+            attended.append(query_PHd[:0, :, :1] + key_PKd[:0, :1, :1] + value_PKe[:0, :1])
+        start = 0
+        for rows, width in self.rectangles:
+            end = start + rows * width
+            # (P, N, d) to (rows, N, width, d)
+            query, key, value = (
+                x[start:end].unflatten(0, (rows, width)).transpose(1, 2) for x in (query_PHd, key_PKd, value_PKe)
+            )
+            attended.append(fused_attention(query, key, value, None, True, scale, window).transpose(1, 2).flatten(0, 1))
+            start = end
+        return self.unpack(torch.cat(attended))
 
 
 def _widths(lengths: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from lumina_engine.config.counts import forward_flops, kv_cache_bytes_per_token
 from lumina_engine.config.memory import Layout, training_memory
 from lumina_engine.config.schema import Config, DeepSeekConfig
-from lumina_engine.model.attention import Attention, AttentionPlan, KVCache, cached_mask, document_mask
+from lumina_engine.model.attention import Attention, AttentionPlan, KVCache, cached_mask
+from lumina_engine.model.attention_core import document_mask
+from lumina_engine.model.latent import LatentAttention
 from lumina_engine.model.layers import RMSNorm, SwiGLU
 from lumina_engine.model.loss import IGNORED, cross_entropy_and_correct, cross_entropy_sum, shifted_targets
 from lumina_engine.model.moe import LayerRoute, LayerStats, MoE, RouterStats
@@ -25,8 +27,6 @@ from lumina_engine.model.segments import Segments
 
 # Values of keys that this model computes, where it does not compute all that the configuration names; the first is the fix.
 _BUILT: dict[str, tuple[object, ...]] = {
-    "attention": ("gqa",),
-    "sliding_window": (None,),
     "gradient_checkpointing": (False, True),
     "expert_parallel_size": (1,),
 }
@@ -55,7 +55,7 @@ class Block(nn.Module):
     def __init__(self, config: DeepSeekConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, layer)
+        self.attention = LatentAttention(config, layer) if config.attention == "mla" else Attention(config, layer)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn: MoE | SwiGLU
         if config.use_moe and layer >= config.num_dense_layers:
@@ -104,14 +104,7 @@ class DeepSeekTransformer(nn.Module):
         self.norm = RMSNorm(self.config.hidden_size, self.config.norm_eps)
         if not self.config.tie_word_embeddings:
             self.head = nn.Linear(self.config.hidden_size, self.config.vocab_rows, bias=False)
-        frequencies, magnitude = inverse_frequencies(
-            self.config.head_size,
-            self.config.rope_theta,
-            self.config.rope_scaling,
-            self.config.rope_scaling_factor,
-            self.config.rope_original_length or round(self.config.seq_length / self.config.rope_scaling_factor),
-        )
-        self.rotary = RotaryTables(frequencies, magnitude, self.config.seq_length)
+        self.rotary = _rotary_tables(self.config)
         if not self.embedding.weight.is_meta:
             self.init_weights(seed)
 
@@ -120,6 +113,8 @@ class DeepSeekTransformer(nn.Module):
             value = getattr(self.config, key)
             if value not in built:
                 raise ValueError(f"{key}={value!r}: the model does not have it yet; set {key}={built[0]!r}")
+        if self.config.attention == "mla" and self.config.qk_norm:
+            raise ValueError("qk_norm=True: latent attention norms its latents instead; set qk_norm=False")
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
@@ -242,6 +237,8 @@ class DeepSeekTransformer(nn.Module):
         device = input_ids.device
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
         past = 0 if cache is None else cache.length
+        window = self.config.sliding_window
+        first = 0 if window is None else max(0, past - window + 1)
         mask: Tensor | None = None
         segments: Segments | None = None
         if cache is not None:
@@ -249,15 +246,15 @@ class DeepSeekTransformer(nn.Module):
             if document_ids is not None:
                 cache.mark(document_ids > 0)
             if (past and new > 1) or cache.valid_BT is not None:
-                mask = cached_mask(cache, new, dtype)
+                mask = cached_mask(cache, new, dtype, window, first)
         elif document_ids is not None:
             if device.type != "cpu" and new < _READ_FROM:
-                mask = document_mask(document_ids, dtype)
+                mask = document_mask(document_ids, dtype, window)
             elif not _one_document(document_ids):
                 if self.config.use_flash_attention:
                     segments = Segments.of(document_ids)
                 else:
-                    mask = document_mask(document_ids, dtype)
+                    mask = document_mask(document_ids, dtype, window)
         padded = cache is not None and cache.valid_BT is not None
         if position_ids is None and (document_ids is not None or padded):
             position_ids = _positions(torch.ones_like(input_ids) if document_ids is None else document_ids, cache)
@@ -268,7 +265,7 @@ class DeepSeekTransformer(nn.Module):
             cos, sin = self.rotary.at(position_ids, highest)
         if segments is not None:
             cos, sin = (segments.pack(table.expand(batch, new, -1).flatten(0, 1)) for table in (cos, sin))
-        return AttentionPlan(cos, sin, mask, mask is None and new > 1, segments)
+        return AttentionPlan(cos, sin, mask, mask is None and new > 1, segments, first)
 
     def _router_stats(self, stats: list[LayerStats], input_ids: Tensor, valid: Tensor | None) -> RouterStats | None:
         if not stats:
@@ -316,6 +313,18 @@ class DeepSeekTransformer(nn.Module):
         direction_LE -= direction_LE.mean(-1, keepdim=True)
         for layer, direction_E in zip(self.expert_layers, direction_LE, strict=True):
             layer.router.bias += direction_E.to(layer.router.bias)
+
+
+def _rotary_tables(config: DeepSeekConfig) -> RotaryTables:
+    latent = config.attention == "mla"
+    frequencies, magnitude = inverse_frequencies(
+        config.qk_rope_head_dim if latent else config.head_size,
+        config.rope_theta,
+        config.rope_scaling,
+        config.rope_scaling_factor,
+        config.rope_original_length or round(config.seq_length / config.rope_scaling_factor),
+    )
+    return RotaryTables(frequencies, 1.0 if latent else magnitude, config.seq_length)  # see latent.attention_scale
 
 
 def _one_document(document_ids: Tensor) -> bool:

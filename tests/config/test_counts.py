@@ -8,7 +8,7 @@ from lumina_engine.config.counts import forward_flops, kv_cache_bytes_per_token,
 from lumina_engine.config.memory import Layout, block_activation_bytes, training_memory
 from lumina_engine.config.presets import NAMES, ConfigPresets
 from lumina_engine.config.resolve import model_config
-from lumina_engine.config.schema import ConfigError, DeepSeekConfig
+from lumina_engine.config.schema import DeepSeekConfig
 
 # capabilities 4.1: active, active at k = 2, total, embeddings; exact for debug, four digits for the others
 PRESETS = {
@@ -21,11 +21,15 @@ PRESETS = {
     "b200": (200.5e9, 343.9e9, 1.205e12, 1.644e9),
     "b300": (300.1e9, 494.5e9, 1.661e12, 2.055e9),
 }
+LATENT = {"attention": "mla", "kv_lora_rank": 40, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 24}
 SHAPES = {
     "dense": {"use_moe": False, "intermediate_size": 176},
     "untied": {"tie_word_embeddings": False},
     "mixed": {"num_layers": 4, "num_dense_layers": 2, "moe_top_k": 2, "num_shared_experts": 1, "qk_norm": True},
     "wide heads": {"head_dim": 48, "num_heads": 4, "num_kv_heads": 1, "num_experts": 3, "intermediate_size": 40},
+    "latent": LATENT,
+    "latent, compressed queries": LATENT | {"q_lora_rank": 96, "moe_top_k": 2, "num_shared_experts": 1},
+    "window": {"sliding_window": 16},
 }
 
 
@@ -97,8 +101,9 @@ def test_c009_forward_flops_equal_those_counted(shape: dict) -> None:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         module(torch.zeros(2, 64, dtype=torch.long))
     ours = forward_flops(model, 64, 2)
-    # the reference attention computes all of S x S; a causal kernel skips half of it
-    assert counter.get_total_flops() == pytest.approx(ours["total"] + ours["attention"], rel=0.01)
+    # the reference attention computes all of S x S, what is counted is what a token sees
+    square = 2 * 64**2 / (model.sliding_window * (2 * 64 - model.sliding_window)) if model.sliding_window else 2
+    assert counter.get_total_flops() == pytest.approx(ours["total"] + (square - 1) * ours["attention"], rel=0.01)
     parts = ("projections", "attention", "experts", "router", "head")
     assert sum(ours[part] for part in parts) == ours["total"] and ours["per_token"] == ours["total"] // 128
 
@@ -133,6 +138,11 @@ KEPT = {
     "qk_norm": {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 4, "qk_norm": True},
     "shared": {"num_shared_experts": 1},
     "many": {"num_experts": 64},
+    "latent": LATENT,
+    "latent, compressed queries": LATENT | {"q_lora_rank": 96},
+    "latent, values as wide as keys": LATENT | {"v_head_dim": 48},
+    "latent, wider values": LATENT | {"v_head_dim": 64, "use_moe": False},
+    "window": {"sliding_window": 16},
 }
 
 
@@ -150,6 +160,35 @@ def test_c008_activations_are_those_that_autograd_keeps(shape: dict, precision: 
         model = small(moe_dropless=True, num_layers=layers, **shape)
         kept.append(saved_bytes(DeepSeekTransformer(model).to(dtype).train(), ids))
     assert kept[1] - kept[0] == pytest.approx(2 * block_activation_bytes(model, 256, value), rel=0.05)
+
+
+def test_c140_a_window_counts_the_pairs_that_see_each_other() -> None:
+    """W·S - W²/2 pairs instead of S²/2, up to the diagonal."""
+    one = small(num_layers=1, sliding_window=16)
+    pairs = sum(min(i + 1, 16) for i in range(64))
+    per_pair = 2 * one.num_heads * 2 * one.head_size
+    flops = forward_flops(one, 64)["attention"]
+    assert flops == per_pair * (pairs - 16 / 2) and forward_flops(one, 64, 3)["attention"] == 3 * flops
+    assert forward_flops(one, 16) == forward_flops(small(num_layers=1), 16)
+    assert (
+        training_flops_per_token(one) == training_flops_per_token(small(num_layers=1)) - 3 * per_pair * (64**2 / 2 - 896) / 64
+    )
+
+
+def test_c140_latent_cache_bytes_as_in_deepseek_v2() -> None:
+    """512 + 64 values per token and block: 4.5 heads of 128 keys (arXiv:2405.04434, table 1), 70 KiB for 61 blocks in bf16."""
+    shape = {"attention": "mla", "num_layers": 61, "num_heads": 128, "hidden_size": 7168, "q_lora_rank": 1536}
+    assert kv_cache_bytes_per_token(DeepSeekConfig(vocab_size=1024, **shape), 2) == 61 * 576 * 2
+
+
+def test_r06_deepseek_v3_by_the_same_formula() -> None:
+    """671B parameters, 37B of them active, as published (the multi-token prediction module of 14B not counted)."""
+    shape = {"hidden_size": 7168, "num_layers": 61, "num_heads": 128, "intermediate_size": 2048, "num_dense_layers": 3}
+    experts = {"num_experts": 256, "moe_top_k": 8, "num_shared_experts": 1, "dense_intermediate_size": 18_432}
+    latent = {"attention": "mla", "q_lora_rank": 1536, "tie_word_embeddings": False}
+    counts = parameter_counts(DeepSeekConfig(vocab_size=129_280, **shape, **experts, **latent))
+    assert counts.stored == 671_026_404_352
+    assert round((counts.active + counts.embeddings / 2) / 1e9, 1) == 36.6
 
 
 def test_c004_kv_cache_bytes() -> None:
@@ -183,8 +222,3 @@ def test_c139_memory_falls_with_checkpointing_batch_and_chunks() -> None:
     small_chunk = training_memory(model.model_copy(update={"loss_chunk_size": 128}), layout)
     assert less.activations < plain.activations / 3 and less.logits == plain.logits
     assert small_chunk.logits < plain.logits and plain.experts < plain.weights
-
-
-def test_c140_unbuilt_attention_is_refused_not_miscounted() -> None:
-    with pytest.raises(ConfigError, match="attention = mla: not available yet"):
-        parameter_counts(small(attention="mla"))

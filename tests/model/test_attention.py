@@ -7,10 +7,14 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lumina_engine.model.attention import KVCache, _ShortAttention, fused_attention, reference_attention
+from lumina_engine.config.counts import kv_cache_bytes_per_token
+from lumina_engine.model import attention_core
+from lumina_engine.model.attention import KVCache
+from lumina_engine.model.attention_core import block_attention, fused_attention, reference_attention
 from lumina_engine.model.segments import Segments
+
+from .kinds import KINDS, Largest, peak_bytes
 
 
 def ids(batch: int, length: int) -> torch.Tensor:
@@ -38,12 +42,11 @@ def test_c004_cache_holds_kv_heads_only(tiny):
     assert KVCache(model.config, 3, 10, torch.bfloat16).nbytes == 2 * 2 * 3 * 1 * 10 * 16 * 2
 
 
-@pytest.mark.parametrize("kv_heads", [1, 4])
+@pytest.mark.parametrize("kind", [*KINDS.values(), {"qk_norm": True}, {"num_kv_heads": 1}], ids=[*KINDS, "qk_norm", "1 kv"])
 @pytest.mark.parametrize("documents", [False, True])
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_c006_fused_equals_reference(tiny, kv_heads, documents, qk_norm):
-    fused = tiny(num_kv_heads=kv_heads, qk_norm=qk_norm, moe_dropless=True)
-    plain = tiny(num_kv_heads=kv_heads, qk_norm=qk_norm, moe_dropless=True, use_flash_attention=False)
+def test_c006_fused_equals_reference(tiny, kind, documents):
+    fused = tiny(moe_dropless=True, **kind)
+    plain = tiny(moe_dropless=True, use_flash_attention=False, **kind)
     plain.load_state_dict(fused.state_dict())
     tokens = ids(3, 40)
     document_ids = None
@@ -64,11 +67,12 @@ def test_c006_reference_by_hand():
     torch.testing.assert_close(out, torch.stack((torch.tensor(10.0), weight @ value)))
 
 
-@pytest.mark.parametrize("length", [24, 1100])
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("length", [48, 1100])
 @pytest.mark.parametrize("fused", [True, False])
-def test_c006_documents_are_isolated(tiny, length, fused):
+def test_c006_documents_are_isolated(tiny, kind, length, fused):
     """A packed row gives each document the logits that it has alone, and padding changes nothing."""
-    model = tiny(use_flash_attention=fused, seq_length=1100).eval()
+    model = tiny(use_flash_attention=fused, seq_length=1100, num_layers=1 if length > 48 else 2, **kind).eval()
     cuts = [0, length // 5, length // 2, length - 3]
     row, packed = ids(1, length), torch.zeros(2, length, dtype=torch.long)
     for number, (start, end) in enumerate(pairwise(cuts), start=1):
@@ -88,33 +92,21 @@ def test_c006_short_attention_in_bf16_equals_reference(kv_heads):
     inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
     weight = torch.randn(3, 4, 20, 16)
     results = []
-    for attend in (_ShortAttention.apply, lambda *qkv: reference_attention(*qkv, None, True)):
+    for attend in (block_attention, lambda *qkv: reference_attention(*qkv, None, True)):
         out = attend(*inputs)
         results.append((out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)))
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
     rounded = [x.bfloat16().detach().requires_grad_() for x in inputs]
     out = fused_attention(*rounded, None, True)
-    assert "ShortAttention" in type(out.grad_fn).__name__
+    assert "BlockAttention" in type(out.grad_fn).__name__
     torch.testing.assert_close(out.float(), results[1][0], atol=0.05, rtol=0.05)
 
 
-class Largest(TorchDispatchMode):
-    """The largest tensor that any operation returns."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
-
-
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("documents", ["none", "one", "several", "padded"])
-def test_c006_no_square_of_scores_from_1024_on(tiny, documents):
-    """Peak memory grows with S, not with its square, whatever the documents are."""
-    model = tiny(seq_length=1024, loss_chunk_size=128)
+def test_c006_no_square_of_scores_from_1024_on(tiny, kind, documents):
+    """No operation makes scores or a mask of a whole row, whatever the documents are (a block's scores are a part of them)."""
+    model = tiny(seq_length=1024, loss_chunk_size=128, num_layers=1, use_moe=False, **kind)
     tokens = ids(1, 1024)
     lengths = {"none": None, "one": [1024], "several": [100, 500, 424], "padded": [900]}[documents]
     document_ids = None
@@ -125,6 +117,95 @@ def test_c006_no_square_of_scores_from_1024_on(tiny, documents):
     with Largest() as largest:
         model(tokens, labels=tokens, document_ids=document_ids).backward()
     assert largest.numel < 1024 * 1024 / 4
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_c006_peak_memory_from_1k_to_4k_grows_with_the_row(tiny, kind, documents, dtype):
+    """Forward and backward of one layer's attention: at most 4.5 times as much for four times as many tokens."""
+    window = {"sliding_window": 256} if "sliding_window" in kind else {}
+    model = tiny(seq_length=4096, num_layers=1, use_moe=False, **kind | window).to(dtype)
+    peaks = []
+    for length in (1024, 4096):
+        x = torch.randn(1, length, 64, dtype=dtype, requires_grad=True)
+        document_ids = torch.arange(length)[None] // (length // 2 + 9) + 1 if documents else None
+        plan = model._plan(x, ids(1, length), document_ids, None, None)
+        peaks.append(peak_bytes(lambda x=x, plan=plan: model.blocks[0].attention(x, plan).sum().backward()))
+    assert peaks[1] <= 4.5 * peaks[0], peaks
+
+
+@pytest.mark.parametrize("heads", [(4, 4, 16, 16), (4, 2, 16, 8), (6, 1, 8, 24)], ids=str)
+@pytest.mark.parametrize("window", [None, 1, 7, 256, 257, 299, 300])
+def test_c140_blocks_equal_the_reference(monkeypatch, heads, window):
+    """Several blocks of queries, groups of heads, values of another width; forward and backward."""
+    monkeypatch.setattr(attention_core, "_BLOCK", 64)
+    query_heads, kv_heads, key, value = heads
+    shapes = [(2, query_heads, 300, key), (2, kv_heads, 300, key), (2, kv_heads, 300, value)]
+    inputs = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    weight = torch.randn(2, query_heads, 300, value)
+    results = []
+    for attend in (block_attention, lambda q, k, v, s, w: reference_attention(q, k, v, None, True, s, w)):
+        out = attend(*inputs, 0.3, window)
+        results.append((out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gqa window", "mla window"])
+@pytest.mark.parametrize("fused", [True, False])
+def test_c140_a_window_of_16_is_oneself_and_the_15_before(tiny, kind, fused):
+    model = tiny(num_layers=1, use_moe=False, use_flash_attention=fused, **KINDS[kind]).eval()
+    tokens = ids(1, 40)
+    before = model(tokens)[0, 30]
+    for place, seen in ((14, False), (15, True), (30, True), (31, False)):
+        changed = tokens.clone()
+        changed[0, place] = (changed[0, place] + 1) % 256
+        assert torch.equal(model(changed)[0, 30], before) is not seen
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("changes", [{"use_moe": False}, {"moe_top_k": 2}, {"moe_top_k": 2, "capacity_factor": 0.5}], ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+def test_r17_no_leak_later_tokens_leave_earlier_logits_bit_equal(tiny, kind, changes, fused):
+    """Alone, packed and padded; with a capacity also in training."""
+    model = tiny(use_flash_attention=fused, **kind, **changes).train("capacity_factor" in changes)
+    packed = torch.tensor([[1] * 13 + [2] * 30 + [3] * 5, [1] * 48, [1] * 40 + [0] * 8])
+    tokens = ids(3, 48)
+    for document_ids in (None, packed):
+        before = model(tokens, document_ids=document_ids)
+        for cut in range(3, 48, 5):
+            changed = tokens.clone()
+            changed[:, cut:] = (changed[:, cut:] + 1) % 256
+            after = model(changed, document_ids=document_ids)
+            assert torch.equal(after[:, :cut], before[:, :cut]), cut
+            assert not torch.equal(after[:, cut], before[:, cut])
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "mla" in kind])
+def test_c140_one_cached_token_attends_to_the_latents_themselves(tiny, kind):
+    """The cache has the predicted bytes, and nothing as large as keys or values of all heads is made from it."""
+    model = tiny(use_moe=False, num_layers=1, seq_length=600, **KINDS[kind]).eval()
+    config = model.config
+    cache = KVCache(config, 2, 600, torch.bfloat16)
+    assert cache.nbytes == 2 * 600 * kv_cache_bytes_per_token(config, 2) == 2 * 600 * (24 + 8) * 2
+    with torch.no_grad():
+        model(ids(2, 599), cache=cache)
+        with Largest() as largest:
+            model(ids(2, 1), cache=cache)
+    expanded = 2 * 600 * config.num_heads * min(config.qk_nope_head_dim, config.v_head_dim)
+    assert largest.numel <= max(2 * 600 * (24 + 8), 256 * 64) < expanded
+
+
+def test_c140_chunks_behind_a_latent_cache_take_the_cheaper_form(tiny):
+    """Both forms are exact; few new tokens attend to the latents, many to keys expanded once."""
+    model = tiny(seq_length=600, **KINDS["mla"] | {"kv_lora_rank": 64}).eval()
+    attention = model.blocks[0].attention
+    assert attention._absorbs(1, 600) and attention._absorbs(4, 600) and not attention._absorbs(300, 600)
+    tokens = ids(1, 600)
+    with torch.no_grad():
+        cache = KVCache(model.config, 1, 600)
+        parts = [model(part, cache=cache) for part in tokens.split([250, 4, 300, 46], 1)]
+        torch.testing.assert_close(torch.cat(parts, 1), model(tokens), atol=2e-5, rtol=0)
 
 
 def test_segments_lay_every_token_once():
@@ -154,36 +235,40 @@ def test_c006_gradients_stay_inside_the_document(tiny, length):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["attention_mask", "document_ids"])
-def test_c007_padding_leaves_real_positions_equal(tiny, side, name):
-    model = tiny().eval()
-    tokens, pad = ids(1, 11), torch.full((1, 5), 7)
-    mask = torch.ones(1, 16, dtype=torch.long)
+def test_c007_padding_leaves_real_positions_equal(tiny, kind, side, name):
+    model = tiny(**kind).eval()
+    tokens, pad = ids(1, 31), torch.full((1, 5), 7)
+    mask = torch.ones(1, 36, dtype=torch.long)
     if side == "left":
         padded, real = torch.cat((pad, tokens), 1), slice(5, None)
         mask[:, :5] = 0
     else:
-        padded, real = torch.cat((tokens, pad), 1), slice(0, 11)
-        mask[:, 11:] = 0
+        padded, real = torch.cat((tokens, pad), 1), slice(0, 31)
+        mask[:, 31:] = 0
     torch.testing.assert_close(model(padded, **{name: mask})[:, real], model(tokens), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("pieces", [[1] * 12, [5, 1, 1, 5], [12], [1, 11]], ids=str)
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("pieces", [[1] * 40, [5, 30, 1, 1, 3], [40], [1, 39]], ids=lambda pieces: str(pieces[:5]))
 @pytest.mark.parametrize("fused", [True, False])
-def test_r13_cached_decoding_equals_full_forward(tiny, pieces, fused):
-    model = tiny(moe_top_k=2, use_flash_attention=fused).eval()
-    tokens = ids(2, 12)
+def test_r13_c140_cached_decoding_equals_full_forward(tiny, kind, pieces, fused):
+    model = tiny(moe_top_k=2, use_flash_attention=fused, **kind).eval()
+    tokens = ids(2, 40)
     with torch.no_grad():
-        cache = KVCache(model.config, 2, 12)
+        cache = KVCache(model.config, 2, 40)
         parts = [model(part, cache=cache) for part in tokens.split(pieces, 1)]
-        torch.testing.assert_close(torch.cat(parts, 1), model(tokens), atol=1e-5, rtol=1e-4)
-    assert cache.length == 12
+        torch.testing.assert_close(torch.cat(parts, 1), model(tokens), atol=1e-5, rtol=0)
+    assert cache.length == 40
 
 
-def test_r13_left_padded_cache_equals_each_row_alone(tiny):
-    model = tiny(moe_top_k=2).eval()
-    lengths, total = [3, 8, 5], 8
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("pieces", [[24], [20, 4], [9, 15]], ids=str)
+def test_r13_left_padded_cache_equals_each_row_alone(tiny, kind, pieces):
+    model = tiny(moe_top_k=2, **kind).eval()
+    lengths, total = [3, 24, 19], 24
     rows = [ids(1, length + 4) for length in lengths]
     prompts = torch.full((3, total), 9)
     mask = torch.zeros(3, total, dtype=torch.long)
@@ -192,7 +277,8 @@ def test_r13_left_padded_cache_equals_each_row_alone(tiny):
         mask[i, total - length :] = 1
     with torch.no_grad():
         cache = KVCache(model.config, 3, total + 4)
-        logits = [model(prompts, mask, cache=cache)[:, -1]]
+        parts = zip(prompts.split(pieces, 1), mask.split(pieces, 1), strict=True)
+        logits = [[model(part, real, cache=cache)[:, -1] for part, real in parts][-1]]
         for step in range(4):
             following = torch.cat(
                 [row[:, length + step : length + step + 1] for row, length in zip(rows, lengths, strict=True)]

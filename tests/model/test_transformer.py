@@ -12,6 +12,8 @@ from lumina_engine.config.schema import Config, ConfigError, DeepSeekConfig
 from lumina_engine.model.attention import KVCache
 from lumina_engine.model.transformer import DeepSeekTransformer, ModelOutput
 
+from .kinds import LATENT
+
 
 def ids(batch: int = 2, length: int = 16) -> torch.Tensor:
     return torch.randint(0, 256, (batch, length))
@@ -59,6 +61,11 @@ def test_c007_evaluation_counts_correct_predictions(tiny):
     trained = model(tokens, labels=labels, return_aux=True)
     assert trained.num_correct is None
     torch.testing.assert_close(out.loss_sum, trained.loss_sum.detach())
+
+
+def test_c140_latent_attention_refuses_norms_of_heads(tiny):
+    with pytest.raises(ValueError, match="qk_norm=True: latent attention norms its latents"):
+        tiny(qk_norm=True, **LATENT)
 
 
 def test_c001_same_seed_same_weights(tiny):
@@ -123,7 +130,7 @@ def test_c140_first_layers_dense(tiny):
     assert model.blocks[0].ffn.gate_up.weight.shape == (80, 64)
 
 
-@pytest.mark.parametrize("changes", [{"attention": "mla"}, {"sliding_window": 16}, {"gradient_checkpointing": "selective"}])
+@pytest.mark.parametrize("changes", [{"gradient_checkpointing": "selective"}, {"expert_parallel_size": 2}])
 def test_unbuilt_options_are_refused_by_name(tiny, changes):
     with pytest.raises(ValueError, match=next(iter(changes))):
         tiny(**changes)
@@ -182,7 +189,7 @@ def test_c011_checkpointing_keeps_less(tiny):
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"use_moe": False, "tie_word_embeddings": False}, {"num_shared_experts": 2, "qk_norm": True}]
+    "changes", [{}, {"use_moe": False, "tie_word_embeddings": False}, {"num_shared_experts": 2, "qk_norm": True}, LATENT]
 )
 def test_c008_r06_footprint_is_that_of_the_module(tiny, changes):
     model = tiny(**changes)
@@ -200,7 +207,9 @@ def test_c008_r06_footprint_is_that_of_the_module(tiny, changes):
         assert model.get_memory_footprint(batch_size=4)["activations"] > 2 * footprint["activations"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"use_moe": False}, {"moe_top_k": 2, "num_shared_experts": 1, "num_dense_layers": 1}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"use_moe": False}, {"moe_top_k": 2, "num_shared_experts": 1, "num_dense_layers": 1}, LATENT]
+)
 def test_c009_flops_within_one_percent_of_those_counted(tiny, changes):
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -230,7 +239,9 @@ def test_dropout_is_on_both_branches_and_only_in_training(tiny):
 
 
 @pytest.mark.parametrize("mode", ["bf16", "autocast"])
-@pytest.mark.parametrize("changes", [{"use_moe": False}, {"moe_top_k": 2, "moe_dropless": True}, {"qk_norm": True}])
+@pytest.mark.parametrize(
+    "changes", [{"use_moe": False}, {"moe_top_k": 2, "moe_dropless": True}, {"qk_norm": True}, LATENT, {"sliding_window": 16}]
+)
 def test_c066_low_precision_is_close_to_fp32(tiny, mode, changes):
     """Loss and gradients in bf16 and under autocast are those of fp32 up to rounding."""
     exact, rounded = tiny(**changes), tiny(**changes)
@@ -288,7 +299,7 @@ def test_c001_overfits_one_batch(tiny):
     assert torch.equal(torch.cat(out, 1), tokens)
 
 
-@pytest.mark.parametrize("changes", [{"use_moe": False}, {"moe_top_k": 2}, {"gradient_checkpointing": True}])
+@pytest.mark.parametrize("changes", [{"use_moe": False}, {"moe_top_k": 2}, {"gradient_checkpointing": True}, LATENT])
 def test_a_batch_of_padding_trains_nothing_and_breaks_nothing(tiny, changes):
     """The last step of a run may give a rank only padding: loss and gradients are 0, and every parameter has a gradient."""
     model = tiny(num_shared_experts=1, **changes)

@@ -25,6 +25,9 @@ BASE = {
     "init_std": 0.15,
     "norm_eps": 1e-6,
 }
+SIGMOID = {"router_score": "sigmoid", "moe_top_k": 2, "router_scale": 2.5, "num_shared_experts": 2}
+LATENT = {"attention": "mla", "kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
+YARN = {"rope_scaling": "yarn", "rope_scaling_factor": 4.0, "rope_theta": 1e4}
 CASES = {
     "llama": {"use_moe": False},
     "llama untied, multi-query": {"use_moe": False, "tie_word_embeddings": False, "num_kv_heads": 1, "head_dim": 32},
@@ -36,7 +39,16 @@ CASES = {
     "qwen2_moe top-1": {"moe_top_k": 1},
     "qwen2_moe raw top-2": {"moe_top_k": 2, "router_normalize": False},
     "qwen2_moe with a dense layer": {"moe_top_k": 2, "num_dense_layers": 1},
+    "mixtral sliding window": {"moe_top_k": 2, "sliding_window": 24},
+    "glm4_moe": {**SIGMOID, "num_dense_layers": 1, "qk_norm": True, "head_dim": 32},
+    "glm4_moe top-1, none shared": {"router_score": "sigmoid", "moe_top_k": 1},
+    "deepseek_v3": {**SIGMOID, **LATENT, "q_lora_rank": 40, "num_dense_layers": 1},
+    "deepseek_v3 plain queries, tied": {**SIGMOID, **LATENT, "router_normalize": False, "norm_eps": 1e-5},
+    "deepseek_v3 yarn": {**SIGMOID, **LATENT, **YARN, "v_head_dim": 40, "tie_word_embeddings": False},
+    "deepseek_v3 dense, linear": {**LATENT, "use_moe": False, "rope_scaling": "linear", "rope_scaling_factor": 2.0},
 }
+# What our configuration has and the layout does not need.
+UNUSED = {"mla": {"num_kv_heads"}, "gqa": set()}
 
 
 def build(changes: dict) -> DeepSeekTransformer:
@@ -48,6 +60,9 @@ def build(changes: dict) -> DeepSeekTransformer:
                 parameter.uniform_(0.5, 1.5)
             if "router" in name:
                 parameter.mul_(4)
+        if model.config.router_score == "sigmoid":
+            for layer in model.expert_layers:
+                layer.router.bias.uniform_(-0.3, 0.3)
     return model
 
 
@@ -92,7 +107,9 @@ def test_c143_round_trip_is_exact(case: str):
     kept = {"init_std", "capacity_factor", "rope_original_length"}  # no part of the function, or written out
     ours, theirs = model.config.to_dict(), config.resolved().to_dict()
     different = {key for key in ours if ours[key] != theirs[key]} - kept
-    unused = {"num_experts", "moe_top_k", "router_normalize", "dense_intermediate_size"} if not model.config.use_moe else set()
+    unused = UNUSED[model.config.attention] | (
+        {"num_experts", "moe_top_k", "router_normalize", "dense_intermediate_size"} if not model.config.use_moe else set()
+    )
     if not model.config.num_dense_layers:
         unused.add("dense_intermediate_size")
     assert different <= unused
@@ -116,7 +133,10 @@ def test_r18_top1_with_raw_gates_is_not_mixtral(tmp_path: Path):
     ("changes", "message"),
     [
         ({"qk_norm": True}, "qk_norm=True has no Hugging Face layout"),
-        ({"router_score": "sigmoid"}, "router_score='sigmoid' has no"),
+        ({"sliding_window": 16}, "sliding_window=16 has no"),
+        ({**LATENT}, "router_score='softmax' has no Hugging Face layout here with attention='mla'"),
+        ({**LATENT, **SIGMOID, "sliding_window": 16}, "sliding_window=16 has no"),
+        ({"router_score": "sigmoid", "num_experts": 1}, "num_experts=1: glm4_moe compares"),
         ({"num_shared_experts": 1}, "num_shared_experts=1 has no"),
         ({"router_scale": 2.0}, "router_scale=2.0 has no"),
         ({"head_dim": 32}, "head_dim=32: Qwen2-MoE fixes it"),
@@ -125,7 +145,7 @@ def test_r18_top1_with_raw_gates_is_not_mixtral(tmp_path: Path):
 def test_c143_other_functions_are_refused_by_key(changes: dict, message: str):
     with pytest.raises(LayoutError, match=message):
         layout_of(DeepSeekConfig(**(BASE | changes)))
-    if "head_dim" not in changes and "qk_norm" not in changes:
+    if not changes.keys() & {"head_dim", "qk_norm", "sliding_window", "attention"}:
         assert layout_of(DeepSeekConfig(**(BASE | changes | {"use_moe": False}))) == "llama"
 
 
@@ -139,7 +159,7 @@ def test_c143_a_router_bias_is_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gemma"}, "model_type='gemma' is not supported; supported are llama, mixtral, qwen2_moe"),
+        ({"model_type": "gemma"}, "model_type='gemma' is not supported; supported are llama, mixtral, qwen2_moe, glm"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "rope_type='llama3'"),

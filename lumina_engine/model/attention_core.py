@@ -1,0 +1,169 @@
+"""Softmax attention over given queries, keys and values: written out, by torch's SDPA, and in blocks of queries.
+
+All take queries (B, H, S, d), keys (B, K, T, d) and values (B, K, T, e) with K dividing H, and give (B, H, S, e). Causal means
+that the queries are the last S of the T tokens; a window of w lets a token see itself and the w - 1 tokens before it.
+
+Shapes: B batch, S queries, T keys, H query heads, K key/value heads, d and e key and value size, G = H/K heads of a
+group, P = B·K pairs, R queries of a block, C keys that a block may see.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Up to this length plain products are 1.5 to 5 times as fast in bf16 as SDPA's CPU kernel, whose backward is slow (torch 2.13).
+_SHORT = 256
+# A block has this many queries, or fewer so that its scores stay below the second figure (64 MiB in float32).
+_BLOCK = 256
+_BLOCK_SCORES = 1 << 24
+_NARROWEST = 64
+
+
+def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where allowed, -inf elsewhere. One such tensor serves all layers; from a boolean mask SDPA would make one per layer."""
+    return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill_(~allowed, float("-inf"))
+
+
+def document_mask(document_ids_BS: Tensor, dtype: torch.dtype, window: int | None = None) -> Tensor:
+    """Additive mask (B, 1, S, S): a token sees itself and earlier tokens of its document. Padding (0) sees padding: no empty
+    rows."""
+    same = (document_ids_BS[:, None, :, None] == document_ids_BS[:, None, None, :]).tril_()
+    return additive_mask(same if window is None else same.triu_(1 - window), dtype)
+
+
+def band_mask(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Additive mask (S, T) of causal attention, within a window if there is one."""
+    allowed = torch.ones(queries, keys, dtype=torch.bool, device=device).tril_(keys - queries)
+    return additive_mask(allowed if window is None else allowed.triu_(keys - queries - window + 1), dtype)
+
+
+def reference_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Softmax attention written out, scores in float32: the yardstick for the fused path. `scale` is 1/√d if None."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = (query.float() @ key.float().transpose(-2, -1)) * (scale or query.shape[-1] ** -0.5)
+    if is_causal:
+        scores = scores + band_mask(query.shape[2], key.shape[2], window, scores.dtype, scores.device)
+    if mask is not None:
+        scores = scores + mask
+    return (scores.softmax(-1) @ value.float()).to(query.dtype)
+
+
+def fused_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """The fastest way that holds no S × T scores; a mask, if given, already has the window in it.
+
+    `is_causal` wants S = T here. SDPA takes one width for keys and values, so narrower values are widened by zeros.
+    """
+    if is_causal and (_windowed(window, key) or _slow_backward(query, value)):
+        return block_attention(query, key, value, scale, window)
+    gqa = query.shape[1] != key.shape[1]
+    narrow = key.shape[-1] - value.shape[-1]
+    if narrow < 0:
+        query, key, scale = F.pad(query, (0, -narrow)), F.pad(key, (0, -narrow)), scale or query.shape[-1] ** -0.5
+    widened = F.pad(value, (0, narrow)) if narrow > 0 else value
+    out = F.scaled_dot_product_attention(query, key, widened, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=gqa)
+    return out[..., : value.shape[-1]] if narrow > 0 else out
+
+
+def _windowed(window: int | None, key: Tensor) -> bool:
+    """Whether the window hides anything."""
+    return window is not None and window < key.shape[2]
+
+
+def _slow_backward(query: Tensor, value: Tensor) -> bool:
+    """Whether SDPA's CPU kernel would be the slower one: training in bf16 on short rows, or with values to be widened."""
+    short = query.shape[2] <= _SHORT or query.shape[-1] != value.shape[-1]
+    return short and query.requires_grad and query.device.type == "cpu" and query.dtype != torch.float32
+
+
+def block_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, window: int | None = None) -> Tensor:
+    """Causal attention (S = T) over blocks of queries, each against the keys that its window reaches.
+
+    Batched matrix products in the dtype of the queries; the backward computes the scores again. The heads of a group are
+    stacked, so keys and values are not repeated, and the work follows the window.
+    """
+    return _BlockAttention.apply(query, key, value, scale or query.shape[-1] ** -0.5, window or query.shape[2])
+
+
+class _BlockAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.scale, ctx.window = scale, window
+        query_PGSd, key_PTd, value_PTe = _stacked(query, key, value, scale)
+        out = query.new_empty(*query_PGSd.shape[:3], value.shape[-1])
+        for rows, keys in _blocks(query_PGSd, window):
+            probs = _probabilities(query_PGSd[:, :, rows], key_PTd[:, keys], rows.start - keys.start, window)
+            out[:, :, rows] = torch.bmm(probs, value_PTe[:, keys]).view_as(out[:, :, rows])
+        return out.view(*query.shape[:3], -1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        query, key, value = ctx.saved_tensors
+        with torch.autocast(grad.device.type, enabled=False):
+            query_PGSd, key_PTd, value_PTe = _stacked(query, key, value, ctx.scale)
+            grad_PGSe = grad.reshape(*query_PGSd.shape[:3], -1)
+            grad_q, grad_k, grad_v = torch.empty_like(query_PGSd), torch.zeros_like(key_PTd), torch.zeros_like(value_PTe)
+            for rows, keys in _blocks(query_PGSd, ctx.window):
+                query_PRd, grad_PRe = query_PGSd[:, :, rows].flatten(1, 2), grad_PGSe[:, :, rows].flatten(1, 2)
+                probs = _probabilities(query_PGSd[:, :, rows], key_PTd[:, keys], rows.start - keys.start, ctx.window)
+                grad_v[:, keys].baddbmm_(probs.transpose(1, 2), grad_PRe)
+                grad_p = torch.bmm(grad_PRe, value_PTe[:, keys].transpose(1, 2))
+                grad_s = torch.ops.aten._softmax_backward_data(grad_p, probs, -1, grad_p.dtype)
+                grad_q[:, :, rows] = torch.bmm(grad_s, key_PTd[:, keys]).view_as(grad_q[:, :, rows])
+                grad_k[:, keys].baddbmm_(grad_s.transpose(1, 2), query_PRd)
+        return grad_q.mul_(ctx.scale).view(query.shape), grad_k.view(key.shape), grad_v.view(value.shape), None, None
+
+
+def _stacked(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Scaled queries (P, G, S, d), keys (P, T, d), values (P, T, e), contiguous."""
+    pairs = key.shape[0] * key.shape[1]
+    queries = (query * scale).reshape(pairs, -1, *query.shape[2:])
+    return queries.contiguous(), key.flatten(0, 1).contiguous(), value.flatten(0, 1).contiguous()
+
+
+def _blocks(query_PGSd: Tensor, window: int) -> list[tuple[slice, slice]]:
+    """Blocks of queries and the keys that they may see, by place."""
+    pairs, groups, length = query_PGSd.shape[:3]
+    # Blocks much longer than the window would mostly compute what it hides, very short ones are slow.
+    most = min(_BLOCK, max(_NARROWEST, window))
+    rows = query_blocks(pairs * groups, length, min(length, window + most), most)
+    return [(part, slice(max(0, part.start - window + 1), part.stop)) for part in rows]
+
+
+def query_blocks(heads: int, queries: int, keys: int, most: int = _BLOCK) -> list[slice]:
+    """Cuts S queries so that the scores of one block stay small; `heads` counts those of all rows of the batch."""
+    step = max(16, min(most, _BLOCK_SCORES // (heads * keys)))
+    return [slice(start, min(start + step, queries)) for start in range(0, queries, step)]
+
+
+def _probabilities(query_PGRd: Tensor, key_PCd: Tensor, before: int, window: int) -> Tensor:
+    """Softmax of the scores of one block, (P, G·R, C); `before` keys lie before its first query."""
+    rows, keys = query_PGRd.shape[2], key_PCd.shape[1]
+    scores = torch.bmm(query_PGRd.flatten(1, 2), key_PCd.transpose(1, 2)).view(*query_PGRd.shape[:3], keys)
+    hidden = torch.full((rows, rows), float("-inf"), dtype=scores.dtype, device=scores.device)
+    scores[..., before:].add_(hidden.triu(1))
+    if before + rows > window:  # the last query sees less than its block does
+        scores[..., :rows].add_(hidden.tril(before - window))
+    return scores.softmax(-1).view(query_PGRd.shape[0], -1, keys)
