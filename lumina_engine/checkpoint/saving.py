@@ -370,7 +370,11 @@ class Saver:
             "log_seq": state.get("log_seq"),
             "data_fingerprint": state.get("data_fingerprint"),
             "world": self.comm.world_size,
-            "layout": {"zero_stage": (config or {}).get("zero_stage"), "data_parallel": self.comm.world_size},
+            "layout": {
+                "zero_stage": (config or {}).get("zero_stage"),
+                "data_parallel": self.comm.world_size,
+                "expert_parallel": (config or {}).get("expert_parallel_size"),
+            },
             "config_digest": hashlib.sha256(dump_json(pack(config, "config"), sort=True)).hexdigest()
             if config is not None
             else None,

@@ -8,9 +8,16 @@ from pathlib import Path
 from lumina_engine.config.curriculum import bounds, row_lengths
 from lumina_engine.config.declare import show
 from lumina_engine.config.deepspeed import check_overrides
+from lumina_engine.config.expert_checks import expert_parallel
 from lumina_engine.config.finding import ConfigError, Finding, Severity, nearest
 from lumina_engine.config.machine import Machine, gb_text
-from lumina_engine.config.resolve import TOKENIZER_IDS, resolved_precision, vocabulary_findings
+from lumina_engine.config.resolve import (
+    TOKENIZER_IDS,
+    expert_ranks_findings,
+    resolved_precision,
+    vocabulary_findings,
+    world_size,
+)
 from lumina_engine.config.schema import Config, infos_of
 
 # Keys whose feature does not exist yet, with the values that are allowed meanwhile (None: only the default).
@@ -18,8 +25,6 @@ NOT_YET: dict[str, tuple[object, ...] | None] = {
     "partition_activations": None,
     "compile": None,
     "gradient_checkpointing": (False, True),
-    "expert_parallel_size": None,
-    "overlap_alltoall": None,
     "precision": ("auto", "fp32", "bf16", "mixed_bf16"),
     "auto_tune_precision": None,
     "dynamic_precision": None,
@@ -156,9 +161,6 @@ def _shape(config: Config) -> Iterator[Finding]:
     if config.num_dense_layers > config.num_layers:
         message = f"num_dense_layers = {config.num_dense_layers}: more than num_layers = {config.num_layers}"
         yield _error("dense_layers", "num_dense_layers num_layers", message, f"set num_dense_layers={config.num_layers}")
-    if config.use_moe and config.num_experts % config.expert_parallel_size:
-        message = f"expert_parallel_size = {config.expert_parallel_size}: does not divide num_experts = {config.num_experts}"
-        yield _error("expert_parallel", "expert_parallel_size num_experts", message, "set expert_parallel_size=1")
 
 
 def _router(config: Config) -> Iterator[Finding]:
@@ -317,6 +319,7 @@ _RULES: tuple[Rule, ...] = (
     _not_yet,
     _attention,
     _shape,
+    expert_parallel,
     _router,
     _rope,
     _tokenizer,
@@ -335,6 +338,8 @@ def _machine(config: Config, machine: Machine) -> Iterator[Finding]:
     if devices and config.num_gpus != "auto" and config.num_gpus > devices:
         message = f"num_gpus = {config.num_gpus}: this machine has {devices}"
         yield _error("num_gpus", "num_gpus", message, f"set num_gpus={devices} or auto")
+    if config.use_moe and config.num_gpus == "auto":
+        yield from expert_ranks_findings(config.expert_parallel_size, world_size(config, machine))
     if not devices and config.communication_backend == "nccl":
         message = "communication_backend = nccl: no GPU here, gloo is used"
         yield _finding("info", "nccl", "communication_backend", message, "set communication_backend=auto")
@@ -379,7 +384,7 @@ def _fits(figures: dict) -> Iterator[Finding]:
 
 
 # Keys that a resumed run may change one day: the optimizer state is stored in their layout, and nothing converts it yet.
-STATE_LAYOUT = frozenset({"zero_stage", "precision", "use_deepspeed", "num_gpus"})
+STATE_LAYOUT = frozenset({"zero_stage", "precision", "use_deepspeed", "num_gpus", "expert_parallel_size"})
 
 
 def resume_findings(old: Config, new: Config, old_world: int, new_world: int) -> list[Finding]:

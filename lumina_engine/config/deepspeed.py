@@ -80,6 +80,7 @@ REFUSED = {
     "scheduler": "Lumina has its own schedule: set lr_schedule, warmup_steps, min_lr_ratio",
     "moe": "DeepSpeed reads no such block: set num_experts, moe_top_k and the other keys of section moe",
     "expert_parallel": "Lumina has its own experts: set expert_parallel_size",
+    "use_data_before_expert_parallelism": "Lumina cuts the ranks into groups itself: set expert_parallel_size",
     "curriculum_learning": "DeepSpeed removed it: set curriculum_learning of section training",
     "data_efficiency": "Lumina loads its own data: set curriculum_learning of section training",
     "elasticity": "DeepSpeed removed it: set batch_size, gradient_accumulation_steps and num_gpus",
@@ -156,7 +157,7 @@ def _generated(config: Config, world: int) -> dict[str, Any]:
         "train_batch_size": config.batch_size * config.gradient_accumulation_steps * world,
         "train_micro_batch_size_per_gpu": config.batch_size,
         "gradient_accumulation_steps": config.gradient_accumulation_steps,
-        "gradient_clipping": config.max_grad_norm,
+        "gradient_clipping": 0.0 if _clipped_by_lumina(config) else config.max_grad_norm,
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
         "zero_optimization": _zero(config),
@@ -167,6 +168,11 @@ def _generated(config: Config, world: int) -> dict[str, Any]:
         # no module is marked for bf16 communication: gradients are reduced in fp32
         out["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return out
+
+
+def _clipped_by_lumina(config: Config) -> bool:
+    """At stage 0 DeepSpeed takes the mean of the ranks' norms for the norm, which is wrong where ranks have other experts."""
+    return config.zero_stage == 0 and config.use_moe and config.expert_parallel_size > 1
 
 
 def _zero(config: Config) -> dict[str, Any]:
@@ -201,7 +207,7 @@ def check_overrides(config: Config, world: int | None = None) -> list[Finding]:
         message = "deepspeed_overrides is set, but use_deepspeed is false"
         fix = "set use_deepspeed=true or remove the overrides"
         return [Finding("deepspeed_off", "error", ("deepspeed_overrides", "use_deepspeed"), message, fix)]
-    findings = [*_unknown(overrides, KNOWN, ""), *_unguarded(overrides)]
+    findings = [*_unknown(overrides, KNOWN, ""), *_unguarded(overrides), *_unscattered(config)]
     generated = _generated(config, world or 1)
     for path, name in COVERED.items():
         given = _at(overrides, path)
@@ -243,6 +249,16 @@ def _unguarded(overrides: Mapping[str, Any]) -> list[Finding]:
             message = f"deepspeed_overrides: {path} = {show(given)} is refused: {reason}"
             findings.append(Finding("deepspeed_guard", "error", ("deepspeed_overrides",), message, f"remove {path}"))
     return findings
+
+
+def _unscattered(config: Config) -> list[Finding]:
+    """DeepSpeed asserts on `reduce_scatter: false` where experts are spread over ranks."""
+    given = _at(config.deepspeed_overrides, "zero_optimization.reduce_scatter")
+    if given in (None, True) or not config.use_moe or config.expert_parallel_size == 1:
+        return []
+    message = f"deepspeed_overrides: zero_optimization.reduce_scatter = {show(given)}: DeepSpeed asserts on it with experts"
+    keys = ("deepspeed_overrides", "expert_parallel_size")
+    return [Finding("deepspeed_experts", "error", keys, message, "remove it, or set expert_parallel_size=1")]
 
 
 def _at(block: Any, path: str) -> Any:

@@ -247,8 +247,11 @@ class ExpertKeys(Section):
         minimum=1,
         maximum=1_024,
         resume=True,
-        read_by="model/moe.py, training/engine.py",
+        read_by="training/expert_parallel.py",
     )
     overlap_alltoall: bool = key(
-        False, "Send tokens to experts in two parts, one under way while the other computes.", resume=True, read_by=_MOE
+        False,
+        "Send tokens to experts in two parts, one under way while the other computes.",
+        resume=True,
+        read_by="training/expert_parallel.py",
     )

@@ -51,23 +51,30 @@ class Memory:
 
 
 def training_memory(model: DeepSeekConfig, layout: Layout) -> Memory:
-    """Memory of one device. Raises `ConfigError` while `vocab_size` is auto."""
+    """Memory of one device. Raises `ConfigError` while `vocab_size` is auto.
+
+    With `expert_parallel_size` a device holds its share of the experts, and the tokens of a balanced routing.
+    """
+    if not model.use_moe or layout.world % model.expert_parallel_size:
+        model = model.model_copy(update={"expert_parallel_size": 1})
     counts = parameter_counts(model)
+    here = counts.stored - counts.experts + counts.experts // model.expert_parallel_size
     weight_bytes, grad_bytes, value_bytes = _BYTES[layout.precision]
     stage = layout.zero_stage if layout.use_deepspeed else 0
     split = [1 if stage < at else layout.world for at in (1, 2, 3)]  # optimizer, gradients, weights
     # two moments in fp32; a master copy too unless the weights themselves are fp32 and belong to no ZeRO partition
     moments = 8 if weight_bytes == 4 and stage == 0 else 12
-    optimizer = counts.stored * moments // split[0]
+    # what is split is split over all ranks: experts over the ranks of a group, and over the replicas of their weights
+    optimizer = moments * (here if split[0] == 1 else counts.stored // split[0])
     offloaded = optimizer if layout.offload_optimizer else 0
     return Memory(
-        weights=counts.stored * weight_bytes // split[2],
-        gradients=counts.stored * grad_bytes // split[1],
+        weights=weight_bytes * (here if split[2] == 1 else counts.stored // split[2]),
+        gradients=grad_bytes * (here if split[1] == 1 else counts.stored // split[1]),
         optimizer=optimizer - offloaded,
         activations=activation_bytes(model, layout.batch_size, layout.seq_length, value_bytes),
         logits=loss_bytes(model, layout.batch_size * layout.seq_length, value_bytes),
-        experts=counts.experts * weight_bytes // split[2],
-        buckets=_bucket_bytes(layout, stage, counts.stored, grad_bytes),
+        experts=counts.experts * weight_bytes // max(split[2], model.expert_parallel_size),
+        buckets=_bucket_bytes(layout, stage, here, grad_bytes) + _exchange_bytes(model, layout, value_bytes),
         host=offloaded,
     )
 
@@ -80,6 +87,13 @@ def _bucket_bytes(layout: Layout, stage: int, parameters: int, grad_bytes: int) 
         return min(parameters, 500_000_000) * grad_bytes if layout.world > 1 else 0
     size = min(parameters, layout.reduce_bucket_size) if layout.on_cpu else layout.reduce_bucket_size
     return size * grad_bytes * (2 if layout.overlap_comm else 1)
+
+
+def _exchange_bytes(model: DeepSeekConfig, layout: Layout, value_bytes: int) -> int:
+    """Rows that one block has under way between ranks, sent and received."""
+    if model.expert_parallel_size == 1:
+        return 0
+    return 2 * layout.batch_size * layout.seq_length * model.moe_top_k * model.hidden_size * value_bytes
 
 
 def block_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
@@ -129,6 +143,8 @@ def expert_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int
     """Bytes that the experts and the router of one block keep for the backward pass."""
     chosen = tokens * model.moe_top_k
     routed = chosen * value_bytes * (2 * model.hidden_size + 2 * model.expert_width)
+    if model.expert_parallel_size > 1:  # results as they came back, and the places of both sides
+        routed += chosen * (value_bytes * model.hidden_size + 36)
     shared = tokens * value_bytes * model.num_shared_experts * 3 * model.expert_width
     shared += tokens * value_bytes * model.hidden_size if model.num_shared_experts and value_bytes < 4 else 0
     # the router works on the normed input in float32, and keeps scores and their logsumexp, choices and gates

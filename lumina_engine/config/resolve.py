@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from math import gcd
 
 from lumina_engine.config.curriculum import Curriculum
 from lumina_engine.config.finding import ConfigError, Finding
@@ -14,6 +15,8 @@ from lumina_engine.config.schema import Config, DeepSeekConfig
 TOKENIZER_IDS = {"gpt-4": 100_277, "gpt-4o": 200_019, "lumina-1k": 1_024}
 # ZeRO stages that training offers so far.
 STAGES = (0, 1, 2)
+# With experts spread over ranks: stage 3 would gather the weights of experts that other ranks do not have.
+MOST_STAGE_WITH_EXPERTS = 2
 
 
 def padded(ids: int) -> int:
@@ -104,7 +107,8 @@ def choose_stage(config: Config, machine: Machine, model: DeepSeekConfig, world:
     short = resolved_precision(config, machine) in ("bf16", "fp16")
     offload = config.cpu_offload or config.cpu_offload_optimizer
     least = 1 if short or offload else 0
-    allowed = [s for s in STAGES if s >= least][: None if ranks > 1 else 1]
+    most = MOST_STAGE_WITH_EXPERTS if config.use_moe and config.expert_parallel_size > 1 else STAGES[-1]
+    allowed = [s for s in STAGES if least <= s <= most][: None if ranks > 1 else 1]
     for stage in allowed:
         layout = layout_of(config, machine, stage, ranks)
         if training_memory(model, layout).total <= limit:
@@ -129,11 +133,13 @@ def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: in
     Raises:
         ConfigError: the vocabulary is too small for the tokenizer, or the run does not fit the devices.
     """
+    ranks = world or world_size(config, machine)
     findings = vocabulary_findings(config, tokenizer_vocab)
+    if config.use_moe:
+        findings += expert_ranks_findings(config.expert_parallel_size, ranks)
     if findings:
         raise ConfigError(findings)
     model = model_config(config, tokenizer_vocab)
-    ranks = world or world_size(config, machine)
     choice = choose_stage(config, machine, model, ranks)
     if not choice.fits:
         raise ConfigError([does_not_fit(config, machine, model, choice, ranks)])
@@ -175,6 +181,15 @@ def vocabulary_findings(config: Config, tokenizer_vocab: int) -> list[Finding]:
     message = f"vocab_size = {config.vocab_size:,}: {config.tokenizer} has {tokenizer_vocab:,} ids"
     fix = f"set vocab_size=auto ({padded(tokenizer_vocab):,})"
     return [Finding("vocab_too_small", "error", ("vocab_size", "tokenizer"), message, fix)]
+
+
+def expert_ranks_findings(size: int, ranks: int) -> list[Finding]:
+    """The error that the ranks cannot be cut into groups of `expert_parallel_size`."""
+    if ranks % size == 0:
+        return []
+    message = f"expert_parallel_size = {size}: does not divide the number of ranks, {ranks}"
+    fix = f"set num_gpus={size * max(1, ranks // size)} or expert_parallel_size={gcd(size, ranks)}"
+    return [Finding("expert_ranks", "error", ("expert_parallel_size", "num_gpus"), message, fix)]
 
 
 def does_not_fit(config: Config, machine: Machine, model: DeepSeekConfig, choice: StageChoice, ranks: int) -> Finding:
@@ -238,14 +253,16 @@ def _shorter_rows(model: DeepSeekConfig, layout: Layout, limit: int) -> int:
 def devices_needed(config: Config, machine: Machine, model: DeepSeekConfig, stage: int, most: int = 65_536) -> int:
     """The least number of such devices on which the run fits at a ZeRO stage; 0 if `most` are not enough."""
     _, limit = device_limit(config, machine)
+    unit = model.expert_parallel_size if model.use_moe else 1
 
-    def fits(count: int) -> bool:
-        return training_memory(model, layout_of(config, machine, stage, count)).total <= limit
+    def fits(groups: int) -> bool:
+        return training_memory(model, layout_of(config, machine, stage, groups * unit)).total <= limit
 
+    most = max(1, most // unit)
     if not fits(most):
         return 0
     low, high = 0, most  # low does not fit, high does
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+    return high * unit

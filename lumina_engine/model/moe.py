@@ -1,7 +1,8 @@
 """Mixture of experts: router, dispatch, stacked experts, statistics and the balancing losses.
 
-Experts are two stacked tensors, so that every rank touches all of them whatever the routing (no collective depends on it).
-The model does no collectives: statistics are sums over this micro batch, which the trainer reduces over ranks.
+Experts are two stacked tensors, so that every rank touches all that it holds whatever the routing (no collective depends on
+it). Statistics are sums over this micro batch, which the trainer reduces over ranks; the only collectives of a model are those
+of experts that are spread over ranks (exchange.py).
 
 Shapes: B batch, S sequence, T = B·S tokens, E experts, K experts per token, N routed choices sorted by expert (≤ T·K),
 D hidden size, H expert width, L expert layers.
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lumina_engine.model.exchange import ExpertGroup, experts_elsewhere
 from lumina_engine.model.experts import experts_grouped, experts_loop
 from lumina_engine.model.layers import SwiGLU
 
@@ -165,7 +167,8 @@ def dispatch(experts_BSK: Tensor, num_experts: int, valid_BS: Tensor | None, cap
 class MoE(nn.Module):
     """Top-k mixture of SwiGLU experts, plus shared experts that every token uses.
 
-    `w13` (E, 2H, D) holds the gate's rows first, then the up rows; `w2` is (E, D, H).
+    `w13` (E, 2H, D) holds the gate's rows first, then the up rows; `w2` is (E, D, H). After `spread` they hold the experts of
+    this rank only. Capacity is that of this rank's tokens of one micro batch in either case, and shared experts stay local.
     """
 
     def __init__(self, config: DeepSeekConfig) -> None:
@@ -177,6 +180,21 @@ class MoE(nn.Module):
         self.w13 = nn.Parameter(torch.empty(self.num_experts, 2 * width, hidden))
         self.w2 = nn.Parameter(torch.empty(self.num_experts, hidden, width))
         self.shared = SwiGLU(hidden, config.num_shared_experts * width) if config.num_shared_experts else None
+        self.group: ExpertGroup | None = None
+
+    def spread(self, group: ExpertGroup) -> None:
+        """Keep only the experts that belong to this rank of `group`; a second call changes nothing.
+
+        Raises:
+            ValueError: the experts cannot be divided by the ranks.
+        """
+        if self.group is not None:
+            return
+        if self.num_experts % group.size:
+            raise ValueError(f"expert_parallel_size = {group.size} does not divide num_experts = {self.num_experts}")
+        self.group = group
+        self.w13 = nn.Parameter(group.own(self.w13.detach()).clone())
+        self.w2 = nn.Parameter(group.own(self.w2.detach()).clone())
 
     def forward(
         self, x_BSD: Tensor, valid_BS: Tensor | None = None, routes: list[LayerRoute] | None = None
@@ -213,4 +231,11 @@ class MoE(nn.Module):
             x_TD, w13, w2 = x_TD.to(dtype), w13.to(dtype), w2.to(dtype)
         # grouped_mm wants rows of whole 16 bytes. On a CPU both are equally fast, and the loop skips what capacity dropped.
         compute = experts_loop if device == "cpu" or x_TD.shape[1] % 8 else experts_grouped
-        return compute(x_TD, gates_TK, plan.choice_N, plan.ends_E, w13, w2)
+        if self.group is None:
+            return compute(x_TD, gates_TK, plan.choice_N, plan.ends_E, w13, w2)
+
+        def local(rows_MD: Tensor, order_M: Tensor, ends_F: Tensor) -> Tensor:
+            run = compute if len(rows_MD) else experts_loop  # without a row the weights still get their (zero) gradients
+            return run(rows_MD, gates_TK.new_ones(len(rows_MD), 1), order_M, ends_F, w13, w2)
+
+        return experts_elsewhere(x_TD, gates_TK, plan.choice_N, plan.ends_E, self.group, local)

@@ -18,6 +18,7 @@ from lumina_engine.config.memory import Layout, training_memory
 from lumina_engine.config.schema import Config, DeepSeekConfig
 from lumina_engine.model.attention import Attention, AttentionPlan, KVCache, cached_mask
 from lumina_engine.model.attention_core import document_mask
+from lumina_engine.model.exchange import ExpertGroup
 from lumina_engine.model.latent import LatentAttention
 from lumina_engine.model.layers import RMSNorm, SwiGLU
 from lumina_engine.model.loss import IGNORED, cross_entropy_and_correct, cross_entropy_sum, shifted_targets
@@ -28,7 +29,6 @@ from lumina_engine.model.segments import Segments
 # Values of keys that this model computes, where it does not compute all that the configuration names; the first is the fix.
 _BUILT: dict[str, tuple[object, ...]] = {
     "gradient_checkpointing": (False, True),
-    "expert_parallel_size": (1,),
 }
 
 
@@ -123,6 +123,7 @@ class DeepSeekTransformer(nn.Module):
         Each tensor has its own random stream, from the seed and its name, drawn on the CPU in float32: the same seed gives the
         same weights on any device, in any precision, and for a layer whatever stands around it.
         """
+        experts = self.expert_weights
         for name, parameter in self.named_parameters():
             if "norm" in name:
                 parameter.fill_(1.0)
@@ -132,7 +133,10 @@ class DeepSeekTransformer(nn.Module):
                 std /= (2 * self.config.num_layers) ** 0.5
             stream = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
             generator = torch.Generator("cpu").manual_seed(int.from_bytes(stream, "little") >> 1)
-            parameter.copy_(torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator))
+            group = self.expert_group if name in experts else None
+            shape = parameter.shape if group is None else (self.config.num_experts, *parameter.shape[1:])
+            drawn = torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
+            parameter.copy_(drawn if group is None else group.own(drawn))
         for name, buffer in self.named_buffers():
             if name.endswith("router.bias"):
                 buffer.zero_()
@@ -146,6 +150,23 @@ class DeepSeekTransformer(nn.Module):
     def expert_layers(self) -> list[MoE]:
         """The expert layers, first layer first."""
         return [block.ffn for block in self.blocks if isinstance(block, Block) and isinstance(block.ffn, MoE)]
+
+    @property
+    def expert_weights(self) -> dict[str, nn.Parameter]:
+        """The stacked weights of the routed experts by name; their first dimension counts experts."""
+        layers = {layer: name for name, layer in self.named_modules() if isinstance(layer, MoE)}
+        return {f"{name}.{part}": getattr(layer, part) for layer, name in layers.items() for part in ("w13", "w2")}
+
+    @property
+    def expert_group(self) -> ExpertGroup | None:
+        """The ranks that the experts are spread over; None while every rank has all of them."""
+        return next((layer.group for layer in self.expert_layers), None)
+
+    def spread_experts(self, group: ExpertGroup) -> None:
+        """Keep the experts of this rank only (expert parallelism). From then on every rank of the group must call `forward`
+        together, and `state_dict` has this rank's experts. Raises ValueError if the ranks do not divide the experts."""
+        for layer in self.expert_layers:
+            layer.spread(group)
 
     @property
     def expert_layer_numbers(self) -> list[int]:

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from .comm import Comm
-from .engine import StateMismatch, StepResult, adamw, global_norm, load_named_state, named_state, parameter_groups
+from .deepspeed_experts import expert_groups, expert_handling
+from .engine import StateMismatch, StepResult, adamw, load_named_state, named_state, parameter_groups
+from .expert_parallel import SpreadExperts
 from .precision import Precision
 
 
@@ -42,13 +44,16 @@ class DeepSpeedEngine:
         deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=level <= logging.INFO)
         self.comm = comm
         self.stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
+        self.max_grad_norm = config.max_grad_norm
         precision = Precision.from_name(config.precision)
         model = model.to(device=comm.device, dtype=precision.weights)
         kind = torch.optim.AdamW if self.stage > 0 else SkippableAdamW  # ZeRO accepts only optimizers that it knows
-        optimizer = adamw(parameter_groups(model, config.weight_decay), config, kind)
-        self.engine, self.optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
-        )
+        self.experts = SpreadExperts(model, comm)
+        groups = expert_groups(parameter_groups(model, config.weight_decay), self.experts)
+        with expert_handling(model, self.experts):
+            self.engine, self.optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=adamw(groups, config, kind), config=ds_config, dist_init_required=False
+            )
         self.module: nn.Module = self.engine.module
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.names = {p: n for n, p in self.module.named_parameters() if p.requires_grad}
@@ -68,18 +73,20 @@ class DeepSpeedEngine:
         if self.stage > 0:
             self.engine.step()
             return StepResult(float(self.engine.get_global_grad_norm()), not self.optimizer.overflow)
-        norm = global_norm(self.parameters)
+        norm = self.experts.norm(*self.experts.split(self.parameters))
         applied = bool(torch.isfinite(norm))
+        if applied and self.experts.group is not None and self.max_grad_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         self.optimizer.skip = not applied
         self.engine.step()
         self.optimizer.skip = False
         return StepResult(float(norm), applied)
 
     def model_tensors(self) -> dict[str, torch.Tensor]:
-        return self.module.state_dict()
+        return self.experts.whole(self.module.state_dict())
 
     def load_model_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.module.load_state_dict(tensors)
+        self.module.load_state_dict(self.experts.own(tensors))
 
     def _partitions(self) -> Iterator[tuple[int, torch.Tensor]]:
         yield from enumerate(self.optimizer.single_partition_of_fp32_groups)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
 from .comm import Comm
-from .engine import StepResult, adamw, global_norm, load_named_state, named_state, parameter_groups
+from .engine import StepResult, adamw, load_named_state, named_state, parameter_groups
+from .expert_parallel import SpreadExperts
 from .precision import Precision
 
 
@@ -24,6 +26,7 @@ class PlainEngine:
         self.module = model.to(device=comm.device, dtype=self.precision.weights)
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.names = {p: n for n, p in self.module.named_parameters() if p.requires_grad}
+        self.experts = SpreadExperts(self.module, comm)
         self.max_grad_norm = config.max_grad_norm
         groups = parameter_groups(self.module, config.weight_decay)
         self.masters: dict[nn.Parameter, nn.Parameter] = {}
@@ -43,25 +46,16 @@ class PlainEngine:
     def _sum_over_ranks(self) -> None:
         if self.comm.world_size == 1:
             return
-        for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        flat = torch.cat([p.grad.float().reshape(-1) for p in self.parameters])  # type: ignore[union-attr]
-        self.comm.sum(flat)
-        at = 0
-        for parameter in self.parameters:
-            part = flat[at : at + parameter.numel()].view_as(parameter)
-            parameter.grad.copy_(part)  # type: ignore[union-attr]
-            at += parameter.numel()
+        everywhere, mine = self.experts.split(self.parameters)
+        _sum_gradients(everywhere, self.comm.sum)
+        _sum_gradients(mine, self.experts.sum)
 
     def step(self, lr: float) -> StepResult:
         self._sum_over_ranks()
-        worked = self.parameters
-        if self.masters:
-            for parameter, master in self.masters.items():
-                master.grad = None if parameter.grad is None else parameter.grad.float()
-            worked = list(self.masters.values())
-        norm = global_norm(worked)
+        worked = [self.masters.get(p, p) for p in self.parameters]
+        for parameter, master in self.masters.items():
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        norm = self.experts.norm(*([self.masters.get(p, p) for p in part] for part in self.experts.split(self.parameters)))
         grad_norm = float(norm)
         applied = bool(torch.isfinite(norm))
         if applied:
@@ -78,10 +72,10 @@ class PlainEngine:
         return StepResult(grad_norm, applied)
 
     def model_tensors(self) -> dict[str, torch.Tensor]:
-        return self.module.state_dict()
+        return self.experts.whole(self.module.state_dict())
 
     def load_model_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.module.load_state_dict(tensors)
+        self.module.load_state_dict(self.experts.own(tensors))
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         masters = {f"master.{self.names[m]}": m.detach() for m in self.masters.values()}
@@ -92,3 +86,14 @@ class PlainEngine:
             for master in self.masters.values():
                 master.copy_(tensors[f"master.{self.names[master]}"])
         load_named_state(self.optimizer, self.names, tensors)  # type: ignore[arg-type]
+
+
+def _sum_gradients(parameters: list[nn.Parameter], add: Callable[[torch.Tensor], object]) -> None:
+    """Sum gradients over ranks, in fp32 and in one piece. A rank without a gradient adds zeros."""
+    if not parameters:
+        return
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    flat = torch.cat([grad.float().reshape(-1) for grad in grads])
+    add(flat)
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = part.view_as(parameter).to(parameter.dtype)

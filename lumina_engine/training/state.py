@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.manager import Loaded, Payload, capture_rng, restore_rng
+from .engine import StateMismatch
 from .trainer import EnhancedConversationTrainer, Progress
 
 PACKAGES = ("lumina", "torch", "deepspeed", "numpy", "tiktoken", "safetensors")
@@ -53,7 +54,12 @@ def payload(trainer: EnhancedConversationTrainer) -> Payload:
             "versions": versions(),
             **trainer.extra_state(),
         },
-        rank_state={"rng": rng_state, "world": trainer.comm.world_size, "zero_stage": getattr(trainer.engine, "stage", None)},
+        rank_state={
+            "rng": rng_state,
+            "world": trainer.comm.world_size,
+            "zero_stage": getattr(trainer.engine, "stage", None),
+            "expert_parallel_size": _expert_parallel_size(trainer),
+        },
         rank_tensors=tensors,
         metrics=metrics,
         flags={},
@@ -61,8 +67,18 @@ def payload(trainer: EnhancedConversationTrainer) -> Payload:
 
 
 def restore(trainer: EnhancedConversationTrainer, loaded: Loaded) -> None:
-    """Put a checkpoint back into a prepared trainer: weights, optimizer, schedule, position, routing window, random state."""
+    """Put a checkpoint back into a prepared trainer: weights, optimizer, schedule, position, routing window, random state.
+
+    Raises:
+        StateMismatch: the optimizer state belongs to another layout.
+    """
     assert trainer.schedule is not None
+    saved, size = loaded.rank_state.get("expert_parallel_size", 1), _expert_parallel_size(trainer)
+    if saved != size:
+        raise StateMismatch(
+            f"the checkpoint was saved with expert_parallel_size = {saved} and this run has {size}: a rank has the optimizer "
+            f"state of its own experts only; set expert_parallel_size={saved}"
+        )
     trainer.engine.load_model_tensors(loaded.model)
     trainer.engine.load_state_tensors(loaded.rank_tensors)
     if trainer.window is not None:
@@ -73,6 +89,11 @@ def restore(trainer: EnhancedConversationTrainer, loaded: Loaded) -> None:
     trainer.saved_step = loaded.step
     trainer.last_loss = float(loaded.metrics.get("loss", math.nan))
     restore_rng(loaded.rank_state["rng"], loaded.rank_tensors)
+
+
+def _expert_parallel_size(trainer: EnhancedConversationTrainer) -> int:
+    group = trainer.model.expert_group
+    return 1 if group is None else group.size
 
 
 def setup_report(trainer: EnhancedConversationTrainer) -> dict[str, Any]:
@@ -88,6 +109,7 @@ def setup_report(trainer: EnhancedConversationTrainer) -> dict[str, Any]:
         "batch": f"{config.batch_size} micro x {config.gradient_accumulation_steps} accumulation x {comm.world_size} ranks = "
         f"{config.batch_size * config.gradient_accumulation_steps * comm.world_size} rows of {config.seq_length} tokens",
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "expert_parallel_size": _expert_parallel_size(trainer),
         "parameter_groups": [
             {"parameters": sum(p.numel() for p in g["params"]), "weight_decay": g["weight_decay"]} for g in groups
         ],

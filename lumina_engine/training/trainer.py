@@ -24,6 +24,7 @@ from .comm import Comm
 from .control import Control, Request
 from .engine import build_engine
 from .evaluation import eval_record, evaluate, token_bytes_V
+from .expert_parallel import spread_experts
 from .objective import GlobalBatch, Objective
 from .precision import Precision
 from .routing import RoutingWindow
@@ -100,6 +101,7 @@ class EnhancedConversationTrainer:
         self.control = Control(self.comm, channel)
         self.emit = emitter(logger, self.comm)
         self.precision = Precision.from_name(self.config.precision)
+        spread_experts(model, self.comm)
         self.model = model.to(device=self.comm.device, dtype=self.precision.weights)
         self.model.train()
         if channel is not None:

@@ -69,7 +69,7 @@ class Worker:
         from ..checkpoint.manager import CheckpointManager
         from ..data.store import open_data
         from ..data.tokenizer import ConversationTokenizer
-        from ..model.transformer import DeepSeekTransformer
+        from .expert_parallel import build_model
         from .trainer import EnhancedConversationTrainer
 
         config = self.config
@@ -81,8 +81,7 @@ class Worker:
         comm = Comm.start(config.communication_backend)
         if config.deterministic:
             torch.use_deterministic_algorithms(True)
-        model = DeepSeekTransformer(config)
-        model.init_weights(config.seed)
+        model = build_model(config, comm)
         torch.manual_seed(config.seed * 1_000_003 + comm.rank)  # dropout and jitter differ between ranks
         sync = self.log.sync if self.log is not None else None
         self.manager = CheckpointManager(config, run_dir=self.directory, comm=comm, sync_log=sync)

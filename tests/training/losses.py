@@ -8,6 +8,7 @@ The global batch must be the same in all modes for their losses to be comparable
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,19 @@ TINY = {
     "expert_log_interval": 5,
     "rope_theta": 10000.0,
 }
+
+
+def write_conversations(path: Path) -> Path:
+    """120 short conversations of uneven length, so that padding differs between rows and ranks."""
+    draw = random.Random(7)
+    words = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "river", "stone", "bird", "tree"]
+    with path.open("w") as stream:
+        for _ in range(120):
+            asked = " ".join(draw.choices(words, k=draw.randint(1, 9)))
+            told = " ".join(reversed(asked.split()))
+            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+            stream.write(json.dumps({"messages": turns}) + "\n")
+    return path
 
 
 class Records(list):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from .losses import write_conversations
 
 SCRIPT = Path(__file__).with_name("losses.py")
 STAGES = (0, 1, 2)
@@ -17,17 +18,7 @@ STAGES = (0, 1, 2)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 short conversations of uneven length, so that padding differs between rows and ranks."""
-    draw = random.Random(7)
-    words = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "river", "stone", "bird", "tree"]
-    path = tmp_path_factory.mktemp("parity") / "train.jsonl"
-    with path.open("w") as stream:
-        for _ in range(120):
-            asked = " ".join(draw.choices(words, k=draw.randint(1, 9)))
-            told = " ".join(reversed(asked.split()))
-            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
-            stream.write(json.dumps({"messages": turns}) + "\n")
-    return path
+    return write_conversations(tmp_path_factory.mktemp("parity") / "train.jsonl")
 
 
 def losses(data: Path, modes: dict[str, dict], ranks: int = 1) -> dict[str, list]:

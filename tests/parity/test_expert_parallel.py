@@ -1,0 +1,168 @@
+"""Experts spread over ranks equal all experts on every rank (C20, C21, C16, C17, C25, R14, R20).
+
+Every run has the same ranks and batches as the one that it is compared with; only where the experts lie differs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.training.losses import write_conversations
+
+ROOT = Path(__file__).resolve().parents[2]
+LAYERS, STEPS = 2, 20
+PLAIN = {"use_deepspeed": False}
+ENGINES = {"plain": PLAIN, **{f"zero{stage}": {"zero_stage": stage} for stage in (0, 1, 2)}}
+# Every pair of values of top-k, capacity and accumulation is in one of these.
+SHAPES: dict[str, dict[str, Any]] = {
+    "k1-capacity": {"moe_top_k": 1, "moe_dropless": False, "capacity_factor": 1.0, "batch_size": 4},
+    "k1-dropless-x4": {"moe_top_k": 1, "batch_size": 1, "gradient_accumulation_steps": 4},
+    "k2-dropless": {"moe_top_k": 2, "batch_size": 4, "num_shared_experts": 1},
+    "k2-capacity-x4": {
+        "moe_top_k": 2,
+        "moe_dropless": False,
+        "capacity_factor": 1.0,
+        "batch_size": 1,
+        "gradient_accumulation_steps": 4,
+        "router_bias_rate": 0.01,
+    },
+}
+# Which of them an engine runs, and which of those with gradient checkpointing.
+RUN = {"plain": (0, 1, 2, 3), "zero0": (0, 3), "zero1": (1, 2), "zero2": (0, 1, 2, 3)}
+CHECKPOINTED = {"plain": (0, 3), "zero0": (3,), "zero1": (2,), "zero2": (1, 2)}
+SPREAD = {"expert_parallel_size": 2}
+OVERLAP = {**SPREAD, "overlap_alltoall": True}
+
+
+def modes() -> dict[str, dict[str, Any]]:
+    """Runs on two ranks: all of them in one process group, which costs less than a start for each."""
+    found = {shape: {**keys, **PLAIN} for shape, keys in SHAPES.items()}
+    for engine, choice in ENGINES.items():
+        for number in RUN[engine]:
+            shape = list(SHAPES)[number]
+            recompute = {"gradient_checkpointing": number in CHECKPOINTED[engine]}
+            found[f"{engine} {shape}"] = {**SHAPES[shape], **choice, **SPREAD, **recompute}
+    for engine, shape in (("plain", "k1-capacity"), ("plain", "k2-dropless"), ("zero2", "k2-capacity-x4")):
+        recompute = {"gradient_checkpointing": shape == "k2-dropless"}
+        found[f"overlap {engine} {shape}"] = {**SHAPES[shape], **ENGINES[engine], **OVERLAP, **recompute}
+    idle = {"moe_top_k": 1, "batch_size": 4, "idle_experts": 2, "max_steps": 8}
+    found["idle"] = {**idle, **PLAIN}
+    found["idle plain"] = {**idle, **PLAIN, **OVERLAP}
+    found["idle zero2"] = {**idle, "zero_stage": 2, **SPREAD}
+    bf16 = {"batch_size": 4, "precision": "bf16", "max_steps": 8}
+    found["bf16"] = {**bf16, **PLAIN}
+    found |= {f"bf16 {engine}": {**bf16, **ENGINES[engine], **SPREAD} for engine in ("plain", "zero1", "zero2")}
+    for engine in ("plain", "zero0", "zero1", "zero2"):
+        found[f"nan {engine}"] = {"batch_size": 4, "max_steps": 4, "nan_at": 3, **ENGINES[engine], **SPREAD}
+    return found
+
+
+def run(folder: Path, ranks: int, wanted: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    data = write_conversations(folder / "train.jsonl")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1"]
+    launch += ["--master-port", str(31_500 + os.getpid() % 2000), "-m", "tests.training.spread"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        env.pop(name, None)
+    words = [*launch, str(data), str(folder), json.dumps(wanted)]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)  # a hang is a failure
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
+    assert lines, done.stderr[-3000:]
+    return json.loads(lines[-1].removeprefix("FIGURES "))
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("two")
+    return folder, run(folder, 2, modes())
+
+
+def assert_equal(folder: Path, figures: dict[str, Any], mode: str, reference: str) -> None:
+    """Losses and norms of every step to 1e-5, the same tokens, the same routing records, and the same weights at the end."""
+    got, want = figures[mode], figures[reference]
+    assert len(got["steps"]) == len(want["steps"]) == (8 if reference == "idle" else STEPS)
+    for one, other in zip(got["steps"], want["steps"], strict=True):
+        assert one[:4] == pytest.approx(other[:4], rel=1e-5), mode
+        assert one[4:] == other[4:], mode
+    assert got["experts"][0] == want["experts"][0], mode
+    for (load, dropped), (want_load, want_dropped) in zip(got["experts"], want["experts"], strict=True):
+        assert sum(map(sum, load)) == sum(map(sum, want_load)), mode
+        for layer in range(LAYERS):  # later on a tie between two experts may fall the other way
+            assert load[layer] == pytest.approx(want_load[layer], abs=2), mode
+        assert dropped == pytest.approx(want_dropped, abs=0.002), mode
+    for name in ("eval", "eval_padded"):
+        assert got[name] == pytest.approx(want[name], rel=1e-5), mode
+    spread, whole = load_file(folder / f"{mode}.safetensors"), load_file(folder / f"{reference}.safetensors")
+    assert spread.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert (spread[name] - tensor).abs().max() < 5e-5, (mode, name)  # a weight moves by up to 5e-2 in these steps
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_c020_two_ranks_with_half_of_the_experts_each_equal_all_on_both(two: tuple[Path, dict], engine: str) -> None:
+    for number in RUN[engine]:
+        shape = list(SHAPES)[number]
+        assert_equal(*two, f"{engine} {shape}", shape)
+
+
+def test_c017_capacity_drops_in_these_runs(two: tuple[Path, dict]) -> None:
+    """Otherwise equality would say nothing of it."""
+    for shape in ("k1-capacity", "k2-capacity-x4"):
+        assert two[1][shape]["experts"][0][1][0] > 0.01
+    first, last = two[1]["k2-dropless"]["steps"][0], two[1]["k2-dropless"]["steps"][-1]
+    assert last[0] < 0.8 * first[0] and first[3] > 1  # it learns, and the gradient is clipped
+
+
+@pytest.mark.parametrize("mode", ["plain k1-capacity", "plain k2-dropless", "zero2 k2-capacity-x4"])
+def test_c021_overlap_gives_the_same_losses_by_twice_the_transfers(two: tuple[Path, dict], mode: str) -> None:
+    assert_equal(*two, f"overlap {mode}", mode.split()[1])
+    accumulation = SHAPES[mode.split()[1]].get("gradient_accumulation_steps", 1)
+    recomputed = mode == "plain k2-dropless"  # in the overlapping runs
+    blocks = STEPS * accumulation * LAYERS
+    counts, there, back = blocks, 2 * blocks, 2 * blocks
+    forwards = 2 if recomputed else 1
+    assert two[1][f"overlap {mode}"]["collectives"] == forwards * (counts + 2 * there) + 2 * back
+    engine, shape = mode.split()
+    forwards = 2 if list(SHAPES).index(shape) in CHECKPOINTED[engine] else 1
+    assert two[1][mode]["collectives"] == forwards * (counts + there) + back
+
+
+@pytest.mark.parametrize("engine", ["plain", "zero2"])
+def test_r20_a_rank_that_never_chooses_half_of_the_experts_hangs_nothing(two: tuple[Path, dict], engine: str) -> None:
+    assert_equal(*two, f"idle {engine}", "idle")
+
+
+def test_c020_bf16_agrees_to_its_precision(two: tuple[Path, dict]) -> None:
+    figures = two[1]
+    for engine in ("plain", "zero1", "zero2"):
+        for one, other in zip(figures[f"bf16 {engine}"]["steps"], figures["bf16"]["steps"], strict=True):
+            assert one[0] == pytest.approx(other[0], rel=2e-2)
+            assert one[3] == pytest.approx(other[3], rel=5e-2)
+
+
+def test_ft04_a_gradient_that_is_nan_on_one_rank_is_skipped_on_all(two: tuple[Path, dict]) -> None:
+    """Had one rank applied it, the weights would not be finite and the following losses neither."""
+    for engine in ENGINES:
+        steps = two[1][f"nan {engine}"]["steps"]
+        assert [step[5] for step in steps] == [False, False, True, False], engine
+        assert steps[3][3] < 10
+        weights = load_file(two[0] / f"nan {engine}.safetensors")
+        assert all(tensor.isfinite().all() for tensor in weights.values()), engine
+
+
+def test_c020_four_ranks_in_two_groups_equal_all_experts_on_each(tmp_path: Path) -> None:
+    """EP 2 x DP 2: gradients of experts are summed over replicas only, those of all else over all ranks; EP 4 too."""
+    keys = {"batch_size": 2, "moe_top_k": 2}
+    wanted = {"whole": {**keys, **PLAIN}, "four": {**keys, **PLAIN, "expert_parallel_size": 4}}
+    wanted |= {engine: {**keys, **choice, **SPREAD} for engine, choice in ENGINES.items()}
+    figures = run(tmp_path, 4, wanted)
+    for mode in (*ENGINES, "four"):
+        assert_equal(tmp_path, figures, mode, "whole")
