@@ -42,7 +42,7 @@ def explain_checkpoint(
     if text.lower().endswith(_FOREIGN):
         raise CheckpointError(
             f"{text} is not a checkpoint of Lumina, and pickle files are never opened here; "
-            "converting one is the task of `lumina-engine checkpoint import`, which this version does not have yet"
+            "save its model as a Hugging Face folder (safetensors), then `lumina-engine checkpoint import FOLDER --run NAME`"
         )
     path = Path(text).expanduser()
     if path.is_dir():

@@ -1,4 +1,4 @@
-"""`lumina-engine checkpoint`: list the checkpoints of a run, check their digests."""
+"""`lumina-engine checkpoint`: list the checkpoints of a run, check their digests, exchange models with other programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .common import UserError, add_json, print_json, safe, table
 if TYPE_CHECKING:
     from ..checkpoint.commit import Report
 
-HELP = "list checkpoints and verify their digests"
+HELP = "list, verify, export and import checkpoints"
 COLUMNS = ("name", "step", "bytes", "verified", "best", "suspect", "created")
 
 
@@ -26,15 +26,47 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     checking.add_argument(
         "target", metavar="PATH|RUN", help="a checkpoint (also RUN@best, RUN@step-000123), a run, or a folder"
     )
-    for sub in (listing, checking):
+    exporting = actions.add_parser("export", help="write the model of a checkpoint into a folder for other programs")
+    exporting.add_argument("target", metavar="PATH|RUN", help="a checkpoint, or a run (its best one)")
+    exporting.add_argument("out", metavar="OUT", help="folder to make")
+    exporting.add_argument(
+        "--format", choices=("hf", "safetensors"), default="hf", help="Hugging Face layout (default), or our own names"
+    )
+    importing = actions.add_parser("import", help="commit a Hugging Face folder as the first checkpoint of a new run")
+    importing.add_argument("folder", metavar="FOLDER", help="config.json and safetensors")
+    importing.add_argument("--run", metavar="NAME", required=True, help="name of the new run")
+    importing.add_argument("--tokenizer", metavar="NAME", help="what the ids mean, unless Lumina exported the folder")
+    for sub in (listing, checking, exporting, importing):
         add_json(sub)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0 all good, 1 problems found, 2 nothing there to look at."""
-    if args.action == "list":
-        return _list(args)
-    return _verify(args)
+    actions = {"list": _list, "verify": _verify, "export": _export, "import": _import}
+    return actions[args.action](args)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from ..checkpoint.foreign import export_checkpoint
+
+    done = export_checkpoint(args.target, args.out, args.format)
+    if args.json:
+        print_json(done)
+    else:
+        print(safe(f"{done['path']}: {done['layout']}, {done['tensors']} tensors, {done['bytes'] / 1e6:.1f} MB"))
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from ..checkpoint.foreign import import_folder
+    from ..run.directory import runs_root
+
+    done = import_folder(args.folder, runs_root(), args.run, args.tokenizer)
+    if args.json:
+        print_json(done)
+    else:
+        print(safe(f"{done['path']}: {done['layout']}, {done['parameters']:,} parameters; `lumina-engine chat {done['run']}`"))
+    return 0
 
 
 def _list(args: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ import torch
 
 from lumina_engine.config.schema import DeepSeekConfig
 from lumina_engine.model.attention import KVCache
+from lumina_engine.model.hf import config_from_hf, from_hf, hf_config, to_hf
 from lumina_engine.model.transformer import DeepSeekTransformer
 
 MODELS = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "models"
@@ -213,3 +214,23 @@ def test_c015_stories_gradients_of_the_copies_add_up(expected):
         torch.testing.assert_close(ours.ffn.w13.grad.sum(0), theirs.ffn.gate_up.weight.grad, atol=1e-5, rtol=1e-3)
         torch.testing.assert_close(ours.ffn.w2.grad.sum(0), theirs.ffn.down.weight.grad, atol=1e-5, rtol=1e-3)
         assert ours.ffn.router.weight.grad.abs().max() < 1e-6
+
+
+@torch.no_grad()
+def test_c143_stories_as_llama_both_ways(expected, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    from safetensors.torch import load_file, save_file
+
+    model, tokens = stories(), torch.tensor([[1, *expected[:-1]]])
+    save_file(to_hf(model.state_dict(), model.config), tmp_path / "model.safetensors", {"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(model.config)))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, local_files_only=True).eval()
+    logits = theirs(tokens).logits
+    assert theirs.config.model_type == "llama" and logits.argmax(-1)[0].tolist() == expected
+    torch.testing.assert_close(model(tokens), logits, atol=1e-4, rtol=0)
+    theirs.save_pretrained(tmp_path / "back")
+    config = config_from_hf(json.loads((tmp_path / "back" / "config.json").read_text()))
+    again = DeepSeekTransformer(config).eval()
+    again.load_state_dict(from_hf(load_file(tmp_path / "back" / "model.safetensors"), config))
+    torch.testing.assert_close(again(tokens), logits, atol=1e-4, rtol=0)
+    assert greedy(again) == [expected]
