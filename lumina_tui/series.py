@@ -332,13 +332,14 @@ class RunStore:
         return float(self.xs_of(np.array([step]), base)[0])
 
     def xs_of(self, step_N: np.ndarray, base: Base) -> np.ndarray:
-        """Where steps lie on an X axis, as float64."""
+        """Where steps lie on an X axis, as float64: between two known ones on the line from one to the other."""
         if base == "step" or not len(self.steps):
             return step_N.astype(np.float64)
-        known = self.steps.step.values
-        first = max(0, int(np.searchsorted(known, step_N.min())) - 1)  # only the part that is needed is converted
-        span = slice(first, int(np.searchsorted(known, step_N.max(), side="right")) + 1)
-        return np.interp(step_N, known[span], self.steps.x(base)[span])
+        known, xs = self.steps.step.values, self.steps.x(base)  # long: only the places that are asked for are touched
+        before_N = np.clip(np.searchsorted(known, step_N, side="right") - 1, 0, len(known) - 1)
+        after_N = np.minimum(before_N + 1, len(known) - 1)
+        share_N = np.clip((step_N - known[before_N]) / np.maximum(known[after_N] - known[before_N], 1), 0.0, 1.0)
+        return xs[before_N] + share_N * (xs[after_N] - xs[before_N])
 
     def history(self, metric: str) -> History:
         """The history that has a metric of a chart: every step's, or the routing's with an own row per observation."""

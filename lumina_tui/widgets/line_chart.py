@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+import numpy as np
 from textual.binding import BindingType
 from textual.geometry import Region
 from textual.message import Message
@@ -168,9 +169,10 @@ class LineChart(ChartKeys, Drawn):
         if self.cursor.step is None:
             return ""
         axis, column = self._plot.axis, self._plot.axis.column_of(self.options.cross or 0.0)
-        store, base = self.store, self.options.base
-        near = [event for event in store.events if axis.column_of(store.x_of(event.step, base)) == column]
-        return near[-1].text if near else ""
+        store = self.store
+        step_N = np.array([event.step for event in store.events], np.int64)
+        near_N = np.flatnonzero(axis.columns_of(store.xs_of(step_N, self.options.base)) == column)
+        return store.events[int(near_N[-1])].text if len(near_N) else ""
 
     @property
     def reach(self) -> float:

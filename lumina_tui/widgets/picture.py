@@ -108,6 +108,14 @@ class Along:
         low, high = self._ends
         return math.floor((self._warp(x) - low) / ((high - low) or 1.0) * self.columns)
 
+    def columns_of(self, x_N: np.ndarray) -> np.ndarray:
+        """The columns of cells of many X values, as whole numbers in float64; may lie outside."""
+        low, high = self._ends
+        if self.log:
+            with np.errstate(divide="ignore", invalid="ignore"):
+                x_N = np.where(x_N > 0, np.log10(x_N), -400.0)
+        return np.floor((x_N - low) / ((high - low) or 1.0) * self.columns)
+
     def around(self, column: int) -> tuple[float, float]:
         """The X values at which a column of cells begins and ends."""
         return self.x_at(column - 0.5), self.x_at(column + 0.5)

@@ -119,9 +119,10 @@ def _x_range(
 
 def _edges(xs: np.ndarray, bounds_D: np.ndarray) -> np.ndarray:
     edges = edges_of(xs, bounds_D)
-    edges[-1] = edges_of(xs, np.nextafter(bounds_D[-1:], np.inf))[0]  # the last column has its right end too
+    last = float(bounds_D[-1])
     if np.issubdtype(xs.dtype, np.integer):
-        edges[-1] = np.searchsorted(xs, math.floor(min(bounds_D[-1], 9e18)), side="right")
+        last = math.floor(min(last, 9e18))
+    edges[-1] = np.searchsorted(xs, last, side="right")  # the last column has its right end too
     return np.maximum.accumulate(edges)
 
 
@@ -310,10 +311,9 @@ class _Painter:
             below_W = self._by_cell((spans.high_D < 0) | np.isnan(spans.high_D)).all(axis=1)
             below_W &= self._by_cell(spans.high_D < 0).any(axis=1)
         frame = self.plot.frame
-        for column in np.flatnonzero(above_W).tolist():
-            frame.put(self.plot.left + column, 0, "^", RAW)
-        for column in np.flatnonzero(below_W).tolist():
-            frame.put(self.plot.left + column, self.rows - 1, "v", RAW)
+        for row, mark, outside_W in ((0, "^", above_W), (self.rows - 1, "v", below_W)):
+            frame.code_HW[row, self.plot.left :][outside_W] = ord(mark)
+            frame.style_HW[row, self.plot.left :][outside_W] = RAW
 
     def _missing(self, reduced: Columns) -> None:
         """`x` in each column that holds a value that is not finite, at the height of the values around it."""
@@ -351,7 +351,9 @@ class _Painter:
             used |= {row, row + 1}
             frame.put(left - 1 - len(label), row, label, LABEL)
             frame.put(left - 1, row, "┤", FAINT)
-        frame.put(left - 1, self.rows, "└" + "─" * self.plot.across, FAINT)
+        frame.code_HW[self.rows, left - 1 :] = ord("─")
+        frame.code_HW[self.rows, left - 1] = ord("└")
+        frame.style_HW[self.rows, left - 1 :] = FAINT
         self._x_axis()
         self._events()
 
@@ -376,11 +378,12 @@ class _Painter:
             frame.put(frame.width - len(base), self.rows + 1, base, FAINT)
 
     def _events(self) -> None:
+        events = self.store.events
+        step_N = np.fromiter((event.step for event in events), np.int64, len(events))
+        column_N = self.plot.axis.columns_of(self.store.xs_of(step_N, self.options.base))
         piled: defaultdict[int, list[Event]] = defaultdict(list)
-        for event in self.store.events:
-            column = self.plot.axis.column_of(self.store.x_of(event.step, self.options.base))
-            if 0 <= column < self.plot.across:
-                piled[column].append(event)
+        for at in np.flatnonzero((column_N >= 0) & (column_N < self.plot.across)).tolist():
+            piled[int(column_N[at])].append(events[at])
         for column, events in piled.items():
             style = max((_SIGN_STYLES.get(event.sign, LABEL) for event in events), key=lambda s: (s == WARN, s))
             sign = events[0].sign if len(events) == 1 else str(len(events)) if len(events) < 10 else "+"
@@ -390,11 +393,13 @@ class _Painter:
         if self.options.metric != "loss":
             return
         history: History = self.store.evals
-        points = list(zip(history.x(self.options.base).tolist(), history.metrics["loss"].values.tolist(), strict=True))
+        values = history.metrics["loss"].values
+        column_E = self.plot.axis.columns_of(history.x(self.options.base))
         room = self.plot.across + EVAL_GAP
-        for x, value in reversed(points):  # the newest first; those that would hide the curve are left to the crosshair
-            column, row = self.plot.axis.column_of(x), self.row_of(value)
-            if row is not None and 0 <= column < self.plot.across and column <= room - EVAL_GAP:
+        for at in reversed(np.flatnonzero((column_E >= 0) & (column_E < self.plot.across)).tolist()):
+            column = int(column_E[at])  # the newest first; those that would hide the curve are left to the crosshair
+            row = self.row_of(float(values[at])) if column <= room - EVAL_GAP else None
+            if row is not None:
                 self.plot.frame.put(self.plot.left + column, row, "o", EVAL)
                 room = column
 

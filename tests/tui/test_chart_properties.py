@@ -184,3 +184,28 @@ def test_place_of_one_value_is_that_of_an_array(value, low, span, log):
     scale = Scale(low, low + span, 97, log)
     assert scale.place(value) == pytest.approx(float(scale.at(np.array([value]))[0]), abs=1e-6, nan_ok=True)
     assert math.isnan(scale.place(math.nan))
+
+
+@settings(deadline=None)
+@given(
+    st.floats(1e-3, 1e6), st.floats(1e-3, 1e9), st.integers(1, 300), st.booleans(), st.lists(st.floats(-1e9, 1e12), max_size=20)
+)
+def test_columns_of_many_places_are_those_of_each(low, span, columns, log, places):
+    axis = Along(low, low + span, columns, log)
+    many = axis.columns_of(np.array(places))
+    for place, column in zip(places, many.tolist(), strict=True):
+        assert axis.column_of(place) == pytest.approx(column, abs=1)  # log10 of numpy and of math may round apart
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 10**6), min_size=1, max_size=60, unique=True).map(sorted),
+    st.lists(st.integers(-5, 10**6 + 5), min_size=1),
+)
+def test_places_of_steps_on_an_axis_are_interpolated(known, asked):
+    store = RunStore()
+    steps = np.array(known)
+    rng = np.random.default_rng(0)
+    tokens = np.cumsum(rng.random(len(steps)) * 1e6)
+    store.steps.extend(steps, tokens, tokens / 1e9, {name: np.zeros(len(steps)) for name in store.steps.metrics})
+    np.testing.assert_allclose(store.xs_of(np.array(asked), "tokens"), np.interp(asked, steps, tokens), rtol=1e-12)

@@ -6,7 +6,7 @@ import os
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from textual.widget import Widget
 
@@ -86,6 +86,7 @@ async def test_c138_a_finished_run_repaints_nothing(tmp_path, repaints, size):
         assert any("LineChart" in name for name in repaints)
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(-1e12, 1e12), min_size=1, max_size=100), st.floats(1e-3, 1e12))
 def test_c138_a_steady_figure_is_never_off_by_the_band(values, band):
     steady = Steady()
@@ -94,6 +95,7 @@ def test_c138_a_steady_figure_is_never_off_by_the_band(values, band):
     assert all(after in (before, value) for before, after, value in zip(shown[:-1], shown[1:], values[1:], strict=True))
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1e12), st.floats(1, 1e12), st.lists(st.floats(-0.49, 0.49), max_size=50), st.floats(1.001, 50))
 def test_c138_jitter_is_painted_once_and_a_real_change_at_once(start, band, noise, jump):
     steady = Steady()
@@ -104,6 +106,7 @@ def test_c138_jitter_is_painted_once_and_a_real_change_at_once(start, band, nois
     assert {steady("x", changed + share * band, band) for share in noise} <= {changed}
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 64 * 10**9), st.integers(0, 10**12)), min_size=1, max_size=30), st.integers(0, 2))
 def test_c138_the_machine_line_is_never_far_from_the_truth(samples, live):
     steady = Steady()

@@ -92,6 +92,39 @@ def test_pyramid_after_a_cut_equals_a_new_one():
         np.testing.assert_array_equal(a, b)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 9_000), st.integers(0, 9_000), st.sampled_from([63, 64, 200])), min_size=2, max_size=8),
+    st.sampled_from([20, 97]),
+    st.sampled_from([8, 32_768]),
+)
+def test_pictures_one_after_the_other_equal_those_of_a_new_pyramid(ticks, stride, limit):
+    """A series that grows or is cut between two pictures on the same, or another, axis."""
+    before, reduce._MAX_BLOCKS = reduce._MAX_BLOCKS, limit
+    try:
+        source, pyramid, kept = noisy(80_000, 9), Pyramid(), np.array([], np.float32)
+        for grow, size, columns in ticks:
+            if size < len(kept):
+                pyramid.truncate(size)
+                kept = kept[:size]
+            pyramid.extend(source[len(kept) : len(kept) + grow] + size)
+            kept = np.concatenate([kept, source[len(kept) : len(kept) + grow] + np.float32(size)])
+            edges = np.minimum(np.arange(columns + 1) * stride, len(kept))
+            fresh = Pyramid()
+            fresh.extend(kept)
+            for a, b in zip(vars(pyramid.columns(edges)).values(), vars(fresh.columns(edges)).values(), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-12)
+    finally:
+        reduce._MAX_BLOCKS = before
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=300), st.floats(0, 100), st.floats(0, 100))
+def test_percentiles_are_those_of_numpy(values, low, high):
+    got = percentile_range(np.array(values, np.float32), low, high)
+    np.testing.assert_allclose(got, np.percentile(np.array(values, np.float64), (low, high)), rtol=1e-9, atol=1e-6)
+
+
 def loop(values: np.ndarray, weight: float) -> np.ndarray:
     m, n, shown = 0.0, 0, []
     for y in values.astype(np.float64):
