@@ -364,7 +364,7 @@ class _Painter:
             values = clock_ticks(axis.low, axis.high, room)
         else:
             values = ticks(axis.low, axis.high, room, log=axis.log, whole=base == "step")
-        end, last = 0, frame.width if base == "step" else frame.width - len(base) - 1  # another base than usual is always named
+        end, last = 0, frame.width if base == "step" else frame.width - len(base) - 2  # another base than usual is always named
         for value, label in zip(values, x_labels(values, base), strict=True):
             column = axis.column_of(value)
             if not 0 <= column < self.plot.across:

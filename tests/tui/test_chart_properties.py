@@ -209,3 +209,12 @@ def test_places_of_steps_on_an_axis_are_interpolated(known, asked):
     tokens = np.cumsum(rng.random(len(steps)) * 1e6)
     store.steps.extend(steps, tokens, tokens / 1e9, {name: np.zeros(len(steps)) for name in store.steps.metrics})
     np.testing.assert_allclose(store.xs_of(np.array(asked), "tokens"), np.interp(asked, steps, tokens), rtol=1e-12)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 5_000), st.sampled_from(["step", "tokens", "hours", "clock"]), st.integers(30, 200), st.floats(1, 1e6))
+def test_the_word_under_the_x_axis_stands_apart_from_the_labels(size, base, width, per_step):
+    plot = build([Curve(store_of([1.0] * size, 1, per_step))], Options(base=base), width, 10, "braille", Limits())
+    row = "".join(map(chr, plot.frame.code_HW[-1].tolist()))
+    if base != "step" or row.endswith(base):
+        assert row.endswith("  " + base)
