@@ -246,13 +246,14 @@ class Bench:
         long_ago = time.time() - 10 * 86_400
         for path in make_run(root, "one", 100).path.iterdir():  # an age in days: none that counts seconds
             os.utime(path, (long_ago, long_ago))
-        for name, key, ready in (("home", "1", "Home"), ("doctor", "9", "Doctor")):
+        for name, key, ready, done in (("home", "1", "Home", ""), ("doctor", "9", "Doctor", "checked ")):
             with self.viewer("--runs", str(root), size=(120, 40)) as viewer:
                 viewer.until(lambda p: "one" in p.text, "the list of runs")
                 viewer.send(key)
                 label = f"idle {ready}, {self.sizes.idle_s:.0f} s"
                 try:
                     viewer.until(partial(_titled, ready), f"screen {ready}", 5.0)
+                    viewer.until(partial(_says, done), f"{done or ready} on the screen", 120.0)
                     viewer.settle(15.0 if self.sizes.idle_s > 5 else 0.5, 120.0)
                 except MeasureError as error:
                     yield Figure(f"idle_{name}_cpu_pct", label, "% CPU", 1, None, str(error))
@@ -522,6 +523,10 @@ def crosshair(picture: Picture) -> str:
 
 def _titled(word: str, picture: Picture) -> bool:
     return word in picture.row(0)
+
+
+def _says(words: str, picture: Picture) -> bool:
+    return words in picture.text
 
 
 def braille(picture: Picture) -> bool:

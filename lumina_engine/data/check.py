@@ -347,8 +347,13 @@ class _Work:
         again = np.zeros(len(order), dtype=bool)
         again[1:] = digests[order[1:]] == digests[order[:-1]]
         first = np.maximum.accumulate(np.where(again, 0, np.arange(len(order))))  # where its run of equal digests begins
-        found = sorted(zip(order[again].tolist(), order[first[again]].tolist(), strict=True))[:MAX_EXAMPLES]
-        return Repeats(int(again.sum()), [Repeat(*self._place(late), *self._place(early)) for late, early in found])
+        late, early = order[again], order[first[again]]
+        count = len(late)
+        if count > MAX_EXAMPLES:  # the first ones by their place; millions of repeats are never made Python objects
+            kept = np.argpartition(late, MAX_EXAMPLES)[:MAX_EXAMPLES]
+            late, early = late[kept], early[kept]
+        found = sorted(zip(late.tolist(), early.tolist(), strict=True))
+        return Repeats(count, [Repeat(*self._place(place), *self._place(before)) for place, before in found])
 
 
 def _size(path: Path) -> int:

@@ -294,3 +294,12 @@ def test_excerpt_makes_every_byte_visible():
     before, behind = excerpt(bytes(range(256)), 128)
     assert (before + behind).isprintable() and (before + behind).isascii()
     assert excerpt("a\x1b\u202eb\n", 1) == ("a", "␛\ufffdb␊")
+
+
+def test_c030_of_many_repeats_all_are_counted_and_the_first_are_named(write):
+    """The hundred that come first in the file, in its order, and no other has its place looked up."""
+    lines = [json.dumps(record([f"question {number % 150}", "fine"])) for number in range(900)]
+    found = check_files([write("many.jsonl", "\n".join(lines) + "\n")]).to_dict()["duplicates"]
+    assert found["conversations"] == 750
+    places = [(repeat["line"], repeat["first_line"]) for repeat in found["examples"]]
+    assert places == [(line, line - 150) for line in range(151, 251)]
