@@ -26,6 +26,7 @@ from lumina_engine.config.resolve import (
     devices_needed,
     layout_of,
     model_config,
+    plannable,
     ranks_per_node,
     resolved_precision,
     world_size,
@@ -80,6 +81,7 @@ def budget(
     model = model_config(config, tokenizer_vocab)
     counts = parameter_counts(model)
     world = world_size(config, machine)
+    config = plannable(config, machine, model, world)
     choice = choose_stage(config, machine, model, world)
     memory = training_memory(model, layout_of(config, machine, choice.stage, world))
     precision = resolved_precision(config, machine)

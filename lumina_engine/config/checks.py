@@ -11,6 +11,7 @@ from lumina_engine.config.deepspeed import check_overrides
 from lumina_engine.config.expert_checks import expert_parallel
 from lumina_engine.config.finding import ConfigError, Finding, Severity, nearest
 from lumina_engine.config.machine import Machine, gb_text
+from lumina_engine.config.micro_batch import candidates, rows_of_a_rank
 from lumina_engine.config.resolve import (
     TOKENIZER_IDS,
     expert_ranks_findings,
@@ -28,9 +29,6 @@ NOT_YET: dict[str, tuple[object, ...] | None] = {
     "precision": ("auto", "fp32", "bf16", "mixed_bf16"),
     "auto_tune_precision": None,
     "dynamic_precision": None,
-    "dynamic_batching": None,
-    "min_batch_size": None,
-    "max_batch_size": None,
     "data_format": ("auto", "messages", "alpaca", "sharegpt", "text"),
     "streaming_threshold_gb": None,
     "multi_task": None,
@@ -224,6 +222,14 @@ def _schedule(config: Config) -> Iterator[Finding]:
     if config.min_batch_size > config.max_batch_size:
         message = f"min_batch_size = {config.min_batch_size}: more than max_batch_size = {config.max_batch_size}"
         yield _error("batch_bounds", "min_batch_size max_batch_size", message, f"set min_batch_size={config.max_batch_size}")
+    elif config.dynamic_batching and not candidates(config):
+        rows, low, high = rows_of_a_rank(config), config.min_batch_size, config.max_batch_size
+        message = f"dynamic_batching: no micro batch of {low:,} to {high:,} rows divides the {rows:,} rows of a rank's step"
+        fix = "set min_batch_size=1, or another batch_size x gradient_accumulation_steps"
+        keys = "min_batch_size max_batch_size batch_size gradient_accumulation_steps"
+        yield _error("batch_bounds", keys, message, fix)
+    if not config.dynamic_batching:
+        yield from _unused(config, "min_batch_size max_batch_size", "dynamic_batching")
     if config.curriculum_learning and config.max_steps is not None and config.max_steps <= config.curriculum_steps:
         message = (
             f"curriculum_steps = {config.curriculum_steps:,}: the run ends at step {config.max_steps:,} before full length"
@@ -244,16 +250,17 @@ def _curriculum(config: Config) -> Iterator[Finding]:
         message = f"min_seq_length = {low:,}: longer than max_seq_length = {high:,}"
         yield _error("curriculum", "min_seq_length max_seq_length", message, f"set min_seq_length={high}")
     elif not config.curriculum_learning:
-        yield from _unused_lengths(config)
+        yield from _unused(config, "min_seq_length max_seq_length curriculum_steps", "curriculum_learning")
     elif not wrong:
         yield from _rounded_lengths(config)
 
 
-def _unused_lengths(config: Config) -> Iterator[Finding]:
-    for name in ("min_seq_length", "max_seq_length", "curriculum_steps"):
+def _unused(config: Config, names: str, switch: str) -> Iterator[Finding]:
+    """Keys that were set although what they belong to is switched off."""
+    for name in names.split():
         if getattr(config, name) != infos_of(Config)[name].default:
-            message = f"{name} = {show(getattr(config, name))} has no effect with curriculum_learning = false"
-            yield _finding("info", "curriculum_off", f"{name} curriculum_learning", message, "set curriculum_learning=true")
+            message = f"{name} = {show(getattr(config, name))} has no effect with {switch} = false"
+            yield _finding("info", "switched_off", f"{name} {switch}", message, f"set {switch}=true")
 
 
 def _rounded_lengths(config: Config) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from lumina_engine.config.curriculum import Curriculum
 from lumina_engine.config.finding import ConfigError, Finding
 from lumina_engine.config.machine import Machine, gb_text
 from lumina_engine.config.memory import Layout, training_memory
+from lumina_engine.config.micro_batch import candidates, split
 from lumina_engine.config.schema import Config, DeepSeekConfig
 
 # Highest id + 1 of the tokenizers that ship with Lumina.
@@ -124,6 +125,17 @@ def _reason(stage: int, least: int, ranks: int, short: bool) -> str:
     return "one rank has nothing to split" if ranks == 1 else "fits without splitting"
 
 
+def plannable(config: Config, machine: Machine, model: DeepSeekConfig, ranks: int) -> Config:
+    """The configuration to plan with: `dynamic_batching` may lower the micro batch, so the least it may choose has to fit.
+
+    That one is taken only where the configured micro batch does not fit.
+    """
+    if not config.dynamic_batching or choose_stage(config, machine, model, ranks).fits:
+        return config
+    sizes = candidates(config)
+    return config.model_copy(update=split(config, sizes[0])) if sizes else config
+
+
 def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: int | None = None) -> Config:
     """A copy of `config` in which every `auto` is the value in force.
 
@@ -140,6 +152,7 @@ def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: in
     if findings:
         raise ConfigError(findings)
     model = model_config(config, tokenizer_vocab)
+    config = plannable(config, machine, model, ranks)
     choice = choose_stage(config, machine, model, ranks)
     if not choice.fits:
         raise ConfigError([does_not_fit(config, machine, model, choice, ranks)])

@@ -35,6 +35,7 @@ _OWN = (
     "LUMINA_NONCE",
     "LUMINA_INC",
     "LUMINA_RESUME",
+    "LUMINA_AFTER",
     "LUMINA_SUPERVISOR",
 )
 # what a launcher around us may have set; each rank gets its own
@@ -101,8 +102,10 @@ def environment(run: RunDirectory, base: Mapping[str, str] | None = None) -> dic
     return kept
 
 
-def rank_environment(run: RunDirectory, *, channel: Path, nonce: str, inc: int, resume: bool, world: int) -> dict[str, str]:
-    """What the supervisor adds for the ranks of one incarnation."""
+def rank_environment(
+    run: RunDirectory, *, channel: Path, nonce: str, inc: int, resume: bool, world: int, after: str | None = None
+) -> dict[str, str]:
+    """What the supervisor adds for the ranks of one incarnation; `after` says why the one before ended, where it matters."""
     added = {
         "LUMINA_RUN_DIR": str(run.path),
         "LUMINA_RANK_SOCKET": str(channel),
@@ -112,6 +115,8 @@ def rank_environment(run: RunDirectory, *, channel: Path, nonce: str, inc: int, 
     }
     if resume:
         added["LUMINA_RESUME"] = "1"
+    if after is not None:
+        added["LUMINA_AFTER"] = after
     if world == 1:
         added |= {
             "RANK": "0",

@@ -33,6 +33,7 @@ from .process import (
     end_marked,
     leash,
     myself,
+    oom_kills,
     send_all,
     send_signal,
 )
@@ -75,6 +76,8 @@ class Supervisor:
         self.child: subprocess.Popen[bytes] | None = None
         self.ended: int | None = None  # exit code of the worker, while what it left behind is cleared away
         self.restart_at: float | None = None
+        self.after: str | None = None  # why the next incarnation starts, where its ranks must know
+        self.oom_kills = 0  # of this cgroup before the incarnation
         self.code: int | None = None  # ours, once the run is over
         self.intent: str | None = None  # stop, interrupt or preempt, once somebody wants the run to end
         self.intent_at = 0.0
@@ -151,8 +154,9 @@ class Supervisor:
         self.pressed = self.killed = False
         self._record(rec.Run(state="preparing", reason=reason, world=self.world))
         environment = rank_environment(
-            self.run, channel=self.ranks.path, nonce=self.nonce, inc=self.inc, resume=resume, world=self.world
+            self.run, channel=self.ranks.path, nonce=self.nonce, inc=self.inc, resume=resume, world=self.world, after=self.after
         )
+        self.after, self.oom_kills = None, oom_kills()
         self.child = subprocess.Popen(
             self.argv,
             stdin=subprocess.DEVNULL,
@@ -319,8 +323,9 @@ class Supervisor:
             self._finish_between()
         elif self.restart_at is not None and now >= self.restart_at:
             self.restart_at = None
+            reason = "restart with a smaller micro batch" if self.after else None
             try:
-                self._spawn(resume=True, reason=f"restart {self.policy.failures} of {self.policy.limit}")
+                self._spawn(resume=True, reason=reason or f"restart {self.policy.failures} of {self.policy.limit}")
             except (OSError, RunError) as error:
                 self._finish("failed", policy.CRASHED, f"the worker cannot be started: {error}")
 
@@ -360,6 +365,8 @@ class Supervisor:
             code, reason = policy.CRASHED if failure.code is None else failure.code, failure.reason
             if failure.code is None:
                 reason = f"rank {failure.rank} died without a word"
+        if self._killed_for_memory(code):
+            code, reason = policy.OUT_OF_MEMORY, "the kernel killed a rank for want of memory"
         state = policy.final_state(code)
         if state is not None:
             if self.intent == "interrupt" and code == policy.FINISHED:
@@ -379,7 +386,19 @@ class Supervisor:
         else:
             self._crashed(code, reason, now)
 
+    def _killed_for_memory(self, code: int) -> bool:
+        """Whether the kernel ended a rank because memory ran out: nobody else did, and it says that it ended one."""
+        failure = self.ranks.failure
+        wordless = code == -signal.SIGKILL or (failure is not None and failure.code is None)
+        return wordless and not self.killed and oom_kills() > self.oom_kills
+
     def _crashed(self, code: int, reason: str, now: float) -> None:
+        if code == policy.OUT_OF_MEMORY:
+            code = policy.CRASHED
+            if self.policy.limit:  # the ranks lower the micro batch each time, so this comes to an end by itself
+                self._record(rec.Run(state="crashed", reason=reason, exit_code=code))
+                self.after, self.restart_at = "out_of_memory", now + self.settings.restart_pause_s
+                return
         self._record(rec.Run(state="crashed", reason=reason, exit_code=code))
         pause = self.policy.crashed(self.run.newest_step())
         if pause is not None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import errno
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 
 from ..config.curriculum import Curriculum
+from ..config.micro_batch import smaller
+from ..data.batch import Batch
+from ..monitoring.hardware import memory_limit
 
 
 def memory_stats(model: Any, optimizer_tensors: dict[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
@@ -28,7 +35,7 @@ def memory_stats(model: Any, optimizer_tensors: dict[str, torch.Tensor], device:
             "free": free,
         }
     else:
-        peak = max(process.rss, _peak_rss())  # the kernel updates the peak with a delay
+        peak = max(process.rss, _status("VmHWM"))  # the kernel updates the peak with a delay
         on_device = {
             "allocated": process.rss,
             "reserved": process.rss,
@@ -43,10 +50,14 @@ def memory_stats(model: Any, optimizer_tensors: dict[str, torch.Tensor], device:
     }
 
 
-def _peak_rss() -> int:
-    import resource
+def _status(name: str) -> int:
+    """Bytes of this process by /proc: VmHWM, the peak of resident memory (getrusage would tell a large parent's), or VmPeak."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+# How a RuntimeError says it: the allocator of the CPU, C++ itself, and threads that get no stack.
+_NO_MEMORY = ("can't allocate memory", "bad_alloc", "Cannot allocate memory", "can't start new thread")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -55,10 +66,35 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 WORST_DOCUMENT = 17  # tokens: attention lays it into a rectangle that is 32 wide
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most memory of one kind that this process has used, and what there is of it for this process. Bytes."""
+
+    kind: str
+    used: int
+    available: int
+
+
+def peaks(device: torch.device, local_ranks: int = 1) -> list[Peak]:
+    """Peaks of this process: of the device's allocator; on CPU of resident memory, and of the address space if it is limited.
+
+    Resident memory is counted against the machine's, or the cgroup's where that is lower, shared by the ranks of this host.
+    """
+    if device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+        return [Peak("device memory", torch.cuda.max_memory_reserved(device), total)]
+    resident = max(_status("VmHWM"), psutil.Process().memory_info().rss)
+    found = [Peak("resident memory", resident, memory_limit() // local_ranks)]
+    address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if address_space != resource.RLIM_INFINITY:
+        found.append(Peak("address space", _status("VmPeak"), address_space))
+    return found
 
 
 class DoesNotFit(MemoryError):
@@ -66,37 +102,84 @@ class DoesNotFit(MemoryError):
 
     exit_code = 2
 
+    def __init__(self, rows: int, length: int, config: Any) -> None:
+        self.final = smaller(config) is None  # no other split of the global batch is left
+        keys = "lower batch_size (and raise gradient_accumulation_steps by the same factor), "
+        if self.final:
+            keys = "lower min_batch_size, " if config.dynamic_batching and config.min_batch_size > 1 else ""
+        super().__init__(f"a micro batch of {rows} rows of {length} tokens does not fit: {keys}{WAYS_OUT}")
+
+
+WAYS_OUT = (
+    "set gradient_checkpointing=true, lower seq_length, raise num_gpus with a higher zero_stage, or choose a smaller preset"
+)
+
+
+def worst_batch(config: Any, device: torch.device) -> Batch:
+    """The micro batch that needs the most memory: full rows, every token trained.
+
+    Its documents are just longer than the narrowest rectangle of attention, which leaves the most filler in it. The longest
+    rows of a curriculum are the worst: all its shapes have the same tokens, and only what grows with the square of the length
+    tells them apart.
+    """
+    length = Curriculum.of(config).lengths[-1]
+    shape = (config.batch_size * config.seq_length // length, length)
+    ids_BS = torch.arange(shape[0] * shape[1], device=device).reshape(shape) % config.vocab_size
+    place_S = torch.arange(length, device=device)
+    documents_BS = (place_S // WORST_DOCUMENT + 1).expand(shape)
+    return Batch(ids_BS, ids_BS, documents_BS, (place_S % WORST_DOCUMENT).expand(shape))
+
+
+def worst_objective(forward: Callable[..., Any], batch: Batch) -> torch.Tensor:
+    """What to call backward on for a worst batch: every part of the objective, in a sum that stays finite in any precision."""
+    out = forward(
+        batch.input_ids_BS,
+        labels=batch.labels_BS,
+        document_ids=batch.document_ids_BS,
+        position_ids=batch.position_ids_BS,
+        return_aux=True,
+    )
+    objective: torch.Tensor = out.loss_sum / batch.input_ids_BS.numel()
+    if out.router is not None:
+        objective = objective + (out.router.prob_sum_LE.sum() + out.router.z_sum_L.sum()) / batch.input_ids_BS.numel()
+    return objective
+
+
+def torch_rng() -> dict[str, torch.Tensor]:
+    """torch's random states, by device: those that dropout and router jitter draw from."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_torch_rng(states: dict[str, torch.Tensor]) -> None:
+    """The reverse of `torch_rng`."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
 
 def dry_run(model: Any, config: Any, device: torch.device, context: Any) -> None:
     """One forward and backward pass at the worst shape, before the first step: what does not fit fails now, with advice.
 
-    Parameters, gradients and random state are as before. Rows are full, every token is trained, and documents are just longer
-    than the narrowest rectangle of attention, which leaves the most filler in it. The longest rows of a curriculum are the
-    worst: all its shapes have the same tokens, and only what grows with the square of the length tells them apart.
+    Parameters, gradients and random state are as before.
 
     Raises:
         DoesNotFit: it does not fit; the message names the keys that would help.
     """
-    rng = torch.get_rng_state()
-    length = Curriculum.of(config).lengths[-1]
-    shape = (config.batch_size * config.seq_length // length, length)
-    ids_BS = torch.arange(shape[0] * shape[1], device=device).reshape(shape) % config.vocab_size
-    documents_BS = (torch.arange(length, device=device) // WORST_DOCUMENT + 1).expand(shape)
+    rng = torch_rng()
+    batch = worst_batch(config, device)
     try:
         with context(device):
-            out = model(ids_BS, labels=ids_BS, document_ids=documents_BS, return_aux=True)
-        objective = out.loss_sum
-        if out.router is not None:
-            objective = objective + out.router.prob_sum_LE.sum() + out.router.z_sum_L.sum()
+            objective = worst_objective(model, batch)
         objective.backward()
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise DoesNotFit(
-            f"a micro batch of {shape[0]} rows of {shape[1]} tokens does not fit: lower batch_size (and raise "
-            "gradient_accumulation_steps by the same factor), set gradient_checkpointing=true, or lower seq_length"
-        ) from error
+        rows, length = batch.input_ids_BS.shape
+        raise DoesNotFit(rows, length, config) from error
     finally:
         for parameter in model.parameters():
             parameter.grad = None
-        torch.set_rng_state(rng)
+        restore_torch_rng(rng)

@@ -25,6 +25,7 @@ from .control import Control, Request
 from .engine import build_engine
 from .evaluation import eval_record, evaluate, token_bytes_V
 from .expert_parallel import spread_experts
+from .memory import restore_torch_rng, torch_rng
 from .objective import GlobalBatch, Objective
 from .precision import Precision
 from .routing import RoutingWindow
@@ -52,6 +53,7 @@ class Progress:
     samples: int = 0  # full rows processed
     skipped: int = 0
     nonfinite_in_row: int = 0
+    eval_batch: int = 0  # rows that count as one batch of evaluation, so that figures compare whatever the micro batch
     best: float | None = None  # best evaluation (or training) loss
     evals_since_best: int = 0
     wall_seconds: float = 0.0
@@ -122,6 +124,7 @@ class EnhancedConversationTrainer:
         self.last_loss = math.nan
         self.pending: deque[Request] = deque()  # agreed by all ranks, not yet obeyed
         self.at_boundary = True  # weights, progress and random state belong to the same step
+        self.step_rng: dict[str, torch.Tensor] | None = None  # random state before a step that has changed no weight yet
         self.saved_step = 0  # of the newest checkpoint that was taken or restored
         self.bytes_V: torch.Tensor | None = None
         self.replay: dict[int, float] = {}  # step -> learning rate that the user set there before a restart
@@ -172,6 +175,7 @@ class EnhancedConversationTrainer:
         self.total_steps = self._total_steps(self._loader())
         self.schedule = Schedule.from_config(self.config, self.total_steps)
         self.config = self.config.model_copy(update={"warmup_steps": self.schedule.warmup_steps})
+        self.progress.eval_batch = self.progress.eval_batch or self.config.batch_size
 
     def _loader(self) -> TrainLoader:
         return TrainLoader(
@@ -200,6 +204,7 @@ class EnhancedConversationTrainer:
             begin = time.perf_counter()
             self._section("data", self.progress.step + 1)
             self.at_boundary = False
+            self.step_rng = torch_rng()
             micro_batches = [batch.to(self.comm.device) for batch in next(steps)]
             data_time = time.perf_counter() - begin
             self._step(micro_batches, begin, data_time)
@@ -235,6 +240,7 @@ class EnhancedConversationTrainer:
         self.clock.start("optimizer")
         self._section("step", step)
         loss_value, balance, z = objective.reduce()
+        self.step_rng = None
         result = self.engine.step(lr)
         if result.applied and self.window is not None and cfg.router_bias_rate > 0:
             self.model.update_router_bias(objective.counts_LE, cfg.router_bias_rate)
@@ -411,6 +417,16 @@ class EnhancedConversationTrainer:
         self.schedule.set_lr(step, lr)
         self.emit(rec.Change(what="learning_rate", step=step, before=before, after=lr, by=by, id=id))
 
+    def back_to_boundary(self) -> bool:
+        """After an error inside a step: undo what it did, if it has not changed weights yet. Then the boundary may be saved."""
+        if self.at_boundary or self.step_rng is None:
+            return self.at_boundary
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        restore_torch_rng(self.step_rng)
+        self.at_boundary = True
+        return True
+
     # ---- checkpoints ----------------------------------------------------------------------------------------------------
 
     def save(self, *, blocking: bool = False, id: str | None = None) -> None:
@@ -456,7 +472,8 @@ class EnhancedConversationTrainer:
         store = getattr(eval_dataset, "store", eval_dataset)
         if self.bytes_V is None:
             self.bytes_V = token_bytes_V(self.tokenizer, self.model.config.vocab_size)
-        loader = EvalLoader(store, self.config, self.comm.rank, self.comm.world_size, self.config.batch_size, max_batches)
+        config = self.config.model_copy(update={"batch_size": self.progress.eval_batch or self.config.batch_size})
+        loader = EvalLoader(store, config, self.comm.rank, self.comm.world_size, self.config.batch_size, max_batches)
         return evaluate(self.model, loader, self.comm, self.bytes_V, self.precision.context)
 
     def get_memory_stats(self) -> dict[str, Any]:

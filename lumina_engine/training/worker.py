@@ -7,6 +7,7 @@ loop, and at the end of a run on the built-in corpus its examination. Rank 0 is 
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import os
 import signal
@@ -18,15 +19,16 @@ from typing import Any
 
 import torch
 
+from ..config.micro_batch import smaller
 from ..config.schema import Config
 from ..monitoring import record as rec
 from ..monitoring.hardware import HardwareThread
 from ..monitoring.log import MetricLog, read_records, surviving
 from ..run.directory import RunDirectory
+from ..run.policy import NO_PROGRESS, OUT_OF_MEMORY, REFUSED, USAGE
 from ..run.rank import NullChannel, RankChannel
 from .comm import Comm
-
-REFUSED = 65
+from .memory import DoesNotFit, is_out_of_memory
 
 
 class Worker:
@@ -39,6 +41,7 @@ class Worker:
         self.config = Config.load(directory.config_path)
         self.log = MetricLog(directory.metrics_path, int(os.environ.get("LUMINA_INC", "1"))) if self.rank == 0 else None
         self.resume = os.environ.get("LUMINA_RESUME") == "1"
+        self.out_of_memory = os.environ.get("LUMINA_AFTER") == "out_of_memory"  # that is how the incarnation before ended
         self.trainer: Any = None
         self.manager: Any = None
 
@@ -79,6 +82,8 @@ class Worker:
         for note in data.notes if self.rank == 0 else []:
             self.emit(rec.Note(message=note))
         comm = Comm.start(config.communication_backend)
+        configured = config.batch_size
+        config = self.config = self._settled(config, comm)
         if config.deterministic:
             torch.use_deterministic_algorithms(True)
         model = build_model(config, comm)
@@ -90,6 +95,7 @@ class Worker:
             model, tokenizer, config, self, comm=comm, manager=self.manager, channel=self.channel
         )
         self.trainer = trainer
+        trainer.progress.eval_batch = configured
         trainer.extra_state = self._log_position
         trainer.control.install_signals()
         trainer.prepare(data.train, data.eval)
@@ -109,6 +115,18 @@ class Worker:
                 hardware.stop()
         self.manager.close()
         return summary
+
+    def _settled(self, config: Config, comm: Comm) -> Config:
+        """The micro batch of this start; what recovery chose is written down before anything can go wrong with it."""
+        from .settle import Settler
+
+        settler = Settler(config, comm, self.emit, self.channel.report)
+        if not self.out_of_memory:
+            return settler.micro_batch()
+        config = settler.after_out_of_memory(self.directory.newest_step() or 0)
+        if self.rank == 0:
+            config.save(self.directory.config_path)
+        return config
 
     def _log_position(self) -> dict[str, int]:
         """What a manifest says of the log: the incarnation and the last record before the checkpoint."""
@@ -211,6 +229,8 @@ class Worker:
     def _failed(self, error: Exception) -> int:
         """Say why. Errors that a restart would meet again end the run; the others leave it to the supervisor to restart."""
         code = expected_exit_code(error)
+        if is_out_of_memory(error) and code in (None, USAGE):
+            return self._ran_out(error)
         if code is None:
             traceback.print_exception(error)  # engine.log
             sys.stderr.flush()
@@ -222,6 +242,32 @@ class Worker:
             self.channel.leave(1, reason)
             return 1
         return self._leave("failed", code, " ".join(reason.split()))
+
+    def _ran_out(self, error: Exception) -> int:
+        """Out of memory: leave the supervisor to start again with a smaller micro batch, or say that there is none.
+
+        A first dry run that does not fit is the user's to mend, unless the batch was Lumina's own choice.
+        """
+        config = self.config
+        chosen = self.out_of_memory or config.dynamic_batching
+        if isinstance(error, DoesNotFit) and (error.final or not chosen):
+            return self._leave("failed", USAGE, str(error))
+        traceback.print_exception(error)  # engine.log
+        sys.stderr.flush()
+        words = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
+        reason = f"out of memory with micro batches of {config.batch_size} rows: {words}"
+        traceback.clear_frames(error.__traceback__)  # they hold the activations of the step
+        gc.collect()
+        if self.trainer is not None and self.trainer.comm.world_size == 1 and self.trainer.back_to_boundary():
+            self._emergency_save(error)
+        if smaller(config) is None:
+            from .settle import no_room
+
+            return self._leave("failed", NO_PROGRESS, no_room(config))
+        if self.log is not None:
+            self.log.close()
+        self.channel.leave(OUT_OF_MEMORY, reason)
+        return OUT_OF_MEMORY
 
     def _emergency_save(self, error: Exception) -> None:
         """Beside the checkpoints, never in place of one. Needs no other rank, since the others may be gone."""

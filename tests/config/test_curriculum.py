@@ -67,7 +67,7 @@ def test_c074_at_most_eight_shapes() -> None:
         ({"seq_length": 1001, "max_seq_length": 500, "min_seq_length": 16}, "curriculum", "error", "cannot be cut"),
         ({"seq_length": 1000}, "curriculum_one", "warning", "all rows have 1,000 tokens"),
         ({"max_steps": 900}, "curriculum_end", "warning", "before full length"),
-        ({"curriculum_learning": False, "min_seq_length": 64}, "curriculum_off", "info", "has no effect"),
+        ({"curriculum_learning": False, "min_seq_length": 64}, "switched_off", "info", "has no effect"),
     ],
 )
 def test_c074_findings(keys: dict, code: str, severity: str, words: str) -> None:

@@ -83,7 +83,7 @@ class Worker:
         if os.environ.get("LUMINA_RESUME"):
             kept = sorted(self.folder.glob("checkpoints/step-*"))
             start = int(kept[-1].name[5:]) if kept else 0
-            self.log.emit(rec.Rewind(to_step=start))
+            self.log.emit(rec.Rewind(to_step=start, reason=os.environ.get("LUMINA_AFTER")))
         self.log.emit(rec.Run(state="running", total_steps=steps))
         step = start
         how = plan.get("crash", {}).get(str(self.inc), plan.get("crash", {}).get("*"))

@@ -17,7 +17,7 @@ from lumina_engine.monitoring.log import last_records, read_records
 from lumina_engine.run import launch
 from lumina_engine.run.client import RunClient, send_command
 from lumina_engine.run.directory import RunError
-from lumina_engine.run.process import marked
+from lumina_engine.run.process import marked, oom_kills
 from tests.waiting import until
 
 from .conftest import Runs
@@ -79,6 +79,30 @@ def test_ft08_a_crash_loop_with_progress_goes_on(runs: Runs) -> None:
     assert launch.wait(run, 40) == 0, "three crashes, each with progress"
     rewinds = [record.to_step for record in read_records(run.metrics_path) if isinstance(record, rec.Rewind)]
     assert rewinds == [4, 8, 12]
+
+
+def test_r42_out_of_memory_is_no_failed_restart_and_the_ranks_are_told(runs: Runs) -> None:
+    crashes = {str(inc): "91" for inc in range(1, 6)}
+    run = runs.start(runs.make(steps=6, crash=crashes), max_restarts=1, restart_pause_s=0.001)
+    assert launch.wait(run, 40) == 0, "five in a row, each with a smaller micro batch"
+    said = [record.reason for record in read_records(run.metrics_path) if isinstance(record, rec.Rewind)]
+    assert said == ["out_of_memory"] * 5 and "restart with a smaller micro batch" in reasons(run)
+
+
+def test_r42_out_of_memory_with_restarts_switched_off_ends_the_run(runs: Runs) -> None:
+    run = runs.start(runs.make(crash={"*": "91"}), max_restarts=0)
+    assert launch.wait(run, 20) == 1 and run.info().state == "failed"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("memory.events", "low 0\noom 3\noom_kill 2\n"), ("memory/memory.oom_control", "under_oom 0\noom_kill 2\n")],
+)
+def test_r42_the_kernel_tells_whom_it_killed_for_memory(tmp_path: Path, name: str, text: str) -> None:
+    assert oom_kills(tmp_path) == 0
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+    assert oom_kills(tmp_path) == 2
 
 
 def test_ft_a_crash_then_success(runs: Runs) -> None:
