@@ -27,8 +27,6 @@ NOT_YET: dict[str, tuple[object, ...] | None] = {
     "compile": None,
     "gradient_checkpointing": (False, True),
     "precision": ("auto", "fp32", "bf16", "mixed_bf16"),
-    "auto_tune_precision": None,
-    "dynamic_precision": None,
     "data_format": ("auto", "messages", "alpaca", "sharegpt", "text"),
     "streaming_threshold_gb": None,
     "multi_task": None,
@@ -309,6 +307,15 @@ def _paths(value: str | list[str] | None) -> list[str]:
     return [] if value is None else [value] if isinstance(value, str) else value
 
 
+def _precision(config: Config) -> Iterator[Finding]:
+    if config.dynamic_precision and config.precision == "fp32":
+        message = "dynamic_precision = true has no effect with precision = fp32: there is nothing wider"
+        yield _finding("info", "dynamic_fp32", "dynamic_precision precision", message, "set dynamic_precision=false")
+    if config.auto_tune_precision and config.precision != "auto":
+        message = f"precision = {config.precision} is only where auto_tune_precision starts: what is measured decides"
+        yield _finding("info", "auto_tune", "auto_tune_precision precision", message, "set precision=auto")
+
+
 def _deepspeed(config: Config) -> Iterator[Finding]:
     stage = config.zero_stage
     if not config.use_deepspeed and stage not in ("auto", 0):
@@ -333,6 +340,7 @@ _RULES: tuple[Rule, ...] = (
     _schedule,
     _curriculum,
     _data,
+    _precision,
     _deepspeed,
 )
 

@@ -95,12 +95,15 @@ class TrainingKeys(Section):
     )
     auto_tune_precision: bool = key(
         False,
-        "Try the precisions on real batches first and take the fastest that stays accurate.",
+        "Try the precisions that the device has on real batches first, and take the fastest that stays accurate.",
         resume=True,
-        read_by="training/precision.py",
+        read_by="training/settle.py",
     )
     dynamic_precision: bool = key(
-        False, "Change precision when non-finite steps keep coming.", resume=True, read_by="training/precision.py"
+        False,
+        "Go on in a wider precision for a while when steps keep being not finite.",
+        resume=True,
+        read_by="training/trainer.py",
     )
     seed: int = key(0, "Source of all randomness.", minimum=0, maximum=2**32 - 1, read_by="data/order.py, training/worker.py")
     deterministic: bool = key(
@@ -132,7 +135,7 @@ class TrainingKeys(Section):
         False,
         "Find the largest micro batch that fits before the start; the global batch stays as configured.",
         resume=True,
-        read_by="training/batch_size.py",
+        read_by="training/settle.py",
     )
     target_memory_usage: float = key(
         0.9,
@@ -149,7 +152,7 @@ class TrainingKeys(Section):
         minimum=1,
         maximum=65_536,
         resume=True,
-        read_by="training/batch_size.py",
+        read_by="config/micro_batch.py",
     )
     max_batch_size: int = key(
         32,
@@ -158,7 +161,7 @@ class TrainingKeys(Section):
         minimum=1,
         maximum=65_536,
         resume=True,
-        read_by="training/batch_size.py",
+        read_by="config/micro_batch.py",
     )
     eval_interval: int = key(
         200, "Steps between evaluations; 0 evaluates at the end only.", unit="steps", minimum=0, resume=True, read_by=_TRAINER

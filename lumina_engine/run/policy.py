@@ -12,6 +12,7 @@ from .directory import RunError
 FINISHED, CRASHED, USAGE, REFUSED, PREEMPTED, NO_PROGRESS, INTERRUPTED = 0, 1, 2, 65, 75, 93, 130
 # Between a rank and its supervisor only; the run goes on.
 OUT_OF_MEMORY = 91  # a smaller micro batch is left: start again with it
+AGAIN = 92  # a checkpoint is taken and the configuration changed: start again from it
 MAX_PAUSE = 60.0  # s between two starts
 
 _FINAL = {  # exit code of the worker -> state of the run; any other code is a crash

@@ -77,6 +77,7 @@ class Supervisor:
         self.ended: int | None = None  # exit code of the worker, while what it left behind is cleared away
         self.restart_at: float | None = None
         self.after: str | None = None  # why the next incarnation starts, where its ranks must know
+        self.again: str | None = None  # why the ranks asked to be started again
         self.oom_kills = 0  # of this cgroup before the incarnation
         self.code: int | None = None  # ours, once the run is over
         self.intent: str | None = None  # stop, interrupt or preempt, once somebody wants the run to end
@@ -323,7 +324,8 @@ class Supervisor:
             self._finish_between()
         elif self.restart_at is not None and now >= self.restart_at:
             self.restart_at = None
-            reason = "restart with a smaller micro batch" if self.after else None
+            reason = "restart with a smaller micro batch" if self.after else self.again
+            self.again = None
             try:
                 self._spawn(resume=True, reason=reason or f"restart {self.policy.failures} of {self.policy.limit}")
             except (OSError, RunError) as error:
@@ -373,6 +375,9 @@ class Supervisor:
                 code = policy.INTERRUPTED
             self._finish(state, code, reason)
             return
+        if code == policy.AGAIN:
+            self._start_again(reason, now)
+            return
         reason = reason or policy.cause(code, output.end_of(self.run.log_path))
         if self.intent == "preempt":
             self._finish("preempted", policy.PREEMPTED, "it was ended before a checkpoint: the newest one counts")
@@ -385,6 +390,13 @@ class Supervisor:
             self._finish("failed", code, f"{how}; the newest checkpoint is whole")
         else:
             self._crashed(code, reason, now)
+
+    def _start_again(self, reason: str | None, now: float) -> None:
+        """The ranks left in order to be started again: no failure."""
+        if self.intent is not None:
+            self._finish_between()
+        else:
+            self.again, self.restart_at = reason or "started again", now
 
     def _killed_for_memory(self, code: int) -> bool:
         """Whether the kernel ended a rank because memory ran out: nobody else did, and it says that it ended one."""

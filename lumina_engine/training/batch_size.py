@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -25,10 +24,11 @@ from ..config.schema import Config, DeepSeekConfig
 from ..run.directory import write_json
 from .comm import Comm
 from .engine import build_engine
+from .expert_parallel import build_model
 from .memory import DoesNotFit, Peak, peaks, worst_batch, worst_objective
 from .precision import Precision
 from .setup import deepspeed_config
-from .trial import leave, run_trial, trial_main
+from .trial import leave, local_ranks, run_trial, trial_main
 
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
@@ -96,13 +96,14 @@ class Tries:
 def _key(config: Config, comm: Comm, versions: dict[str, str]) -> dict[str, Any]:
     """Everything that decides what fits."""
     deepspeed = deepspeed_config(config, comm) or {}
+    room = [peak.available for peak in peaks(comm.device, local_ranks(comm))]
     return {
         "model": DeepSeekConfig.from_config(config).to_dict(),
         "rows_of": Curriculum.of(config).lengths[-1],
         "precision": config.precision,
         "compile": config.compile,
         "deepspeed": {name: value for name, value in deepspeed.items() if name not in _BATCH_KEYS},
-        "devices": comm.all_gather([_device_name(comm.device), [peak.available for peak in peaks(comm.device, _local(comm))]]),
+        "devices": comm.all_gather([_device_name(comm.device), room]),
         "target_memory_usage": config.target_memory_usage,
         "versions": versions,
     }
@@ -110,11 +111,6 @@ def _key(config: Config, comm: Comm, versions: dict[str, str]) -> dict[str, Any]
 
 def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def _local(comm: Comm) -> int:
-    """Ranks on this host: they share its memory."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", str(comm.world_size)))
 
 
 def fit(config: Config, comm: Comm, tries: Tries, tell: Callable[[int], None]) -> tuple[Config, str]:
@@ -158,7 +154,7 @@ def fit(config: Config, comm: Comm, tries: Tries, tell: Callable[[int], None]) -
 
 
 def _try(config: Config, comm: Comm) -> Try:
-    outcomes = run_trial(__name__, config, comm, {"local_ranks": _local(comm)})
+    outcomes = run_trial(__name__, config, comm, {"local_ranks": local_ranks(comm)})
     if lost := next((o for o in outcomes if o.out_of_memory), None):
         return Try(False, lost.text)
     return judge([Peak(**peak) for outcome in outcomes for peak in (outcome.result or {})["peaks"]], config.target_memory_usage)
@@ -177,10 +173,7 @@ def steps_at_worst(config: Config, comm: Comm) -> None:
     The first step makes the optimizer's state, so the later ones have everything in memory. With accumulation two micro batches
     make a step, the second of which finds the gradients of the first.
     """
-    from ..model.transformer import DeepSeekTransformer
-
-    precision = Precision.from_name(config.precision)
-    model = DeepSeekTransformer(config).to(device=comm.device, dtype=precision.weights)
+    model = build_model(config, comm).to(device=comm.device, dtype=Precision.from_name(config.precision).weights)
     engine = build_engine(model, config, comm, deepspeed_config(config, comm))
     batch = worst_batch(config, comm.device)
     for skewed in (False, False, True):

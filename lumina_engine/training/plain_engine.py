@@ -40,6 +40,12 @@ class PlainEngine:
         with self.precision.context(self.comm.device):
             return self.module(*args, **kwargs)
 
+    def use(self, precision: Precision) -> None:
+        """Compute in another precision from now on. Only what autocast does may differ: weights and state stay as they are."""
+        if precision.weights != self.precision.weights:
+            raise ValueError(f"{self.precision.name} -> {precision.name}: other weights need another engine")
+        self.precision = precision
+
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         loss.backward()
 
@@ -75,16 +81,23 @@ class PlainEngine:
         return self.experts.whole(self.module.state_dict())
 
     def load_model_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.module.load_state_dict(self.experts.own(tensors))
+        own = self.experts.own(tensors)
+        self.module.load_state_dict(own)
+        with torch.no_grad():
+            for master in self.masters.values():  # of a checkpoint in fp32; one with masters of its own puts them over these
+                master.copy_(own[self.names[master]])
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
         masters = {f"master.{self.names[m]}": m.detach() for m in self.masters.values()}
         return {**masters, **dict(named_state(self.optimizer, self.names))}  # type: ignore[arg-type]
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Put the state back, also that of another precision: masters are fp32 weights, and fp32 weights are masters."""
         with torch.no_grad():
-            for master in self.masters.values():
-                master.copy_(tensors[f"master.{self.names[master]}"])
+            for held, name in self.names.items():
+                saved = tensors.get(f"master.{name}")
+                if saved is not None:
+                    held.copy_(saved)
         load_named_state(self.optimizer, self.names, tensors)  # type: ignore[arg-type]
 
 

@@ -12,6 +12,8 @@ from .batch_size import Tries, fit
 from .comm import Comm
 from .memory import WAYS_OUT
 from .state import versions
+from .tune_precision import in_precision
+from .tune_precision import tune as tune_precision
 
 
 class NoRoom(MemoryError):
@@ -51,6 +53,20 @@ class Settler:
             self.emit(rec.Change(what=name, step=step, before=before, after=value, by="recovery", reason=reason))
         self.config = config.model_copy(update=changed)
         return self.config
+
+    def settle(self, *, tune: bool) -> Config:
+        """Micro batch and, with `tune`, precision. What fits depends on the precision, so a new one is fitted again."""
+        config = self.micro_batch()
+        if not (tune and config.auto_tune_precision):
+            return config
+        found, lines = tune_precision(config, self.comm, lambda name: self.report(0, "dry run"))
+        for line in lines:
+            print(f"lumina: {line}", flush=True)  # engine.log
+            self.emit(rec.Note(message=line))
+        if found == config.precision:
+            return config
+        self.config = in_precision(config, found)
+        return self.micro_batch()
 
     def micro_batch(self) -> Config:
         """With `dynamic_batching` the largest micro batch that fits.

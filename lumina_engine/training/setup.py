@@ -6,6 +6,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ..monitoring import record as rec
 from .comm import Comm
 
@@ -33,6 +35,21 @@ def resolved_for_training(config: Any, model: Any, tokenizer: Any, comm: Comm) -
         logging.getLogger("lumina").warning("the model decides its shape; ignored in the config: %s", ", ".join(other))
     merged = config.model_copy(update=shape)
     return resolve(merged, detect(), tokenizer_vocab=tokenizer.get_vocab_size(), world=comm.world_size)
+
+
+def seed_all(config: Any, comm: Comm) -> None:
+    """torch's random state from seed and rank, so that dropout and jitter differ between ranks; deterministic kernels."""
+    if config.deterministic:
+        torch.use_deterministic_algorithms(True)
+    torch.manual_seed(config.seed * 1_000_003 + comm.rank)
+
+
+def warn_unsupervised(config: Any) -> None:
+    """What only a supervised run can do: it tries things in processes of their own before the model is made."""
+    for name in ("dynamic_batching", "auto_tune_precision"):
+        if getattr(config, name):
+            message = "%s acts at the start of `lumina-engine train`, not in a plain script: %s as configured"
+            logging.getLogger("lumina").warning(message, name, "batch_size" if name == "dynamic_batching" else "precision")
 
 
 def deepspeed_config(config: Any, comm: Comm) -> dict[str, Any] | None:

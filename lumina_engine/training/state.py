@@ -52,6 +52,7 @@ def payload(trainer: EnhancedConversationTrainer) -> Payload:
             "seed": trainer.config.seed,
             "data_fingerprint": trainer.train_data.fingerprint,
             "versions": versions(),
+            "precision_ladder": None if trainer.ladder is None else trainer.ladder.state_dict(),
             **trainer.extra_state(),
         },
         rank_state={
@@ -86,6 +87,10 @@ def restore(trainer: EnhancedConversationTrainer, loaded: Loaded) -> None:
     state = loaded.global_state
     trainer.progress = Progress.from_state_dict(state["progress"])
     trainer.schedule.load_state_dict(state["schedule"])
+    if trainer.ladder is not None and state.get("precision_ladder"):
+        trainer.ladder.load_state_dict(state["precision_ladder"])
+        trainer.use_precision(trainer.ladder.current)
+        trainer.ladder.current = trainer.config.precision = trainer.precision.name
     trainer.saved_step = loaded.step
     trainer.last_loss = float(loaded.metrics.get("loss", math.nan))
     restore_rng(loaded.rank_state["rng"], loaded.rank_tensors)

@@ -8,6 +8,7 @@ evaluate. Saving comes before evaluating, so that a fault in evaluation costs no
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
@@ -19,18 +20,21 @@ import torch
 
 from ..data.batch import Batch, EvalLoader, Position, TrainLoader
 from ..monitoring import record as rec
+from ..run.policy import AGAIN
 from . import memory
 from .comm import Comm
 from .control import Control, Request
 from .engine import build_engine
 from .evaluation import eval_record, evaluate, token_bytes_V
 from .expert_parallel import spread_experts
+from .ladder import PrecisionLadder, Switch, by_autocast, native_bf16
 from .memory import restore_torch_rng, torch_rng
 from .objective import GlobalBatch, Objective
+from .plain_engine import PlainEngine
 from .precision import Precision
 from .routing import RoutingWindow
 from .schedule import Schedule
-from .setup import deepspeed_config, emitter, resolved_for_training
+from .setup import deepspeed_config, emitter, resolved_for_training, warn_unsupervised
 from .step_clock import StepClock, Utilisation
 
 
@@ -101,6 +105,8 @@ class EnhancedConversationTrainer:
         self.manager = manager
         self.channel = channel
         self.control = Control(self.comm, channel)
+        if channel is None:
+            warn_unsupervised(self.config)
         self.emit = emitter(logger, self.comm)
         self.precision = Precision.from_name(self.config.precision)
         spread_experts(model, self.comm)
@@ -119,6 +125,8 @@ class EnhancedConversationTrainer:
         self.clock = StepClock(self.comm.device)
         self.utilisation = Utilisation(shape, self.config.precision, self.comm.device, self.comm.world_size)
         self.progress = Progress()
+        self.ladder = self._make_ladder()
+        self.switch: Switch | None = None  # of precision, to be made at the next boundary
         self.schedule: Schedule | None = None
         self.total_steps = 0
         self.last_loss = math.nan
@@ -129,6 +137,17 @@ class EnhancedConversationTrainer:
         self.bytes_V: torch.Tensor | None = None
         self.replay: dict[int, float] = {}  # step -> learning rate that the user set there before a restart
         self.extra_state: Callable[[], dict[str, Any]] = dict  # what the caller adds to the state of every checkpoint
+
+    def _make_ladder(self) -> PrecisionLadder | None:
+        """`dynamic_precision`, where this trainer can change precision: in place by autocast, or by being started again."""
+        if not self.config.dynamic_precision:
+            return None
+        in_place = isinstance(self.engine, PlainEngine) and by_autocast(self.config.precision)
+        if not in_place and not getattr(self.channel, "supervised", False):
+            message = "dynamic_precision: precision %s needs restarts, which only `lumina-engine train` can make; it stays"
+            logging.getLogger("lumina").warning(message, self.config.precision)
+            return None
+        return PrecisionLadder(self.config.precision, native_bf16(self.comm.device))
 
     # ---- training -------------------------------------------------------------------------------------------------------
 
@@ -274,7 +293,12 @@ class EnhancedConversationTrainer:
                 )
             )
         if not result.applied:
-            self._not_finite(step)
+            self._tell_not_finite(step)
+        hopeless = self.progress.nonfinite_in_row >= cfg.max_nonfinite_in_row
+        if self.ladder is not None:
+            self.switch = self.ladder.observe(step, result.applied, getattr(result, "scale", None), hopeless)
+        if hopeless and self.switch is None:
+            self._give_up(step)
 
     def _count(self, step: int, totals: GlobalBatch, rows: int, applied: bool, seconds: float) -> None:
         p = self.progress
@@ -285,9 +309,8 @@ class EnhancedConversationTrainer:
         p.skipped += 0 if applied else 1
         p.nonfinite_in_row = 0 if applied else p.nonfinite_in_row + 1
 
-    def _not_finite(self, step: int) -> None:
-        """The update was skipped on all ranks; too many in a row end the run (a restart would meet the same)."""
-        limit = self.config.max_nonfinite_in_row
+    def _tell_not_finite(self, step: int) -> None:
+        """The update was skipped on all ranks."""
         self.emit(
             rec.Alert(
                 severity="warning",
@@ -297,16 +320,37 @@ class EnhancedConversationTrainer:
                 step=step,
             )
         )
-        if self.progress.nonfinite_in_row >= limit:
-            raise Stop(
-                "failed", 93, f"{limit} steps in a row were not finite, the last is {step}: lower learning_rate", save=False
-            )
+
+    def _give_up(self, step: int) -> None:
+        """Too many skipped steps in a row end the run: a restart would meet the same."""
+        limit = self.config.max_nonfinite_in_row
+        reason = f"{limit} steps in a row were not finite, the last is {step}: lower learning_rate"
+        raise Stop("failed", 93, reason, save=False)
+
+    def _switch_precision(self, switch: Switch) -> None:
+        """Go on in another precision: in place where only autocast differs, else by being started again from here."""
+        before, after, step = self.config.precision, switch.precision, self.progress.step
+        self.emit(rec.Change(what="precision", step=step, before=before, after=after, by="adaptive", reason=switch.reason))
+        self.progress.nonfinite_in_row = 0
+        self.use_precision(after)
+        if self.precision.name != after:
+            raise Stop("restarting", AGAIN, f"precision {before} -> {after}: {switch.reason}")
+
+    def use_precision(self, name: str) -> None:
+        """Put `name` into the configuration, and in force where that needs no other weights."""
+        self.config = self.config.model_copy(update={"precision": name})
+        if isinstance(self.engine, PlainEngine) and by_autocast(name) and by_autocast(self.precision.name):
+            self.precision = Precision.from_name(name)
+            self.engine.use(self.precision)
 
     # ---- the boundary ---------------------------------------------------------------------------------------------------
 
     def _boundary(self, requests: list[Request]) -> None:
         self._settle_saves()
         self._obey_all(requests)
+        if self.switch is not None:
+            switch, self.switch = self.switch, None
+            self._switch_precision(switch)
         self._boundary_tasks(final=False)
 
     def _obey_all(self, requests: list[Request]) -> None:

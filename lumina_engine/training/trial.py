@@ -117,6 +117,11 @@ def _wait(process: subprocess.Popen[bytes], comm: Comm) -> int | None:
     return code
 
 
+def local_ranks(comm: Comm) -> int:
+    """Ranks on this host: they share its memory."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", str(comm.world_size)))
+
+
 def trial_main(trial: Callable[[Config, dict[str, Any]], dict[str, Any]], argv: list[str]) -> int:
     """The main program of a trial: reads the order, writes what `trial(config, order)` returns, tells want of memory apart."""
     die_with_parent()

@@ -25,10 +25,11 @@ from ..monitoring import record as rec
 from ..monitoring.hardware import HardwareThread
 from ..monitoring.log import MetricLog, read_records, surviving
 from ..run.directory import RunDirectory
-from ..run.policy import NO_PROGRESS, OUT_OF_MEMORY, REFUSED, USAGE
+from ..run.policy import AGAIN, NO_PROGRESS, OUT_OF_MEMORY, REFUSED, USAGE
 from ..run.rank import NullChannel, RankChannel
 from .comm import Comm
 from .memory import DoesNotFit, is_out_of_memory
+from .setup import seed_all
 
 
 class Worker:
@@ -55,6 +56,8 @@ class Worker:
             summary = self._train()
         except Exception as error:
             return self._failed(error)
+        if summary["exit_code"] == AGAIN:
+            return self._again(summary["reason"])
         complete = summary["state"] == "finished" and summary["step"] == summary["total_steps"]
         if complete and self.rank == 0 and self.is_sample:
             self._examine_safely()
@@ -67,6 +70,15 @@ class Worker:
             self.log.close()
         self.channel.leave(code, reason)
         return code
+
+    def _again(self, reason: str) -> int:
+        """Leave, to be started again from the checkpoint with the configuration that is in force now."""
+        if self.rank == 0:
+            self.trainer.config.save(self.directory.config_path)
+        if self.log is not None:
+            self.log.close()
+        self.channel.leave(AGAIN, reason)
+        return AGAIN
 
     def _train(self) -> dict[str, Any]:
         from ..checkpoint.manager import CheckpointManager
@@ -84,10 +96,8 @@ class Worker:
         comm = Comm.start(config.communication_backend)
         configured = config.batch_size
         config = self.config = self._settled(config, comm)
-        if config.deterministic:
-            torch.use_deterministic_algorithms(True)
         model = build_model(config, comm)
-        torch.manual_seed(config.seed * 1_000_003 + comm.rank)  # dropout and jitter differ between ranks
+        seed_all(config, comm)
         sync = self.log.sync if self.log is not None else None
         self.manager = CheckpointManager(config, run_dir=self.directory, comm=comm, sync_log=sync)
         self.tokenizer, self.is_sample = tokenizer, data.is_sample
@@ -122,7 +132,7 @@ class Worker:
 
         settler = Settler(config, comm, self.emit, self.channel.report)
         if not self.out_of_memory:
-            return settler.micro_batch()
+            return settler.settle(tune=not self.resume)
         config = settler.after_out_of_memory(self.directory.newest_step() or 0)
         if self.rank == 0:
             config.save(self.directory.config_path)

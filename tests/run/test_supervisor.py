@@ -89,6 +89,14 @@ def test_r42_out_of_memory_is_no_failed_restart_and_the_ranks_are_told(runs: Run
     assert said == ["out_of_memory"] * 5 and "restart with a smaller micro batch" in reasons(run)
 
 
+def test_ranks_that_ask_for_it_are_started_again_without_a_failure(runs: Runs) -> None:
+    crashes = {str(inc): "92" for inc in range(1, 4)}
+    run = runs.start(runs.make(steps=6, crash=crashes), max_restarts=0)
+    assert launch.wait(run, 40) == 0
+    assert [state for _, state in states(run)] == ["preparing", "running"] * 4 + ["finished"]
+    assert last_records(run.metrics_path, 1, ["rewind"])[0].reason is None
+
+
 def test_r42_out_of_memory_with_restarts_switched_off_ends_the_run(runs: Runs) -> None:
     run = runs.start(runs.make(crash={"*": "91"}), max_restarts=0)
     assert launch.wait(run, 20) == 1 and run.info().state == "failed"

@@ -199,7 +199,7 @@ def test_c075_the_largest_batch_under_a_memory_cap_is_found(tmp_path: Path) -> N
 
 NARROW = [
     *("hidden_size=64", "num_layers=2", "num_heads=1", "num_kv_heads=1", "intermediate_size=512", "use_moe=false"),
-    *("tokenizer=lumina-1k", "seq_length=512", "rope_theta=10000", "batch_size=32", "learning_rate=3e-3", "warmup_steps=2"),
+    *("tokenizer=lumina-1k", "seq_length=512", "rope_theta=10000", "learning_rate=3e-3", "warmup_steps=2"),
     *(
         "max_steps=6",
         "num_epochs=50",
@@ -213,11 +213,17 @@ NARROW = [
 
 
 def test_r42_out_of_memory_in_a_step_goes_on_with_half_the_micro_batch(tmp_path: Path) -> None:
-    """The rank's address space is closed at what it has now, so its next large tensor finds no room: a real want of memory."""
+    """The rank's address space is closed at what it has now, so its next large tensor finds no room: a real want of memory.
+
+    It is compared with a run whose micro batch was found before the start, as large as this one's.
+    """
     data = conversations(tmp_path / "train.jsonl")
-    whole = launched(tmp_path, "whole", data)
+    found = ("dynamic_batching=true", "batch_size=4", "gradient_accumulation_steps=8", "min_batch_size=4")
+    whole = launched(tmp_path, "whole", data, *found)
     assert wait(whole, 200) == 0
-    run = launched(tmp_path, "broken", data)
+    chosen = Config.load(whole.config_path)
+    assert (chosen.batch_size, chosen.gradient_accumulation_steps) == (32, 1)  # C75
+    run = launched(tmp_path, "broken", data, "batch_size=32")
     until(lambda: len(steps(run)) >= 2, "two steps", deadline=120)
     owner = run.owner()
     assert owner is not None
@@ -240,10 +246,10 @@ def test_r42_out_of_memory_in_a_step_goes_on_with_half_the_micro_batch(tmp_path:
     assert (kept.batch_size, kept.gradient_accumulation_steps) == (16, 2)
 
 
-def launched(root: Path, name: str, data: Path) -> RunDirectory:
+def launched(root: Path, name: str, data: Path, *more: str) -> RunDirectory:
     words = [sys.executable, "-m", "lumina_engine.cli", "train", "--runs", str(root), "--run", name, "--detach", *NARROW]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(root / "state")}
     keys = [f"train_data_path={data}", f"data_cache_dir={root / 'cache'}"]
-    done = subprocess.run([*words, *keys], capture_output=True, text=True, env=env)
+    done = subprocess.run([*words, *keys, *more], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     return RunDirectory(root / name)
