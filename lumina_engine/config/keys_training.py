@@ -105,12 +105,12 @@ class TrainingKeys(Section):
         resume=True,
         read_by="training/trainer.py",
     )
-    seed: int = key(0, "Source of all randomness.", minimum=0, maximum=2**32 - 1, read_by="data/order.py, training/worker.py")
+    seed: int = key(0, "Source of all randomness.", minimum=0, maximum=2**32 - 1, read_by="data/order.py, training/setup.py")
     deterministic: bool = key(
         True,
         "Only deterministic kernels. false may be faster on a GPU; then runs are not repeatable bit for bit.",
         resume=True,
-        read_by="training/worker.py",
+        read_by="training/setup.py",
     )
     curriculum_learning: bool = key(
         False,
