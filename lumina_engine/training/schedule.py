@@ -41,8 +41,7 @@ class Schedule:
         if self.kind == "constant":
             return 1.0
         if self.kind == "wsd":
-            decay_steps = max(1, round(self.decay_ratio * self.total_steps))
-            start = max(self.warmup_steps, self.total_steps - decay_steps)
+            start = max(self.warmup_steps, self.total_steps - round(self.decay_ratio * self.total_steps))
             share = (step - start) / max(1, self.total_steps - start)
             return 1.0 - (1.0 - floor) * min(1.0, max(0.0, share))
         share = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))

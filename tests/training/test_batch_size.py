@@ -177,6 +177,16 @@ def test_c075_a_killed_try_is_survived_and_an_error_is_told(monkeypatch: pytest.
         run_trial("tests.training.trials", Config(), Comm(), {"how": "wrong"})
 
 
+def test_c075_a_try_that_one_rank_loses_is_lost_for_all(tmp_path: Path) -> None:
+    """The other rank's process would wait for ever: it is ended, and every rank learns the same."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
+    launch += ["--master-port", str(31_500 + os.getpid() % 2000), "-m", "tests.training.trials"]
+    done = subprocess.run(launch, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    assert lines, done.stderr[-3000:]
+    assert json.loads(lines[-1].removeprefix("FOUND ")) == [[[None, False], [-9, True]]] * 2
+
+
 def capped(cap: int, cache: Path, *sizes: int) -> Any:
     words = [sys.executable, "-m", "tests.training.trials", str(cap), str(cache), json.dumps(WIDE), *map(str, sizes)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}

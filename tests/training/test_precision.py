@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 from lumina_engine.config.checks import check
 from lumina_engine.config.schema import Config
 from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.log import read_records
+from lumina_engine.run.launch import wait
 from lumina_engine.run.rank import NullChannel
 from lumina_engine.training.ladder import HOLD, PrecisionLadder, native_bf16, wider
 from lumina_engine.training.state import payload, restore
 from lumina_engine.training.tune_precision import Row, choose, in_precision, modes
 
+from .test_resume import conversations, steps, train
 from .test_trainer import setup
 
 CPU = torch.device("cpu")
@@ -109,6 +112,9 @@ def test_a_ladder_returns_twice_and_then_stays() -> None:
     ]
     assert walk(PrecisionLadder("fp16", False), set(range(1, 6)), 20) == [(5, "fp32")]
     assert walk(PrecisionLadder("bf16", True), set(), 4000) == []
+    late = {98, 99, 100, 101}
+    assert walk(PrecisionLadder("bf16", True), {1, *late}, 120) == []  # 5 skips, but in 101 steps
+    assert walk(PrecisionLadder("bf16", True), {2, *late}, 120) == [(101, "fp32")]
 
 
 def test_a_ladder_falls_further_and_heeds_the_loss_scale_and_its_saved_state() -> None:
@@ -198,3 +204,25 @@ def test_other_weights_are_changed_by_a_restart_from_the_checkpoint(tmp_path: Pa
     restore(back, back.manager.load(back.manager.recover()))
     weights = dict(again.model.named_parameters())
     assert all(torch.equal(m, weights[back.engine.names[m]]) for m in back.engine.masters.values())
+
+
+def test_c071_the_start_measures_says_why_and_leaves_training_as_it_was(tmp_path: Path) -> None:
+    data = conversations(tmp_path / "train.jsonl")
+    keys = ["max_steps=16", "save_interval=0"]
+    tuned = train(tmp_path, "tuned", data, *keys, "auto_tune_precision=true")
+    assert wait(tuned, 280) == 0, tuned.log_path.read_text()[-2000:]
+    table = [r.message for r in read_records(tuned.metrics_path) if isinstance(r, rec.Note) and "auto_tune" in r.message]
+    tried = modes(CPU)
+    assert len(table) == len(tried) + 1 and all("tokens/s, peak" in line for line in table[:-1])
+    assert [line.split(": ")[1] for line in table[:-1]] == tried
+    chosen = Config.load(tuned.config_path)
+    assert f"auto_tune_precision: {chosen.precision} it is: " in table[-1]
+    assert all(f"lumina: {line}" in tuned.log_path.read_text() for line in table)
+    stage = [f"zero_stage={chosen.zero_stage}"] if chosen.precision == "bf16" else []
+    plain = train(tmp_path, "plain", data, *keys, f"precision={chosen.precision}", *stage)
+    assert wait(plain, 280) == 0, plain.log_path.read_text()[-2000:]
+    want, got = steps(plain), steps(tuned)
+    assert sorted(got) == sorted(want) == list(range(1, 17))
+    assert all(
+        (got[n].loss, got[n].grad_norm, got[n].tokens) == (want[n].loss, want[n].grad_norm, want[n].tokens) for n in want
+    )

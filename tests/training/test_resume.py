@@ -47,9 +47,10 @@ def conversations(path: Path) -> Path:
 
 
 def train(root: Path, name: str, data: Path, *more: str) -> RunDirectory:
-    words = [sys.executable, "-m", "lumina_engine.cli", "train", "--runs", str(root), "--run", name, "--detach", *more]
+    words = [sys.executable, "-m", "lumina_engine.cli", "train", "--runs", str(root), "--run", name, "--detach"]
     if "--resume" not in more:
         words += [*KEYS, f"train_data_path={data}", f"data_cache_dir={root / 'cache'}"]
+    words += more
     env = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(root / "state")}
     done = subprocess.run(words, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr

@@ -36,6 +36,10 @@ def test_c073_wsd_is_flat_then_decays_to_the_floor() -> None:
     assert [s.shape(step) for step in (11, 50, 80)] == [1.0, 1.0, 1.0]
     assert s.shape(90) == pytest.approx(0.55)
     assert s.shape(100) == pytest.approx(0.1)
+    never = schedule("wsd", decay=0.0)
+    assert [never.shape(step) for step in (11, 99, 100)] == [1.0, 1.0, 1.0]
+    whole = schedule("wsd", decay=1.0)  # the decay begins where the warm-up ends
+    assert [whole.shape(step) for step in (10, 55, 100)] == pytest.approx([1.0, 0.55, 0.1])
 
 
 def test_c073_linear_and_constant() -> None:

@@ -1,6 +1,7 @@
 """Programs for tests: a trial that ends as it is told, and a search for the largest micro batch under a memory cap.
 
 python -m tests.training.trials ORDER RESULT                        a trial (see `lumina_engine.training.trial`)
+python -m torch.distributed.run … -m tests.training.trials          a trial of several ranks, the last of which is killed
 python -m tests.training.trials CAP CACHE '{config}' SIZE…          tries of these sizes; without sizes the whole search
 """
 
@@ -11,6 +12,7 @@ import os
 import resource
 import signal
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,9 +30,21 @@ def ends(config: Config, order: dict[str, Any]) -> dict[str, Any]:
         os.kill(os.getpid(), signal.SIGKILL)
     if how == "memory":
         bytearray(1 << 62)
+    if how == "last killed" and int(os.environ["RANK"]) + 1 == int(os.environ["WORLD_SIZE"]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif how == "last killed":  # as in a collective with the one that is gone
+        threading.Event().wait()
     if how == "wrong":
         raise ValueError("the trial was told to be wrong")
     return {"rows": config.batch_size, "alone": os.environ["WORLD_SIZE"], "channel": os.environ.get("LUMINA_RANK_SOCKET")}
+
+
+def ranks() -> None:
+    comm = Comm.start("gloo")
+    outcomes = run_trial("tests.training.trials", Config(), comm, {"how": "last killed"})
+    seen = comm.all_gather([[outcome.code, outcome.out_of_memory] for outcome in outcomes])
+    if comm.rank == 0:
+        print("FOUND " + json.dumps(seen), flush=True)
 
 
 def search(cap: int, cache: Path, keys: dict[str, Any], sizes: list[int]) -> None:
@@ -56,4 +70,6 @@ def search(cap: int, cache: Path, keys: dict[str, Any], sizes: list[int]) -> Non
 if __name__ == "__main__":
     if len(sys.argv) == 3:
         leave(trial_main(ends, sys.argv))
+    if len(sys.argv) == 1:
+        sys.exit(ranks())
     search(int(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3]), [int(size) for size in sys.argv[4:]])

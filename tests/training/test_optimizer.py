@@ -1,0 +1,140 @@
+"""What an update is: AdamW by its formula, decay of matrices only, clipping, the schedule's rates, loss over valid tokens (C73)."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lumina_engine.config.schema import DeepSeekConfig
+from lumina_engine.model.transformer import DeepSeekTransformer
+from lumina_engine.monitoring import record as rec
+from lumina_engine.training.comm import Comm
+from lumina_engine.training.engine import parameter_groups
+from lumina_engine.training.plain_engine import PlainEngine
+from lumina_engine.training.setup import seed_all
+
+from .test_trainer import setup
+
+SHAPE = {"vocab_size": 1024, "hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "num_experts": 4}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"use_moe": False},
+        {"qk_norm": True, "tie_word_embeddings": False, "num_shared_experts": 1, "num_dense_layers": 1},
+        {"attention": "mla", "q_lora_rank": 32},
+    ],
+)
+def test_c073_norms_embeddings_and_routers_do_not_decay(keys: dict[str, Any]) -> None:
+    with torch.device("meta"):
+        model = DeepSeekTransformer(DeepSeekConfig(**SHAPE, **keys))
+    groups = parameter_groups(model, 0.3)
+    decay = {p: group["weight_decay"] for group in groups for p in group["params"]}
+    assert len(decay) == len(list(model.parameters()))
+    for name, parameter in model.named_parameters():
+        module = name.removesuffix(".weight").rpartition(".")[2]
+        spared = module.endswith("norm") or module in ("embedding", "router")
+        assert decay[parameter] == (0.0 if spared else 0.3), name
+    biased = nn.ModuleDict({"out": nn.Linear(3, 2)})
+    assert {g["weight_decay"]: [p.ndim for p in g["params"]] for g in parameter_groups(biased, 0.3)} == {0.3: [2], 0.0: [1]}
+
+
+def settings(**keys: Any) -> SimpleNamespace:
+    base = {"precision": "fp32", "learning_rate": 1.0, "weight_decay": 0.2, "max_grad_norm": 0.0}
+    return SimpleNamespace(**{**base, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_eps": 1e-3, **keys})
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_c073_adamw_equals_its_formula_from_the_first_step(clip: float) -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"out": nn.Linear(3, 4), "norm": nn.LayerNorm(4)})
+    engine = PlainEngine(model, settings(max_grad_norm=clip), Comm())
+    want = {n: p.detach().double().clone() for n, p in model.named_parameters()}
+    mean = {n: torch.zeros_like(w) for n, w in want.items()}
+    square = {n: torch.zeros_like(w) for n, w in want.items()}
+    for step, lr in enumerate((1e-2, 3e-2, 2e-2), start=1):
+        x = torch.randn(5, 3)
+        engine.backward(model["norm"](model["out"](x)).pow(3).sum() / 7, last=True)
+        grads = {n: p.grad.double().clone() for n, p in model.named_parameters() if p.grad is not None}
+        norm = math.sqrt(sum(float(g.pow(2).sum()) for g in grads.values()))
+        result = engine.step(lr)
+        assert result.applied and result.grad_norm == pytest.approx(norm, rel=1e-5)  # before clipping
+        for name, grad in grads.items():
+            grad = grad * min(1.0, clip / norm) if clip else grad
+            mean[name] = 0.8 * mean[name] + 0.2 * grad
+            square[name] = 0.9 * square[name] + 0.1 * grad**2
+            decay = 0.2 if name == "out.weight" else 0.0
+            moved = mean[name] / (1 - 0.8**step) / ((square[name] / (1 - 0.9**step)).sqrt() + 1e-3)
+            want[name] = want[name] * (1 - lr * decay) - lr * moved
+    for name, parameter in model.named_parameters():
+        assert torch.allclose(parameter.double(), want[name], atol=1e-5), name
+
+
+def trained(tmp_path: Path, **keys: Any) -> list[rec.Step]:
+    trainer, dataset, records = setup(tmp_path, num_epochs=1000, **keys)
+    trainer.train(dataset)
+    return [r for r in records if isinstance(r, rec.Step)]
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "linear", "constant"])
+def test_c073_the_rate_of_each_step_is_the_schedules_from_step_1(tmp_path: Path, kind: str) -> None:
+    total, warm = 10, 3
+    keys = {"max_steps": total, "warmup_steps": warm, "lr_schedule": kind, "min_lr_ratio": 0.2, "decay_ratio": 0.3}
+    steps = trained(tmp_path, batch_size=4, learning_rate=2e-3, **keys)
+    for n, step in enumerate(steps, start=1):
+        share = (n - warm) / (total - warm)
+        after = {
+            "cosine": 0.2 + 0.8 * (1 + math.cos(math.pi * share)) / 2,
+            "linear": 1 - 0.8 * share,
+            "constant": 1.0,
+            "wsd": 1.0 if n <= 7 else 1 - 0.8 * (n - 7) / 3,
+        }[kind]
+        assert step.lr == pytest.approx(2e-3 * (n / warm if n <= warm else after), rel=1e-12)
+
+
+@pytest.mark.parametrize("engine", [{"use_deepspeed": False}, {"use_deepspeed": True, "zero_stage": 1}])
+def test_c072_max_grad_norm_0_clips_nothing(tmp_path: Path, engine: dict[str, Any]) -> None:
+    keys = {"batch_size": 4, "max_steps": 4, "warmup_steps": 0, "lr_schedule": "constant", "adam_eps": 0.1, **engine}
+    off, huge, low = (trained(tmp_path, max_grad_norm=norm, **keys) for norm in (0.0, 1e9, 0.01))
+    assert [s.loss for s in off] == [s.loss for s in huge]
+    assert off[0].loss == low[0].loss and off[-1].loss != low[-1].loss
+    assert low[0].grad_norm == off[0].grad_norm > 0.01  # recorded before clipping
+
+
+@pytest.mark.parametrize("keys", [{}, {"train_on": "all", "assistant_loss_weight": 0.3}])
+def test_r02_loss_counts_the_valid_tokens_of_the_whole_batch(tmp_path: Path, keys: dict[str, Any]) -> None:
+    """Rows of uneven length, so micro batches have unequal numbers of trained tokens, and weights of unequal sum."""
+    same = {"max_steps": 5, "packing": "none", "load_balancing_weight": 0.0, **keys}
+    whole = trained(tmp_path, batch_size=4, **same)
+    for rows, steps in ((1, 4), (2, 2)):
+        parts = trained(tmp_path, batch_size=rows, gradient_accumulation_steps=steps, **same)
+        for a, b in zip(whole, parts, strict=True):
+            assert (a.loss, a.grad_norm) == (pytest.approx(b.loss, rel=1e-5), pytest.approx(b.grad_norm, rel=1e-4))
+    if keys:
+        plain = trained(tmp_path, batch_size=4, **{**same, "assistant_loss_weight": 1.0})
+        assert plain[0].loss != pytest.approx(whole[0].loss, rel=1e-4)
+
+
+def test_deterministic_asks_for_deterministic_kernels() -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    try:
+        torch.use_deterministic_algorithms(False)
+        seed_all(SimpleNamespace(deterministic=False, seed=3), Comm())
+        assert not torch.are_deterministic_algorithms_enabled()
+        seed_all(SimpleNamespace(deterministic=True, seed=3), Comm())
+        assert torch.are_deterministic_algorithms_enabled()
+        one = torch.rand(3)
+        seed_all(SimpleNamespace(deterministic=True, seed=3), Comm())
+        assert torch.equal(one, torch.rand(3))
+        seed_all(SimpleNamespace(deterministic=True, seed=3), Comm(rank=1, world_size=2))
+        assert not torch.equal(one, torch.rand(3))  # dropout differs between ranks
+    finally:
+        torch.use_deterministic_algorithms(before)
