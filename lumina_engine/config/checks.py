@@ -25,7 +25,6 @@ from lumina_engine.config.schema import Config, infos_of
 NOT_YET: dict[str, tuple[object, ...] | None] = {
     "partition_activations": None,
     "compile": None,
-    "gradient_checkpointing": (False, True),
     "precision": ("auto", "fp32", "bf16", "mixed_bf16"),
     "data_format": ("auto", "messages", "alpaca", "sharegpt", "text"),
     "streaming_threshold_gb": None,

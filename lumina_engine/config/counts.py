@@ -125,10 +125,11 @@ def training_flops_per_token(model: DeepSeekConfig, seq_length: int | None = Non
     """Operations of forward and backward for one token of a row of `seq_length` (default: the longest).
 
     6 x (active + V h) + 3 L H (d + e) S, with a window W instead of S in it 2 W - W²/S; a third more with full gradient
-    checkpointing.
+    checkpointing, of the attention alone with selective.
     """
     length = seq_length or model.seq_length
     counts = parameter_counts(model)
     flops = 6.0 * (counts.active + model.vocab_rows * model.hidden_size)
-    flops += 3.0 * attention_pair_flops(model, length) / length
+    repeats = 4.0 if model.gradient_checkpointing == "selective" else 3.0
+    flops += repeats * attention_pair_flops(model, length) / length
     return flops * 4 / 3 if model.gradient_checkpointing is True else flops

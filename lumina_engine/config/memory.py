@@ -152,11 +152,36 @@ def expert_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int
     return routed + shared + router
 
 
+def selective_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
+    """Bytes that one block keeps with selective checkpointing: its inputs and the results of matrix products, on average."""
+    hidden, heads, value = model.hidden_size, model.num_heads, model.v_head_dim
+    if model.attention == "mla":
+        queries = heads * model.head_size
+        projected = (model.q_lora_rank or queries) + model.kv_lora_rank + model.qk_rope_head_dim
+        projected += (queries if model.q_lora_rank else 0) + heads * (model.qk_nope_head_dim + value)
+    else:
+        projected = (heads + 2 * model.num_kv_heads) * model.head_size
+    with_experts = model.expert_layers
+    width = model.dense_width if model.use_moe else model.expert_width
+    # experts: normed input and its statistic; gate-up of routed and shared; logits, scores, choices and gates of the router
+    scores = 4 if model.router_score == "softmax" else 8
+    chosen = tokens * model.moe_top_k
+    experts = tokens * (value_bytes * hidden + 4) + chosen * value_bytes * 2 * model.expert_width
+    experts += (
+        tokens * (value_bytes * model.num_shared_experts * 2 * model.expert_width + scores * model.num_experts) + chosen * 36
+    )
+    feed_forward = with_experts * experts + (model.num_layers - with_experts) * tokens * value_bytes * 2 * width
+    return tokens * value_bytes * (2 * hidden + projected) + feed_forward // model.num_layers
+
+
 def activation_bytes(model: DeepSeekConfig, batch_size: int, seq_length: int, value_bytes: int) -> int:
     """Bytes kept for the backward pass of one micro batch. Attention keeps no scores and no mask."""
     tokens = batch_size * seq_length
     block = block_activation_bytes(model, tokens, value_bytes)
     ends = tokens * value_bytes * 2 * model.hidden_size
+    if model.gradient_checkpointing == "selective":  # and what one block computes again
+        kept = selective_activation_bytes(model, tokens, value_bytes)
+        return (model.num_layers - 1) * kept + max(kept, block) + ends
     if model.gradient_checkpointing:
         return model.num_layers * tokens * value_bytes * model.hidden_size + block + ends
     return model.num_layers * block + ends

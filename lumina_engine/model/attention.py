@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lumina_engine.model.attention_core import additive_mask, fused_attention, reference_attention
-from lumina_engine.model.layers import RMSNorm
+from lumina_engine.model.layers import RMSNorm, runner
 from lumina_engine.model.rope import rotate
 from lumina_engine.model.segments import Segments
 
@@ -128,9 +128,21 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
-    def forward(self, x_BSD: Tensor, plan: AttentionPlan, cache: KVCache | None = None) -> Tensor:
-        batch, new, _ = x_BSD.shape
-        heads_BSNd = self.qkv(x_BSD).view(batch, new, -1, self.head_dim)
+    def forward(
+        self,
+        x_BSD: Tensor,
+        plan: AttentionPlan,
+        cache: KVCache | None = None,
+        norm: RMSNorm | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """`norm` is applied to x first; with `recompute` only the fused projection is kept for the backward pass."""
+        run = runner(recompute)
+        heads_BSNd = run(lambda x: self.qkv(x if norm is None else norm(x)), x_BSD).unflatten(-1, (-1, self.head_dim))
+        return run(self._attend, heads_BSNd, plan, cache)
+
+    def _attend(self, heads_BSNd: Tensor, plan: AttentionPlan, cache: KVCache | None) -> Tensor:
+        batch, new = heads_BSNd.shape[:2]
         if plan.segments is not None:
             attended = self._by_document(heads_BSNd, plan, plan.segments)
         else:

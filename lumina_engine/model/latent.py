@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lumina_engine.model.attention import AttentionPlan, KVCache
 from lumina_engine.model.attention_core import fused_attention, query_blocks, reference_attention
-from lumina_engine.model.layers import RMSNorm
+from lumina_engine.model.layers import RMSNorm, runner
 from lumina_engine.model.rope import rotate
 from lumina_engine.model.segments import Segments
 
@@ -55,42 +55,61 @@ class LatentAttention(nn.Module):
         self.kv_expand = nn.Linear(self.rank, self.num_heads * (self.nope + self.value), bias=False)
         self.out = nn.Linear(self.num_heads * self.value, config.hidden_size, bias=False)
 
-    def forward(self, x_BSD: Tensor, plan: AttentionPlan, cache: KVCache | None = None) -> Tensor:
-        query, latent, rope = self._compressed(x_BSD)
-        if plan.segments is not None:
-            attended = self._by_document(query, latent, rope, plan, plan.segments)
-        else:
-            query, rope = self._rotated(query, plan), rotate(rope, plan.cos, plan.sin)
-            past = 0 if cache is None else cache.length
-            if cache is not None:
-                stored = cache.append_latents(self.layer, torch.cat((latent, rope[:, :, 0]), dim=-1))
-                stored = stored[:, plan.first_key :].to(query.dtype)
-            if past and self._absorbs(query.shape[1], stored.shape[1]):
-                attended = self._absorbed(query, stored, plan.mask)
-            else:
-                if past:
-                    latent, rope = stored[..., : self.rank], stored[..., None, self.rank :]
-                attended = self._expanded(query, latent, rope, plan)
-        return self.out(attended.reshape(*x_BSD.shape[:2], -1))
-
-    def _compressed(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (B, S, H, d) and rotary key (B, S, 1, r), not rotated yet, and the normed latent (B, S, c)."""
-        query, latent, rope = self.compress(x_BSD).split((self.query_rows, self.rank, self.rope), dim=-1)
+    def forward(
+        self,
+        x_BSD: Tensor,
+        plan: AttentionPlan,
+        cache: KVCache | None = None,
+        norm: RMSNorm | None = None,
+        recompute: bool = False,
+    ) -> Tensor:
+        """`norm` is applied to x first; with `recompute` only results of projections are kept for the backward pass."""
+        run = runner(recompute)
+        compressed = run(lambda x: self.compress(x if norm is None else norm(x)), x_BSD)
+        query, latent, rope = compressed.split((self.query_rows, self.rank, self.rope), dim=-1)
         if self.q_norm is not None and self.q_expand is not None:
-            query = self.q_expand(self.q_norm(query))
-        return query.unflatten(-1, (self.num_heads, -1)), self.kv_norm(latent), rope.unsqueeze(2)
+            q_norm, q_expand = self.q_norm, self.q_expand
+            query = run(lambda query: q_expand(q_norm(query)), query)
+        query, rope = query.unflatten(-1, (self.num_heads, -1)), rope.unsqueeze(2)
+        if cache is not None:
+            return self._output(self._cached(query, self.kv_norm(latent), rope, plan, cache))
+        expanded = run(lambda latent: self.kv_expand(self.kv_norm(latent)), latent).unflatten(-1, (self.num_heads, -1))
+        return run(self._attend, query, expanded, rope, plan)
+
+    def _attend(self, query_BSHd: Tensor, expanded_BSHv: Tensor, rope_BS1r: Tensor, plan: AttentionPlan) -> Tensor:
+        """The output (B, S, D) for new tokens alone, from projections that are not rotated yet."""
+        if plan.segments is not None:
+            attended = self._by_document(query_BSHd, expanded_BSHv, rope_BS1r, plan, plan.segments)
+            return self._output(attended.unflatten(0, query_BSHd.shape[:2]))
+        query, rope = self._rotated(query_BSHd, plan), rotate(rope_BS1r, plan.cos, plan.sin)
+        return self._output(self._expanded(query, expanded_BSHv, rope, plan))
+
+    def _cached(self, query_BSHd: Tensor, latent_BSc: Tensor, rope_BS1r: Tensor, plan: AttentionPlan, cache: KVCache) -> Tensor:
+        """Attention behind a cache, (B, S, H, e), to which the new tokens are added."""
+        query, rope = self._rotated(query_BSHd, plan), rotate(rope_BS1r, plan.cos, plan.sin)
+        stored = cache.append_latents(self.layer, torch.cat((latent_BSc, rope[:, :, 0]), dim=-1))
+        stored = stored[:, plan.first_key :].to(query.dtype)
+        if cache.length and self._absorbs(query.shape[1], stored.shape[1]):
+            return self._absorbed(query, stored, plan.mask)
+        latent = latent_BSc
+        if cache.length:
+            latent, rope = stored[..., : self.rank], stored[..., None, self.rank :]
+        return self._expanded(query, self.kv_expand(latent).unflatten(-1, (self.num_heads, -1)), rope, plan)
+
+    def _output(self, attended_BSHe: Tensor) -> Tensor:
+        return self.out(attended_BSHe.flatten(2))
 
     def _rotated(self, query_BSHd: Tensor, plan: AttentionPlan) -> Tensor:
         nope, rope = query_BSHd.split((self.nope, self.rope), dim=-1)
         return torch.cat((nope, rotate(rope, plan.cos, plan.sin)), dim=-1)
 
     def _by_document(
-        self, query_BSHd: Tensor, latent_BSc: Tensor, rope_BS1r: Tensor, plan: AttentionPlan, segments: Segments
+        self, query_BSHd: Tensor, expanded_BSHv: Tensor, rope_BS1r: Tensor, plan: AttentionPlan, segments: Segments
     ) -> Tensor:
         """Attention within documents, (B·S, H, e)."""
-        expanded = self.kv_expand(latent_BSc).unflatten(-1, (self.num_heads, -1))
-        query, key_value, rope = (segments.pack(x.flatten(0, 1))[None] for x in (query_BSHd, expanded, rope_BS1r))
-        key, value = self._keys(key_value, rotate(rope, plan.cos, plan.sin))
+        parts = (query_BSHd, expanded_BSHv, rope_BS1r)
+        query, expanded, rope = (segments.pack(x.flatten(0, 1))[None] for x in parts)
+        key, value = self._keys(expanded, rotate(rope, plan.cos, plan.sin))
         return segments.attend(self._rotated(query, plan)[0], key[0], value[0], self.scale, self.window)
 
     def _keys(self, expanded_BTHv: Tensor, rope_BT1r: Tensor) -> tuple[Tensor, Tensor]:
@@ -98,9 +117,9 @@ class LatentAttention(nn.Module):
         nope, value = expanded_BTHv.split((self.nope, self.value), dim=-1)
         return torch.cat((nope, rope_BT1r.expand(-1, -1, self.num_heads, -1)), dim=-1), value
 
-    def _expanded(self, query_BSHd: Tensor, latent_BTc: Tensor, rope_BT1r: Tensor, plan: AttentionPlan) -> Tensor:
-        """Attention over expanded keys and values, (B, S, H, e)."""
-        key, value = self._keys(self.kv_expand(latent_BTc).unflatten(-1, (self.num_heads, -1)), rope_BT1r)
+    def _expanded(self, query_BSHd: Tensor, expanded_BTHv: Tensor, rope_BT1r: Tensor, plan: AttentionPlan) -> Tensor:
+        """Attention over expanded keys and values, (B, S, H, e); queries and rotary key are rotated."""
+        key, value = self._keys(expanded_BTHv, rope_BT1r)
         query, key, value = (x.transpose(1, 2) for x in (query_BSHd, key, value))
         attend = fused_attention if self.fused else reference_attention
         return attend(query, key, value, plan.mask, plan.is_causal, self.scale, self.window).transpose(1, 2)

@@ -1,15 +1,35 @@
-"""RMSNorm and the dense SwiGLU block, as autograd functions that make few passes over memory.
+"""RMSNorm and the dense SwiGLU block, as autograd functions that make few passes over memory; and how to recompute a part.
 
 Shapes: T tokens, D hidden size, I intermediate size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def runner(recompute: bool) -> Callable[..., Any]:
+    """How to call a part of a layer: `run(function, *arguments)`.
+
+    With `recompute` the backward pass keeps the arguments only and calls the function again. A matrix product at its end is not
+    repeated, since torch stops once it has the product's inputs; so parts end with one. The function must draw no random
+    numbers.
+    """
+    return _again if recompute else _plainly
+
+
+def _plainly(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
+
+
+def _again(function: Callable[..., Any], *arguments: Any) -> Any:
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -90,5 +110,8 @@ class SwiGLU(nn.Module):
         self.gate_up = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(gated_silu(self.gate_up(x)))
+    def forward(self, x: Tensor, norm: RMSNorm | None = None, recompute: bool = False) -> Tensor:
+        """`norm` is applied to x first; `recompute` keeps neither its result nor the activation for the backward pass."""
+        run = runner(recompute)
+        gate_up = run(lambda x: self.gate_up(x if norm is None else norm(x)), x)
+        return run(lambda gate_up: self.down(gated_silu(gate_up)), gate_up)

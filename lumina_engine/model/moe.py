@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lumina_engine.model.exchange import ExpertGroup, experts_elsewhere
 from lumina_engine.model.experts import experts_grouped, experts_loop
-from lumina_engine.model.layers import SwiGLU
+from lumina_engine.model.layers import SwiGLU, runner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -197,16 +197,23 @@ class MoE(nn.Module):
         self.w2 = nn.Parameter(group.own(self.w2.detach()).clone())
 
     def forward(
-        self, x_BSD: Tensor, valid_BS: Tensor | None = None, routes: list[LayerRoute] | None = None
+        self,
+        x_BSD: Tensor,
+        valid_BS: Tensor | None = None,
+        routes: list[LayerRoute] | None = None,
+        recompute: bool = False,
     ) -> tuple[Tensor, LayerStats]:
         """Output (B, S, D), zero where a token lost all its choices to capacity, and the statistics of this call.
 
-        The routing is appended to `routes`, if given.
+        The routing is appended to `routes`, if given. With `recompute` the backward pass keeps x and the experts' first
+        products only; nothing is counted twice.
         """
         batch, length, hidden = x_BSD.shape
         x_TD = x_BSD.reshape(-1, hidden)
         valid_T = None if valid_BS is None else valid_BS.reshape(-1)
-        logits_TE, scores_TE, experts_TK, gates_TK = self.router(x_TD)
+        # With jitter the router draws random numbers, so it is not run again.
+        route = runner(recompute and not (self.training and self.router.jitter > 0))
+        logits_TE, scores_TE, experts_TK, gates_TK = route(self.router, x_TD)
         if routes is not None:
             shape = (batch, length, self.top_k)
             routes.append(LayerRoute(experts_TK.detach().view(shape), gates_TK.detach().view(shape)))
@@ -215,14 +222,14 @@ class MoE(nn.Module):
             tokens = len(x_TD) if valid_T is None else valid_T.sum()
             capacity = capacity_of(tokens, self.num_experts, self.top_k, self.capacity_factor)
         plan = dispatch(experts_TK.view(batch, length, self.top_k), self.num_experts, valid_BS, capacity)
-        out_TD = self._experts(x_TD, gates_TK, plan)
+        out_TD = self._experts(x_TD, gates_TK, plan, recompute)
         if self.shared is not None:
-            out_TD = out_TD + self.shared(x_TD)
+            out_TD = out_TD + self.shared(x_TD, recompute=recompute)
         dropped = (plan.counts_E.sum() - plan.ends_E[-1]).float()
         sums = self.router.statistics(logits_TE, scores_TE, valid_T)
         return out_TD.view(x_BSD.shape), LayerStats(plan.counts_E.float(), sums[0], sums[1], dropped, sums[2])
 
-    def _experts(self, x_TD: Tensor, gates_TK: Tensor, plan: Dispatch) -> Tensor:
+    def _experts(self, x_TD: Tensor, gates_TK: Tensor, plan: Dispatch, recompute: bool) -> Tensor:
         device = x_TD.device.type
         w13: Tensor = self.w13
         w2: Tensor = self.w2
@@ -232,10 +239,10 @@ class MoE(nn.Module):
         # grouped_mm wants rows of whole 16 bytes. On a CPU both are equally fast, and the loop skips what capacity dropped.
         compute = experts_loop if device == "cpu" or x_TD.shape[1] % 8 else experts_grouped
         if self.group is None:
-            return compute(x_TD, gates_TK, plan.choice_N, plan.ends_E, w13, w2)
+            return compute(x_TD, gates_TK, plan.choice_N, plan.ends_E, w13, w2, recompute)
 
         def local(rows_MD: Tensor, order_M: Tensor, ends_F: Tensor) -> Tensor:
             run = compute if len(rows_MD) else experts_loop  # without a row the weights still get their (zero) gradients
-            return run(rows_MD, gates_TK.new_ones(len(rows_MD), 1), order_M, ends_F, w13, w2)
+            return run(rows_MD, gates_TK.new_ones(len(rows_MD), 1), order_M, ends_F, w13, w2, recompute)
 
         return experts_elsewhere(x_TD, gates_TK, plan.choice_N, plan.ends_E, self.group, local)

@@ -26,12 +26,6 @@ from lumina_engine.model.moe import LayerRoute, LayerStats, MoE, RouterStats
 from lumina_engine.model.rope import RotaryTables, inverse_frequencies
 from lumina_engine.model.segments import Segments
 
-# Values of keys that this model computes, where it does not compute all that the configuration names; the first is the fix.
-_BUILT: dict[str, tuple[object, ...]] = {
-    "gradient_checkpointing": (False, True),
-}
-
-
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # On a GPU shorter rows take a mask: laying out documents reads their lengths back from the device.
 _READ_FROM = 1024
@@ -64,6 +58,7 @@ class Block(nn.Module):
             width = config.dense_width if config.use_moe else config.expert_width
             self.ffn = SwiGLU(config.hidden_size, width)
         self.dropout = config.dropout
+        self.selective = config.gradient_checkpointing == "selective"
 
     def forward(
         self,
@@ -73,13 +68,13 @@ class Block(nn.Module):
         cache: KVCache | None,
         routes: list[LayerRoute] | None = None,
     ) -> tuple[Tensor, LayerStats | None]:
-        x_BSD = x_BSD + self._drop(self.attention(self.attention_norm(x_BSD), plan, cache))
+        recompute = self.selective and cache is None and torch.is_grad_enabled()
+        x_BSD = x_BSD + self._drop(self.attention(x_BSD, plan, cache, self.attention_norm, recompute))
         stats: LayerStats | None = None
-        branch = self.ffn_norm(x_BSD)
         if isinstance(self.ffn, MoE):
-            branch, stats = self.ffn(branch, valid_BS, routes)
+            branch, stats = self.ffn(self.ffn_norm(x_BSD), valid_BS, routes, recompute)
         else:
-            branch = self.ffn(branch)
+            branch = self.ffn(x_BSD, self.ffn_norm, recompute)
         return x_BSD + self._drop(branch), stats
 
     def _drop(self, branch: Tensor) -> Tensor:
@@ -109,10 +104,6 @@ class DeepSeekTransformer(nn.Module):
             self.init_weights(seed)
 
     def _check(self) -> None:
-        for key, built in _BUILT.items():
-            value = getattr(self.config, key)
-            if value not in built:
-                raise ValueError(f"{key}={value!r}: the model does not have it yet; set {key}={built[0]!r}")
         if self.config.attention == "mla" and self.config.qk_norm:
             raise ValueError("qk_norm=True: latent attention norms its latents instead; set qk_norm=False")
 
@@ -194,7 +185,7 @@ class DeepSeekTransformer(nn.Module):
         real tokens of each document from 0, behind a cache onwards. `labels` (B, S) lie on their own token, -100 carries no
         loss; `weights` (B, S) multiply them (the mean is then the weighted mean). `logits_to_keep` > 0 gives the logits of that
         many last positions only. Evaluation mode never drops a token for capacity. `routes`, a list, receives what the routers
-        chose, an entry per expert layer, first layer first; not together with gradient checkpointing, which runs layers twice.
+        chose, an entry per expert layer, first layer first; not together with full checkpointing, which runs layers twice.
         """
         if document_ids is None and attention_mask is not None:
             document_ids = attention_mask[:, -input_ids.shape[1] :].long()
@@ -239,7 +230,7 @@ class DeepSeekTransformer(nn.Module):
         x = self.embedding(input_ids)
         plan = self._plan(x, input_ids, document_ids, position_ids, cache)
         stats: list[LayerStats] = []
-        recompute = self.config.gradient_checkpointing and torch.is_grad_enabled() and cache is None
+        recompute = self.config.gradient_checkpointing is True and torch.is_grad_enabled() and cache is None
         for block in self.blocks:
             if recompute:
                 x, layer_stats = checkpoint(block, x, plan, valid, cache, use_reentrant=False)

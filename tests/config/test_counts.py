@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from lumina_engine.config.counts import forward_flops, kv_cache_bytes_per_token, parameter_counts, training_flops_per_token
-from lumina_engine.config.memory import Layout, block_activation_bytes, training_memory
+from lumina_engine.config.memory import (
+    Layout,
+    activation_bytes,
+    block_activation_bytes,
+    selective_activation_bytes,
+    training_memory,
+)
 from lumina_engine.config.presets import NAMES, ConfigPresets
 from lumina_engine.config.resolve import model_config
 from lumina_engine.config.schema import DeepSeekConfig
@@ -138,6 +144,7 @@ KEPT = {
     "qk_norm": {"hidden_size": 64, "num_heads": 4, "num_kv_heads": 4, "qk_norm": True},
     "shared": {"num_shared_experts": 1},
     "many": {"num_experts": 64},
+    "many, sigmoid": {"num_experts": 64, "router_score": "sigmoid"},
     "latent": LATENT,
     "latent, compressed queries": LATENT | {"q_lora_rank": 96},
     "latent, values as wide as keys": LATENT | {"v_head_dim": 48},
@@ -160,6 +167,27 @@ def test_c008_activations_are_those_that_autograd_keeps(shape: dict, precision: 
         model = small(moe_dropless=True, num_layers=layers, **shape)
         kept.append(saved_bytes(DeepSeekTransformer(model).to(dtype).train(), ids))
     assert kept[1] - kept[0] == pytest.approx(2 * block_activation_bytes(model, 256, value), rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", KEPT.values(), ids=KEPT)
+def test_c011_selective_checkpointing_keeps_what_is_predicted(shape: dict, precision: str) -> None:
+    """Within 5 %, and clearly less than without; the peak is that of one block more than all keep."""
+    torch = pytest.importorskip("torch")
+    from lumina_engine.model.transformer import DeepSeekTransformer
+
+    dtype, value = (torch.float32, 4) if precision == "fp32" else (torch.bfloat16, 2)
+    ids = torch.arange(256).reshape(4, 64)
+    kept = []
+    for layers in (2, 4):
+        model = small(moe_dropless=True, num_layers=layers, gradient_checkpointing="selective", **shape)
+        kept.append(saved_bytes(DeepSeekTransformer(model).to(dtype).train(), ids))
+    predicted = selective_activation_bytes(model, 256, value)
+    assert kept[1] - kept[0] == pytest.approx(2 * predicted, rel=0.05)
+    assert predicted < 0.75 * block_activation_bytes(model, 256, value)
+    plain = model.model_copy(update={"gradient_checkpointing": False})
+    saved = activation_bytes(plain, 4, 64, value) - activation_bytes(model, 4, 64, value)
+    assert saved == 3 * (block_activation_bytes(model, 256, value) - predicted)
 
 
 def test_c140_a_window_counts_the_pairs_that_see_each_other() -> None:

@@ -316,7 +316,12 @@ def test_c006_qk_norm_by_hand(tiny):
     model(ids(1, 1))
     attention = block.attention
     # a single token attends to itself only: the output is its value, whatever queries and keys are
-    value = F.linear(seen["x"], attention.qkv.weight)[..., -2 * 16 :].view(1, 1, 2, 16).repeat_interleave(2, 2).flatten(2)
+    value = (
+        F.linear(block.attention_norm(seen["x"]), attention.qkv.weight)[..., -2 * 16 :]
+        .view(1, 1, 2, 16)
+        .repeat_interleave(2, 2)
+        .flatten(2)
+    )
     torch.testing.assert_close(seen["out"], F.linear(value, attention.out.weight), atol=1e-5, rtol=1e-5)
     query = attention.q_norm(torch.full((1, 1, 1, 16), 3.0))
     torch.testing.assert_close(query[0, 0, 0], attention.q_norm.weight, atol=1e-5, rtol=1e-5)

@@ -73,7 +73,8 @@ def test_c015_c019_equals_a_naive_loop(experts, top_k, shape, score, normalize, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("capacity", [None, 2, 5])
-def test_c017_grouped_equals_loop(dtype, top_k, capacity):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_c017_grouped_equals_loop(dtype, top_k, capacity, recompute):
     """The two ways to run experts agree, with empty experts, overflow and padding, forward and backward."""
     x = torch.randn(18, 64).to(dtype).requires_grad_()
     gates = torch.rand(18, top_k, requires_grad=True)
@@ -84,11 +85,12 @@ def test_c017_grouped_equals_loop(dtype, top_k, capacity):
     plan = dispatch(experts, 5, valid, None if capacity is None else torch.tensor(capacity))
     weight = torch.randn(18, 64).to(dtype)
     results = []
-    for compute in (experts_loop, experts_grouped):
-        out = compute(x, gates, plan.choice_N, plan.ends_E, w13, w2)
+    for compute, again in ((experts_loop, False), (experts_loop, recompute), (experts_grouped, recompute)):
+        out = compute(x, gates, plan.choice_N, plan.ends_E, w13, w2, again)
         results.append((out.detach(), *torch.autograd.grad((out * weight).sum(), (x, gates, w13, w2))))
     close = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
     torch.testing.assert_close(results[0], results[1], **close)
+    torch.testing.assert_close(results[0], results[2], **close)
     assert results[0][3][4].abs().sum() == 0
 
 

@@ -12,7 +12,7 @@ from lumina_engine.config.schema import Config, ConfigError, DeepSeekConfig
 from lumina_engine.model.attention import KVCache
 from lumina_engine.model.transformer import DeepSeekTransformer, ModelOutput
 
-from .kinds import LATENT
+from .kinds import KINDS, LATENT, peak_bytes
 
 
 def ids(batch: int = 2, length: int = 16) -> torch.Tensor:
@@ -130,12 +130,6 @@ def test_c140_first_layers_dense(tiny):
     assert model.blocks[0].ffn.gate_up.weight.shape == (80, 64)
 
 
-@pytest.mark.parametrize("changes", [{"gradient_checkpointing": "selective"}, {"expert_parallel_size": 2}])
-def test_unbuilt_options_are_refused_by_name(tiny, changes):
-    with pytest.raises(ValueError, match=next(iter(changes))):
-        tiny(**changes)
-
-
 @pytest.mark.parametrize("use_moe", [True, False])
 def test_c001_causality_in_evaluation(tiny, use_moe):
     model, tokens = tiny(use_moe=use_moe, moe_top_k=1).eval(), ids(1, 10)
@@ -148,29 +142,46 @@ def test_c001_causality_in_evaluation(tiny, use_moe):
         assert not torch.allclose(after[:, cut], before[:, cut])
 
 
-@pytest.mark.parametrize("changes", [{"use_moe": False}, {"moe_top_k": 2, "capacity_factor": 0.7, "router_jitter_noise": 0.1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"use_moe": False},
+        {"moe_top_k": 2, "capacity_factor": 0.7, "router_jitter_noise": 0.1},
+        {"num_shared_experts": 1, "num_dense_layers": 1, "qk_norm": True, "sliding_window": 16},
+        LATENT | {"q_lora_rank": 20, "moe_top_k": 2, "router_score": "sigmoid"},
+        LATENT,
+    ],
+    ids=["dense", "capacity, jitter", "shared, window", "latent queries", "latent"],
+)
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_c011_checkpointing_changes_nothing_but_memory(tiny, changes, dropout):
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("how", [True, "selective"])
+def test_c011_checkpointing_changes_nothing_but_memory(tiny, changes, dropout, packed, how):
     """Same loss, gradients and statistics (counts not doubled), dropout and jitter included."""
+    documents = torch.tensor([[1] * 9 + [2] * 15, [1] * 20 + [0] * 4]) if packed else None
     results = []
     plain = tiny(dropout=dropout, **changes)
     tokens = ids(2, 24)
-    for recompute in (False, True):
+    for recompute in (False, how):
         model = tiny(dropout=dropout, gradient_checkpointing=recompute, **changes)
         model.load_state_dict(plain.state_dict())
         torch.manual_seed(3)
-        out = model(tokens, labels=tokens, return_aux=True)
+        out = model(tokens, labels=tokens, document_ids=documents, return_aux=True)
         loss = out.loss_sum
         if out.router is not None:
             loss = loss + (out.router.prob_sum_LE * out.router.counts_LE).sum() + out.router.z_sum_L.sum()
         loss.backward()
         stats = {} if out.router is None else {name: value.detach() for name, value in vars(out.router).items()}
         results.append((out.loss_sum.detach(), stats, [parameter.grad for parameter in model.parameters()]))
+    if how == "selective":  # a gate's gradient comes by another product: equal up to rounding of each tensor's largest value
+        largest = [grad.abs().max() for grad in results[0][2]]
+        for result in results:
+            result[2][:] = [grad / most for grad, most in zip(result[2], largest, strict=True)]
     torch.testing.assert_close(results[0], results[1], atol=1e-6, rtol=1e-6)
 
 
 def test_c011_checkpointing_keeps_less(tiny):
-    def kept(recompute: bool) -> int:
+    def kept(recompute: bool | str) -> int:
         sizes: dict[int, int] = {}
         model = tiny(num_layers=4, gradient_checkpointing=recompute)
         own = {parameter.data_ptr() for parameter in model.parameters()}
@@ -185,7 +196,29 @@ def test_c011_checkpointing_keeps_less(tiny):
             model(tokens, labels=tokens).backward()
         return sum(sizes.values())
 
-    assert kept(True) < kept(False) / 3
+    assert kept(True) < kept(False) / 3 and kept("selective") < 0.75 * kept(False)
+
+
+@pytest.mark.parametrize("kind", ["gqa", "mla"])
+@pytest.mark.parametrize("use_moe", [True, False])
+def test_c011_selective_lowers_the_peak_and_repeats_no_product_of_weights(tiny, kind, use_moe):
+    """Measured by the allocator; the products counted are those of plain training and the attention's own."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shape = {"num_layers": 6, "hidden_size": 128, "intermediate_size": 256, "seq_length": 256, "loss_chunk_size": 128}
+    tokens, peaks, flops = ids(4, 256), [], []
+    for how in (False, "selective"):
+        model = tiny(gradient_checkpointing=how, use_moe=use_moe, moe_dropless=True, **shape, **KINDS[kind])
+        model.init_weights(0)
+        model(tokens, labels=tokens).backward()
+        peaks.append(peak_bytes(lambda model=model: model(tokens, labels=tokens).backward()))
+        with FlopCounterMode(display=False) as counter:
+            model(tokens, labels=tokens).backward()
+        flops.append(counter.get_total_flops())
+    assert peaks[1] < 0.75 * peaks[0], peaks
+    router = 2 * 1024 * 128 * 4 * 6 if use_moe else 0
+    square = 2 * model.estimate_flops(256, 4)["attention"]  # the counter takes causal attention for the whole square
+    assert flops[1] - flops[0] <= 1.4 * square + router, flops
 
 
 @pytest.mark.parametrize(
