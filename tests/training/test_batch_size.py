@@ -128,6 +128,9 @@ def test_c075_what_was_tried_is_kept_by_all_that_decides_it(tmp_path: Path) -> N
     for changes in ({"hidden_size": 64}, {"precision": "bf16"}, {"target_memory_usage": 0.5}, {"zero_stage": 1}):
         assert Tries(keys.model_copy(update=changes), Comm(), {"torch": "1"}).tried == {}
     assert Tries(keys, Comm(), {"torch": "2"}).tried == {}
+    plain = keys.model_copy(update={"use_deepspeed": False})  # without the blocks that tell DeepSpeed of it
+    Tries(plain, Comm(), {}).note("8x1", Try(True, "enough"))
+    assert Tries(plain, Comm(), {}).tried and not Tries(plain.model_copy(update={"precision": "bf16"}), Comm(), {}).tried
     tries.path.write_text("{")
     assert Tries(keys, Comm(), {"torch": "1"}).tried == {}
 

@@ -1,4 +1,4 @@
-"""What an update is: AdamW by its formula, decay of matrices only, clipping, the schedule's rates, loss over valid tokens (C73)."""
+"""What an update is: AdamW by its formula, decay of matrices only, clipping, scheduled rates, loss over valid tokens (C73)."""
 
 from __future__ import annotations
 
@@ -118,9 +118,21 @@ def test_r02_loss_counts_the_valid_tokens_of_the_whole_batch(tmp_path: Path, key
         parts = trained(tmp_path, batch_size=rows, gradient_accumulation_steps=steps, **same)
         for a, b in zip(whole, parts, strict=True):
             assert (a.loss, a.grad_norm) == (pytest.approx(b.loss, rel=1e-5), pytest.approx(b.grad_norm, rel=1e-4))
-    if keys:
-        plain = trained(tmp_path, batch_size=4, **{**same, "assistant_loss_weight": 1.0})
-        assert plain[0].loss != pytest.approx(whole[0].loss, rel=1e-4)
+
+
+def test_r02_a_weighted_loss_is_a_weighted_mean(tmp_path: Path) -> None:
+    """(0.3 A + C) / (0.3 a + c) for the summed losses A, C and the numbers a, c of assistant and other tokens."""
+    same = {"batch_size": 4, "max_steps": 1, "packing": "none", "train_on": "all"}
+    loss, count = {}, {}
+    for weight in (0.0, 0.3, 1.0):
+        trainer, dataset, records = setup(tmp_path, **same, assistant_loss_weight=weight)
+        count[weight] = sum(int((row["labels"] >= 0).sum()) for row in dataset)
+        trainer.train(dataset)
+        loss[weight] = next(float(r.loss or 0) for r in records if isinstance(r, rec.Step))
+    other = loss[0.0] * count[0.0]
+    assistant = loss[1.0] * count[1.0] - other
+    want = (0.3 * assistant + other) / (0.3 * (count[1.0] - count[0.0]) + count[0.0])
+    assert loss[0.3] == pytest.approx(want, rel=1e-5) and loss[0.3] != pytest.approx(loss[1.0], rel=1e-4)
 
 
 def test_deterministic_asks_for_deterministic_kernels() -> None:
