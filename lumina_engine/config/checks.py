@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lumina_engine.config.curriculum import bounds, row_lengths
 from lumina_engine.config.declare import show
-from lumina_engine.config.deepspeed import check_overrides
+from lumina_engine.config.deepspeed import STAGE_3_KEYS, check_overrides
 from lumina_engine.config.expert_checks import expert_parallel
 from lumina_engine.config.finding import ConfigError, Finding, Severity, nearest
 from lumina_engine.config.machine import Machine, gb_text
@@ -15,6 +15,7 @@ from lumina_engine.config.micro_batch import candidates, rows_of_a_rank
 from lumina_engine.config.resolve import (
     TOKENIZER_IDS,
     expert_ranks_findings,
+    fp16_findings,
     resolved_precision,
     vocabulary_findings,
     world_size,
@@ -25,7 +26,6 @@ from lumina_engine.config.schema import Config, infos_of
 NOT_YET: dict[str, tuple[object, ...] | None] = {
     "partition_activations": None,
     "compile": None,
-    "precision": ("auto", "fp32", "bf16", "mixed_bf16"),
     "data_format": ("auto", "messages", "alpaca", "sharegpt", "text"),
     "streaming_threshold_gb": None,
     "multi_task": None,
@@ -33,15 +33,12 @@ NOT_YET: dict[str, tuple[object, ...] | None] = {
     "task_data_paths": None,
     "task_temperature": None,
     "task_max_epochs": None,
-    "zero_stage": ("auto", 0, 1, 2),
     "cpu_offload": None,
     "cpu_offload_optimizer": None,
     "cpu_offload_parameters": None,
     "nvme_offload_optimizer": None,
     "nvme_offload_parameters": None,
     "nvme_path": None,
-    "stage3_prefetch_bucket_size": None,
-    "stage3_param_persistence_threshold": None,
     "launcher": ("auto", "torchrun", "none"),
     "num_nodes": None,
     "node_rank": None,
@@ -326,6 +323,11 @@ def _deepspeed(config: Config) -> Iterator[Finding]:
     if stage == 0 and config.use_deepspeed:
         message = "zero_stage = 0 splits nothing; earlier versions read 0 as automatic"
         yield _finding("info", "zero_stage_0", "zero_stage", message, "set zero_stage=auto if that was meant")
+    for name in STAGE_3_KEYS:
+        default = infos_of(Config)[name].default
+        if getattr(config, name) != default and (stage in (0, 1, 2) or not config.use_deepspeed):
+            message = f"{name} = {show(getattr(config, name))} has no effect below zero_stage = 3"
+            yield _finding("info", "stage3_keys", f"{name} zero_stage", message, f"set zero_stage=3, or {name}={show(default)}")
 
 
 _RULES: tuple[Rule, ...] = (
@@ -354,6 +356,7 @@ def _machine(config: Config, machine: Machine) -> Iterator[Finding]:
         yield _error("num_gpus", "num_gpus", message, f"set num_gpus={devices} or auto")
     if config.use_moe and config.num_gpus == "auto":
         yield from expert_ranks_findings(config.expert_parallel_size, world_size(config, machine))
+    yield from fp16_findings(config, machine)
     if not devices and config.communication_backend == "nccl":
         message = "communication_backend = nccl: no GPU here, gloo is used"
         yield _finding("info", "nccl", "communication_backend", message, "set communication_backend=auto")

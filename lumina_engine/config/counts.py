@@ -87,6 +87,13 @@ def _norms_of_attention(model: DeepSeekConfig) -> int:
     return 2 * model.head_size if model.qk_norm else 0
 
 
+def largest_parameter(model: DeepSeekConfig) -> int:
+    """At least as many values as the largest single parameter has."""
+    width = max(model.dense_width, model.expert_width * max(1, model.num_shared_experts))
+    rows = [model.vocab_rows, 2 * width, model.num_experts * 2 * model.expert_width if model.use_moe else 0]
+    return max(max(rows) * model.hidden_size, *(outputs * inputs for outputs, inputs in attention_matrices(model)))
+
+
 def kv_cache_bytes_per_token(model: DeepSeekConfig, bytes_per_value: int) -> int:
     """Bytes that the chat cache keeps for one token: keys and values of key/value heads, or latent and rotary key."""
     if model.attention == "mla":

@@ -9,8 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lumina_engine.config.counts import largest_parameter
 from lumina_engine.config.declare import show
 from lumina_engine.config.finding import ConfigError, Finding, has_errors, nearest
+from lumina_engine.config.offload import offload_of
+from lumina_engine.config.resolve import model_config
 from lumina_engine.config.schema import Config
 
 Keys = dict[str, Any]  # key → None (a value), a Keys (a block) or ANY (a block whose keys DeepSpeed does not fix)
@@ -107,6 +110,9 @@ GUARDS = {
     "zero_optimization.compute_grad_norm": "without the norm a gradient that is not finite is not seen and the step is applied",
     "bf16.check_grad_overflow": "without the check a gradient that is not finite is applied to the weights",
 }
+AUTOCAST = {"mixed_bf16": "bfloat16", "mixed_fp16": "float16"}
+# Keys that DeepSpeed reads at stage 3 only.
+STAGE_3_KEYS = ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 # DeepSpeed path → the key of Config that decides it.
 COVERED = {
     "train_batch_size": "batch_size",
@@ -160,13 +166,19 @@ def _generated(config: Config, world: int) -> dict[str, Any]:
         "gradient_clipping": 0.0 if _clipped_by_lumina(config) else config.max_grad_norm,
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
-        "zero_optimization": _zero(config),
+        "zero_optimization": _zero(config, world),
     }
+    if offload_of(config, out["zero_optimization"]["stage"]).optimizer != "device":
+        out["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW does it; DeepSpeed's needs a compiler
     if config.precision == "bf16":
         out["bf16"] = {"enabled": True}
-    elif config.precision == "mixed_bf16":
-        # no module is marked for bf16 communication: gradients are reduced in fp32
-        out["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    elif config.precision == "fp16":
+        # the scale in force is Lumina's; DeepSpeed's own follows the same rule
+        out["fp16"] = {"enabled": True, "loss_scale": 0, "hysteresis": 1}
+    elif config.precision in AUTOCAST:
+        # no module is marked for short communication: gradients are reduced in fp32
+        dtype = AUTOCAST[config.precision]
+        out["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
     return out
 
 
@@ -175,7 +187,7 @@ def _clipped_by_lumina(config: Config) -> bool:
     return config.zero_stage == 0 and config.use_moe and config.expert_parallel_size > 1
 
 
-def _zero(config: Config) -> dict[str, Any]:
+def _zero(config: Config, world: int) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": 0 if config.zero_stage == "auto" else config.zero_stage}
     if zero["stage"] >= 1:
         zero |= {
@@ -184,7 +196,32 @@ def _zero(config: Config) -> dict[str, Any]:
             "allgather_bucket_size": config.allgather_bucket_size,
             "reduce_bucket_size": config.reduce_bucket_size,
         }
-    return zero
+    if zero["stage"] == 3:
+        zero |= {name: getattr(config, name) for name in STAGE_3_KEYS}
+    return zero | _offload(config, zero["stage"], world)
+
+
+def _offload(config: Config, stage: int, world: int) -> dict[str, Any]:
+    """The blocks of what is kept in host memory or on disk.
+
+    With the optimizer on disk each parameter is a sub-group of its own: DeepSpeed 0.19 puts a swapped gradient in a wrong place
+    when it does not begin on a multiple of 512 bytes within its sub-group, and 0 always is one.
+    """
+    places = offload_of(config, stage)
+    out: dict[str, Any] = {}
+    if places.optimizer != "device":
+        out["offload_optimizer"] = _place(places.optimizer, config.nvme_path)
+    if places.parameters != "device":
+        out["offload_param"] = _place(places.parameters, config.nvme_path)
+    if places.parameters == "nvme":  # DeepSpeed keeps that many buffers of that many values in host memory
+        out["offload_param"] |= {"buffer_count": 5, "buffer_size": -(-largest_parameter(model_config(config)) // world)}
+    if places.optimizer == "nvme":
+        out["sub_group_size"] = 1
+    return out
+
+
+def _place(place: str, nvme_path: str) -> dict[str, Any]:
+    return {"device": place} | ({"nvme_path": nvme_path} if place == "nvme" else {})
 
 
 def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:

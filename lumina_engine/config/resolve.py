@@ -10,12 +10,12 @@ from lumina_engine.config.finding import ConfigError, Finding
 from lumina_engine.config.machine import Machine, gb_text
 from lumina_engine.config.memory import Layout, training_memory
 from lumina_engine.config.micro_batch import candidates, split
+from lumina_engine.config.offload import least_stage, offload_of
 from lumina_engine.config.schema import Config, DeepSeekConfig
 
 # Highest id + 1 of the tokenizers that ship with Lumina.
 TOKENIZER_IDS = {"gpt-4": 100_277, "gpt-4o": 200_019, "lumina-1k": 1_024}
-# ZeRO stages that training offers so far.
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 # With experts spread over ranks: stage 3 would gather the weights of experts that other ranks do not have.
 MOST_STAGE_WITH_EXPERTS = 2
 
@@ -57,6 +57,15 @@ def resolved_precision(config: Config, machine: Machine) -> str:
     return "bf16" if all(d.bf16 for d in machine.devices) else "mixed_fp16"
 
 
+def fp16_findings(config: Config, machine: Machine) -> list[Finding]:
+    """The error that DeepSpeed is asked for fp16 weights on a CPU."""
+    if not config.use_deepspeed or machine.devices or config.precision != "fp16":
+        return []
+    message = "precision = fp16 with use_deepspeed = true: DeepSpeed has no fp16 on a CPU"
+    fix = "set precision=mixed_fp16, bf16 or fp32, or use_deepspeed=false"
+    return [Finding("fp16_cpu", "error", ("precision", "use_deepspeed"), message, fix)]
+
+
 def device_limit(config: Config, machine: Machine) -> tuple[int, int]:
     """Bytes of one device (host memory shared by the ranks on CPU), and the part of them that may be planned for."""
     if machine.devices:
@@ -64,6 +73,11 @@ def device_limit(config: Config, machine: Machine) -> tuple[int, int]:
     else:
         memory = machine.host_memory_bytes // ranks_per_node(config, machine)
     return memory, int(memory * config.target_memory_usage)
+
+
+def most_stage(config: Config) -> int:
+    """The highest ZeRO stage that this configuration allows."""
+    return MOST_STAGE_WITH_EXPERTS if config.use_moe and config.expert_parallel_size > 1 else STAGES[-1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +98,7 @@ def layout_of(config: Config, machine: Machine, stage: int, world: int | None = 
         world=world or world_size(config, machine),
         zero_stage=stage,
         use_deepspeed=config.use_deepspeed,
-        offload_optimizer=config.cpu_offload or config.cpu_offload_optimizer,
+        offload_optimizer=offload_of(config, stage).optimizer != "device",
         reduce_bucket_size=config.reduce_bucket_size,
         overlap_comm=config.overlap_comm,
         on_cpu=not machine.devices,
@@ -92,10 +106,10 @@ def layout_of(config: Config, machine: Machine, stage: int, world: int | None = 
 
 
 def choose_stage(config: Config, machine: Machine, model: DeepSeekConfig, world: int | None = None) -> StageChoice:
-    """The ZeRO stage: the configured one, or for `auto` the smallest whose memory fits.
+    """The ZeRO stage: the configured one, or for `auto` the smallest whose memory fits (R24).
 
-    bf16 starts at stage 1, because DeepSpeed runs a phantom optimizer step with bf16 at stage 0. One rank has nothing to
-    split, so it takes the first stage that is allowed.
+    bf16 and fp16 start at stage 1, because DeepSpeed runs a phantom optimizer step with them at stage 0; offload starts where
+    it is possible; experts spread over ranks end at stage 2. One rank has nothing to split, so it takes the first stage.
     """
     _, limit = device_limit(config, machine)
     ranks = world or world_size(config, machine)
@@ -105,24 +119,22 @@ def choose_stage(config: Config, machine: Machine, model: DeepSeekConfig, world:
     if config.zero_stage != "auto":
         fits = training_memory(model, layout_of(config, machine, config.zero_stage, ranks)).total <= limit
         return StageChoice(config.zero_stage, "configured", fits)
-    short = resolved_precision(config, machine) in ("bf16", "fp16")
-    offload = config.cpu_offload or config.cpu_offload_optimizer
-    least = 1 if short or offload else 0
-    most = MOST_STAGE_WITH_EXPERTS if config.use_moe and config.expert_parallel_size > 1 else STAGES[-1]
-    allowed = [s for s in STAGES if least <= s <= most][: None if ranks > 1 else 1]
-    for stage in allowed:
+    least, reason = least_stage(config)
+    if least == 0 and resolved_precision(config, machine) in ("bf16", "fp16"):
+        least, reason = 1, f"{resolved_precision(config, machine)} needs stage 1"
+    allowed = [s for s in STAGES if least <= s <= most_stage(config)] or [least]
+    for stage in allowed if ranks > 1 else allowed[:1]:
         layout = layout_of(config, machine, stage, ranks)
         if training_memory(model, layout).total <= limit:
-            return StageChoice(stage, _reason(stage, least, ranks, short), True)
-    return StageChoice(allowed[-1], "the highest there is, and still too large", False)
+            return StageChoice(stage, _reason(stage, least, ranks, reason), True)
+    last = allowed[-1] if ranks > 1 else allowed[0]
+    return StageChoice(last, "the highest there is, and still too large", False)
 
 
-def _reason(stage: int, least: int, ranks: int, short: bool) -> str:
+def _reason(stage: int, least: int, ranks: int, least_reason: str) -> str:
     if stage > least:
         return f"the smallest stage that fits {ranks} devices"
-    if stage == 1:
-        return "bf16 needs stage 1" if short else "optimizer offload needs stage 1"
-    return "one rank has nothing to split" if ranks == 1 else "fits without splitting"
+    return least_reason or ("one rank has nothing to split" if ranks == 1 else "fits without splitting")
 
 
 def plannable(config: Config, machine: Machine, model: DeepSeekConfig, ranks: int) -> Config:
@@ -146,7 +158,7 @@ def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: in
         ConfigError: the vocabulary is too small for the tokenizer, or the run does not fit the devices.
     """
     ranks = world or world_size(config, machine)
-    findings = vocabulary_findings(config, tokenizer_vocab)
+    findings = vocabulary_findings(config, tokenizer_vocab) + fp16_findings(config, machine)
     if config.use_moe:
         findings += expert_ranks_findings(config.expert_parallel_size, ranks)
     if findings:
@@ -233,16 +245,14 @@ def advice(config: Config, machine: Machine, model: DeepSeekConfig, ranks: int) 
     if smaller := _smaller_batch(model, layout, limit):
         steps = config.gradient_accumulation_steps * config.batch_size // smaller
         found.append(f"set batch_size={smaller} gradient_accumulation_steps={steps} (same global batch)")
-    if machine.devices and (count := devices_needed(config, machine, model, STAGES[-1])):
-        found.append(f"use {count:,} such devices with zero_stage={STAGES[-1]}")
+    highest = most_stage(config)
+    if config.use_deepspeed and machine.devices and (count := devices_needed(config, machine, model, highest)):
+        found.append(f"use {count:,} such devices with zero_stage={highest}")
     if not found and (shorter := _shorter_rows(checkpointed, layout, limit)):
         found.append(f"set seq_length={shorter} gradient_checkpointing=true batch_size=1")
     if found:
         return found[:3]
-    text = "choose a smaller preset (`lumina-engine presets list`) or a machine with more memory"
-    if machine.devices and (count := devices_needed(config, machine, model, 3)):
-        text += f"; ZeRO-3 on {count:,} such devices would do, but is not available yet"
-    return [text]
+    return ["choose a smaller preset (`lumina-engine presets list`) or a machine with more memory"]
 
 
 def _smaller_batch(model: DeepSeekConfig, layout: Layout, limit: int) -> int:

@@ -10,7 +10,6 @@ D hidden size, H expert width, L expert layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -44,8 +43,7 @@ class LayerRoute(NamedTuple):
     gates_BSK: Tensor  # float32; what the experts' outputs were multiplied by
 
 
-@dataclass
-class RouterStats:
+class RouterStats(NamedTuple):
     """The statistics of all expert layers, layer index first, in float32. Sums: add them over micro batches and ranks."""
 
     counts_LE: Tensor

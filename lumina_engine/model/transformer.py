@@ -6,7 +6,7 @@ Shapes: B batch, S new tokens, T cached and new tokens, D hidden size, V vocabul
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +31,11 @@ _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp
 _READ_FROM = 1024
 
 
-@dataclass
-class ModelOutput:
-    """What `forward(..., return_aux=True)` gives. Without labels the loss fields are None, with labels `logits` is."""
+class ModelOutput(NamedTuple):
+    """What `forward(..., return_aux=True)` gives. Without labels the loss fields are None, with labels `logits` is.
+
+    A tuple, because engines that split the weights look for tensors in a module's output to know when its backward begins.
+    """
 
     logits: Tensor | None = None  # (B, S, V)
     loss_sum: Tensor | None = None  # sum over trained labels of weight · cross-entropy, nats, float32 scalar
@@ -190,30 +192,36 @@ class DeepSeekTransformer(nn.Module):
         if document_ids is None and attention_mask is not None:
             document_ids = attention_mask[:, -input_ids.shape[1] :].long()
         hidden, stats, valid = self._hidden(input_ids, document_ids, position_ids, cache, routes)
-        output = ModelOutput()
         if labels is None:
             if logits_to_keep:
                 hidden = hidden[:, -logits_to_keep:]
-            output.logits = F.linear(self.norm(hidden), self.head_weight)
+            output = ModelOutput(logits=F.linear(self.norm(hidden), self.head_weight))
         else:
-            targets = shifted_targets(labels, document_ids)
-            if weights is not None:
-                weights = torch.cat((weights[:, 1:], weights.new_zeros(len(weights), 1)), dim=1)
-            arguments = (self.norm(hidden), self.head_weight, targets, weights, self.config.loss_chunk_size)
-            if torch.is_grad_enabled():
-                output.loss_sum = cross_entropy_sum(*arguments)
-            else:
-                output.loss_sum, output.num_correct = cross_entropy_and_correct(*arguments)
-            trained = targets != IGNORED
-            output.num_labels = trained.sum()
-            output.weight_sum = output.num_labels if weights is None else (weights * trained).sum()
+            output = self._loss(self.norm(hidden), shifted_targets(labels, document_ids), weights)
         if return_aux:
-            output.router = self._router_stats(stats, input_ids, valid)
-            return output
+            return output._replace(router=self._router_stats(stats, input_ids, valid))
         if output.logits is not None:
             return output.logits
         assert output.loss_sum is not None and output.weight_sum is not None
         return output.loss_sum / output.weight_sum.clamp(min=1e-20)
+
+    def _loss(self, normed: Tensor, targets: Tensor, weights: Tensor | None) -> ModelOutput:
+        if weights is not None:
+            weights = torch.cat((weights[:, 1:], weights.new_zeros(len(weights), 1)), dim=1)
+        arguments = (normed, self.head_weight, targets, weights, self.config.loss_chunk_size)
+        correct = None
+        if torch.is_grad_enabled():
+            loss_sum = cross_entropy_sum(*arguments)
+        else:
+            loss_sum, correct = cross_entropy_and_correct(*arguments)
+        trained = targets != IGNORED
+        count = trained.sum()
+        return ModelOutput(
+            loss_sum=loss_sum,
+            num_labels=count,
+            weight_sum=count if weights is None else (weights * trained).sum(),
+            num_correct=correct,
+        )
 
     def _hidden(
         self,

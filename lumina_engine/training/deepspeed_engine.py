@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +16,8 @@ from .comm import Comm
 from .deepspeed_experts import expert_groups, expert_handling
 from .engine import StateMismatch, StepResult, adamw, load_named_state, named_state, parameter_groups
 from .expert_parallel import SpreadExperts
+from .loss_scale import LossScale
+from .memory import whole_numel
 from .precision import Precision
 
 
@@ -31,7 +35,7 @@ class SkippableAdamW(torch.optim.AdamW):
 
 
 class DeepSpeedEngine:
-    """DeepSpeed with a client AdamW, stages 0 to 2."""
+    """DeepSpeed with a client AdamW, stages 0 to 3."""
 
     def __init__(self, model: nn.Module, config: Any, comm: Comm, ds_config: dict[str, Any]) -> None:
         import deepspeed
@@ -45,7 +49,9 @@ class DeepSpeedEngine:
         self.comm = comm
         self.stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self.max_grad_norm = config.max_grad_norm
+        self.swaps = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme"
         precision = Precision.from_name(config.precision)
+        self.scale = LossScale() if precision.scaled else None
         model = model.to(device=comm.device, dtype=precision.weights)
         kind = torch.optim.AdamW if self.stage > 0 else SkippableAdamW  # ZeRO accepts only optimizers that it knows
         self.experts = SpreadExperts(model, comm)
@@ -54,6 +60,11 @@ class DeepSpeedEngine:
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=adamw(groups, config, kind), config=ds_config, dist_init_required=False
             )
+        if self.scale is not None:
+            # With autocast to fp16 DeepSpeed 0.19 clips by the norm of the scaled gradient and scales back after that. So our
+            # scale takes the place of its scaler, in the way that it offers to callers.
+            holder, name = (self.optimizer, "gradscaler") if self.stage > 0 else (self.engine, "z0_gradscaler")
+            setattr(holder, f"torch_autocast_{name}", None)
         self.module: nn.Module = self.engine.module
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.names = {p: n for n, p in self.module.named_parameters() if p.requires_grad}
@@ -62,6 +73,10 @@ class DeepSpeedEngine:
         return self.engine(*args, **kwargs)
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
+        if self.scale is not None and self.stage > 0:
+            self.optimizer.override_loss_scale(self.scale.value)
+        elif self.scale is not None:
+            loss = loss * self.scale.value
         # DeepSpeed averages over ranks, and would divide by the accumulation steps unless told not to
         self.engine.backward(loss * self.comm.world_size, scale_wrt_gas=False)
         if not last:
@@ -72,7 +87,11 @@ class DeepSpeedEngine:
             group["lr"] = lr
         if self.stage > 0:
             self.engine.step()
-            return StepResult(float(self.engine.get_global_grad_norm()), not self.optimizer.overflow)
+            return StepResult.of(math.inf if self.optimizer.overflow else float(self.engine.get_global_grad_norm()), self.scale)
+        if self.scale is not None:
+            for parameter in self.parameters:
+                if parameter.grad is not None:
+                    parameter.grad.div_(self.scale.value)
         norm = self.experts.norm(*self.experts.split(self.parameters))
         applied = bool(torch.isfinite(norm))
         if applied and self.experts.group is not None and self.max_grad_norm > 0:
@@ -80,42 +99,113 @@ class DeepSpeedEngine:
         self.optimizer.skip = not applied
         self.engine.step()
         self.optimizer.skip = False
-        return StepResult(float(norm), applied)
+        return StepResult.of(float(norm), self.scale)
+
+    def discard(self) -> None:
+        """Forget the gradients gathered since the last step."""
+        self.optimizer.zero_grad()
 
     def model_tensors(self) -> dict[str, torch.Tensor]:
+        if self.stage == 3:
+            return _gathered(self.module, keep=self.comm.rank == 0)
         return self.experts.whole(self.module.state_dict())
 
     def load_model_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        self.module.load_state_dict(self.experts.own(tensors))
+        if self.stage == 3:
+            _scatter(self.module, tensors)
+        else:
+            self.module.load_state_dict(self.experts.own(tensors))
 
-    def _partitions(self) -> Iterator[tuple[int, torch.Tensor]]:
-        yield from enumerate(self.optimizer.single_partition_of_fp32_groups)
+    def _partitions(self) -> list[torch.Tensor]:
+        """The flat fp32 tensors that this rank's optimizer updates: one per parameter group, at stage 3 per sub-group."""
+        zero = self.optimizer
+        return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
 
     def _base_optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer.optimizer if self.stage > 0 else self.optimizer
 
-    def _state_names(self) -> dict[torch.Tensor, str]:
-        if self.stage == 0:
-            return self.names
-        return {partition: f"group-{index}" for index, partition in self._partitions()}
+    @contextmanager
+    def _in_memory(self, index: int, changed: bool = False) -> Iterator[None]:
+        """A partition and its optimizer state, read from disk if they lie there, and written back if `changed`."""
+        zero = self.optimizer
+        if self.stage < 3 or not zero._swappable_optimizer_subgroup(index):
+            yield
+            return
+        zero._optimizer_states_and_gradient_swap_in(index)
+        yield
+        if changed:
+            zero._writeback_swap_state(index, write_opt_state=True, write_gradients=False)
+        else:
+            zero._release_swap_buffers(index)
 
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Optimizer state of this rank as plain tensors: per parameter at stage 0, per flat partition at stages 1 and 2."""
-        tensors = dict(named_state(self._base_optimizer(), self._state_names()))
-        if self.stage > 0:
-            tensors.update({f"master.group-{index}": partition.detach() for index, partition in self._partitions()})
+        """Optimizer state of this rank as plain tensors: per parameter at stage 0, else per flat partition.
+
+        What lies on disk is copied into memory, all of it.
+        """
+        if self.stage == 0:
+            return dict(named_state(self.optimizer, self.names))
+        tensors: dict[str, torch.Tensor] = {}
+        for index, partition in enumerate(self._partitions()):
+            with self._in_memory(index):
+                mine = dict(named_state(self._base_optimizer(), {partition: f"group-{index}"}))
+                mine[f"master.group-{index}"] = partition.detach()
+                on_disk = self.swaps and self.optimizer._swappable_optimizer_subgroup(index)
+                tensors |= {name: tensor.clone() if on_disk else tensor for name, tensor in mine.items()}
         return tensors
 
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        if self.stage > 0:
-            for index, partition in self._partitions():
-                saved = tensors.get(f"master.group-{index}")
-                if saved is None:
-                    raise StateMismatch(
-                        "the checkpoint has no partitioned optimizer state: it was saved with another zero_stage or precision; "
-                        "set them as they were"
-                    )
+        if self.stage == 0:
+            load_named_state(self.optimizer, self.names, tensors)
+            return
+        for index, partition in enumerate(self._partitions()):
+            saved = tensors.get(f"master.group-{index}")
+            if saved is None:
+                raise StateMismatch(
+                    "the checkpoint has no partitioned optimizer state: it was saved with another zero_stage or precision; "
+                    "set them as they were"
+                )
+            with self._in_memory(index, changed=True):
                 if saved.numel() != partition.numel():
                     raise ValueError(f"partition {index} has {saved.numel()} values, expected {partition.numel()}")
                 partition.data.copy_(saved)
-        load_named_state(self._base_optimizer(), self._state_names(), tensors)
+                load_named_state(self._base_optimizer(), {partition: f"group-{index}"}, tensors)
+
+
+def _gathered(module: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
+    """The whole weights and buffers of a module whose parameters are split over ranks, in host memory; {} without `keep`.
+
+    A collective. One parameter at a time, so no rank but the one that keeps them ever holds more than one.
+    """
+    from deepspeed import zero
+
+    tensors: dict[str, torch.Tensor] = {}
+    for name, parameter in module.named_parameters():
+        with zero.GatheredParameters([parameter]):
+            if keep:
+                tensors[name] = parameter.detach().to("cpu", copy=True)
+    if keep:
+        tensors |= {name: tensor for name, tensor in module.state_dict().items() if name not in tensors}
+    return tensors
+
+
+def _scatter(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Give whole weights and buffers to a module whose parameters are split over ranks. A collective.
+
+    Raises:
+        StateMismatch: the names or shapes are not those of the module.
+    """
+    from deepspeed import zero
+
+    buffers = {name: buffer for name, buffer in module.state_dict(keep_vars=True).items() if not hasattr(buffer, "ds_id")}
+    parameters = dict(module.named_parameters())
+    odd = sorted((set(buffers) | set(parameters)) ^ set(tensors))
+    odd += [name for name, p in parameters.items() if name in tensors and tensors[name].numel() != whole_numel(p)]
+    if odd:
+        raise StateMismatch(f"the weights of the checkpoint do not fit the model: {', '.join(odd[:5])}")
+    with torch.no_grad():
+        for name, buffer in buffers.items():
+            buffer.copy_(tensors[name])
+        for name, parameter in parameters.items():
+            with zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(tensors[name])

@@ -9,6 +9,7 @@ A step whose gradient is not finite changes no parameter on any rank: `step` the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,14 +18,29 @@ import torch
 from torch import nn
 
 from .comm import Comm
+from .loss_scale import LossScale
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """`grad_norm` is the global 2-norm before clipping; not finite where the step was not applied."""
+    """`grad_norm` is the global 2-norm before clipping; not finite where the step was not applied.
+
+    `overflow`: it was not applied because the loss scale was too high, which is lower now. `scale` is that of the next step.
+    """
 
     grad_norm: float
     applied: bool
+    overflow: bool = False
+    scale: float | None = None
+
+    @classmethod
+    def of(cls, grad_norm: float, scale: LossScale | None) -> StepResult:
+        """The result of a step whose gradient has this norm; the loss scale takes note of it."""
+        applied = math.isfinite(grad_norm)
+        if scale is None:
+            return cls(grad_norm, applied)
+        lowered = scale.update(overflow=not applied)
+        return cls(grad_norm, applied, lowered, scale.value)
 
 
 class Engine(Protocol):
@@ -36,10 +52,12 @@ class Engine(Protocol):
     """
 
     module: nn.Module
+    scale: LossScale | None  # of fp16
 
     def forward(self, *args: Any, **kwargs: Any) -> Any: ...
     def backward(self, loss: torch.Tensor, last: bool) -> None: ...
     def step(self, lr: float) -> StepResult: ...
+    def discard(self) -> None: ...
     def model_tensors(self) -> dict[str, torch.Tensor]: ...
     def load_model_tensors(self, tensors: dict[str, torch.Tensor]) -> None: ...
     def state_tensors(self) -> dict[str, torch.Tensor]: ...

@@ -6,6 +6,7 @@ import errno
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def memory_stats(model: Any, optimizer_tensors: dict[str, torch.Tensor], device:
     """Memory now. On CPU the device figures are those of this process (`allocated` and `reserved` = resident set)."""
     host = psutil.virtual_memory()
     process = psutil.Process().memory_info()
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
+    parameters = sum(held(p).numel() * p.element_size() for p in model.parameters())
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
     optimizer = sum(t.numel() * t.element_size() for t in optimizer_tensors.values())
     if device.type == "cuda":
@@ -48,6 +49,16 @@ def memory_stats(model: Any, optimizer_tensors: dict[str, torch.Tensor], device:
         "host": {"rss": process.rss, "available": host.available, "total": host.total},
         "components": {"parameters": parameters, "gradients": gradients, "optimizer": optimizer},
     }
+
+
+def held(parameter: torch.Tensor) -> torch.Tensor:
+    """What this rank keeps of a parameter: its part under ZeRO-3, else all of it."""
+    return getattr(parameter, "ds_tensor", parameter)
+
+
+def whole_numel(parameter: torch.Tensor) -> int:
+    """Values of the whole parameter, also where ZeRO-3 keeps only a part of it here."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def _status(name: str) -> int:
@@ -160,10 +171,24 @@ def restore_torch_rng(states: dict[str, torch.Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def dry_run(model: Any, config: Any, device: torch.device, context: Any) -> None:
+def drop_gradients(model: Any) -> None:
+    """Forget the gradients of all parameters."""
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def dry_run(
+    model: Any,
+    config: Any,
+    device: torch.device,
+    context: Any,
+    backward: Callable[[torch.Tensor], Any] = torch.Tensor.backward,
+    discard: Callable[[], None] | None = None,
+) -> None:
     """One forward and backward pass at the worst shape, before the first step: what does not fit fails now, with advice.
 
-    Parameters, gradients and random state are as before.
+    Parameters, gradients and random state are as before. `backward` and `discard` (of the gradients) are the engine's where
+    weights are split over ranks; then it is a collective.
 
     Raises:
         DoesNotFit: it does not fit; the message names the keys that would help.
@@ -173,13 +198,12 @@ def dry_run(model: Any, config: Any, device: torch.device, context: Any) -> None
     try:
         with context(device):
             objective = worst_objective(model, batch)
-        objective.backward()
+        backward(objective)
     except Exception as error:
         if not is_out_of_memory(error):
             raise
         rows, length = batch.input_ids_BS.shape
         raise DoesNotFit(rows, length, config) from error
     finally:
-        for parameter in model.parameters():
-            parameter.grad = None
+        (discard or partial(drop_gradients, model))()
         restore_torch_rng(rng)

@@ -11,6 +11,7 @@ from torch import nn
 from .comm import Comm
 from .engine import StepResult, adamw, load_named_state, named_state, parameter_groups
 from .expert_parallel import SpreadExperts
+from .loss_scale import LossScale
 from .precision import Precision
 
 
@@ -26,6 +27,7 @@ class PlainEngine:
         self.module = model.to(device=comm.device, dtype=self.precision.weights)
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.names = {p: n for n, p in self.module.named_parameters() if p.requires_grad}
+        self.scale = LossScale() if self.precision.scaled else None
         self.experts = SpreadExperts(self.module, comm)
         self.max_grad_norm = config.max_grad_norm
         groups = parameter_groups(self.module, config.weight_decay)
@@ -45,9 +47,10 @@ class PlainEngine:
         if precision.weights != self.precision.weights:
             raise ValueError(f"{self.precision.name} -> {precision.name}: other weights need another engine")
         self.precision = precision
+        self.scale = (self.scale or LossScale()) if precision.scaled else None
 
     def backward(self, loss: torch.Tensor, last: bool) -> None:
-        loss.backward()
+        (loss if self.scale is None else loss * self.scale.value).backward()
 
     def _sum_over_ranks(self) -> None:
         if self.comm.world_size == 1:
@@ -61,6 +64,10 @@ class PlainEngine:
         worked = [self.masters.get(p, p) for p in self.parameters]
         for parameter, master in self.masters.items():
             master.grad = None if parameter.grad is None else parameter.grad.float()
+        if self.scale is not None:
+            for parameter in worked:
+                if parameter.grad is not None:
+                    parameter.grad.div_(self.scale.value)
         norm = self.experts.norm(*([self.masters.get(p, p) for p in part] for part in self.experts.split(self.parameters)))
         grad_norm = float(norm)
         applied = bool(torch.isfinite(norm))
@@ -73,9 +80,13 @@ class PlainEngine:
             with torch.no_grad():
                 for parameter, master in self.masters.items():
                     parameter.copy_(master)
-        for parameter in {*self.parameters, *worked}:
+        self.discard()
+        return StepResult.of(grad_norm, self.scale)
+
+    def discard(self) -> None:
+        """Forget the gradients gathered since the last step."""
+        for parameter in {*self.parameters, *self.masters.values()}:
             parameter.grad = None
-        return StepResult(grad_norm, applied)
 
     def model_tensors(self) -> dict[str, torch.Tensor]:
         return self.experts.whole(self.module.state_dict())

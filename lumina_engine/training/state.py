@@ -11,6 +11,7 @@ import torch
 
 from ..checkpoint.manager import Loaded, Payload, capture_rng, restore_rng
 from .engine import StateMismatch
+from .memory import whole_numel
 from .trainer import EnhancedConversationTrainer, Progress
 
 PACKAGES = ("lumina", "torch", "deepspeed", "numpy", "tiktoken", "safetensors")
@@ -52,6 +53,7 @@ def payload(trainer: EnhancedConversationTrainer) -> Payload:
             "seed": trainer.config.seed,
             "data_fingerprint": trainer.train_data.fingerprint,
             "versions": versions(),
+            "loss_scale": None if trainer.engine.scale is None else trainer.engine.scale.state_dict(),
             "precision_ladder": None if trainer.ladder is None else trainer.ladder.state_dict(),
             **trainer.extra_state(),
         },
@@ -91,6 +93,8 @@ def restore(trainer: EnhancedConversationTrainer, loaded: Loaded) -> None:
         trainer.ladder.load_state_dict(state["precision_ladder"])
         trainer.use_precision(trainer.ladder.current)
         trainer.ladder.current = trainer.config.precision = trainer.precision.name
+    if trainer.engine.scale is not None and state.get("loss_scale") is not None:
+        trainer.engine.scale.load_state_dict(state["loss_scale"])
     trainer.saved_step = loaded.step
     trainer.last_loss = float(loaded.metrics.get("loss", math.nan))
     restore_rng(loaded.rank_state["rng"], loaded.rank_tensors)
@@ -113,7 +117,7 @@ def setup_report(trainer: EnhancedConversationTrainer) -> dict[str, Any]:
         "precision": f"{trainer.precision.name} (weights {trainer.precision.weights}, autocast {trainer.precision.autocast})",
         "batch": f"{config.batch_size} micro x {config.gradient_accumulation_steps} accumulation x {comm.world_size} ranks = "
         f"{config.batch_size * config.gradient_accumulation_steps * comm.world_size} rows of {config.seq_length} tokens",
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "parameters": sum(whole_numel(p) for p in trainer.model.parameters()),
         "expert_parallel_size": _expert_parallel_size(trainer),
         "parameter_groups": [
             {"parameters": sum(p.numel() for p in g["params"]), "weight_decay": g["weight_decay"]} for g in groups

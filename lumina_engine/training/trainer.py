@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from ..run.policy import AGAIN
 from . import memory
 from .comm import Comm
 from .control import Control, Request
-from .engine import build_engine
+from .engine import Engine, StepResult, build_engine
 from .evaluation import eval_record, evaluate, token_bytes_V
 from .expert_parallel import spread_experts
 from .ladder import PrecisionLadder, Switch, by_autocast, native_bf16
@@ -114,9 +115,8 @@ class EnhancedConversationTrainer:
         self.model.train()
         if channel is not None:
             channel.report(0, "dry run")
-        memory.dry_run(self.model, self.config, self.comm.device, self.precision.context)
         self.ds_config = deepspeed_config(self.config, self.comm)
-        self.engine = build_engine(self.model, self.config, self.comm, self.ds_config)
+        self.engine = self._rehearsed_engine()
         self.model = self.engine.module
         shape = self.model.config
         self.top_k = shape.moe_top_k
@@ -148,6 +148,17 @@ class EnhancedConversationTrainer:
             logging.getLogger("lumina").warning(message, self.config.precision)
             return None
         return PrecisionLadder(self.config.precision, native_bf16(self.comm.device))
+
+    def _rehearsed_engine(self) -> Engine:
+        """The engine, after the dry run: with weights that are split over ranks it runs through the engine, else before it."""
+        split = self.ds_config is not None and self.ds_config["zero_optimization"]["stage"] == 3
+        shape = (self.config, self.comm.device, self.precision.context)
+        if not split:
+            memory.dry_run(self.model, *shape)
+        engine = build_engine(self.model, self.config, self.comm, self.ds_config)
+        if split:
+            memory.dry_run(engine.module, *shape, partial(engine.backward, last=True), engine.discard)
+        return engine
 
     # ---- training -------------------------------------------------------------------------------------------------------
 
@@ -260,13 +271,15 @@ class EnhancedConversationTrainer:
         self._section("step", step)
         loss_value, balance, z = objective.reduce()
         self.step_rng = None
+        scale = self.engine.scale.value if self.engine.scale is not None else None
         result = self.engine.step(lr)
+        self._note_scale(step, scale, result.scale)
         if result.applied and self.window is not None and cfg.router_bias_rate > 0:
             self.model.update_router_bias(objective.counts_LE, cfg.router_bias_rate)
         times = self.clock.times()
         now = time.perf_counter()
         rows, length = sum(b.input_ids_BS.shape[0] for b in micro_batches), micro_batches[0].input_ids_BS.shape[1]
-        self._count(step, totals, sum(len(b.rows) for b in micro_batches), result.applied, now - begin)
+        self._count(step, totals, sum(len(b.rows) for b in micro_batches), result, now - begin)
         self.last_loss = loss_value
         if step % cfg.log_interval == 0 or not result.applied:
             tokens_per_s = totals.tokens / (now - begin)
@@ -292,22 +305,29 @@ class EnhancedConversationTrainer:
                     optimizer_time=times["optimizer"],
                 )
             )
-        if not result.applied:
+        if not result.applied and not result.overflow:
             self._tell_not_finite(step)
         hopeless = self.progress.nonfinite_in_row >= cfg.max_nonfinite_in_row
         if self.ladder is not None:
-            self.switch = self.ladder.observe(step, result.applied, getattr(result, "scale", None), hopeless)
+            self.switch = self.ladder.observe(step, result.applied, result.scale, hopeless)
         if hopeless and self.switch is None:
             self._give_up(step)
 
-    def _count(self, step: int, totals: GlobalBatch, rows: int, applied: bool, seconds: float) -> None:
+    def _note_scale(self, step: int, before: float | None, after: float | None) -> None:
+        """Record a change of the loss scale; the next step has the new one."""
+        if before is not None and after is not None and before != after:
+            reason = "a gradient overflowed" if after < before else "no overflow for long"
+            self.emit(rec.Change(what="loss_scale", step=step, before=before, after=after, by="recovery", reason=reason))
+
+    def _count(self, step: int, totals: GlobalBatch, rows: int, result: StepResult, seconds: float) -> None:
         p = self.progress
         p.step = step
         p.tokens += totals.tokens
         p.samples += rows * self.comm.world_size
         p.wall_seconds += seconds
-        p.skipped += 0 if applied else 1
-        p.nonfinite_in_row = 0 if applied else p.nonfinite_in_row + 1
+        p.skipped += 0 if result.applied else 1
+        if not result.overflow:  # a loss scale that is still sinking is no sign of broken values
+            p.nonfinite_in_row = 0 if result.applied else p.nonfinite_in_row + 1
 
     def _tell_not_finite(self, step: int) -> None:
         """The update was skipped on all ranks."""

@@ -84,6 +84,13 @@ CASES = [
     ({"assistant_loss_weight": 2.0}, "loss_weight", "warning", "no effect with train_on = assistant", {"train_on": "all"}),
     ({"use_deepspeed": False, "zero_stage": 1}, "zero_off", "error", "needs DeepSpeed", {"use_deepspeed": True}),
     ({"zero_stage": 0, "precision": "bf16"}, "bf16_stage0", "error", "phantom optimizer step", {"zero_stage": 1}),
+    (
+        {"zero_stage": 2, "stage3_prefetch_bucket_size": 10},
+        "stage3_keys",
+        "info",
+        "no effect below zero_stage = 3",
+        {"zero_stage": 3},
+    ),
     ({"zero_stage": 0}, "zero_stage_0", "info", "earlier versions read 0 as automatic", {"zero_stage": "auto"}),
 ]
 

@@ -41,6 +41,13 @@ def test_c058_bucket_keys_from_stage_1_on() -> None:
     }
 
 
+def test_c055_stage_3_keys_at_stage_3_only() -> None:
+    keys = {"stage3_prefetch_bucket_size": 10, "stage3_param_persistence_threshold": 0}
+    zero = generate(zero_stage=3, **keys)["zero_optimization"]
+    assert zero["stage"] == 3 and keys.items() <= zero.items()
+    assert not keys.keys() & generate(zero_stage=2, **keys)["zero_optimization"].keys()
+
+
 def test_r25_precision_blocks() -> None:
     assert generate(zero_stage=1, precision="bf16")["bf16"] == {"enabled": True}
     mixed = generate(precision="mixed_bf16")

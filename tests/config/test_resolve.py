@@ -50,7 +50,13 @@ def test_r24_auto_stage() -> None:
     assert stage(b1, gpus(1)) == (1, False)
     assert stage(b1, gpus(8)) == (1, True)
     assert stage(b1, gpus(4, 64)) == (2, True)
-    assert stage(ConfigPresets.b7(), gpus(8)) == (2, False)
+    assert stage(b1, gpus(4, 60)) == (3, True)
+    assert stage(ConfigPresets.b7(), gpus(8)) == (3, False)
+    assert stage(ConfigPresets.b7(), gpus(16)) == (3, True)
+    assert stage(b1.model_copy(update={"expert_parallel_size": 2}), gpus(4, 20)) == (2, False)
+    assert stage(Config(cpu_offload=True), LAPTOP) == stage(Config(cpu_offload_optimizer=True), LAPTOP) == (1, True)
+    for key in ("cpu_offload_parameters", "nvme_offload_optimizer", "nvme_offload_parameters"):
+        assert stage(Config(**{key: True}), LAPTOP) == (3, True)
     assert stage(Config(precision="bf16"), LAPTOP) == (1, True)
     assert stage(Config(precision="mixed_bf16"), LAPTOP) == (0, True)
     assert stage(Config(use_deepspeed=False), LAPTOP) == (0, True)
@@ -78,9 +84,10 @@ def test_r07_vocabulary_smaller_than_the_tokenizer() -> None:
 
 
 def test_r24_nothing_fits_is_an_error_with_advice() -> None:
-    with pytest.raises(ConfigError, match="choose a smaller preset") as caught:
+    with pytest.raises(ConfigError, match="use 16 such devices with zero_stage=3"):
         resolve(ConfigPresets.b7(), gpus(8), tokenizer_vocab=100_277)
-    assert "ZeRO-3 on 16 such devices would do, but is not available yet" in str(caught.value)
+    with pytest.raises(ConfigError, match="choose a smaller preset"):
+        resolve(ConfigPresets.b7(), LAPTOP, tokenizer_vocab=100_277)
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,7 @@ def test_c011_checkpointing_changes_nothing_but_memory(tiny, changes, dropout, p
         if out.router is not None:
             loss = loss + (out.router.prob_sum_LE * out.router.counts_LE).sum() + out.router.z_sum_L.sum()
         loss.backward()
-        stats = {} if out.router is None else {name: value.detach() for name, value in vars(out.router).items()}
+        stats = {} if out.router is None else {name: value.detach() for name, value in out.router._asdict().items()}
         results.append((out.loss_sum.detach(), stats, [parameter.grad for parameter in model.parameters()]))
     if how == "selective":  # a gate's gradient comes by another product: equal up to rounding of each tensor's largest value
         largest = [grad.abs().max() for grad in results[0][2]]

@@ -122,7 +122,7 @@ def test_ft04_one_nan_costs_exactly_one_step(tmp_path: Path, deepspeed: bool) ->
         out = forward(*args, **kwargs)
         weights.append({name: t.detach().clone() for name, t in trainer.model.state_dict().items()})
         if len(weights) == 3:
-            out.loss_sum = out.loss_sum * math.nan
+            out = out._replace(loss_sum=out.loss_sum * math.nan)
         return out
 
     trainer.engine.forward = poisoned  # type: ignore[method-assign]
@@ -141,7 +141,7 @@ def test_ft05_endless_nan_ends_the_run_with_93(tmp_path: Path) -> None:
 
     def poisoned(*args: Any, **kwargs: Any) -> Any:
         out = forward(*args, **kwargs)
-        out.loss_sum = out.loss_sum * math.inf
+        out = out._replace(loss_sum=out.loss_sum * math.inf)
         return out
 
     trainer.engine.forward = poisoned  # type: ignore[method-assign]

@@ -1,0 +1,153 @@
+"""The parity table: every mode of the engine against training written out by hand (`plain_loop.py`).
+
+python -m tests.parity.modes [TABLE.md]      runs all modes and prints the table, or writes it
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from tests.parity.plain_loop import plain_losses
+from tests.parity.rows import ROWS, config_of, store_of
+
+PROGRAM = Path(__file__).with_name("rows.py")
+BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}  # largest relative difference of a loss, in 20 steps
+REFUSED = "refused: DeepSpeed runs a phantom optimizer step with bf16 at stage 0"
+
+
+@dataclass(frozen=True)
+class Mode:
+    """One row of the table. `stage` None is the engine of plain PyTorch; `more` are further overrides, `label` names them."""
+
+    stage: int | None
+    ranks: int
+    precision: str
+    accumulation: int
+    checkpointing: bool
+    label: str = ""
+    more: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        engine = "plain" if self.stage is None else f"zero{self.stage}"
+        parts = [engine, self.label, f"{self.ranks}r", self.precision, f"acc{self.accumulation}"]
+        return "-".join([p for p in parts if p] + (["ckpt"] if self.checkpointing else []))
+
+    @property
+    def refused(self) -> bool:
+        return self.stage == 0 and self.precision == "bf16"
+
+    def overrides(self) -> dict[str, Any]:
+        engine = {"use_deepspeed": False} if self.stage is None else {"zero_stage": self.stage}
+        return {
+            **engine,
+            "precision": self.precision,
+            "batch_size": ROWS // self.accumulation // self.ranks,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_checkpointing": self.checkpointing,
+            **dict(self.more),
+        }
+
+
+def modes() -> list[Mode]:
+    """All rows: stages and the plain engine, 1 and 2 ranks, precisions, accumulation, checkpointing."""
+    return [Mode(*row) for row in product((None, 0, 1, 2, 3), (1, 2), BOUNDS, (1, 4), (False, True))]
+
+
+def write_data(folder: Path) -> Path:
+    """120 short conversations of uneven length, so that padding differs between rows and ranks."""
+    draw = random.Random(7)
+    words = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "river", "stone", "bird", "tree"]
+    path = folder / "train.jsonl"
+    with path.open("w") as stream:
+        for _ in range(120):
+            asked = " ".join(draw.choices(words, k=draw.randint(1, 9)))
+            told = " ".join(reversed(asked.split()))
+            turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
+            stream.write(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+def launch(program: Path, ranks: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program on that many ranks of this machine, each with one thread."""
+    words = [sys.executable]
+    if ranks > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        words += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        words += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    root = str(Path(__file__).resolve().parents[2])
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))}
+    return subprocess.run([*words, str(program), *arguments], capture_output=True, text=True, env=env | environment)
+
+
+def last_line(done: subprocess.CompletedProcess[str], mark: str) -> Any:
+    """The JSON behind the last line of stdout that begins with `mark`."""
+    lines = [line for line in done.stdout.splitlines() if line.startswith(mark)]
+    assert lines, "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank")) or done.stderr[-4000:]
+    return json.loads(lines[-1].removeprefix(mark))
+
+
+def results(data: Path, ranks: int, wanted: list[Mode]) -> dict[str, dict[str, Any]]:
+    """What each mode gave, all of them in one process group."""
+    arguments = {mode.name: mode.overrides() for mode in wanted if mode.ranks == ranks and not mode.refused}
+    return last_line(launch(PROGRAM, ranks, str(data), json.dumps(arguments)), "ROWS ")
+
+
+def references(data: Path) -> dict[int, list[float]]:
+    """The losses of the loop by hand, for each accumulation."""
+    config = config_of(str(data), {})
+    store = store_of(config)
+    return {accumulation: plain_losses(config, store, ROWS, accumulation) for accumulation in (1, 4)}
+
+
+def worst(losses: list[float], reference: list[float]) -> float:
+    """The largest relative difference of 20 losses."""
+    assert len(losses) == len(reference) == 20
+    return max(abs(a - b) / abs(b) for a, b in zip(losses, reference, strict=True))
+
+
+def table(rows: list[tuple[Mode, float | None]]) -> str:
+    """The table as Markdown."""
+    lines = [
+        "20 losses of each mode against training written out by hand in fp32 on one rank: largest relative difference.",
+        "",
+        "| engine | ranks | precision | accumulation | checkpointing | difference | bound |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for mode, value in rows:
+        engine = "plain PyTorch" if mode.stage is None else f"ZeRO {mode.stage}"
+        engine += f", {mode.label}" if mode.label else ""
+        cells = [engine, mode.ranks, mode.precision, mode.accumulation, "on" if mode.checkpointing else "off"]
+        cells += [REFUSED, ""] if value is None else [f"{value:.1e}", f"{BOUNDS[mode.precision]:.0e}"]
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    wanted = modes()
+    with tempfile.TemporaryDirectory() as folder:
+        data = write_data(Path(folder))
+        reference = references(data)
+        found = results(data, 1, wanted) | results(data, 2, wanted)
+    rows = [(m, None if m.refused else worst(found[m.name]["losses"], reference[m.accumulation])) for m in wanted]
+    if len(sys.argv) > 1:
+        Path(sys.argv[1]).write_text(table(rows))
+    else:
+        print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""One rank of the parity table: train a tiny model in several modes, one after the other, and print what came of each (rank 0).
+
+    python rows.py DATA.jsonl '{"mode": {config overrides}, …}'      also under torch.distributed.run
+
+Prints `ROWS {"mode": {"losses": […], "where": {…}}}`; `where` is what the live optimizer says of where its state is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from lumina_engine.config.schema import Config
+from lumina_engine.data.store import open_data
+from lumina_engine.data.tokenizer import ConversationTokenizer
+from lumina_engine.model.transformer import DeepSeekTransformer
+from lumina_engine.monitoring.record import Step
+from lumina_engine.training.comm import Comm
+from lumina_engine.training.trainer import EnhancedConversationTrainer
+
+ROWS = 8  # of the global batch, in every mode
+TINY = {
+    "vocab_size": 1024,
+    "hidden_size": 64,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_kv_heads": 1,
+    "head_dim": 32,
+    "intermediate_size": 48,
+    "seq_length": 32,
+    "num_experts": 4,
+    "moe_top_k": 2,
+    "moe_dropless": True,
+    "tokenizer": "lumina-1k",
+    "learning_rate": 2e-3,
+    "lr_schedule": "constant",
+    "warmup_steps": 0,
+    "max_steps": 20,
+    "precision": "fp32",
+    "num_workers": 0,
+    "eval_interval": 0,
+    "eval_split": 0.0,
+    "expert_log_interval": 50,
+    "rope_theta": 10000.0,
+    "allgather_bucket_size": 100_000,
+    "reduce_bucket_size": 100_000,
+    # nothing stays whole, so that at stage 3 every weight is gathered when it is used
+    "stage3_param_persistence_threshold": 0,
+}
+
+
+class Records(list):
+    """A logger that keeps every record."""
+
+    def emit(self, record: Any) -> None:
+        self.append(record)
+
+
+def config_of(data: str, overrides: dict[str, Any]) -> Config:
+    """The configuration of a mode."""
+    cache = str(Path(data).parent / "cache")
+    return Config(**{**TINY, "train_data_path": data, "data_cache_dir": cache, **overrides})
+
+
+def store_of(config: Config) -> Any:
+    """The rows that every mode trains on."""
+    return open_data(config, ConversationTokenizer(config.tokenizer)).train
+
+
+def train(data: str, overrides: dict[str, Any], comm: Comm) -> tuple[EnhancedConversationTrainer, Records]:
+    """Train one mode to its end."""
+    config = config_of(data, overrides)
+    records = Records()
+    trainer = EnhancedConversationTrainer(
+        DeepSeekTransformer(config), ConversationTokenizer(config.tokenizer), config, records, comm=comm
+    )
+    trainer.train(store_of(config))
+    return trainer, records
+
+
+def main() -> None:
+    data, modes = sys.argv[1], json.loads(sys.argv[2])
+    comm = Comm.start("gloo")
+    out = {}
+    for mode, overrides in modes.items():
+        _, records = train(data, overrides, comm)
+        out[mode] = {"losses": [r.loss for r in records if isinstance(r, Step)]}
+    if comm.rank == 0:
+        print("ROWS " + json.dumps(out), flush=True)
+
+
+if __name__ == "__main__":
+    main()

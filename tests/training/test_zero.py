@@ -1,0 +1,74 @@
+"""ZeRO on two ranks: non-finite steps, idle experts, exact resume, whole weights in the checkpoint (FT04, R20, R34, RS09)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lumina_engine.checkpoint.manager import load_model
+from tests.parity.modes import last_line, launch, write_data
+
+PROGRAM = Path(__file__).with_name("zero_ranks.py")
+MODES: dict[str, dict[str, Any]] = {
+    "zero2": {"zero_stage": 2},
+    "zero3": {"zero_stage": 3},
+    "zero3-bf16": {"zero_stage": 3, "precision": "bf16"},
+}
+PLAIN = {"use_deepspeed": False}
+# widths that two ranks cannot share evenly, and norms that stay whole on every rank
+UNEVEN = {"hidden_size": 65, "head_dim": 34, "num_experts": 3, "stage3_param_persistence_threshold": 100}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("zero")
+    checks: dict[str, Any] = {f"skip-{name}": ("skip", keys) for name, keys in MODES.items()}
+    checks |= {f"resume-{name}": ("resume", keys) for name, keys in MODES.items()}
+    checks |= {f"idle-{name}": ("idle", keys) for name, keys in {"plain": PLAIN, **MODES}.items() if "bf16" not in name}
+    checks |= {f"weights-{name}": ("weights", {**keys, **UNEVEN}) for name, keys in {"plain": PLAIN, **MODES}.items()}
+    arguments = (str(write_data(folder)), str(folder), json.dumps(checks))
+    state = {"XDG_STATE_HOME": str(folder / "state")}
+    alone = {"weights-alone": ("weights", {**MODES["zero3"], **UNEVEN, "batch_size": 8})}
+    one = launch(PROGRAM, 1, *arguments[:2], json.dumps(alone), **state)
+    return last_line(launch(PROGRAM, 2, *arguments, **state), "CHECKS ") | last_line(one, "CHECKS ")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_ft04_a_gradient_that_is_not_finite_skips_one_step_on_all_ranks(found: dict[str, Any], mode: str) -> None:
+    result = found[f"skip-{mode}"]
+    assert result["skipped"] == [2] and result["counted"] == [1, 1]
+    assert result["moved"] == [True, False, True, True, True, True]
+    assert all(result["finite"])  # the loss itself was fine
+
+
+@pytest.mark.parametrize("mode", [name for name in MODES if "bf16" not in name])
+def test_r20_a_rank_that_never_uses_half_of_the_experts(found: dict[str, Any], mode: str) -> None:
+    result, plain = found[f"idle-{mode}"], found["idle-plain"]
+    assert sum(result["chosen"][1][:2]) == 0 and min(result["chosen"][0]) > 0
+    for got, want in zip(result["steps"], plain["steps"], strict=True):
+        assert got[1] == pytest.approx(want[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rs09_given_up_twice_equals_unbroken_bit_for_bit(found: dict[str, Any], mode: str) -> None:
+    result = found[f"resume-{mode}"]
+    assert result["broken"] == result["whole"] and len(result["whole"]) == 6
+    assert result["digests"][0] == result["digests"][1]
+    assert result["evals"][0] == result["evals"][1]
+
+
+@pytest.mark.parametrize("mode", [*MODES, "alone"])
+def test_r34_the_checkpoint_holds_whole_weights(found: dict[str, Any], mode: str) -> None:
+    loaded = {}
+    for name in (mode, "plain"):
+        model, _, _ = load_model(Path(found[f"weights-{name}"]["path"]))
+        loaded[name] = model.state_dict()
+    assert loaded[mode].keys() == loaded["plain"].keys()
+    bound = 5e-2 if "bf16" in mode else 2e-5
+    for name, tensor in loaded[mode].items():
+        assert torch.allclose(tensor.float(), loaded["plain"][name].float(), atol=bound, rtol=bound), name
+        assert name.endswith("bias") or float(tensor.flatten()[-1]) != 0, name  # the last value is nobody's padding
