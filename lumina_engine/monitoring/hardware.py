@@ -17,12 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from . import cgroup as cgroup_memory
 from . import record as rec
 
 if TYPE_CHECKING:
     from ..config.machine import Machine
 
-_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP = cgroup_memory.ROOT
 _BF16_CAPABILITY = 8  # major compute capability from which bfloat16 is native (Ampere)
 
 
@@ -168,11 +169,7 @@ def detect(path: str | os.PathLike[str] = ".", nvml: Nvml | None = None) -> Mach
 def memory_limit(cgroup: Path = _CGROUP) -> int:
     """Bytes of memory that this process may use: the machine's, or its cgroup's limit if that is lower."""
     total = int(psutil.virtual_memory().total)
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        limit = _first_number(cgroup / name)
-        if limit is not None:
-            return min(total, limit)
-    return total
+    return min(total, cgroup_memory.limit(cgroup) or total)
 
 
 def core_count(cgroup: Path = _CGROUP) -> int:
@@ -185,14 +182,6 @@ def core_count(cgroup: Path = _CGROUP) -> int:
     if not quota.isdigit():
         return count  # "max"
     return max(1, min(count, -(-int(quota) // int(period))))
-
-
-def _first_number(path: Path) -> int | None:
-    try:
-        text = path.read_text().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
 
 
 def _disk(path: Path) -> Any:

@@ -170,19 +170,6 @@ def leash(parent: int) -> Callable[[], None]:
     return prepare
 
 
-def oom_kills(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """How many processes of this cgroup the kernel has killed for want of memory; 0 where it does not tell."""
-    for name in ("memory.events", "memory/memory.oom_control"):
-        try:
-            lines = (cgroup / name).read_text(encoding="ascii").splitlines()
-        except (OSError, ValueError):
-            continue
-        counts = [line.split()[1] for line in lines if line.startswith("oom_kill ")]
-        if counts and counts[0].isdigit():
-            return int(counts[0])
-    return 0
-
-
 def _prctl(option: int, value: int) -> None:
     library = ctypes.CDLL(None, use_errno=True)
     if library.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:

@@ -20,6 +20,7 @@ import uuid
 from typing import Any
 
 from ..monitoring import record as rec
+from ..monitoring.cgroup import oom_kills
 from ..monitoring.log import Head, MetricLog, last_records
 from . import output, policy
 from .channel import RankServer
@@ -33,7 +34,6 @@ from .process import (
     end_marked,
     leash,
     myself,
-    oom_kills,
     send_all,
     send_signal,
 )

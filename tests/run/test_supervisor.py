@@ -17,7 +17,7 @@ from lumina_engine.monitoring.log import last_records, read_records
 from lumina_engine.run import launch
 from lumina_engine.run.client import RunClient, send_command
 from lumina_engine.run.directory import RunError
-from lumina_engine.run.process import marked, oom_kills
+from lumina_engine.run.process import marked
 from tests.waiting import until
 
 from .conftest import Runs
@@ -100,17 +100,6 @@ def test_ranks_that_ask_for_it_are_started_again_without_a_failure(runs: Runs) -
 def test_r42_out_of_memory_with_restarts_switched_off_ends_the_run(runs: Runs) -> None:
     run = runs.start(runs.make(crash={"*": "91"}), max_restarts=0)
     assert launch.wait(run, 20) == 1 and run.info().state == "failed"
-
-
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [("memory.events", "low 0\noom 3\noom_kill 2\n"), ("memory/memory.oom_control", "under_oom 0\noom_kill 2\n")],
-)
-def test_r42_the_kernel_tells_whom_it_killed_for_memory(tmp_path: Path, name: str, text: str) -> None:
-    assert oom_kills(tmp_path) == 0
-    (tmp_path / name).parent.mkdir(exist_ok=True)
-    (tmp_path / name).write_text(text)
-    assert oom_kills(tmp_path) == 2
 
 
 def test_ft_a_crash_then_success(runs: Runs) -> None:

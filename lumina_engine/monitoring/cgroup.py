@@ -1,0 +1,54 @@
+"""Memory of this process's control group: its limit, and whom the kernel killed in it. Standard library only.
+
+Version 2 keeps all controllers in one tree (`0::/path`), version 1 one tree a controller (`4:memory:/path`). In a container the
+path may be the host's, which is not there: then the top of the tree is the container's own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+ROOT = Path("/sys/fs/cgroup")
+_LIMITS = ("memory.max", "memory.limit_in_bytes")
+_KILLS = ("memory.events", "memory.oom_control")
+
+
+def memory_folders(root: Path = ROOT, membership: Path = Path("/proc/self/cgroup")) -> list[Path]:
+    """The folders that account this process's memory, its own group first, then those above it."""
+    try:
+        lines = membership.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    found: list[Path] = []
+    for line in lines:
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        top = root if number == "0" else root / "memory" if "memory" in controllers.split(",") else None
+        if top is None or ".." in path.split("/"):
+            continue
+        own = top / path.lstrip("/")
+        found += [folder for folder in (own, *own.parents) if folder == top or top in folder.parents]
+    return [folder for folder in dict.fromkeys([*found, root, root / "memory"]) if folder.is_dir()]
+
+
+def limit(root: Path = ROOT, membership: Path = Path("/proc/self/cgroup")) -> int | None:
+    """The lowest memory limit in bytes of the group and those above; None where there is none."""
+    texts = [_text(folder / name) for folder in memory_folders(root, membership) for name in _LIMITS]
+    return min((int(text) for text in texts if text.isdigit()), default=None)
+
+
+def oom_kills(root: Path = ROOT, membership: Path = Path("/proc/self/cgroup")) -> int:
+    """How many processes of the group the kernel has killed for want of memory; 0 where it does not tell."""
+    for folder in memory_folders(root, membership):
+        for name in _KILLS:
+            counts = [line.split()[1] for line in _text(folder / name).splitlines() if line.startswith("oom_kill ")]
+            if counts and counts[0].isdigit():
+                return int(counts[0])
+    return 0
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError):
+        return ""
