@@ -1,0 +1,77 @@
+"""What a rank says when memory runs out: start again smaller, the user's to mend, or the end with advice (R42)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lumina_engine.config.schema import Config
+from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.log import read_records
+from lumina_engine.run.directory import RunDirectory
+from lumina_engine.run.rank import NullChannel
+from lumina_engine.training.memory import DoesNotFit
+from lumina_engine.training.settle import NoRoom
+from lumina_engine.training.trial import TrialError
+from lumina_engine.training.worker import Worker
+
+LOST = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12")
+
+
+class Ear(NullChannel):
+    left: tuple[int, str | None] | None = None
+
+    def leave(self, code: int, reason: str | None = None) -> None:
+        self.left = (code, reason)
+
+
+def failed(root: Path, error: Exception, after: bool = False, **keys: Any) -> tuple[int, str, list[rec.Run]]:
+    """The code and the words with which a rank leaves because of `error`, and its own records of the run's state."""
+    run = RunDirectory.create(root, "r")
+    config = Config(tokenizer="lumina-1k", **keys)
+    config.save(run.config_path)
+    ear = Ear()
+    worker = Worker(run, ear)
+    worker.out_of_memory = after
+    code = worker._failed(error)
+    assert ear.left is not None and ear.left[0] == code
+    return code, ear.left[1] or "", [r for r in read_records(run.metrics_path) if isinstance(r, rec.Run)]
+
+
+@pytest.mark.parametrize("error", [LOST, MemoryError()])
+def test_r42_out_of_memory_asks_for_a_smaller_micro_batch(tmp_path: Path, error: Exception) -> None:
+    code, reason, records = failed(tmp_path, error, batch_size=6)
+    assert (code, records) == (91, [])  # the supervisor records the crash, and starts the run again
+    assert "out of memory with micro batches of 6 rows" in reason
+
+
+def test_r42_batch_1_that_does_not_fit_ends_the_run_with_advice(tmp_path: Path) -> None:
+    code, reason, records = failed(tmp_path, LOST, batch_size=1, gradient_accumulation_steps=8)
+    assert code == 93 and [r.state for r in records] == ["failed"]
+    assert "set gradient_checkpointing=true, lower seq_length" in reason
+
+
+def test_r42_after_recovery_found_nothing_smaller_the_run_ends(tmp_path: Path) -> None:
+    assert failed(tmp_path, NoRoom("no room"), batch_size=8)[0] == 93
+
+
+@pytest.mark.parametrize(
+    ("keys", "after", "code"),
+    [
+        ({}, False, 2),  # what the user asked for does not fit: the user's to mend
+        ({"dynamic_batching": True}, False, 91),
+        ({}, True, 91),
+        ({"dynamic_batching": True, "min_batch_size": 8}, True, 2),
+    ],
+)
+def test_r42_a_dry_run_that_does_not_fit(tmp_path: Path, keys: dict[str, Any], after: bool, code: int) -> None:
+    config = Config(tokenizer="lumina-1k", batch_size=8, **keys)
+    found, reason, _ = failed(tmp_path, DoesNotFit(8, 2048, config), after, batch_size=8, **keys)
+    assert found == code and "of 2048 tokens does not fit: lower " in reason
+
+
+def test_a_try_that_failed_otherwise_is_a_crash(tmp_path: Path) -> None:
+    code, reason, records = failed(tmp_path, TrialError("batch_size: the trial ended with exit code 1"), batch_size=8)
+    assert (code, records) == (1, []) and reason.startswith("TrialError")
