@@ -139,7 +139,7 @@ def poison(trainer: Any, bad: set[int]) -> list[torch.dtype | None]:
         out = forward(*args, **kwargs)
         seen.append(trainer.engine.precision.autocast)
         if trainer.progress.step + 1 in bad:
-            out.loss_sum = out.loss_sum * math.inf
+            out = out._replace(loss_sum=out.loss_sum * math.inf)
         return out
 
     trainer.engine.forward = poisoned
@@ -226,3 +226,36 @@ def test_c071_the_start_measures_says_why_and_leaves_training_as_it_was(tmp_path
     assert all(
         (got[n].loss, got[n].grad_norm, got[n].tokens) == (want[n].loss, want[n].grad_norm, want[n].tokens) for n in want
     )
+
+
+@pytest.mark.parametrize(("native", "rung"), [(True, "mixed_bf16"), (False, "fp32")])
+def test_fp16_lowers_its_scale_first_and_then_takes_the_next_rung(tmp_path: Path, native: bool, rung: str) -> None:
+    keys = {**MIXED, "precision": "mixed_fp16", "max_steps": 12, "max_nonfinite_in_row": 3}
+    trainer, dataset, records = setup(tmp_path, **keys)
+    assert trainer.ladder is not None
+    trainer.ladder.has_bf16 = native
+    seen = poison(trainer, {2, 3, 4, 5, 6})  # a scale that is still sinking does not end the run after three
+    assert trainer.train(dataset)["state"] == "finished"
+    short = torch.bfloat16 if native else None
+    assert seen == [torch.float16] * 6 + [short] * 6
+    changes = [(r.what, r.step, r.before, r.after) for r in records if isinstance(r, rec.Change)]
+    scales = [(step, before, after) for what, step, before, after in changes if what == "loss_scale"]
+    assert scales[:5] == [(n + 2, 2.0 ** (16 - n), 2.0 ** (15 - n)) for n in range(5)]
+    assert [change for change in changes if change[0] == "precision"] == [("precision", 6, "mixed_fp16", rung)]
+
+
+def test_fp16_weights_go_on_as_bf16_with_the_same_masters(tmp_path: Path) -> None:
+    keys = {**MIXED, "precision": "fp16", "save_interval": 0, "async_save": False, "max_steps": 9}
+    trainer, dataset, _ = setup(tmp_path, manager=True, **keys)
+    trainer.channel = trainer.control.channel = Supervised()
+    trainer.ladder = trainer._make_ladder()
+    assert trainer.ladder is not None
+    trainer.ladder.has_bf16 = True
+    poison(trainer, {2, 3, 4, 5, 6})
+    assert trainer.train(dataset)["exit_code"] == 92 and trainer.config.precision == "bf16"
+    again, dataset, _ = setup(tmp_path, manager=True, **{**keys, "precision": "bf16"})
+    again.prepare(dataset)
+    restore(again, again.manager.load(again.manager.recover()))
+    was = {trainer.engine.names[m]: m for m in trainer.engine.masters.values()}
+    assert all(torch.equal(m, was[again.engine.names[m]]) for m in again.engine.masters.values())
+    assert again.train(dataset)["step"] == 9
