@@ -25,6 +25,8 @@ _PUBLIC = {
     "load_model": "lumina_engine.checkpoint.manager",
     "generate": "lumina_engine.chat.generate",
     "validate_environment": "lumina_engine.doctor.run",
+    "estimate_training_time": "lumina_engine.doctor.estimate",
+    "optimize_cuda_settings": "lumina_engine.training.cuda",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

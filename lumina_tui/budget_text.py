@@ -10,8 +10,10 @@ from lumina_engine.config.budget import count_text, flops_text, gb_text
 from .paint import duration
 from .widgets.text_panel import Line
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buckets")
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buckets", "working")
 _LABEL = 13
+_NAMES = {"working": "temporaries"}
+_MOMENTS = {"loss": "in the loss", "backward": "in the backward pass", "update": "in the update"}
 
 
 def verdict(figures: Mapping[str, Any]) -> tuple[str, str]:
@@ -38,7 +40,7 @@ def summary_lines(figures: Mapping[str, Any], width: int) -> list[Line]:
     word, role = verdict(figures)
     most = max(PARTS, key=lambda part: device[part])
     memory = f"{gb_text(device['total'])} of {gb_text(device['available'])} per rank: "
-    tail = f", most {most} {gb_text(device[most])}"
+    tail = f", most {_NAMES.get(most, most)} {gb_text(device[most])}"
     room = width - len(memory) - len(word) - 1
     if room - len(tail) < 8:
         tail = ""
@@ -58,10 +60,13 @@ def summary_lines(figures: Mapping[str, Any], width: int) -> list[Line]:
 
 
 def memory_lines(figures: Mapping[str, Any], width: int) -> list[Line]:
-    """One bar per component against what one device has; the experts are a part of the weights."""
+    """One bar per component against what one device has; the experts are a part of the weights.
+
+    The components are not all there at once: the last bar is the highest moment of a step.
+    """
     device = figures["device"]
     cells = max(4, min(40, width - _LABEL - 11))
-    rows = [(name, device[name]) for name in PARTS]
+    rows = [(_NAMES.get(name, name), device[name]) for name in PARTS]
     rows.insert(1, ("  experts", device["experts"]))
     lines: list[Line] = []
     for name, value in rows:
@@ -76,12 +81,13 @@ def memory_lines(figures: Mapping[str, Any], width: int) -> list[Line]:
     word, role = verdict(figures)
     lines.append(
         (
-            (f"{'together':<{_LABEL}}", "title"),
+            (f"{'at once':<{_LABEL}}", "title"),
             (bar(device["total"], device["available"], cells) + " ", role),
             (f"{gb_text(device['total']):>9}", role),
         )
     )
-    return [*lines, ((f"{'':<{_LABEL}}of {gb_text(device['available'])}: ", "text"), (word, role))]
+    place = f", most {_MOMENTS[device['moment']]}"
+    return [*lines, ((f"{'':<{_LABEL}}of {gb_text(device['available'])}: ", "text"), (word, role), (place, "dim"))]
 
 
 def detail_lines(figures: Mapping[str, Any], width: int) -> list[Line]:
@@ -93,7 +99,7 @@ def detail_lines(figures: Mapping[str, Any], width: int) -> list[Line]:
         ("ZeRO", f"{resolved['zero_stage']}: {resolved['zero_reason']}", "text"),
         ("host", f"{gb_text(host['total'])} of {gb_text(host['available'])} (processes guessed)", _role(host)),
         ("disk", f"{disk_text(figures)[0]} (computed)", disk_text(figures)[1]),
-        ("", f"{disk['checkpoints']} checkpoints of {gb_text(disk['checkpoint'])}", "dim"),
+        ("", f"{_kept(disk)} of {gb_text(disk['checkpoint'])}", "dim"),
         ("tokens/step", f"{figures['tokens_per_step']:,} (computed)", "text"),
         ("steps", f"{_steps(figures)} ({basis['steps']})", "text"),
         *([] if figures["steps"] is None else [("time", time_text(figures), "text")]),
@@ -105,6 +111,11 @@ def detail_lines(figures: Mapping[str, Any], width: int) -> list[Line]:
         lines.append((("what would make it fit:", "warn"),))
     lines += [((f"  {text}", "text"),) for text in figures["advice"]]
     return lines + [((f"{label:<{_LABEL}}", "dim"), (text, role)) for label, text, role in rows]
+
+
+def _kept(disk: Mapping[str, Any]) -> str:
+    backups = f" and {disk['backups']} backups" if disk["backups"] else ""
+    return f"{disk['checkpoints']} checkpoints{backups}"
 
 
 def _steps(figures: Mapping[str, Any]) -> str:

@@ -16,6 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tokens", metavar="N", type=_count, help="tokens of the training data (default: guessed from its size)"
     )
+    parser.add_argument("--run", metavar="RUN", help="the rest of this run, with the speed that it measured")
+    parser.add_argument("--runs", metavar="DIR", help="folder of the runs (default ./runs or $LUMINA_RUNS)")
     common.add_json(parser)
 
 
@@ -27,29 +29,27 @@ def _count(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    from dataclasses import replace
-
-    from ..config.budget import budget, parse_devices
+    from ..config.budget import budget
     from ..config.checks import check
     from ..config.schema import ConfigError
     from ..data.size import train_tokens
     from ..monitoring.hardware import detect
 
+    directory = _directory(args) if args.run else None
+    if directory is not None:
+        args.config = str(directory.config_path)
     config = common.load_config(args, default_preset="debug").config
     findings = check(config)
     if any(f.severity == "error" for f in findings):
         raise ConfigError(findings)
-    machine = detect()
-    if args.devices:
-        try:
-            devices = parse_devices(args.devices)
-        except ValueError as error:
-            raise common.UserError(str(error)) from None
-        # the disk and host of other machines are unknown here: no limit, and a guess of twice the devices' memory
-        host = max(machine.host_memory_bytes, 2 * sum(d.memory_bytes for d in devices))
-        machine = replace(machine, devices=devices, host_memory_bytes=host, disk_free_bytes=None)
+    machine = _elsewhere(detect(), args.devices) if args.devices else detect()
     tokens, basis = train_tokens(config, args.tokens)
-    figures = budget(config, machine, train_tokens=tokens, tokens_basis=basis)
+    speed, done = None, 0
+    if directory is not None:
+        from ..run.measured import measured
+
+        speed, done = measured(directory, config, machine)
+    figures = budget(config, machine, train_tokens=tokens, tokens_basis=basis, speed=speed, done=done)
     if args.json:
         common.print_json(figures)
     else:
@@ -57,30 +57,64 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def describe(figures: dict[str, Any]) -> str:
-    """The budget as lines of text."""
+def _directory(args: argparse.Namespace) -> Any:
+    from pathlib import Path
+
+    from ..run.directory import find, runs_root
+
+    if args.preset or args.config:
+        raise common.UserError("--run takes the configuration of the run; change single keys with key=value")
+    return find(args.run, Path(args.runs) if args.runs else runs_root())
+
+
+def _elsewhere(machine: Any, devices: str) -> Any:
+    """Another machine: its disk and host are unknown here, so no limit, and a guess of twice the devices' memory."""
+    from dataclasses import replace
+
+    from ..config.budget import parse_devices
+
+    try:
+        found = parse_devices(devices)
+    except ValueError as error:
+        raise common.UserError(str(error)) from None
+    host = max(machine.host_memory_bytes, 2 * sum(d.memory_bytes for d in found))
+    return replace(machine, devices=found, host_memory_bytes=host, disk_free_bytes=None)
+
+
+def describe(figures: dict[str, Any], width: int = 80) -> str:
+    """The budget as lines of text, none longer than `width`."""
     from ..config.budget import count_text, flops_text, gb_text
 
     parameters, device, host, disk = (figures[name] for name in ("parameters", "device", "host", "disk"))
     resolved, time = figures["resolved"], figures["time"]
     ranks = f"{resolved['world']} rank" + ("s" if resolved["world"] > 1 else "")
-    zero = f"ZeRO-{resolved['zero_stage']} ({resolved['zero_reason']})"
-    planned = f"{gb_text(device['limit'])} of {gb_text(device['available'])} may be planned for"
+    backups = f" and {disk['backups']} backups" if disk["backups"] else ""
     lines = [
-        ("devices", f"{resolved['devices']}, {ranks}, {zero}, {resolved['precision']}"),
+        ("devices", f"{resolved['devices']}, {ranks}, {resolved['precision']}"),
+        ("", f"ZeRO-{resolved['zero_stage']}: {resolved['zero_reason']}"),
         ("verdict", _verdict(figures)),
+        *(("advice" if i == 0 else "or", text) for i, text in enumerate(figures["advice"])),
         ("parameters", f"{count_text(parameters['total'])} total, {count_text(parameters['active'])} active (computed)"),
         ("", f"embeddings {count_text(parameters['embeddings'])} on top"),
-        ("per rank", f"{gb_text(device['total'])}, {planned} (computed)"),
-        ("", ", ".join(f"{name} {gb_text(device[name])}" for name in _PARTS if device[name])),
+        ("per rank", f"{gb_text(device['total'])} at once, highest in the {_MOMENTS[device['moment']]} (computed)"),
+        ("", f"{gb_text(device['limit'])} of {gb_text(device['available'])} may be planned for"),
+        ("parts", ", ".join(f"{name} {gb_text(device[name])}" for name in PARTS if device[name])),
         ("host", f"{gb_text(host['total'])} of {gb_text(host['available'])} (computed, Python and torch guessed)"),
+        *([("", f"offloaded {gb_text(host['offload'])}")] if host["offload"] else []),
         ("disk", f"{gb_text(disk['total'])}{_of(disk['available'])} (computed)"),
-        ("", f"{disk['checkpoints']} checkpoints of {gb_text(disk['checkpoint'])}"),
+        ("", f"{disk['checkpoints']} checkpoints{backups} of {gb_text(disk['checkpoint'])}"),
+        *([("", f"offloaded to NVMe {gb_text(disk['nvme'])}")] if disk["nvme"] else []),
         ("compute", f"{flops_text(figures['flops_per_token'])} per token, {figures['tokens_per_step']:,} tokens per step"),
-        ("time", _time_text(figures["steps"], time)),
+        *_time_lines(figures["steps"], time),
     ]
-    lines += [("advice", text) for text in figures["advice"]]
-    return "\n".join(f"{label:<12}{text}" for label, text in lines)
+    return "\n".join(line for label, text in lines for line in _wrapped(label, text, width))
+
+
+def _wrapped(label: str, text: str, width: int) -> list[str]:
+    import textwrap
+
+    rows = textwrap.wrap(text, width - _LABEL, break_long_words=False, break_on_hyphens=False) or [""]
+    return [f"{label if i == 0 else '':<{_LABEL}}{row}" for i, row in enumerate(rows)]
 
 
 def _verdict(figures: dict[str, Any]) -> str:
@@ -98,7 +132,9 @@ def _verdict(figures: dict[str, Any]) -> str:
     return "fits" if not short else "DOES NOT FIT: too little " + " and ".join(short)
 
 
-_PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buckets")
+_LABEL = 12
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "buckets", "working")
+_MOMENTS = {"loss": "loss", "backward": "backward pass", "update": "update"}
 
 
 def _of(available: int | None) -> str:
@@ -107,10 +143,16 @@ def _of(available: int | None) -> str:
     return "" if available is None else f" of {gb_text(available)} free"
 
 
-def _time_text(steps: int | None, time: dict[str, Any]) -> str:
+def _time_lines(steps: int | None, time: dict[str, Any]) -> list[tuple[str, str]]:
+    rate = f"{time['tokens_per_s']:,.0f} tokens/s"
     if steps is None:
-        return f"{time['basis']}; --tokens N or max_steps=N gives a duration"
-    return f"{steps:,} steps, {hours_text(time['p50_h'])} to {hours_text(time['p90_h'])} ({time['basis']})"
+        return [
+            ("time", "unknown: --tokens N or max_steps=N gives a duration"),
+            ("", f"{rate} {time['basis'].split('; ')[-1]}"),
+        ]
+    left = f"{steps - time['steps_done']:,} of {steps:,} steps" if time["steps_done"] else f"{steps:,} steps"
+    span = f"{hours_text(time['p50_h'])} (half of such runs) to {hours_text(time['p90_h'])} (nine in ten)"
+    return [("time", f"{left}, {span}"), ("", f"{rate}, {time['basis']}")]
 
 
 def hours_text(hours: float) -> str:

@@ -1,18 +1,24 @@
-"""Device and host memory of training, from the shape alone.
+"""Device and host memory of training, from the shape alone. Bytes throughout.
 
-Activations are counted tensor by tensor as the model of `lumina_engine.model` keeps them for the backward pass; tests compare
-them with the tensors that autograd really saves. Bytes throughout.
+A step is highest at one of three moments: in the loss (all activations, one chunk of logits), in the backward pass (activations
+and the gradients that are there already, highest at its first or its last block), or in the update (all gradients, with the
+copies that the optimizer makes). The parts of a step are not there all at once: `total` is the highest moment, not their sum.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from lumina_engine.config.counts import parameter_counts
+from lumina_engine.config.activations import activation_bytes, block_activation_bytes, cast_bytes, loss_bytes, working_bytes
+from lumina_engine.config.counts import Counts, parameter_counts
 from lumina_engine.config.schema import DeepSeekConfig
 
 # bytes of one weight, one gradient, and one value in the arithmetic, by precision
 _BYTES = {"fp32": (4, 4, 4), "bf16": (2, 2, 2), "fp16": (2, 2, 2), "mixed_bf16": (4, 4, 2), "mixed_fp16": (4, 4, 2)}
+# elements of gathered weights that DeepSpeed keeps at stage 3 where they are used again soon, half of its reuse distance
+_REUSED = 500_000_000
+# elements that DeepSpeed reduces at once at stage 0
+_STAGE0_BUCKET = 500_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,15 +31,24 @@ class Layout:
     world: int = 1
     zero_stage: int = 0
     use_deepspeed: bool = True
+    accumulates: bool = False
     offload_optimizer: bool = False
+    offload_parameters: bool = False
+    nvme_optimizer: bool = False
+    nvme_parameters: bool = False
     reduce_bucket_size: int = 200_000_000
+    prefetch_bucket_size: int = 50_000_000
     overlap_comm: bool = True
     on_cpu: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes on one device while training at the worst shape; `host` is what offload moves to host memory, per rank."""
+    """Bytes on one device while training at the worst shape, part by part, and at the `moments` of a step.
+
+    `working` are temporaries of the backward pass; `buckets` those of reducing and gathering; `host` and `nvme` is what offload
+    keeps elsewhere, per rank.
+    """
 
     weights: int
     gradients: int
@@ -42,12 +57,40 @@ class Memory:
     logits: int
     experts: int
     buckets: int
+    working: int
     host: int
+    nvme: int
+    moments: dict[str, int] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
-        """All that one device must hold. `experts` is a part of `weights`, not on top."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.logits + self.buckets
+        """All that one device must hold at once. `experts` is a part of `weights`, not on top."""
+        return max(self.moments.values())
+
+    @property
+    def moment(self) -> str:
+        """When that is: loss, backward or update."""
+        return max(self.moments, key=lambda name: self.moments[name])
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """Bytes of one rank beside activations: what stays, what gradients take when, and what offload moves away."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    held: int  # gradients kept between the micro batches of a step
+    left: int  # gradients kept at the end of the last backward pass
+    update: int  # gradients and copies of them in the update
+    buckets: int  # of reducing and gathering, in the backward pass
+    gathered: int = 0  # the part of them that is there in the forward pass too
+    host: int = 0
+    nvme: int = 0
+
+    @property
+    def stays(self) -> int:
+        return self.weights + self.optimizer
 
 
 def training_memory(model: DeepSeekConfig, layout: Layout) -> Memory:
@@ -58,35 +101,128 @@ def training_memory(model: DeepSeekConfig, layout: Layout) -> Memory:
     if not model.use_moe or layout.world % model.expert_parallel_size:
         model = model.model_copy(update={"expert_parallel_size": 1})
     counts = parameter_counts(model)
-    here = counts.stored - counts.experts + counts.experts // model.expert_parallel_size
     weight_bytes, grad_bytes, value_bytes = _BYTES[layout.precision]
-    stage = layout.zero_stage if layout.use_deepspeed else 0
-    split = [1 if stage < at else layout.world for at in (1, 2, 3)]  # optimizer, gradients, weights
-    # two moments in fp32; a master copy too unless the weights themselves are fp32 and belong to no ZeRO partition
-    moments = 8 if weight_bytes == 4 and stage == 0 else 12
-    # what is split is split over all ranks: experts over the ranks of a group, and over the replicas of their weights
-    optimizer = moments * (here if split[0] == 1 else counts.stored // split[0])
-    offloaded = optimizer if layout.offload_optimizer else 0
+    state = _state(model, layout, counts)
+    tokens = layout.batch_size * layout.seq_length
+    kept = activation_bytes(model, layout.batch_size, layout.seq_length, value_bytes, layout.on_cpu)
+    if weight_bytes > value_bytes:
+        kept += cast_bytes(model, value_bytes)
+    logits = loss_bytes(model, tokens, value_bytes, weight_bytes, layout.on_cpu)
+    working = working_bytes(model, tokens, value_bytes) + _exchange_bytes(model, layout, value_bytes)
+    block = grad_bytes * _block_parameters(model, counts)
+    head = grad_bytes * model.vocab_rows * model.hidden_size
+    one_block = block_activation_bytes(model, tokens, value_bytes, layout.on_cpu)
+    tied = head if model.tie_word_embeddings else 0
+    # the buckets are there from the start, but on a CPU only what is written to is
+    first = state.held + kept + working + block + head + (state.gathered if layout.on_cpu else state.buckets)
+    last = state.left + one_block + working + block + tied + state.buckets
+    moments = {
+        "loss": state.stays + state.held + state.gathered + kept + logits,
+        "backward": state.stays + max(first, last),
+        "update": state.stays + state.update,
+    }
     return Memory(
-        weights=weight_bytes * (here if split[2] == 1 else counts.stored // split[2]),
-        gradients=grad_bytes * (here if split[1] == 1 else counts.stored // split[1]),
-        optimizer=optimizer - offloaded,
-        activations=activation_bytes(model, layout.batch_size, layout.seq_length, value_bytes),
-        logits=loss_bytes(model, layout.batch_size * layout.seq_length, value_bytes),
-        experts=counts.experts * weight_bytes // max(split[2], model.expert_parallel_size),
-        buckets=_bucket_bytes(layout, stage, here, grad_bytes) + _exchange_bytes(model, layout, value_bytes),
-        host=offloaded,
+        weights=state.weights,
+        gradients=state.gradients,
+        optimizer=state.optimizer,
+        activations=kept,
+        logits=logits,
+        experts=state.weights * counts.experts // model.expert_parallel_size // _local(model, counts),
+        buckets=state.buckets,
+        working=working,
+        host=state.host,
+        nvme=state.nvme,
+        moments=moments,
     )
 
 
-def _bucket_bytes(layout: Layout, stage: int, parameters: int, grad_bytes: int) -> int:
-    """Buffers for reducing gradients. On CPU pages that are never touched cost nothing, so a small model pays its own size."""
-    if not layout.use_deepspeed:
-        return parameters * 4 if layout.world > 1 else 0
+def _block_parameters(model: DeepSeekConfig, counts: Counts) -> int:
+    """Parameters of the largest kind of block on one device: their gradients are made before any is given away."""
+    layers, with_experts = model.num_layers, model.expert_layers
+    shared = (counts.attention + counts.norms) // layers
+    experts = (counts.experts // model.expert_parallel_size + counts.shared + counts.router) // max(1, with_experts)
+    dense = counts.dense // max(1, layers - with_experts)
+    return shared + max(experts, dense)
+
+
+def _state(model: DeepSeekConfig, layout: Layout, counts: Counts) -> _State:
+    stage = layout.zero_stage if layout.use_deepspeed else 0
     if stage == 0:
-        return min(parameters, 500_000_000) * grad_bytes if layout.world > 1 else 0
-    size = min(parameters, layout.reduce_bucket_size) if layout.on_cpu else layout.reduce_bucket_size
-    return size * grad_bytes * (2 if layout.overlap_comm else 1)
+        return _whole(model, layout, counts)
+    return _gathered(model, layout, counts) if stage == 3 else _split(model, layout, counts, stage)
+
+
+def _local(model: DeepSeekConfig, counts: Counts) -> int:
+    """Parameters that one device computes with: all, or its share of the experts and the rest."""
+    return counts.stored - counts.experts + counts.experts // model.expert_parallel_size
+
+
+def _whole(model: DeepSeekConfig, layout: Layout, counts: Counts) -> _State:
+    """Plain PyTorch, and DeepSpeed's stage 0: every rank has everything."""
+    count = _local(model, counts)
+    weight, grad, _ = _BYTES[layout.precision]
+    several, masters = layout.world > 1, weight < 4
+    gradients = count * grad
+    if layout.use_deepspeed:
+        buckets = min(count, _STAGE0_BUCKET) * grad if several else 0
+    else:  # one flat copy of all gradients in fp32, and each of them in fp32 before
+        buckets = count * 4 * (2 if masters else 1) if several else 0
+    return _State(
+        weights=count * weight,
+        gradients=gradients,
+        optimizer=count * (12 if masters else 8),  # two moments in fp32; a master copy unless the weights are fp32
+        held=gradients if layout.accumulates else 0,
+        left=gradients,
+        update=gradients + max(buckets, count * 4 if masters else 0),
+        buckets=0,
+    )
+
+
+def _split(model: DeepSeekConfig, layout: Layout, counts: Counts, stage: int) -> _State:
+    """Stages 1 and 2: optimizer and masters in fp32 split over the ranks, and reduced gradients, as DeepSpeed 0.19 does it."""
+    count, part = _local(model, counts), counts.stored // layout.world
+    weight, grad, _ = _BYTES[layout.precision]
+    size = min(count, layout.reduce_bucket_size) if layout.on_cpu else layout.reduce_bucket_size
+    buckets = size * grad * (2 if layout.overlap_comm else 1)
+    all_gradients, own = count * grad, part * grad
+    optimizer = 12 * part
+    held = (all_gradients if stage == 1 else own) if layout.accumulates else 0
+    return _State(
+        weights=count * weight,
+        gradients=all_gradients if stage == 1 else own,
+        optimizer=0 if layout.offload_optimizer else optimizer,
+        held=held,
+        left=held or own,
+        update=own + (0 if layout.offload_optimizer else own + (4 * part if grad < 4 else 0)),
+        buckets=buckets,
+        host=optimizer + 4 * part if layout.offload_optimizer else 0,  # with fp32 gradients of this part
+    )
+
+
+def _gathered(model: DeepSeekConfig, layout: Layout, counts: Counts) -> _State:
+    """Stage 3: weights are split too, and gathered where a block needs them."""
+    part = counts.stored // layout.world
+    weight, grad, _ = _BYTES[layout.precision]
+    moved = layout.offload_parameters or layout.nvme_parameters
+    off = layout.offload_optimizer or layout.nvme_optimizer
+    live = min(counts.stored, _block_parameters(model, counts) + layout.prefetch_bucket_size + _REUSED)
+    size = min(counts.stored, layout.reduce_bucket_size) if layout.on_cpu else layout.reduce_bucket_size
+    optimizer, own = 12 * part, part * grad
+    on_host = weight * part if layout.offload_parameters and not layout.nvme_parameters else 0
+    on_host += 4 * part if off else 0  # fp32 gradients of this part
+    on_host += optimizer if layout.offload_optimizer and not layout.nvme_optimizer else 0
+    return _State(
+        weights=0 if moved else weight * part,
+        gradients=own,
+        optimizer=0 if off else optimizer,
+        held=own,
+        left=own,
+        update=own + (0 if off else 4 * part if grad < 4 else 0),
+        buckets=size * grad + live * weight,
+        gathered=live * weight,
+        host=on_host,
+        nvme=(optimizer if layout.nvme_optimizer else 0) + (weight * part if layout.nvme_parameters else 0),
+    )
 
 
 def _exchange_bytes(model: DeepSeekConfig, layout: Layout, value_bytes: int) -> int:
@@ -94,102 +230,3 @@ def _exchange_bytes(model: DeepSeekConfig, layout: Layout, value_bytes: int) -> 
     if model.expert_parallel_size == 1:
         return 0
     return 2 * layout.batch_size * layout.seq_length * model.moe_top_k * model.hidden_size * value_bytes
-
-
-def block_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
-    """Bytes that one block keeps for its backward pass, averaged over blocks with and without experts."""
-    hidden = model.hidden_size
-    attention = (
-        _latent_bytes(model, tokens, value_bytes) if model.attention == "mla" else _grouped_bytes(model, tokens, value_bytes)
-    )
-    before = tokens * (value_bytes * hidden + 4)  # input of the second half and the statistic of its norm
-    with_experts = model.expert_layers
-    without = model.num_layers - with_experts
-    width = model.dense_width if model.use_moe else model.expert_width
-    dense = tokens * value_bytes * (hidden + 3 * width)
-    experts = expert_activation_bytes(model, tokens, value_bytes) if with_experts else 0
-    return attention + before + (with_experts * experts + without * dense) // model.num_layers
-
-
-def _grouped_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
-    """Bytes that grouped-query attention of one block keeps, with its norm."""
-    heads, kv = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
-    # input and normed input, fused q k v, rotated q and k, output of attention
-    values = 2 * model.hidden_size + heads + 2 * kv + heads + kv + heads
-    statistics = 1 + model.num_heads  # of the norm, logsumexp of the scores
-    if model.qk_norm:
-        statistics += model.num_heads + model.num_kv_heads
-    return tokens * (value_bytes * values + 4 * statistics)
-
-
-def _latent_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
-    """Bytes that latent attention of one block keeps, with its norm."""
-    heads, key, value = model.num_heads, model.head_size, model.v_head_dim
-    queries, latent = model.q_lora_rank or 0, model.kv_lora_rank
-    # input and normed input, compressed, normed latents
-    values = 2 * model.hidden_size + (queries or heads * key) + latent + model.qk_rope_head_dim + queries + latent
-    statistics = 2 + (1 if queries else 0)  # of the norms
-    expanded = heads * (model.qk_nope_head_dim + value)
-    if key != value and value_bytes < 4:  # blocks of queries: queries, keys, values within the expanded, output
-        values += 2 * heads * key + expanded + heads * value
-    else:  # SDPA on one width: queries, keys, values, output; what is widened is a copy of its own
-        wide = heads * max(key, value)
-        values += 2 * wide + (wide if value < key else expanded) + wide + (heads * value if value != key else 0)
-        statistics += heads  # logsumexp of the scores
-    return tokens * (value_bytes * values + 4 * statistics)
-
-
-def expert_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
-    """Bytes that the experts and the router of one block keep for the backward pass."""
-    chosen = tokens * model.moe_top_k
-    routed = chosen * value_bytes * (2 * model.hidden_size + 2 * model.expert_width)
-    if model.expert_parallel_size > 1:  # results as they came back, and the places of both sides
-        routed += chosen * (value_bytes * model.hidden_size + 36)
-    shared = tokens * value_bytes * model.num_shared_experts * 3 * model.expert_width
-    shared += tokens * value_bytes * model.hidden_size if model.num_shared_experts and value_bytes < 4 else 0
-    # the router works on the normed input in float32, and keeps scores and their logsumexp, choices and gates
-    router = tokens * 4 * (model.hidden_size + 2 * model.num_experts) + chosen * 36
-    return routed + shared + router
-
-
-def selective_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
-    """Bytes that one block keeps with selective checkpointing: its inputs and the results of matrix products, on average."""
-    hidden, heads, value = model.hidden_size, model.num_heads, model.v_head_dim
-    if model.attention == "mla":
-        queries = heads * model.head_size
-        projected = (model.q_lora_rank or queries) + model.kv_lora_rank + model.qk_rope_head_dim
-        projected += (queries if model.q_lora_rank else 0) + heads * (model.qk_nope_head_dim + value)
-    else:
-        projected = (heads + 2 * model.num_kv_heads) * model.head_size
-    with_experts = model.expert_layers
-    width = model.dense_width if model.use_moe else model.expert_width
-    # experts: normed input and its statistic; gate-up of routed and shared; logits, scores, choices and gates of the router
-    scores = 4 if model.router_score == "softmax" else 8
-    chosen = tokens * model.moe_top_k
-    experts = tokens * (value_bytes * hidden + 4) + chosen * value_bytes * 2 * model.expert_width
-    experts += (
-        tokens * (value_bytes * model.num_shared_experts * 2 * model.expert_width + scores * model.num_experts) + chosen * 36
-    )
-    feed_forward = with_experts * experts + (model.num_layers - with_experts) * tokens * value_bytes * 2 * width
-    return tokens * value_bytes * (2 * hidden + projected) + feed_forward // model.num_layers
-
-
-def activation_bytes(model: DeepSeekConfig, batch_size: int, seq_length: int, value_bytes: int) -> int:
-    """Bytes kept for the backward pass of one micro batch. Attention keeps no scores and no mask."""
-    tokens = batch_size * seq_length
-    block = block_activation_bytes(model, tokens, value_bytes)
-    ends = tokens * value_bytes * 2 * model.hidden_size
-    if model.gradient_checkpointing == "selective":  # and what one block computes again
-        kept = selective_activation_bytes(model, tokens, value_bytes)
-        return (model.num_layers - 1) * kept + max(kept, block) + ends
-    if model.gradient_checkpointing:
-        return model.num_layers * tokens * value_bytes * model.hidden_size + block + ends
-    return model.num_layers * block + ends
-
-
-def loss_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
-    """Bytes of the loss at its peak: logits of one chunk, their log-probabilities, and the head's gradient in float32."""
-    rows = min(tokens, model.loss_chunk_size) if model.loss_chunk_size else tokens
-    logits = rows * model.vocab_rows * (value_bytes + 4)
-    head = model.vocab_rows * model.hidden_size * (4 if value_bytes == 4 else 4 + value_bytes)
-    return logits + head + tokens * model.hidden_size * value_bytes

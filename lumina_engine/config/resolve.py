@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import gcd
 
 from lumina_engine.config.curriculum import Curriculum
 from lumina_engine.config.finding import ConfigError, Finding
 from lumina_engine.config.machine import Machine, gb_text
-from lumina_engine.config.memory import Layout, training_memory
+from lumina_engine.config.memory import Layout, Memory, training_memory
 from lumina_engine.config.micro_batch import candidates, split
 from lumina_engine.config.offload import least_stage, offload_of
 from lumina_engine.config.schema import Config, DeepSeekConfig
 
 # Highest id + 1 of the tokenizers that ship with Lumina.
 TOKENIZER_IDS = {"gpt-4": 100_277, "gpt-4o": 200_019, "lumina-1k": 1_024}
+# Memory that a rank's Python, torch and DeepSpeed take: a guess, named in the budget's `basis`.
+RANK_BYTES = 700_000_000
 STAGES = (0, 1, 2, 3)
 # With experts spread over ranks: stage 3 would gather the weights of experts that other ranks do not have.
 MOST_STAGE_WITH_EXPERTS = 2
@@ -91,6 +93,7 @@ class StageChoice:
 
 def layout_of(config: Config, machine: Machine, stage: int, world: int | None = None) -> Layout:
     """The layout of a run at a given stage."""
+    places = offload_of(config, stage)
     return Layout(
         batch_size=config.batch_size,
         seq_length=config.seq_length,
@@ -98,8 +101,13 @@ def layout_of(config: Config, machine: Machine, stage: int, world: int | None = 
         world=world or world_size(config, machine),
         zero_stage=stage,
         use_deepspeed=config.use_deepspeed,
-        offload_optimizer=offload_of(config, stage).optimizer != "device",
+        offload_optimizer=places.optimizer == "cpu",
+        offload_parameters=places.parameters == "cpu",
+        nvme_optimizer=places.optimizer == "nvme",
+        nvme_parameters=places.parameters == "nvme",
+        accumulates=config.gradient_accumulation_steps > 1,
         reduce_bucket_size=config.reduce_bucket_size,
+        prefetch_bucket_size=config.stage3_prefetch_bucket_size,
         overlap_comm=config.overlap_comm,
         on_cpu=not machine.devices,
     )
@@ -146,6 +154,25 @@ def plannable(config: Config, machine: Machine, model: DeepSeekConfig, ranks: in
         return config
     sizes = candidates(config)
     return config.model_copy(update=split(config, sizes[0])) if sizes else config
+
+
+def host_memory(config: Config, machine: Machine, memory: Memory) -> dict[str, int]:
+    """Host memory of one node in bytes. On CPU the devices' share lies in it too."""
+    ranks = ranks_per_node(config, machine)
+    parts = {
+        "processes": RANK_BYTES * ranks,
+        "offload": memory.host * ranks,
+        "training": 0 if machine.devices else memory.total * ranks,
+    }
+    return parts | {"total": sum(parts.values()), "available": machine.host_memory_bytes}
+
+
+def fits_memory(config: Config, machine: Machine, model: DeepSeekConfig, ranks: int) -> bool:
+    """Whether a run fits the memory of its devices and of its hosts."""
+    config = plannable(config, machine, model, ranks)
+    choice = choose_stage(config, machine, model, ranks)
+    host = host_memory(config, machine, training_memory(model, layout_of(config, machine, choice.stage, ranks)))
+    return choice.fits and host["total"] <= host["available"]
 
 
 def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: int | None = None) -> Config:
@@ -226,66 +253,7 @@ def does_not_fit(config: Config, machine: Machine, model: DeepSeekConfig, choice
         f"needs {gb_text(need)} per {place} at ZeRO-{choice.stage} (computed), but only {gb_text(limit)} of {gb_text(memory)} "
         "may be planned for"
     )
+    from lumina_engine.config.advice import advice
+
     found = advice(config, machine, model, ranks)
     return Finding("does_not_fit", "error", ("batch_size", "num_gpus"), message, "; or ".join(found))
-
-
-def advice(config: Config, machine: Machine, model: DeepSeekConfig, ranks: int) -> list[str]:
-    """At most three changes, each of which alone makes the run fit, as `key=value` with what they cost."""
-    _, limit = device_limit(config, machine)
-    found: list[str] = []
-
-    def fits(shape: DeepSeekConfig, layout: Layout) -> bool:
-        return training_memory(shape, layout).total <= limit
-
-    layout = layout_of(config, machine, choose_stage(config, machine, model, ranks).stage, ranks)
-    checkpointed = model.model_copy(update={"gradient_checkpointing": True})
-    if not model.gradient_checkpointing and fits(checkpointed, layout):
-        found.append("set gradient_checkpointing=true (a third more compute)")
-    if smaller := _smaller_batch(model, layout, limit):
-        steps = config.gradient_accumulation_steps * config.batch_size // smaller
-        found.append(f"set batch_size={smaller} gradient_accumulation_steps={steps} (same global batch)")
-    highest = most_stage(config)
-    if config.use_deepspeed and machine.devices and (count := devices_needed(config, machine, model, highest)):
-        found.append(f"use {count:,} such devices with zero_stage={highest}")
-    if not found and (shorter := _shorter_rows(checkpointed, layout, limit)):
-        found.append(f"set seq_length={shorter} gradient_checkpointing=true batch_size=1")
-    if found:
-        return found[:3]
-    return ["choose a smaller preset (`lumina-engine presets list`) or a machine with more memory"]
-
-
-def _smaller_batch(model: DeepSeekConfig, layout: Layout, limit: int) -> int:
-    batch = layout.batch_size // 2
-    while batch >= 1:
-        if layout.batch_size % batch == 0 and training_memory(model, replace(layout, batch_size=batch)).total <= limit:
-            return batch
-        batch //= 2
-    return 0
-
-
-def _shorter_rows(model: DeepSeekConfig, layout: Layout, limit: int) -> int:
-    length = layout.seq_length // 2
-    while length >= 128:
-        if training_memory(model, replace(layout, batch_size=1, seq_length=length)).total <= limit:
-            return length
-        length //= 2
-    return 0
-
-
-def devices_needed(config: Config, machine: Machine, model: DeepSeekConfig, stage: int, most: int = 65_536) -> int:
-    """The least number of such devices on which the run fits at a ZeRO stage; 0 if `most` are not enough."""
-    _, limit = device_limit(config, machine)
-    unit = model.expert_parallel_size if model.use_moe else 1
-
-    def fits(groups: int) -> bool:
-        return training_memory(model, layout_of(config, machine, stage, groups * unit)).total <= limit
-
-    most = max(1, most // unit)
-    if not fits(most):
-        return 0
-    low, high = 0, most  # low does not fit, high does
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high * unit

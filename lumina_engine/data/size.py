@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 # five bytes a token, and the offsets and digests of the conversations).
 BYTES_PER_TOKEN = 4.0
 _STORE_SHARE = 3.0
+_CONVERSATION_TOKENS = 250.0  # of a usual conversation, also a guess
+_DIGESTED = 1_000_000_000  # bytes of data up to which reading all of it for its average length is worth the wait
 _CORPUS_STORE_BYTES = 64_000_000  # room that the built-in corpus takes at most
 MAX_STORES = 1_000  # folders of the cache that are looked at
 
@@ -62,6 +64,15 @@ def train_tokens(config: Config, given: int | None = None) -> tuple[int | None, 
         return given, "given"
     size = data_bytes(config.train_data_path)
     return (int(size / BYTES_PER_TOKEN), "guessed from the size of the files") if size else (None, "")
+
+
+def average_tokens(config: Config) -> tuple[float, str]:
+    """Tokens of one conversation, and how they are known: measured in the prepared data of this tokenizer, or guessed."""
+    small = config.train_data_path is None or 0 < data_bytes(config.train_data_path) <= _DIGESTED
+    found = counted(config, content_digest(config)) if small else None
+    if found is None or not found.documents:
+        return _CONVERSATION_TOKENS, "guessed"
+    return found.tokens / found.documents, "measured"
 
 
 def cache_bytes(config: Config) -> int:

@@ -300,7 +300,8 @@ class DeepSeekTransformer(nn.Module):
     def get_memory_footprint(self, batch_size: int = 1, seq_length: int | None = None) -> dict[str, float]:
         """Bytes of plain AdamW training at a shape (default: one row of the full length) in the precision of the weights.
 
-        Parameters, gradients, optimizer, buffers, activations (with the loss), their total; `kv_cache_per_token` is for chat.
+        Parameters, gradients, optimizer, buffers, activations (with the loss); `total` is the peak, at which not all of these
+        are there at once, but temporaries are; `kv_cache_per_token` is for chat.
         """
         precision = _PRECISIONS[self.embedding.weight.dtype]
         layout = Layout(batch_size, seq_length or self.config.seq_length, precision, use_deepspeed=False)
@@ -313,8 +314,9 @@ class DeepSeekTransformer(nn.Module):
             "activations": memory.activations + memory.logits,
         }
         per_token = kv_cache_bytes_per_token(self.config, self.embedding.weight.element_size())
-        return {name: float(value) for name, value in (parts | {"total": sum(parts.values())}).items()} | {
-            "kv_cache_per_token": float(per_token)
+        return {name: float(value) for name, value in parts.items()} | {
+            "total": float(memory.total + parts["buffers"]),
+            "kv_cache_per_token": float(per_token),
         }
 
     @property

@@ -28,6 +28,7 @@ from ..run.directory import RunDirectory
 from ..run.policy import AGAIN, NO_PROGRESS, OUT_OF_MEMORY, REFUSED, USAGE
 from ..run.rank import NullChannel, RankChannel
 from .comm import Comm
+from .cuda import optimize_cuda_settings
 from .memory import DoesNotFit, is_out_of_memory
 from .setup import seed_all
 
@@ -93,6 +94,9 @@ class Worker:
         data = open_data(config, tokenizer, lambda documents, tokens: self.channel.report(documents, "data"))
         for note in data.notes if self.rank == 0 else []:
             self.emit(rec.Note(message=note))
+        settings = optimize_cuda_settings(config.deterministic)
+        if settings and self.rank == 0:
+            self.emit(rec.Note(message="CUDA settings: " + ", ".join(f"{name} {value}" for name, value in settings.items())))
         comm = Comm.start(config.communication_backend)
         configured = config.batch_size
         config = self.config = self._settled(config, comm)

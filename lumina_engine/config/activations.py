@@ -1,0 +1,158 @@
+"""What a micro batch adds to memory: tensors kept for the backward pass, temporaries of that pass, the loss at its peak.
+
+Counted tensor by tensor as `lumina_engine.model` makes them; tests compare with the tensors that autograd keeps and with the
+resident memory of real steps. Bytes throughout. `value_bytes` is the size of a value in the arithmetic (2 under autocast).
+"""
+
+from __future__ import annotations
+
+from lumina_engine.config.counts import parameter_counts
+from lumina_engine.config.schema import DeepSeekConfig
+
+
+def block_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int, on_cpu: bool = True) -> int:
+    """Bytes that one block keeps for its backward pass, averaged over blocks with and without experts."""
+    attention = attention_activation_bytes(model, tokens, value_bytes)
+    before = tokens * (value_bytes * model.hidden_size + 4)  # input of the second half and the statistic of its norm
+    with_experts = model.expert_layers
+    without = model.num_layers - with_experts
+    dense = tokens * value_bytes * (model.hidden_size + 3 * dense_width(model))
+    experts = expert_activation_bytes(model, tokens, value_bytes, on_cpu) if with_experts else 0
+    return attention + before + (with_experts * experts + without * dense) // model.num_layers
+
+
+def dense_width(model: DeepSeekConfig) -> int:
+    """Width of the feed-forward network of a block without experts."""
+    return model.dense_width if model.use_moe else model.expert_width
+
+
+def attention_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
+    """Bytes that the attention half of one block keeps, with the input of the block."""
+    return _latent_bytes(model, tokens, value_bytes) if model.attention == "mla" else _grouped_bytes(model, tokens, value_bytes)
+
+
+def _grouped_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
+    """Bytes that grouped-query attention of one block keeps, with its norm."""
+    heads, kv = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
+    # input and normed input, fused q k v, rotated q and k, output of attention
+    values = 2 * model.hidden_size + heads + 2 * kv + heads + kv + heads
+    statistics = 1 + model.num_heads  # of the norm, logsumexp of the scores
+    if model.qk_norm:
+        statistics += model.num_heads + model.num_kv_heads
+    return tokens * (value_bytes * values + 4 * statistics)
+
+
+def _latent_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
+    """Bytes that latent attention of one block keeps, with its norm."""
+    heads, key, value = model.num_heads, model.head_size, model.v_head_dim
+    queries, latent = model.q_lora_rank or 0, model.kv_lora_rank
+    # input and normed input, compressed, normed latents
+    values = 2 * model.hidden_size + (queries or heads * key) + latent + model.qk_rope_head_dim + queries + latent
+    statistics = 2 + (1 if queries else 0)  # of the norms
+    expanded = heads * (model.qk_nope_head_dim + value)
+    if key != value and value_bytes < 4:  # blocks of queries: queries, keys, values within the expanded, output
+        values += 2 * heads * key + expanded + heads * value
+    else:  # SDPA on one width: queries, keys, values, output; what is widened is a copy of its own
+        wide = heads * max(key, value)
+        values += 2 * wide + (wide if value < key else expanded) + wide + (heads * value if value != key else 0)
+        statistics += heads  # logsumexp of the scores
+    return tokens * (value_bytes * values + 4 * statistics)
+
+
+def expert_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int, on_cpu: bool = True) -> int:
+    """Bytes that the experts and the router of one block keep for the backward pass.
+
+    The grouped kernels of a GPU keep the activation before the down projection too; the loop of the CPU computes it again.
+    """
+    chosen = tokens * model.moe_top_k
+    routed = chosen * value_bytes * (2 * model.hidden_size + (2 if on_cpu else 3) * model.expert_width)
+    if model.expert_parallel_size > 1:  # results as they came back, and the places of both sides
+        routed += chosen * (value_bytes * model.hidden_size + 36)
+    shared = tokens * value_bytes * model.num_shared_experts * 3 * model.expert_width
+    shared += tokens * value_bytes * model.hidden_size if model.num_shared_experts and value_bytes < 4 else 0
+    # the router works on the normed input in float32, and keeps scores and their logsumexp, choices and gates
+    router = tokens * 4 * (model.hidden_size + 2 * model.num_experts) + chosen * 36
+    return routed + shared + router
+
+
+def selective_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
+    """Bytes that one block keeps with selective checkpointing: its inputs and the results of matrix products, on average."""
+    hidden, heads, value = model.hidden_size, model.num_heads, model.v_head_dim
+    if model.attention == "mla":
+        queries = heads * model.head_size
+        projected = (model.q_lora_rank or queries) + model.kv_lora_rank + model.qk_rope_head_dim
+        projected += (queries if model.q_lora_rank else 0) + heads * (model.qk_nope_head_dim + value)
+    else:
+        projected = (heads + 2 * model.num_kv_heads) * model.head_size
+    with_experts = model.expert_layers
+    width = model.dense_width if model.use_moe else model.expert_width
+    # experts: normed input and its statistic; gate-up of routed and shared; logits, scores, choices and gates of the router
+    scores = 4 if model.router_score == "softmax" else 8
+    chosen = tokens * model.moe_top_k
+    experts = tokens * (value_bytes * hidden + 4) + chosen * value_bytes * 2 * model.expert_width
+    experts += (
+        tokens * (value_bytes * model.num_shared_experts * 2 * model.expert_width + scores * model.num_experts) + chosen * 36
+    )
+    feed_forward = with_experts * experts + (model.num_layers - with_experts) * tokens * value_bytes * 2 * width
+    return tokens * value_bytes * (2 * hidden + projected) + feed_forward // model.num_layers
+
+
+def activation_bytes(model: DeepSeekConfig, batch_size: int, seq_length: int, value_bytes: int, on_cpu: bool = True) -> int:
+    """Bytes kept for the backward pass of one micro batch. Attention keeps no scores and no mask."""
+    tokens = batch_size * seq_length
+    block = block_activation_bytes(model, tokens, value_bytes, on_cpu)
+    ends = tokens * value_bytes * 2 * model.hidden_size
+    if model.gradient_checkpointing == "selective":  # and what one block computes again
+        kept = selective_activation_bytes(model, tokens, value_bytes)
+        return (model.num_layers - 1) * kept + max(kept, block) + ends
+    if model.gradient_checkpointing:
+        return model.num_layers * tokens * value_bytes * model.hidden_size + block + ends
+    return model.num_layers * block + ends
+
+
+def cast_bytes(model: DeepSeekConfig, value_bytes: int) -> int:
+    """Bytes of the copies of weights that autocast makes for products; checkpointed blocks make theirs again, one at a time."""
+    counts = parameter_counts(model)
+    products = counts.attention + counts.experts + counts.shared + counts.dense
+    cached = counts.attention + counts.shared + counts.dense  # autocast keeps those of linear layers to the end of the forward
+    if model.gradient_checkpointing is True:
+        return value_bytes * (cached + counts.experts // max(1, model.expert_layers))
+    return value_bytes * products
+
+
+def working_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
+    """Bytes of temporaries while the backward pass is in the widest part of a block; its weight gradients are not in it."""
+    hidden = model.hidden_size
+    passing = 2 * tokens * value_bytes * hidden  # gradients of the residual stream and of the branch
+    widths = []
+    if model.expert_layers:
+        width = model.expert_width
+        # gathered gradient; silu, its product, gradients of both and of the fused pair; gradient of the gathered input
+        widths.append(model.moe_top_k * max(6 * width + hidden, 5 * width + 2 * hidden) * value_bytes)
+    if model.expert_layers < model.num_layers:
+        widths.append((5 * dense_width(model) + hidden) * value_bytes)
+    if model.attention == "mla":
+        both = model.num_heads * (2 * model.head_size + model.v_head_dim)
+    else:
+        both = (model.num_heads + 2 * model.num_kv_heads) * model.head_size
+    # gradients of q, k, v with those of the rotation in float32; the norm works in float32 too
+    widths.append(both * (2 * value_bytes + 4))
+    widths.append(hidden * (12 if value_bytes == 4 else 20))
+    return passing + tokens * max(widths)
+
+
+def loss_bytes(
+    model: DeepSeekConfig, tokens: int, value_bytes: int, weight_bytes: int | None = None, on_cpu: bool = True
+) -> int:
+    """Bytes of the loss at its peak: logits of one chunk, their log-probabilities, and the head's gradient in float32.
+
+    `weight_bytes` above `value_bytes` (autocast) means a copy of the head in the smaller type.
+    """
+    rows = min(tokens, model.loss_chunk_size) if model.loss_chunk_size else tokens
+    logits = rows * model.vocab_rows * (value_bytes + 4)
+    if on_cpu and value_bytes < 4:  # oneDNN packs the transposed gradient of the logits for its product with the hidden states
+        logits += rows * model.vocab_rows * value_bytes
+    head = model.vocab_rows * model.hidden_size * (4 if value_bytes == 4 else 4 + value_bytes)
+    if (weight_bytes or value_bytes) > value_bytes:
+        head += model.vocab_rows * model.hidden_size * value_bytes
+    return logits + head + tokens * model.hidden_size * value_bytes

@@ -1,0 +1,133 @@
+"""A program for tests: the peak memory of real training steps, as the kernel sees it.
+
+    MALLOC_MMAP_THRESHOLD_=65536 python peak.py FOLDER '{"name": {config overrides}, …}'      also under torch.distributed.run
+
+With that threshold every tensor is a mapping of its own, given back the moment it is freed, so the resident set is what is in
+use: temporaries inside an operator, buffers of other threads and all that belongs to no tensor included, pages that were never
+touched not. The kernel keeps its largest value; it is reset at the beginning of each section of a step. What was resident
+before the model was built, after a first run of the same kind that loaded every library, is taken off.
+
+Prints `PEAK {...}` for each case (rank 0): `name`, `peak` in bytes, the largest value in each section, the budget's `Memory`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from lumina_engine.config.machine import Machine
+from lumina_engine.config.memory import training_memory
+from lumina_engine.config.resolve import layout_of, model_config
+from lumina_engine.config.schema import Config
+from lumina_engine.data.store import open_data
+from lumina_engine.data.tokenizer import ConversationTokenizer
+from lumina_engine.model.transformer import DeepSeekTransformer
+from lumina_engine.run.rank import NullChannel
+from lumina_engine.training.comm import Comm
+from lumina_engine.training.trainer import EnhancedConversationTrainer
+
+STEPS = 2
+SHAPE = {
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "num_layers": 4,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "intermediate_size": 512,
+    "seq_length": 256,
+    "num_experts": 8,
+    "moe_top_k": 2,
+    "batch_size": 4,
+    "tokenizer": "lumina-1k",
+    "rope_theta": 10000.0,
+    "max_steps": STEPS,
+    "precision": "fp32",
+    "num_workers": 0,
+    "eval_interval": 0,
+    "eval_split": 0.0,
+    "packing": "concat",
+    "train_on": "all",
+    "expert_log_interval": 100,
+}
+
+
+def resident(field: str) -> int:
+    """VmRSS (now) or VmHWM (the largest since the last reset) of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"the kernel does not tell {field}")
+
+
+def reset_largest() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+class Sections(NullChannel):
+    """A channel that keeps the largest resident set of each section, from the first step on."""
+
+    def __init__(self) -> None:
+        self.highest: dict[str, int] = {}
+        self.name = ""
+
+    def report(self, step: int, section: str) -> None:
+        if self.name:
+            self.highest[self.name] = max(self.highest.get(self.name, 0), resident("VmHWM"))
+        self.name = section if step else ""
+        reset_largest()
+
+
+def settle() -> None:
+    """Give back what is free."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def measured(config: Config, comm: Comm) -> dict[str, Any]:
+    """Train `STEPS` steps; the peak over what was resident before, in bytes, in all and by section."""
+    tokenizer = ConversationTokenizer(config.tokenizer)
+    data = open_data(config, tokenizer).train
+    settle()
+    before = resident("VmRSS")
+    channel = Sections()
+    trainer = EnhancedConversationTrainer(DeepSeekTransformer(config), tokenizer, config, None, comm=comm, channel=channel)
+    trainer.train(data)
+    channel.report(0, "")
+    sections = {name: value - before for name, value in channel.highest.items()}
+    return {"peak": max(sections.values()), "sections": sections, "resolved": trainer.config}
+
+
+def corpus(folder: Path) -> Path:
+    """Conversations that fill whole rows."""
+    path = folder / "train.jsonl"
+    if not path.exists():
+        words = ["the", "river", "runs", "past", "the", "old", "stone", "house", "and", "a", "small", "bird", "sings"]
+        with path.open("w") as stream:
+            for number in range(400):
+                text = " ".join(words[(number * 7 + i * i) % len(words)] for i in range(600))
+                turns = [{"role": "user", "content": f"tale {number}"}, {"role": "assistant", "content": text}]
+                stream.write(json.dumps({"messages": turns}) + "\n")
+    return path
+
+
+def main() -> None:
+    folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
+    comm = Comm.start("gloo")
+    own = {"train_data_path": str(folder / "train.jsonl"), "data_cache_dir": str(folder / "cache")}
+    for name, overrides in cases.items():
+        measured(Config(**(SHAPE | own | overrides)), comm)
+        found = measured(Config(**(SHAPE | own | overrides)), comm)
+        config = found.pop("resolved")
+        layout = layout_of(config, Machine(), config.zero_stage, comm.world_size)
+        memory = training_memory(model_config(config), layout)
+        if comm.rank == 0:
+            print("PEAK " + json.dumps({"name": name, **found, "memory": asdict(memory) | {"total": memory.total}}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""C8, C63, C139: the budget's peak is within 15 % of the resident memory of real steps. `-s` prints the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from .peak import corpus
+
+SCRIPT = Path(__file__).with_name("peak.py")
+NEAR = 0.15
+PLAIN = {"use_deepspeed": False}
+DENSE = {"use_moe": False, "intermediate_size": 1024, "num_layers": 6, "batch_size": 8}
+BUCKETS = {"reduce_bucket_size": 4_000_000, "allgather_bucket_size": 4_000_000}
+SHORT = {**BUCKETS, "precision": "bf16"}
+# case → keys; the shape is that of `peak.SHAPE` where nothing else is said: 13.7 M parameters, 2 of 8 experts, 1,024 tokens
+ONE = {
+    "experts": PLAIN,
+    "experts, checkpointing": PLAIN | {"gradient_checkpointing": True},
+    "experts, accumulation": PLAIN | {"gradient_accumulation_steps": 2},
+    "experts, bf16": PLAIN | {"precision": "bf16"},
+    "experts, mixed_bf16": PLAIN | {"precision": "mixed_bf16"},
+    "dense, bf16, checkpointing": PLAIN | DENSE | {"precision": "bf16", "gradient_checkpointing": True},
+    "dense, vocabulary 50,048": PLAIN | DENSE | {"vocab_size": 50_048, "loss_chunk_size": 512, "batch_size": 4},
+    "wide experts, 64 tokens": PLAIN | {"batch_size": 1, "seq_length": 64, "intermediate_size": 1024},
+}
+TWO = {
+    "ZeRO 0": {"zero_stage": 0},
+    "ZeRO 1": {"zero_stage": 1, **BUCKETS},
+    "ZeRO 2, bf16": {"zero_stage": 2, **SHORT},
+    "ZeRO 1, bf16, accumulation": {"zero_stage": 1, **SHORT, "gradient_accumulation_steps": 2},
+    "ZeRO 2, bf16, accumulation": {"zero_stage": 2, **SHORT, "gradient_accumulation_steps": 2},
+    "ZeRO 2, checkpointing": {"zero_stage": 2, **BUCKETS, "gradient_checkpointing": True},
+}
+
+
+def rows(folder: Path, cases: dict[str, dict], ranks: int) -> list[dict]:
+    corpus(folder)
+    launch = [sys.executable]
+    if ranks > 1:
+        port = str(29_500 + os.getpid() % 2000)
+        launch += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+        launch += ["--master-addr", "127.0.0.1", "--master-port", port]
+    own = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run([*launch, str(SCRIPT), str(folder), json.dumps(cases)], capture_output=True, text=True, env=env | own)
+    found = [json.loads(line.removeprefix("PEAK ")) for line in done.stdout.splitlines() if line.startswith("PEAK ")]
+    assert len(found) == len(cases), done.stderr[-3000:]
+    return found
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel does not reset the largest memory")
+@pytest.mark.parametrize(("ranks", "cases"), [(1, ONE), (2, TWO)], ids=["one rank", "two ranks"])
+def test_c139_c008_c063_predicted_peak_is_within_15_percent(ranks: int, cases: dict, tmp_path: Path) -> None:
+    far = []
+    print(f"\n{'ranks':5}  {'case':28} {'measured':>9} {'predicted':>9}")
+    for row in rows(tmp_path, cases, ranks):
+        measured, predicted = row["peak"], row["memory"]["total"]
+        off = predicted / measured - 1
+        print(f"{ranks:5}  {row['name']:28} {measured / 1e6:6.1f} MB {predicted / 1e6:6.1f} MB  {off:+.1%}")
+        if abs(off) > NEAR:
+            far.append((row["name"], round(off, 3), row))
+    assert not far
