@@ -84,7 +84,7 @@ def test_c077_the_usual_means_are_named() -> None:
     """Checkpointing, a smaller batch, offload where it is offered, a higher stage, more devices."""
     gpu = Machine([Accelerator("GPU", 80 * GB)] * 8, 4_000 * GB, 64, None)
     b1 = ConfigPresets.b1()
-    b1.batch_size = 12
+    b1.batch_size = 48
     found = " | ".join(budget(b1, gpu)["advice"])
     assert "batch_size=" in found and "gradient_checkpointing=" in found
     small = Machine([Accelerator("GPU", 60 * GB)] * 8, 4_000 * GB, 64, None)

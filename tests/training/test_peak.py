@@ -35,6 +35,8 @@ TWO = {
     "ZeRO 2, bf16": {"zero_stage": 2, **SHORT},
     "ZeRO 1, bf16, accumulation": {"zero_stage": 1, **SHORT, "gradient_accumulation_steps": 2},
     "ZeRO 2, bf16, accumulation": {"zero_stage": 2, **SHORT, "gradient_accumulation_steps": 2},
+    "ZeRO 3": {"zero_stage": 3, **BUCKETS},
+    "ZeRO 3, bf16, accumulation": {"zero_stage": 3, **SHORT, "gradient_accumulation_steps": 2},
     "ZeRO 2, checkpointing": {"zero_stage": 2, **BUCKETS, "gradient_checkpointing": True},
 }
 
