@@ -207,6 +207,7 @@ def _gathered(model: DeepSeekConfig, layout: Layout, counts: Counts) -> _State:
     off = layout.offload_optimizer or layout.nvme_optimizer
     live = min(counts.stored, _block_parameters(model, counts) + layout.prefetch_bucket_size + _REUSED)
     size = min(counts.stored, layout.reduce_bucket_size) if layout.on_cpu else layout.reduce_bucket_size
+    buckets = size * grad + live * weight
     optimizer, own = 12 * part, part * grad
     on_host = weight * part if layout.offload_parameters and not layout.nvme_parameters else 0
     on_host += 4 * part if off else 0  # fp32 gradients of this part
@@ -218,8 +219,8 @@ def _gathered(model: DeepSeekConfig, layout: Layout, counts: Counts) -> _State:
         held=own,
         left=own,
         update=own + (0 if off else 4 * part if grad < 4 else 0),
-        buckets=size * grad + live * weight,
-        gathered=live * weight,
+        buckets=buckets,
+        gathered=buckets,  # the one of the gradients stays from step to step
         host=on_host,
         nvme=(optimizer if layout.nvme_optimizer else 0) + (weight * part if layout.nvme_parameters else 0),
     )
