@@ -107,7 +107,7 @@ CHART = (
     Action("chart.zoom_out", "Zoom out", "Twice the range", ("-",)),
     Action("chart.follow", "Follow", "Whole range, following the newest point", ("f",)),
     Action("chart.smoothing", "Smoothing", "Next weight of the smoothed line", ("s",)),
-    Action("chart.outliers", "5-95 range", "Y range of the middle 90 % or of everything", ("i",)),
+    Action("chart.outliers", "5-95 range", "Y range of the middle 90 % (of 100 values or more) or of everything", ("i",)),
     Action("chart.log_y", "Log Y", "Logarithmic Y axis", ("v",)),
     Action("chart.log_x", "Log X", "Logarithmic X axis", ("V",)),
     Action("chart.base", "X base", "X axis in steps, tokens, hours or clock time", ("b",)),

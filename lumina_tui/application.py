@@ -342,11 +342,13 @@ class LuminaApp(Acts, Opens, Talks, TypeAhead, Defects, inherit_bindings=False):
 
     def _read(self, heading: str, lines: Sequence[Line]) -> None:
         """Show lines in a layer, wrapped with their beginnings to the left."""
+        from .helping import hanging
         from .screens.sheets import lines_sheet
         from .widgets.text_panel import wrapped
 
-        width = min(110, self.size.width * 96 // 100) - 7  # of the text in a sheet: its frame, padding and scroll bar are 7
-        self.push_screen(lines_sheet(heading, [part for line in lines for part in wrapped(line, width, indent=8)]))
+        width = min(110, self.size.width * 96 // 100) - 8  # of the text in a sheet: its frame, padding and scroll bar are 8
+        shown = [part for line in lines for part in wrapped(line, width, indent=hanging(line, width))]
+        self.push_screen(lines_sheet(heading, shown))
 
     def action_notices(self) -> None:
         from textual.content import Content

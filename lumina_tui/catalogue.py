@@ -188,6 +188,7 @@ def _machine_lines(config: Config, machine: Machine) -> list[Line]:
     lines += [
         ((f"{figures['tokens_per_step']:,} tokens per step", "text"),),
         ((f"{count_text(tokens)} tokens: {_hours(hours)} here ({figures['basis']['time']})", "text"),),
+        (("  (20 tokens per active parameter)", "dim"),),
     ]
     return lines + [((text, "warn"),) for text in figures["advice"]]
 

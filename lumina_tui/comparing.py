@@ -152,7 +152,7 @@ def _cells(run: Compared, baseline: Compared | None, other: Reading | None, opti
     name = f"{run.letter} {run.name}" + (" (hidden)" if run.hidden else "")
     head: tuple[Cell, ...] = (
         (name, "struck" if broken else "dim" if run.hidden else f"run{run.slot}"),
-        ("base" if run is baseline and word in ("live", "finished") else word, role),
+        (word, role),
     )
     if broken and not run.gone:
         return (*head, ("-", "dim"), ("-", "dim"), ("-", "dim"), ("-", "dim"), ("-", "dim"), ("-", "dim"))

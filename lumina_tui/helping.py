@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
+
 from .actions import FORBIDDEN_KEYS, of_scope
 from .places import config_dir
 from .settings import table
@@ -50,6 +52,16 @@ SIGNS = (
 )
 
 
+def hanging(line: Line, width: int) -> int:
+    """Where the explanation of a line begins: behind the parts that end with a space. Wrapped lines go on there."""
+    at = 0
+    for text, _ in line:
+        if not text.endswith(" "):
+            break
+        at += cell_len(text)
+    return at if 0 < at <= width // 2 + 5 else 8
+
+
 def _rows(heading: str, rows: Sequence[tuple[str, str]], width: int = 23) -> list[Line]:
     return [(), ((heading, "title"),), *(((f"  {sign:<{width}} ", "key"), (text, "text")) for sign, text in rows)]
 
@@ -61,7 +73,7 @@ def _scope_lines(heading: str, scope: str, node: Any, app: LuminaApp) -> list[Li
         if action.method == "screen" and not app.has_screen(int(str(action.args[0]))):
             continue
         reason = node.refusal(action.id)
-        parts = [(f"  {app.keys.text(action):<17} ", "key"), (f"{action.title:<18} {action.help}", "text")]
+        parts = [(f"  {app.keys.text(action):<17} ", "key"), (f"{action.title:<18} ", "text"), (action.help, "text")]
         lines.append([*parts, (f"  (not now: {reason})", "dim")] if reason else parts)
     return lines
 

@@ -115,6 +115,8 @@ def duration(seconds: float | None) -> str:
         return "-"
     if seconds < 0:
         return "-"
+    if seconds == 0:
+        return "0 s"
     if seconds < 1:
         return f"{seconds * 1000:.0f} ms"
     if seconds < 10:

@@ -376,10 +376,10 @@ def _machine(config: Config, machine: Machine) -> Iterator[Finding]:
     except ConfigError as error:
         yield from error.findings
         return
-    yield from _fits(figures)
+    yield from _fits(figures, config.keep_checkpoints)
 
 
-def _fits(figures: dict) -> Iterator[Finding]:
+def _fits(figures: dict, keep: int) -> Iterator[Finding]:
     device, disk, host = figures["device"], figures["disk"], figures["host"]
     if device["total"] > device["limit"]:
         stage = figures["resolved"]["zero_stage"]
@@ -395,9 +395,9 @@ def _fits(figures: dict) -> Iterator[Finding]:
         message = (
             f"disk: {disk['checkpoints']} checkpoints need {gb_text(disk['total'])}, {gb_text(disk['available'])} are free"
         )
-        yield _error(
-            "disk", "keep_checkpoints", message, "free some disk, set keep_checkpoints=2, or name another --runs folder"
-        )
+        fewer = keep > 2 and disk["total"] - (keep - 2) * disk["checkpoint"] <= disk["available"]
+        ways = "free some disk, set keep_checkpoints=2," if fewer else "free some disk"
+        yield _error("disk", "keep_checkpoints", message, f"{ways} or name another --runs folder")
 
 
 # Keys that a resumed run may change one day: the optimizer state is stored in their layout, and nothing converts it yet.

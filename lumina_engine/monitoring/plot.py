@@ -11,6 +11,7 @@ import numpy as np
 
 from .curves import ROUTING_METRICS, SMOOTHING, STEP_METRICS, History, reduced
 from .svg import Series, line_svg
+from .ticks import count_labels, ticks
 
 POINTS = 500  # handed to plotext for one series, at most
 METRICS = (*STEP_METRICS, *ROUTING_METRICS)
@@ -70,7 +71,8 @@ def curve(history: History, name: str, last: int | None = None) -> Curve:
 
 def svg(found: Curve, title: str, *, log_y: bool = False, width: int = 960, height: int = 320) -> str:
     """A curve as one SVG document: raw faint, average bold, evaluations as points."""
-    name = f"{found.name}, EMA {SMOOTHING:g}" if found.ema is not None else found.name
+    plain = found.label.partition(" (")[0]
+    name = f"{plain}, EMA {SMOOTHING:g}" if found.ema is not None else plain
     series = [Series(name, found.step, found.value, "line" if found.ema is None else "faint")]
     if found.ema is not None:
         series.append(Series(name, found.step, found.ema))  # the same name: one colour, one legend entry
@@ -128,6 +130,8 @@ def text(
         return f"{heading}\n(no values)"
     if log_y:
         figure.yscale("log")
+    places = ticks(float(found.step[0]), float(found.step[-1]), max(2, width // 16), whole=True)
+    figure.xticks(places, count_labels(places))  # steps are whole
     figure.title(heading)
     figure.xlabel("step")
     return _finish(figure.build(), colour, ascii)

@@ -182,6 +182,8 @@ def _apart(low: float, high: float, log: bool) -> tuple[float, float]:
     if log:
         low = max(low, 1e-300)
         return (low / 2, max(high, low) * 2) if high <= low * (1 + 1e-9) else (low, high)
+    if low == high == 0:
+        return 0.0, 1.0  # counts and times are never below 0
     if high - low <= abs(high) * 1e-9:
         room = abs(high) * 0.1 or 1.0
         return low - room, high + room

@@ -42,6 +42,7 @@ class ChatScreen(ConversationFiles):
     ChatScreen #panes { height: 1fr; }
     ChatScreen #message { height: auto; }
     ChatScreen #conversations { width: 40; display: none; }
+    ChatScreen #checkpoints { width: 1fr; }
     ChatScreen #checkpoints, ChatScreen #right { display: none; }
     ChatScreen.-split #right { display: block; }
     ChatScreen.-wide #conversations { display: block; }

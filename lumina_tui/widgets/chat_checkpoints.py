@@ -24,7 +24,7 @@ class CheckpointTable(Table):
     """Rows of `checkpoints.list_choices`; the key of a row is the checkpoint's path."""
 
     def __init__(self, *, id: str | None = None) -> None:
-        super().__init__(COLUMNS, title="checkpoints, best first", id=id)
+        super().__init__(COLUMNS, title="checkpoints, of each run its best first", id=id)
         self.choices: tuple[Choice, ...] = ()
 
     def searching(self, root: Path) -> None:

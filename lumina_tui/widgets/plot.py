@@ -43,6 +43,7 @@ from .picture import (
 from .readings import edges_of
 
 EVAL_GAP = 4  # columns between two evaluations
+MANY = 100  # values of which the outer 10 % are outliers: of fewer, a range would only cut off the beginning of a run
 _SIGN_STYLES = {"C": GOOD, "!": WARN, "D": ACCENT, "<": WARN, "|": LABEL}
 
 
@@ -149,16 +150,17 @@ def _range_of(one: _Laid, options: Options, x: tuple[float, float], share: int) 
     """Of the middle 90 %, or of everything; evaluations and the newest value always fit. `share` runs share the samples."""
     a, b = int(one.edges_D[0]), int(one.edges_D[-1])
     values = one.raw.values[max(0, a - 1) : b + 1]
-    if options.outliers or options.log_y:
+    middle = options.outliers and len(values) >= MANY
+    if middle or options.log_y:
         sample = values[:: max(1, len(values) * share // SAMPLE)] if share > 1 else values
-        found = percentile_range(sample, *((5, 95) if options.outliers else (0, 100)), positive=options.log_y)
+        found = percentile_range(sample, *((5, 95) if middle else (0, 100)), positive=options.log_y)
     else:
         reduced = one.raw.columns(np.array([max(0, a - 1), min(b + 1, len(one.raw))]))
         found = (float(reduced.low_C[0]), float(reduced.high_C[0])) if reduced.count_C[0] else None
     if found is None:
         return None
     low, high = found
-    if options.outliers:
+    if middle:
         low, high = low - 0.05 * (high - low), high + 0.05 * (high - low)
         if options.log_y:
             low = max(low, found[0] / 1.2)

@@ -164,6 +164,10 @@ def test_c139_what_depends_on_the_machine(tmp_path, monkeypatch) -> None:
     assert check(Config(num_gpus=2, train_data_path=["d.jsonl", "*.jsonl"]), gpus) == []
     assert [f.code for f in check(Config(communication_backend="nccl"), LAPTOP)] == ["nccl"]
     assert [f.code for f in check(Config(), Machine([], 16 * GB, 4, GB))] == ["disk"]
+    for kept, free_mb, words in ((9, 1, "disk or name"), (9, 300, "set keep_checkpoints=2, or"), (2, 1, "disk or name")):
+        debug = ConfigPresets.debug().model_copy(update={"keep_checkpoints": kept})
+        (finding,) = check(debug, Machine([], 16 * GB, 4, free_mb * 10**6))
+        assert words in finding.line()
     assert [f.code for f in check(Config(zero_stage=0), gpus)] == ["bf16_stage0", "zero_stage_0"]
 
 

@@ -426,6 +426,8 @@ def test_plot_prints_in_a_pipe_without_colours_and_within_its_width(run):
     out = done.stdout.decode()
     assert done.returncode == 0 and done.stderr == b"" and "\x1b" not in out
     assert [line for line in out.split("\n") if ": " in line] and out.count("step\n") == 3
+    below = [out.split("\n")[at - 1].split() for at, line in enumerate(out.split("\n")) if line.strip() == "step"]
+    assert below[:2] == [["200", "400", "600", "800"]] * 2  # whole, round steps
     assert max(len(line) for line in out.split("\n")) == 120 and len(out.rstrip("\n").split("\n")) == 36
     for part in ("demo: loss (nats per token)", ". raw", "EMA 0.98", "o evaluation", "values left out", "demo: learning rate"):
         assert part in out

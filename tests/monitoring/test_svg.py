@@ -82,6 +82,11 @@ def test_what_a_logarithm_cannot_show_is_left_out_and_counted():
     assert "2 not above 0" in svg and len(points(paths(svg)[0])) == 1
 
 
+def test_a_count_that_stays_0_has_no_axis_below_0():
+    picture = line_svg([Series("dead", np.arange(5), np.zeros(5))])
+    assert ">0.5<" in picture and ">-0.5<" not in picture
+
+
 def test_series_of_one_name_share_colour_and_legend():
     x = np.arange(5.0)
     svg = line_svg(

@@ -84,6 +84,13 @@ def test_mx06_one_spike_is_drawn_at_every_zoom():
         assert (top != SPACE).any()
 
 
+@pytest.mark.parametrize(("steps", "cut"), [(3, False), (40, False), (200, True)])
+def test_c131_the_beginning_of_a_short_run_is_no_outlier(steps, cut):
+    losses = [7.0 - 4.0 * math.sqrt(step / steps) for step in range(steps)]
+    plot = build([Curve(store_of(losses))], Options(weight=0.0, outliers=True), 80, 16, "braille", Limits())
+    assert ("^" in "\n".join(text_of(plot))) == cut
+
+
 def test_line_has_no_holes_and_gaps_stay_gaps():
     rng = np.random.default_rng(0)
     for _ in range(200):

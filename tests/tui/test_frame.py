@@ -6,6 +6,7 @@ import pytest
 from rich.cells import cell_len
 from rich.segment import Segment
 from textual.color import Color
+from textual.widget import Widget
 from textual.widgets import Input
 
 from lumina_tui.application import LuminaApp
@@ -23,6 +24,7 @@ from .fake_engine import FakeEngine
 from .helpers import screen_text, until
 
 SIZES = [(80, 24), (20, 6), (10, 3), (1, 1), (160, 45), (60, 15), (200, 60), (3, 40), (120, 2)]
+WHOLE = [(80, 24), (160, 45), (200, 60)]
 HOSTILE = [
     "\x1b]52;c;aGk=\x07",
     "\x1b[2J\x1b[6n",
@@ -74,6 +76,9 @@ async def test_every_screen_at_every_size(tmp_path, number, look):
                 await pilot.pause()
                 text = screen_text(app)
                 assert len(text.split("\n")) == height
+                if (width, height) in WHOLE:  # what reaches beyond the edge would be cut off
+                    parts = [part for part in screen.query(".content Panel, .content Drawn").results(Widget) if part.region]
+                    assert [part for part in parts if part.is_on_screen and part.region.right > width] == []
 
 
 @pytest.mark.parametrize("number", list(SCREENS))
@@ -262,8 +267,8 @@ def test_numbers_for_people():
     ]  # fmt: skip
     assert [count(v) for v in (None, 7, 81_234, 1_580_000_000, 999_700)] == ["-", "7", "81.2 k", "1.58 G", "1.00 M"]
     assert [size(v) for v in (None, 512, 71e9, 1.1e12)] == ["-", "512 B", "71 GB", "1.1 TB"]
-    assert [duration(v) for v in (None, 0.35, 4.2, 42, 29_000, 3e5, -1)] == [
-        "-", "350 ms", "4.2 s", "42 s", "8 h 03 m", "3 d 11 h", "-"
+    assert [duration(v) for v in (None, 0, 0.35, 4.2, 42, 29_000, 3e5, -1)] == [
+        "-", "0 s", "350 ms", "4.2 s", "42 s", "8 h 03 m", "3 d 11 h", "-"
     ]  # fmt: skip
     assert [age(v) for v in (None, 0.5, 42, 500, 9000, 5e5)] == ["-", "now", "42 s", "8 m", "2 h", "6 d"]
     assert whole(48_210) == "48,210"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from textual.widgets import Input
+from textual.widgets import Input, Static
 
 from lumina_tui import actions
 from lumina_tui.application import LuminaApp
@@ -209,6 +209,29 @@ async def test_palette_gathers_behind_the_keys(tmp_path, monkeypatch):
 
 
 # help
+
+
+@pytest.mark.parametrize("width", [69, 103])
+def test_wrapped_help_goes_on_below_the_explanation(width):
+    from lumina_tui.helping import SIGNS, _rows, hanging
+    from lumina_tui.widgets.text_panel import wrapped
+
+    keys, title = ("  ctrl+r            ", "key"), ("Redo               ", "text")
+    lines = {39: [keys, title, ("Make it again " * 20 + ".", "text"), ("  (not now)", "dim")], 16: _rows("Signs", SIGNS, 13)[2]}
+    for begin, line in lines.items():
+        rows = ["".join(text for text, _ in parts) for parts in wrapped(line, width, hanging(line, width))]
+        assert all(row.startswith(" " * begin) and row[begin] != " " for row in rows[1:])
+        assert begin == 16 or len(rows) > 3
+
+
+@pytest.mark.parametrize("size", [(80, 24), (160, 45)])
+async def test_help_is_wrapped_once(tmp_path, size):
+    app = LuminaApp(tmp_path, look=Look())
+    async with app.run_test(size=size) as pilot:
+        app.open_help("signs")
+        await until(pilot, lambda: isinstance(app.screen, Sheet) and any(text.size.height for text in app.screen.query(Static)))
+        assert app.screen.query_one(Static).size.height == len(app.screen.text.plain.rstrip("\n").split("\n")) + 1
+        app.screen.dismiss(None)
 
 
 async def test_help_shows_every_action_of_panel_screen_and_app(tmp_path):
