@@ -29,7 +29,7 @@ def budget(folder: Path, *arguments: str) -> dict:
 def test_c139_c113_a_run_weighs_and_takes_what_its_budget_says(tmp_path: Path, mode: str) -> None:
     keys = [*KEYS, *mode.split(), f"train_data_path={corpus(tmp_path)}"]
     before = budget(tmp_path, "--preset", "debug", *keys)
-    done = subprocess.run([*ENGINE, "train", "--run", "x", *keys], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([*ENGINE, "train", "experiment_name=x", *keys], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     run = tmp_path / "runs" / "x"
     checkpoint = next((run / "checkpoints").glob("step-*40"))

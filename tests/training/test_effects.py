@@ -1,0 +1,272 @@
+"""C53, R36: each key that exists changes something that can be seen in what really runs; a key without a row here fails.
+
+`SEEN` rows change a key in a tiny run and name the aspects of `observed.observe` that must differ. `LAUNCHED` rows do the same
+with what is started. `ELSEWHERE` names the test that changes a key where ranks, processes or clocks are needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lumina_engine.config.checks import NOT_YET, check
+from lumina_engine.config.resolve import resolve
+from lumina_engine.config.schema import Config, fields_info
+from lumina_engine.run.directory import RunDirectory
+from lumina_engine.run.rank import NullChannel
+from lumina_engine.training.worker import Worker
+
+from .observed import BASE, MACHINE, conversations, launched, observe
+
+LATENT = {"attention": "mla", "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+DEEP = {"use_deepspeed": True, "zero_stage": 2, "precision": "bf16"}
+CURRICULUM = {"curriculum_learning": True, "min_seq_length": 16, "curriculum_steps": 4}
+BACKUPS = {"backup_every_n_hours": 1e-9, "async_save": True, "save_interval": 1}
+
+# key → (other keys of both runs, the changed value, aspects that must differ)
+SEEN: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "vocab_size": ({}, 2048, "shapes"),
+    "hidden_size": ({}, 128, "shapes"),
+    "num_layers": ({}, 3, "shapes dropped"),
+    "num_heads": ({}, 2, "shapes"),
+    "num_kv_heads": ({}, 1, "shapes"),
+    "head_dim": ({}, 32, "shapes"),
+    "intermediate_size": ({}, 64, "shapes"),
+    "seq_length": ({}, 128, "row_shape steps"),
+    "attention": ({}, LATENT, "shapes logits"),
+    "kv_lora_rank": (LATENT, 48, "shapes"),
+    "q_lora_rank": (LATENT, 24, "shapes"),
+    "qk_nope_head_dim": (LATENT, 24, "shapes"),
+    "qk_rope_head_dim": (LATENT, 16, "shapes"),
+    "v_head_dim": (LATENT, 24, "shapes"),
+    "sliding_window": ({}, 16, "logits"),
+    "qk_norm": ({}, True, "shapes"),
+    "rope_theta": ({}, 1e5, "logits"),
+    "rope_scaling": ({"rope_scaling": "linear", "rope_scaling_factor": 4.0}, "yarn", "logits"),
+    "rope_scaling_factor": ({"rope_scaling": "linear", "rope_scaling_factor": 2.0}, 4.0, "logits"),
+    "rope_original_length": ({"rope_scaling": "yarn", "rope_scaling_factor": 4.0}, 64, "logits"),
+    "norm_eps": ({}, 0.1, "logits losses"),
+    "init_std": ({}, 0.05, "weights"),
+    "tie_word_embeddings": ({}, False, "shapes"),
+    "dropout": ({}, 0.3, "losses"),
+    "use_flash_attention": ({}, False, "kept"),
+    "gradient_checkpointing": ({}, True, "kept"),
+    "loss_chunk_size": ({}, 128, "largest"),
+    "use_moe": ({}, False, "shapes experts"),
+    "num_experts": ({}, 8, "shapes"),
+    "moe_top_k": ({}, 1, "logits"),
+    "num_shared_experts": ({}, 1, "shapes"),
+    "num_dense_layers": ({}, 1, "shapes"),
+    "dense_intermediate_size": ({"num_dense_layers": 1}, 64, "shapes"),
+    "router_score": ({}, "sigmoid", "logits balance"),
+    "router_normalize": ({}, False, "logits"),
+    "router_scale": ({}, 2.0, "logits"),
+    "load_balancing_weight": ({}, 1.0, "losses"),
+    "router_bias_rate": ({}, 0.01, "bias"),
+    "router_z_loss_weight": ({}, 0.5, "losses"),
+    "router_jitter_noise": ({}, 0.3, "losses"),
+    "capacity_factor": ({}, 4.0, "dropped"),
+    "moe_dropless": ({}, True, "dropped"),
+    "batch_size": ({}, 2, "row_shape steps"),
+    "gradient_accumulation_steps": ({}, 2, "row_shape steps"),
+    "learning_rate": ({}, 1e-3, "rates losses"),
+    "weight_decay": ({}, 0.3, "optimizer losses"),
+    "adam_beta1": ({}, 0.5, "optimizer losses"),
+    "adam_beta2": ({}, 0.5, "optimizer losses"),
+    "adam_eps": ({}, 1e-2, "optimizer losses"),
+    "max_grad_norm": ({}, 0.05, "losses"),
+    "num_epochs": ({"max_steps": None, "num_epochs": 1}, 2, "end"),
+    "max_steps": ({}, 4, "end"),
+    "lr_schedule": ({}, "linear", "rates"),
+    "warmup_steps": ({}, 4, "rates"),
+    "min_lr_ratio": ({}, 0.5, "rates"),
+    "decay_ratio": ({"lr_schedule": "wsd"}, 0.6, "rates"),
+    "precision": ({}, "bf16", "dtypes losses"),
+    "seed": ({}, 1, "weights rows"),
+    "deterministic": ({}, False, "deterministic"),
+    "curriculum_learning": ({}, {"curriculum_learning": True, "min_seq_length": 16, "curriculum_steps": 4}, "steps"),
+    "min_seq_length": (CURRICULUM, 32, "steps"),
+    "max_seq_length": (CURRICULUM, 32, "steps"),
+    "curriculum_steps": (CURRICULUM, 2, "steps"),
+    "eval_interval": ({}, 2, "evals"),
+    "eval_batches": ({}, 0, "evals"),
+    "early_stopping_patience": ({"eval_interval": 1, "learning_rate": 0.3, "max_steps": 12}, 1, "end"),
+    "train_data_path": ({}, lambda folder: str(conversations(folder / "other.jsonl", 50, 100)), "rows tokens"),
+    "eval_data_path": ({}, lambda folder: str(conversations(folder / "held.jsonl", 30, 200)), "tokens"),
+    "eval_split": ({}, 0.5, "tokens"),
+    "data_format": ({"train_on": "all"}, "text", "rows"),
+    "tokenizer": ({}, "gpt-4", "shapes rows"),
+    "train_on": ({}, "all", "rows"),
+    "assistant_loss_weight": ({"train_on": "all"}, 3.0, "row_weights losses"),
+    "packing": ({}, "none", "rows"),
+    "data_cache_dir": ({}, lambda folder: str(folder / "cache2"), "folders"),
+    "save_interval": ({}, 3, "saves"),
+    "keep_checkpoints": ({}, 3, "kept_checkpoints"),
+    "best_metric": ({}, "loss", "saves"),
+    "backup_every_n_hours": ({"async_save": True}, 1e-9, "backups"),
+    "max_backup_count": (BACKUPS, 1, "backups"),
+    "backup_path": (BACKUPS, lambda folder: str(folder / "disk"), "folders backups"),
+    "log_interval": ({}, 2, "steps"),
+    "expert_log_interval": ({}, 3, "experts"),
+}
+LAUNCHED: dict[str, tuple[dict[str, Any], Any, str]] = {
+    "use_deepspeed": ({}, True, "deepspeed"),
+    "zero_stage": (DEEP, 1, "deepspeed"),
+    "overlap_comm": (DEEP, False, "deepspeed"),
+    "contiguous_gradients": (DEEP, False, "deepspeed"),
+    "allgather_bucket_size": (DEEP, 1_000_000, "deepspeed"),
+    "reduce_bucket_size": (DEEP, 1_000_000, "deepspeed"),
+    "stage3_prefetch_bucket_size": (DEEP | {"zero_stage": 3}, 1_000_000, "deepspeed"),
+    "stage3_param_persistence_threshold": (DEEP | {"zero_stage": 3}, 1_000, "deepspeed"),
+    "deepspeed_overrides": (DEEP, {"wall_clock_breakdown": True}, "deepspeed"),
+    "launcher": ({}, "torchrun", "argv"),
+    "num_gpus": ({}, 2, "argv"),
+    "master_addr": ({"num_gpus": 2}, "localhost", "argv"),
+    "master_port": ({"num_gpus": 2}, 31_234, "argv"),
+}
+ELSEWHERE = {
+    "expert_parallel_size": "parity/test_expert_parallel.py",
+    "overlap_alltoall": "parity/test_expert_parallel.py",
+    "auto_tune_precision": "training/test_precision.py",
+    "dynamic_precision": "training/test_precision.py",
+    "dynamic_batching": "training/test_batch_size.py",
+    "target_memory_usage": "training/test_batch_size.py",
+    "min_batch_size": "training/test_batch_size.py",
+    "max_batch_size": "training/test_batch_size.py",
+    "num_workers": "data/test_rows.py",
+    "prefetch_batches": "data/test_rows.py",
+    "communication_backend": "config/test_resolve.py",
+    "experiment_name": "training/test_budget_run.py",
+    "max_restarts": "run/test_supervisor.py",
+    "preempt_grace_s": "run/test_commands.py",
+    "engine_log_mb": "run/test_commands.py",
+    "async_save": "checkpoint/test_faults.py",
+    "enable_emergency_save": "checkpoint/test_manager.py",
+    "max_nonfinite_in_row": "training/test_trainer.py",
+}
+# tested below
+HERE = {"deepspeed_log_level", "hardware_interval_s"}
+# Off and advise are accepted and do nothing: there is no controller yet, and what would act is refused.
+NOTHING = {"adaptive": "act", "expert_growth": "act"}
+EXISTING = [info.name for info in fields_info() if NOT_YET.get(info.name, ()) is not None]
+
+
+def test_r36_every_key_has_a_row() -> None:
+    rows = [*SEEN, *LAUNCHED, *ELSEWHERE, *HERE, *NOTHING]
+    assert sorted(rows) == sorted(EXISTING), set(rows) ^ set(EXISTING)
+
+
+@pytest.mark.parametrize("name", NOTHING)
+def test_r36_what_would_act_is_refused_until_it_exists(name: str) -> None:
+    assert any(f.severity == "error" and name in f.keys for f in check(Config(**{name: NOTHING[name]})))
+
+
+@pytest.mark.parametrize("name", [name for name, allowed in NOT_YET.items() if allowed is None])
+def test_r36_keys_without_a_feature_are_refused_by_name(name: str) -> None:
+    info = next(i for i in fields_info() if i.name == name)
+    found = check(Config().model_copy(update={name: other_than(info)}))
+    assert any(f.severity == "error" and f.code == "not_yet" and f.keys == (name,) and name in f.message for f in found)
+
+
+def other_than(info: Any) -> Any:
+    """A value of a key that is not its default."""
+    if isinstance(info.default, bool):
+        return not info.default
+    if isinstance(info.default, int | float):
+        return info.default * 2 + 1
+    if info.kind == "choice":
+        return next(value for value in info.choices if value != info.default)
+    return {"list": ["x"], "mapping": {"x": 1.0}, "int": 3, "float": 3.0}.get(info.kind, "elsewhere")
+
+
+def values(name: str, value: Any, folder: Path) -> dict[str, Any]:
+    folder.mkdir(parents=True, exist_ok=True)
+    value = value(folder) if callable(value) else value
+    return value if isinstance(value, dict) and name in value else {name: value}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Observations of the runs that are compared with, each made once."""
+    seen: dict[str, dict] = {}
+
+    def of(keys: dict[str, Any]) -> dict[str, Any]:
+        known = repr(sorted(keys.items()))
+        if known not in seen:
+            seen[known] = observe(tmp_path_factory.mktemp("base"), keys)
+        return seen[known]
+
+    return of
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_c053_changing_a_key_changes_what_runs(name: str, bases: Any, tmp_path: Path) -> None:
+    others, value, aspects = SEEN[name]
+    before = bases(others)
+    after = observe(tmp_path, others | values(name, value, tmp_path))
+    assert not {aspect for aspect in aspects.split() if before[aspect] == after[aspect]}
+
+
+def test_c053_the_same_keys_change_nothing(bases: Any, tmp_path: Path) -> None:
+    before, after = bases({}), observe(tmp_path, {})
+    assert {aspect for aspect in before if before[aspect] != after[aspect]} == set()
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_c053_changing_a_key_changes_what_is_started(name: str, tmp_path: Path) -> None:
+    others, value, aspect = LAUNCHED[name]
+    found = []
+    for keys in (others, others | values(name, value, tmp_path)):
+        config = resolve(Config(**(BASE | keys)), MACHINE, tokenizer_vocab=1024)
+        found.append(launched(config, tmp_path)[aspect])
+    assert found[0] != found[1]
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_c053_the_test_elsewhere_changes_the_key(name: str) -> None:
+    text = (Path(__file__).parents[1] / ELSEWHERE[name]).read_text()
+    assert re.search(rf"\b{name}\b\W{{1,4}}\S", text) and "def test_" in text
+
+
+def test_c062_the_log_level_is_that_of_deepspeeds_logger(tmp_path: Path) -> None:
+    from .test_trainer import setup
+
+    logger = logging.getLogger("DeepSpeed")
+    before = logger.level
+    try:
+        for level in ("error", "info"):
+            (tmp_path / level).mkdir()
+            setup(tmp_path / level, use_deepspeed=True, deepspeed_log_level=level)
+            assert logger.level == getattr(logging, level.upper())
+    finally:
+        logger.setLevel(before)
+
+
+def test_c053_the_hardware_is_looked_at_as_often_as_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker in this process, with a stand-in for the thread that looks at the hardware."""
+    intervals: list[float] = []
+
+    class Thread:
+        def __init__(self, emit: Any, interval: float, path: Any) -> None:
+            intervals.append(interval)
+
+        def start(self) -> None: ...
+        def stop(self) -> None: ...
+
+    monkeypatch.setattr("lumina_engine.training.worker.HardwareThread", Thread)
+    for name, value in (("a", 1.5), ("b", 7.0)):
+        keys = {
+            "train_data_path": str(conversations(tmp_path / f"{name}.jsonl", 20)),
+            "data_cache_dir": str(tmp_path / "cache"),
+        }
+        config = Config(
+            **(BASE | keys | {"hardware_interval_s": value, "max_steps": 1, "eval_interval": 0, "deterministic": False})
+        )
+        directory = RunDirectory.create(tmp_path / "runs", name)
+        resolve(config, MACHINE, tokenizer_vocab=1024).save(directory.config_path)
+        assert Worker(directory, NullChannel()).run() == 0
+    assert intervals == [1.5, 7.0]
