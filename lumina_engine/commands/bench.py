@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return verbs.add_parser(name, help=text, description=text, allow_abbrev=False)
 
     text = "steps of the training loop on random tokens: tokens per second, where the time goes, memory, share of matmul peak"
-    _add_shape(add("train", text), "and steps=6, warmup=2")
+    _add_shape(add("train", text), "and steps=6, warmup=2, uniform_routing=0 (1: all experts get the same load)")
     tui = add("tui", "start-up, key delay, CPU, bytes and memory of `lumina` in a pseudo-terminal (about 12 minutes)")
     tui.add_argument("--json", action="store_true", help="a JSON object a line for each figure; the last line has all")
     tui.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, not what it costs")
@@ -60,7 +60,7 @@ def _config(args: argparse.Namespace, shape: dict[str, Any], own: dict[str, int]
             words.append(word)
             if name not in infos_of(Config) and "=" in word:
                 findings.append(unknown_key(name, [*infos_of(Config), *own], "command line"))
-        elif text.strip().isdigit() and (int(text) or name == "warmup"):
+        elif text.strip().isdigit() and (int(text) or own[name] == 0 or name == "warmup"):
             numbers[name] = int(text)
         else:
             findings.append(Finding("bench", "error", (), f"{name} = {text}: not a positive whole number", f"set {own[name]}"))
@@ -81,13 +81,14 @@ def _config(args: argparse.Namespace, shape: dict[str, Any], own: dict[str, int]
 def _train(args: argparse.Namespace) -> int:
     from ..training.benchmark import SHAPE, measure
 
-    config, numbers = _config(args, SHAPE, {"steps": 6, "warmup": 2})
+    config, numbers = _config(args, SHAPE, {"steps": 6, "warmup": 2, "uniform_routing": 0})
+    uniform = bool(numbers["uniform_routing"])
 
     def each(step: dict[str, Any]) -> str:
         return f"step {step['step']:>3}  {step['seconds']:.3f} s  loss {step['loss']:.4f}"
 
     with _output(args.json) as write:
-        figures = measure(config, numbers["steps"], numbers["warmup"], lambda step: write(step, each))
+        figures = measure(config, numbers["steps"], numbers["warmup"], lambda step: write(step, each), uniform=uniform)
         write(figures, describe_train)
     return 0
 

@@ -10,6 +10,7 @@ D hidden size, H expert width, L expert layers.
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from lumina_engine.model.experts import experts_grouped, experts_loop
 from lumina_engine.model.layers import SwiGLU, runner
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from lumina_engine.config.schema import DeepSeekConfig
 
@@ -89,6 +90,7 @@ class Router(nn.Module):
         self.top_k, self.score = config.moe_top_k, config.router_score
         self.normalize, self.scale = config.normalizes_gates, config.router_scale
         self.jitter = config.router_jitter_noise
+        self.choose: Callable[[Tensor, int], Tensor] = _highest
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         before = self.bias
@@ -105,7 +107,7 @@ class Router(nn.Module):
             logits_TE = F.linear(x_TD, self.weight.float())
             scores_TE = logits_TE.softmax(-1) if self.score == "softmax" else logits_TE.sigmoid()
             # The bias takes part in the choice only; the gate comes from the unbiased score.
-            experts_TK = (scores_TE.detach() + self.bias).topk(self.top_k, dim=-1).indices
+            experts_TK = self.choose(scores_TE.detach() + self.bias, self.top_k)
             gates_TK = scores_TE.gather(-1, experts_TK)
             if self.normalize:
                 gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + 1e-20)
@@ -122,6 +124,33 @@ class Router(nn.Module):
             return probs_TE.sum(0), z_T.sum(), top_T.sum()
         weight_T = valid_T.float()
         return weight_T @ probs_TE, torch.dot(z_T, weight_T), torch.dot(top_T, weight_T)
+
+
+def _highest(scores_TE: Tensor, top_k: int) -> Tensor:
+    return scores_TE.topk(top_k, dim=-1).indices
+
+
+def _in_turn(scores_TE: Tensor, top_k: int) -> Tensor:
+    tokens, experts = scores_TE.shape
+    first_T1 = torch.arange(0, tokens * top_k, top_k, device=scores_TE.device)[:, None]
+    return (first_T1 + torch.arange(top_k, device=scores_TE.device)) % experts
+
+
+@contextmanager
+def uniform_routing(model: nn.Module) -> Iterator[None]:
+    """Within it tokens go to the experts in turn, so that all get the same load whatever the weights are.
+
+    For benchmarks and measures of memory, which then do not depend on how far a router has learned; gates are still the scores
+    of the experts that were given. Backward passes belong inside too, since checkpointing routes again.
+    """
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    for router in routers:
+        router.choose = _in_turn
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.choose = _highest
 
 
 class Dispatch(NamedTuple):

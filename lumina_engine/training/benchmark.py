@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from ..data.store_writer import TEXT
+from ..model.moe import uniform_routing
 from ..monitoring import record as rec
 from ..monitoring.log import MetricLog
 from .comm import Comm
@@ -85,11 +87,14 @@ class _Stopwatch:
         self.each(self.steps[-1])
 
 
-def measure(config: Any, steps: int, warmup: int, each: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def measure(
+    config: Any, steps: int, warmup: int, each: Callable[[dict[str, Any]], None], *, uniform: bool = False
+) -> dict[str, Any]:
     """Train `warmup + steps` steps and return the figures; `each` gets every step's times (seconds) as it ends.
 
     Throughput, times and split are medians over the steps behind the warm-up; tokens are those of all ranks. FLOP/s count
-    what the model needs (attention half of S x S), so a step that computes something twice gains nothing by it.
+    what the model needs (attention half of S x S), so a step that computes something twice gains nothing by it. `uniform` gives
+    all experts the same load.
     """
     from ..data.tokenizer import ConversationTokenizer
     from ..model.transformer import DeepSeekTransformer
@@ -108,7 +113,8 @@ def measure(config: Any, steps: int, warmup: int, each: Callable[[dict[str, Any]
         watch = _Stopwatch(log, each)
         trainer = EnhancedConversationTrainer(model, tokenizer, config, watch, comm=comm)
         roofs = [_roofs(trainer)]
-        trainer.train(store)
+        with uniform_routing(trainer.model) if uniform else nullcontext():
+            trainer.train(store)
         memory = memory_stats(trainer.model, trainer.engine.state_tensors(), comm.device)
         roofs.append(_roofs(trainer))
         if log is not None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from ..config.counts import attention_matrices
+
 _SQUARE = {"cpu": 2048, "cuda": 8192}
 
 
@@ -32,13 +34,9 @@ class Product:
 def step_products(model: Any, batch: int, length: int) -> list[Product]:
     """The forward products of one micro batch: projections, experts at an even load, output head. `model`: resolved shape."""
     tokens, hidden = batch * length, model.hidden_size
-    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_size
     layers, moe = model.num_layers, model.expert_layers
-    found = [
-        Product(tokens, hidden, heads, layers),
-        Product(tokens, model.num_heads * model.head_size, hidden, layers),
-        Product(tokens, hidden, model.vocab_rows, 1),
-    ]
+    found = [Product(tokens, inputs, outputs, layers) for outputs, inputs in attention_matrices(model)]
+    found.append(Product(tokens, hidden, model.vocab_rows, 1))
     networks = [
         (model.expert_width, max(1, tokens * model.moe_top_k // model.num_experts), moe * model.num_experts),
         (model.num_shared_experts * model.expert_width, tokens, moe),

@@ -16,6 +16,7 @@ import torch
 from ..config.curriculum import Curriculum
 from ..config.micro_batch import smaller
 from ..data.batch import Batch
+from ..model.moe import uniform_routing
 from ..monitoring.hardware import memory_limit
 
 
@@ -187,8 +188,8 @@ def dry_run(
 ) -> None:
     """One forward and backward pass at the worst shape, before the first step: what does not fit fails now, with advice.
 
-    Parameters, gradients and random state are as before. `backward` and `discard` (of the gradients) are the engine's where
-    weights are split over ranks; then it is a collective.
+    All experts get the same load, so no choice is dropped. Parameters, gradients and random state are as before. `backward` and
+    `discard` (of the gradients) are the engine's where weights are split over ranks; then it is a collective.
 
     Raises:
         DoesNotFit: it does not fit; the message names the keys that would help.
@@ -196,9 +197,10 @@ def dry_run(
     rng = torch_rng()
     batch = worst_batch(config, device)
     try:
-        with context(device):
-            objective = worst_objective(model, batch)
-        backward(objective)
+        with uniform_routing(model):
+            with context(device):
+                objective = worst_objective(model, batch)
+            backward(objective)
     except Exception as error:
         if not is_out_of_memory(error):
             raise

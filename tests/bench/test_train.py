@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from lumina_engine.config.counts import training_flops_per_token
+from lumina_engine.config.counts import attention_pair_flops, training_flops_per_token
 from lumina_engine.config.schema import Config, DeepSeekConfig
 from lumina_engine.training import benchmark
 from lumina_engine.training.matmul_peak import step_products
@@ -55,13 +55,22 @@ def test_c148_bench_train_measures_the_real_loop(monkeypatch):
     assert set(figures["split_s"]) == set(benchmark.PARTS) and figures["peak_memory_bytes"] > 0
 
 
+def test_c148_uniform_routing_for_figures_that_depend_on_no_router():
+    seen: list[dict] = []
+    config = Config(**{**benchmark.SHAPE, **TINY, "deterministic": False})
+    benchmark.measure(config, 2, 1, seen.append, uniform=True)
+    losses = [line["loss"] for line in seen]
+    benchmark.measure(config, 2, 1, seen.append)
+    assert losses != [line["loss"] for line in seen[3:]]
+
+
 def test_the_step_s_own_products_are_its_operations_but_for_attention_and_router():
-    for changes in ({}, {"num_shared_experts": 1, "num_dense_layers": 1}, {"use_moe": False}):
+    for changes in ({}, {"num_shared_experts": 1, "num_dense_layers": 1}, {"use_moe": False}, {"attention": "mla"}):
         values = {k: v for k, v in benchmark.SHAPE.items() if k in DeepSeekConfig.model_fields}
         model = DeepSeekConfig(**{**values, **changes}).resolved()
         tokens = 4 * 256
         products = 3 * sum(product.flops for product in step_products(model, 4, 256))
-        attention = 6 * model.num_layers * model.num_heads * model.head_size * 256 * tokens
+        attention = 3 * attention_pair_flops(model, 256) * 4
         assert products + attention == pytest.approx(tokens * training_flops_per_token(model, 256), rel=2e-3)
 
 
