@@ -181,8 +181,6 @@ def _machine_lines(config: Config, machine: Machine) -> list[Line]:
         lines.append(_stage_line(row, row["stage"] == chosen and not row["offload"]))
     if world == 1:
         lines.append((("one rank has nothing to split", "dim"),))
-    if not all(row["built"] for row in table):
-        lines.append((("* not available yet", "dim"),))
     tokens = 20 * figures["parameters"]["active"]
     hours = tokens / figures["time"]["tokens_per_s"] / 3600
     lines += [
@@ -196,7 +194,7 @@ def _machine_lines(config: Config, machine: Machine) -> list[Line]:
 def _stage_line(row: Mapping[str, Any], chosen: bool) -> Line:
     numbers = "".join(f"{_in_gb(row[key]):>6}" for key in ("state", "activations", "total"))
     name = "3 + offload" if row["offload"] else f"ZeRO-{row['stage']}"
-    mark = ">" if chosen else " " if row["built"] else "*"
+    mark = ">" if chosen else " "
     fits = ("yes", "good") if row["fits"] else ("no", "dim")
     return ((f"{mark}{name:<11}{numbers} ", "accent" if chosen else "text"), fits)
 

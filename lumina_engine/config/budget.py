@@ -21,7 +21,6 @@ from lumina_engine.config.duration import Hours, Speed, device_peak, duration, g
 from lumina_engine.config.machine import GB, Accelerator, Machine, count_text, flops_text, gb_text, parse_devices
 from lumina_engine.config.memory import Memory, training_memory
 from lumina_engine.config.resolve import (
-    STAGES,
     choose_stage,
     device_limit,
     host_memory,
@@ -180,7 +179,7 @@ def _steps(config: Config, tokens_per_step: int, train_tokens: int | None) -> in
 def stage_table(config: Config, machine: Machine, tokenizer_vocab: int | None = None) -> list[dict[str, Any]]:
     """Memory of one device at each ZeRO stage, the last with the optimizer in host memory, for comparison.
 
-    Rows: stage, offload, state, activations (all that is no state), total, available, fits, built (whether training offers it).
+    Rows: stage, offload, state, activations (all that is no state), total, available, fits.
     """
     model: DeepSeekConfig = model_config(config, tokenizer_vocab)
     available, limit = device_limit(config, machine)
@@ -198,7 +197,6 @@ def stage_table(config: Config, machine: Machine, tokenizer_vocab: int | None = 
                 "total": memory.total,
                 "available": available,
                 "fits": memory.total <= limit,
-                "built": stage in STAGES and not offload,
             }
         )
     return rows

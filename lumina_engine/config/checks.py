@@ -12,6 +12,7 @@ from lumina_engine.config.expert_checks import expert_parallel
 from lumina_engine.config.finding import ConfigError, Finding, Severity, nearest
 from lumina_engine.config.machine import Machine, gb_text
 from lumina_engine.config.micro_batch import candidates, rows_of_a_rank
+from lumina_engine.config.offload_checks import offload, offload_machine
 from lumina_engine.config.resolve import (
     TOKENIZER_IDS,
     expert_ranks_findings,
@@ -24,7 +25,6 @@ from lumina_engine.config.schema import Config, infos_of
 
 # Keys whose feature does not exist yet, with the values that are allowed meanwhile (None: only the default).
 NOT_YET: dict[str, tuple[object, ...] | None] = {
-    "partition_activations": None,
     "compile": None,
     "data_format": ("auto", "messages", "alpaca", "sharegpt", "text"),
     "streaming_threshold_gb": None,
@@ -33,12 +33,6 @@ NOT_YET: dict[str, tuple[object, ...] | None] = {
     "task_data_paths": None,
     "task_temperature": None,
     "task_max_epochs": None,
-    "cpu_offload": None,
-    "cpu_offload_optimizer": None,
-    "cpu_offload_parameters": None,
-    "nvme_offload_optimizer": None,
-    "nvme_offload_parameters": None,
-    "nvme_path": None,
     "launcher": ("auto", "torchrun", "none"),
     "num_nodes": None,
     "node_rank": None,
@@ -323,6 +317,9 @@ def _deepspeed(config: Config) -> Iterator[Finding]:
     if stage == 0 and config.use_deepspeed:
         message = "zero_stage = 0 splits nothing; earlier versions read 0 as automatic"
         yield _finding("info", "zero_stage_0", "zero_stage", message, "set zero_stage=auto if that was meant")
+    if config.partition_activations:
+        message = "partition_activations = true changes nothing: it splits activations over tensor-parallel ranks, and none are"
+        yield _finding("info", "partition", "partition_activations", message, "set partition_activations=false")
     for name in STAGE_3_KEYS:
         default = infos_of(Config)[name].default
         if getattr(config, name) != default and (stage in (0, 1, 2) or not config.use_deepspeed):
@@ -343,6 +340,7 @@ _RULES: tuple[Rule, ...] = (
     _data,
     _precision,
     _deepspeed,
+    offload,
 )
 
 
@@ -357,6 +355,7 @@ def _machine(config: Config, machine: Machine) -> Iterator[Finding]:
     if config.use_moe and config.num_gpus == "auto":
         yield from expert_ranks_findings(config.expert_parallel_size, world_size(config, machine))
     yield from fp16_findings(config, machine)
+    yield from offload_machine(config, machine)
     if not devices and config.communication_backend == "nccl":
         message = "communication_backend = nccl: no GPU here, gloo is used"
         yield _finding("info", "nccl", "communication_backend", message, "set communication_backend=auto")

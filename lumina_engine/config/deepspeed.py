@@ -11,6 +11,7 @@ from typing import Any
 
 from lumina_engine.config.counts import largest_parameter
 from lumina_engine.config.declare import show
+from lumina_engine.config.deepspeed_rules import useless
 from lumina_engine.config.finding import ConfigError, Finding, has_errors, nearest
 from lumina_engine.config.offload import offload_of
 from lumina_engine.config.resolve import model_config
@@ -132,6 +133,8 @@ COVERED = {
     "zero_optimization.stage3_param_persistence_threshold": "stage3_param_persistence_threshold",
     "zero_optimization.offload_optimizer.device": "cpu_offload_optimizer",
     "zero_optimization.offload_param.device": "cpu_offload_parameters",
+    "zero_optimization.offload_optimizer.nvme_path": "nvme_path",
+    "zero_optimization.offload_param.nvme_path": "nvme_path",
     "zero_optimization.cpu_offload": "cpu_offload_optimizer",
     "zero_optimization.cpu_offload_param": "cpu_offload_parameters",
     "activation_checkpointing.partition_activations": "partition_activations",
@@ -168,6 +171,8 @@ def _generated(config: Config, world: int) -> dict[str, Any]:
         "wall_clock_breakdown": False,
         "zero_optimization": _zero(config, world),
     }
+    if config.partition_activations:
+        out["activation_checkpointing"] = {"partition_activations": True}
     if offload_of(config, out["zero_optimization"]["stage"]).optimizer != "device":
         out["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW does it; DeepSpeed's needs a compiler
     if config.precision == "bf16":
@@ -245,6 +250,7 @@ def check_overrides(config: Config, world: int | None = None) -> list[Finding]:
         fix = "set use_deepspeed=true or remove the overrides"
         return [Finding("deepspeed_off", "error", ("deepspeed_overrides", "use_deepspeed"), message, fix)]
     findings = [*_unknown(overrides, KNOWN, ""), *_unguarded(overrides), *_unscattered(config)]
+    findings += useless(overrides, config.zero_stage, config.nvme_offload_optimizer)
     generated = _generated(config, world or 1)
     for path, name in COVERED.items():
         given = _at(overrides, path)

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from lumina_engine.config.declare import Section, key
 
 _DEEPSPEED = "config/deepspeed.py"
+_OFFLOAD = "config/offload.py"
 _WORKER = "training/worker.py"
 _LAUNCH = "run/launch.py"
 _SUPERVISOR = "run/supervisor.py"
@@ -33,14 +34,14 @@ class DeepSpeedKeys(Section):
         read_by=_DEEPSPEED,
     )
     cpu_offload: bool = key(
-        False, "Optimizer state in host memory, with ZeRO-3 the weights too.", resume=True, read_by=_DEEPSPEED
+        False, "Optimizer state in host memory, with ZeRO-3 the weights too.", resume=True, read_by=_OFFLOAD
     )
     cpu_offload_optimizer: bool = key(
-        False, "Optimizer state in host memory; needs ZeRO 1 to 3.", resume=True, read_by=_DEEPSPEED
+        False, "Optimizer state in host memory; needs ZeRO 1 to 3.", resume=True, read_by=_OFFLOAD
     )
-    cpu_offload_parameters: bool = key(False, "Weights in host memory; needs ZeRO-3.", resume=True, read_by=_DEEPSPEED)
-    nvme_offload_optimizer: bool = key(False, "Optimizer state on a local disk; needs ZeRO-3.", resume=True, read_by=_DEEPSPEED)
-    nvme_offload_parameters: bool = key(False, "Weights on a local disk; needs ZeRO-3.", resume=True, read_by=_DEEPSPEED)
+    cpu_offload_parameters: bool = key(False, "Weights in host memory; needs ZeRO-3.", resume=True, read_by=_OFFLOAD)
+    nvme_offload_optimizer: bool = key(False, "Optimizer state on a local disk; needs ZeRO-3.", resume=True, read_by=_OFFLOAD)
+    nvme_offload_parameters: bool = key(False, "Weights on a local disk; needs ZeRO-3.", resume=True, read_by=_OFFLOAD)
     nvme_path: str = key(
         "/tmp/deepspeed_nvme", "Folder for offload to disk.", pattern=r".+", form="a path", resume=True, read_by=_DEEPSPEED
     )

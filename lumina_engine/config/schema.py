@@ -143,6 +143,16 @@ class Config(
             raise ConfigError(findings)
         return findings
 
+    @classmethod
+    def from_deepspeed(cls, given: Mapping[str, Any], world: int = 1) -> Config:
+        """The `Config` of a DeepSpeed dictionary for `world` ranks: its keys as fields, the rest as checked overrides.
+
+        Raises `ConfigError` for unknown, refused and contradicting keys.
+        """
+        from lumina_engine.config.from_deepspeed import config_from_deepspeed
+
+        return config_from_deepspeed(given, world)
+
     def to_deepspeed(self, world: int = 1) -> dict[str, Any]:
         """The DeepSpeed configuration of a resolved `Config` for `world` ranks."""
         from lumina_engine.config.deepspeed import to_deepspeed

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import math
 import os
+import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +23,7 @@ from .expert_parallel import SpreadExperts
 from .loss_scale import LossScale
 from .memory import whole_numel
 from .precision import Precision
+from .swap_folder import swap_folder
 
 
 class SkippableAdamW(torch.optim.AdamW):
@@ -46,6 +51,7 @@ class DeepSpeedEngine:
         level = getattr(logging, str(config.deepspeed_log_level).upper())
         logging.getLogger("DeepSpeed").setLevel(level)
         deepspeed.init_distributed(dist_backend=None, auto_mpi_discovery=False, verbose=level <= logging.INFO)
+        ds_config = _with_swap_folder(ds_config, config.nvme_path)
         self.comm = comm
         self.stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self.max_grad_norm = config.max_grad_norm
@@ -170,6 +176,32 @@ class DeepSpeedEngine:
                     raise ValueError(f"partition {index} has {saved.numel()} values, expected {partition.numel()}")
                 partition.data.copy_(saved)
                 load_named_state(self._base_optimizer(), {partition: f"group-{index}"}, tensors)
+
+
+def _with_swap_folder(ds_config: dict[str, Any], nvme_path: str) -> dict[str, Any]:
+    """The configuration with this rank's own folder for what goes to disk, if anything does, and async_io ready to load.
+
+    DeepSpeed compiles async_io when it is first used. A build that was killed leaves a lock behind, and every later run would
+    wait for it; so ranks take turns under a lock that ends with its process, and what is left then is stale.
+    """
+    zero = ds_config["zero_optimization"]
+    blocks = {name: zero[name] for name in ("offload_optimizer", "offload_param") if zero.get(name, {}).get("device") == "nvme"}
+    if not blocks:
+        return ds_config
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lumina" / "torch_extensions"
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(cache))
+    if shutil.which("ninja") is None:  # installed beside this interpreter, whose folder need not be on PATH
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    with (cache / "lumina.lock").open("w") as turn:
+        fcntl.lockf(turn, fcntl.LOCK_EX)
+        for stale in cache.glob("*/lock"):
+            stale.unlink(missing_ok=True)
+        AsyncIOBuilder().load(verbose=False)
+    folder = str(swap_folder(nvme_path))
+    return ds_config | {"zero_optimization": zero | {name: block | {"nvme_path": folder} for name, block in blocks.items()}}
 
 
 def _gathered(module: nn.Module, keep: bool) -> dict[str, torch.Tensor]:

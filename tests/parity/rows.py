@@ -80,13 +80,31 @@ def train(data: str, overrides: dict[str, Any], comm: Comm) -> tuple[EnhancedCon
     return trainer, records
 
 
+def where_kept(trainer: EnhancedConversationTrainer) -> dict[str, Any]:
+    """What the live objects of this rank say of where state is kept; files are those of its own swap folder."""
+    zero = trainer.engine.optimizer  # type: ignore[attr-defined]
+    block = trainer.engine.engine.config["zero_optimization"]  # type: ignore[attr-defined]
+    folders = {Path(b["nvme_path"]) for b in block.values() if isinstance(b, dict) and "nvme_path" in b}
+    files = [p for folder in folders for p in folder.rglob("*.swp")]
+    return {
+        "optimizer": bool(getattr(zero, "offload_optimizer", getattr(zero, "cpu_offload", False))),
+        "parameters": bool(getattr(zero, "offload_param", False)),
+        "host_weights": sum(t.numel() for t in getattr(zero, "param_groups_fp16_flat_cpu_memory", [])),
+        "files": {
+            name: sum(p.stat().st_size for p in files if name in p.name) for name in ("exp_avg-", "_gradient_", "_param")
+        },
+        "in_memory": sum(t.numel() for t in getattr(zero, "fp32_partitioned_groups_flat", [])),
+    }
+
+
 def main() -> None:
     data, modes = sys.argv[1], json.loads(sys.argv[2])
     comm = Comm.start("gloo")
     out = {}
     for mode, overrides in modes.items():
-        _, records = train(data, overrides, comm)
-        out[mode] = {"losses": [r.loss for r in records if isinstance(r, Step)]}
+        trainer, records = train(data, overrides, comm)
+        where = comm.all_gather(where_kept(trainer)) if overrides.get("use_deepspeed", True) else []
+        out[mode] = {"losses": [r.loss for r in records if isinstance(r, Step)], "where": where}
     if comm.rank == 0:
         print("ROWS " + json.dumps(out), flush=True)
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from lumina_engine.config.checks import check
+from lumina_engine.config.offload_checks import async_io_problem
 from lumina_engine.config.schema import Config
-from tests.parity.modes import BOUNDS, Mode, modes, references, results, worst, write_data
+from tests.parity.modes import BOUNDS, NVME_SHAPE, Mode, modes, nvme_offload, references, results, worst, write_data
 
 RUN = [mode for mode in modes() if not mode.refused]
 
@@ -24,6 +25,9 @@ def reference(data: Path) -> dict[int, list[float]]:
     found = references(data)
     assert all(losses[-1] < 0.6 * losses[0] for losses in found.values())  # it learns, so equality says something
     return found
+
+
+NO_AIO = async_io_problem()
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +47,27 @@ def test_c054_losses_equal_plain_pytorch(
 def test_c054_bf16_at_stage_0_is_refused(mode: Mode) -> None:
     config = Config(zero_stage=mode.stage, precision=mode.precision)
     assert [f.code for f in check(config) if f.severity == "error"] == ["bf16_stage0"]
+
+
+@pytest.mark.parametrize("mode", [mode for mode in RUN if mode.more], ids=lambda mode: mode.name)
+def test_c056_what_is_offloaded_lies_in_host_memory(mode: Mode, found: dict[str, dict[str, Any]]) -> None:
+    for rank in found[mode.name]["where"]:
+        assert rank["optimizer"] == ("parameters" not in mode.label)
+        assert rank["parameters"] == (mode.stage == 3 and "optimizer" not in mode.label)
+        assert (rank["host_weights"] > 0) == rank["parameters"]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(NO_AIO is not None, reason=f"async_io cannot be built here: {NO_AIO}")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_c057_offload_to_disk_changes_no_loss_and_the_files_are_there(data: Path, tmp_path: Path, ranks: int) -> None:
+    wanted = [mode for mode in nvme_offload(tmp_path / "swap") if mode.ranks == ranks]
+    reference = references(data, **NVME_SHAPE)[4]
+    for name, result in results(data, ranks, wanted).items():
+        mode = next(m for m in wanted if m.name == name)
+        assert worst(result["losses"], reference) <= BOUNDS[mode.precision], name
+        assert len(result["where"]) == ranks
+        for rank in result["where"]:
+            assert rank["files"]["exp_avg-"] > 0 and rank["files"]["_gradient_"] > 0, name
+            assert (rank["files"]["_param"] > 0) == ("weights" in mode.label)
+    assert not list((tmp_path / "swap").glob("*/*"))  # gone with the ranks

@@ -1,0 +1,103 @@
+"""Settings of DeepSpeed that do nothing here, or that it asserts on once training has begun: refused before (R19).
+
+Each was read in the source of DeepSpeed 0.19.8. Paths are those of its JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from lumina_engine.config.declare import show
+from lumina_engine.config.finding import Finding
+
+_SCALE = "the loss scale of fp16 is Lumina's: remove it"
+_CHECKPOINTS = "Lumina writes and reads its own checkpoints: remove it"
+_RECOMPUTE = "only deepspeed.checkpointing reads it, which Lumina does not use: set gradient_checkpointing"
+_OPTIMIZER = "it needs DeepSpeed's own CPU Adam, and Lumina passes torch's: remove it"
+_DATA = "Lumina loads its own data: remove it"
+_MASTERS = "it needs DeepSpeed's own CPU Adam; Lumina keeps fp32 masters: remove it"
+
+# DeepSpeed path → why no value of it is accepted.
+NO_EFFECT = {
+    "managed_gradient_accumulation": "Lumina tells DeepSpeed of every micro batch: set gradient_accumulation_steps",
+    "prescale_gradients": "ZeRO-3 asserts on it, and the gradients of Lumina are means already: remove it",
+    "gradient_predivide_factor": "ZeRO-3 asserts on it, and the gradients of Lumina are means already: remove it",
+    "dataloader_drop_last": _DATA,
+    "sequence_parallel_size": "Lumina has no sequence parallelism: remove it",
+    "seq_parallel_communication_data_type": "Lumina has no sequence parallelism: remove it",
+    "vocabulary_size": "only DeepSpeed's tuner reads it: remove it",
+    "weight_quantization": "it serves inference only: remove it",
+    "data_types.param_dtype": "precision decides the dtype of the weights: set precision",
+    "fp16.auto_cast": "only DeepSpeed's pipeline reads it: set precision=mixed_fp16",
+    "fp16.loss_scale": _SCALE,
+    "fp16.initial_scale_power": _SCALE,
+    "fp16.loss_scale_window": _SCALE,
+    "fp16.hysteresis": _SCALE,
+    "fp16.consecutive_hysteresis": _SCALE,
+    "fp16.min_loss_scale": _SCALE,
+    "fp16.fp16_master_weights_and_grads": _MASTERS,
+    "bf16.bf16_master_weights_and_grads": _MASTERS,
+    "bf16.bf16_optimizer_states": _MASTERS,
+    "bf16.immediate_grad_update": "only DeepSpeed's bf16 optimizer without ZeRO reads it: remove it",
+    "activation_checkpointing.contiguous_memory_optimization": _RECOMPUTE,
+    "activation_checkpointing.cpu_checkpointing": _RECOMPUTE,
+    "activation_checkpointing.number_checkpoints": _RECOMPUTE,
+    "activation_checkpointing.synchronize_checkpoint_boundary": _RECOMPUTE,
+    "activation_checkpointing.profile": _RECOMPUTE,
+    "zero_optimization.zenflow": "it needs CUDA and DeepSpeed's own optimizer: remove it",
+    "zero_optimization.offload_optimizer.ratio": _OPTIMIZER,
+    "zero_optimization.offload_optimizer.super_offload": _OPTIMIZER,
+    "zero_optimization.offload_optimizer.cpuadam_cores_perc": _OPTIMIZER,
+    "zero_optimization.save_muon_momentum_buffer_in_memory": "Lumina's optimizer is AdamW: remove it",
+    "zero_optimization.elastic_checkpoint": _CHECKPOINTS,
+    "zero_optimization.load_from_fp32_weights": _CHECKPOINTS,
+    "zero_optimization.pipeline_loading_checkpoint": _CHECKPOINTS,
+    "zero_optimization.stage3_gather_16bit_weights_on_model_save": _CHECKPOINTS,
+    "zero_optimization.stage3_gather_fp16_weights_on_model_save": _CHECKPOINTS,
+    "zero_optimization.legacy_stage1": "DeepSpeed removed it: remove it",
+    "zero_optimization.cpu_offload_use_pin_memory": "DeepSpeed renamed it: set offload_optimizer.pin_memory",
+}
+# Read at stage 3 only; below it DeepSpeed says nothing and does nothing.
+STAGE_3_ONLY = (
+    "stage3_model_persistence_threshold",
+    "stage3_max_live_parameters",
+    "stage3_max_reuse_distance",
+    "stage3_module_granularity_threshold",
+    "stage3_use_all_reduce_for_fetch_params",
+    "stage3_allgather_sequential",
+    "sub_group_size",
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "memory_efficient_linear",
+    "leaf_module",
+)
+
+
+def useless(overrides: Mapping[str, Any], stage: int | str, disk_optimizer: bool) -> Iterator[Finding]:
+    """An error for each override that would do nothing, or end the run later."""
+    for path, reason in NO_EFFECT.items():
+        if (given := _at(overrides, path)) is not None:
+            yield _refused(path, given, reason)
+    for name in STAGE_3_ONLY:
+        path = f"zero_optimization.{name}"
+        given = _at(overrides, path)
+        if given is not None and stage in (0, 1, 2):
+            yield _refused(path, given, f"zero_stage = {stage} does not read it: set zero_stage=3, or remove it")
+        elif given is not None and name == "sub_group_size" and disk_optimizer:
+            yield _refused(path, given, "with nvme_offload_optimizer DeepSpeed corrupts gradients in larger groups: remove it")
+
+
+def _refused(path: str, given: Any, reason: str) -> Finding:
+    cause, _, fix = reason.rpartition(": ")
+    message = f"deepspeed_overrides: {path} = {show(given)} is refused: {cause}"
+    return Finding("deepspeed_useless", "error", ("deepspeed_overrides",), message, fix)
+
+
+def _at(block: Any, path: str) -> Any:
+    for name in path.split("."):
+        if not isinstance(block, Mapping) or name not in block:
+            return None
+        block = block[name]
+    return block

@@ -1,0 +1,114 @@
+"""C59, R19, R22: a DeepSpeed dictionary becomes a Config and back; what does nothing is refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lumina_engine.config.checks import check
+from lumina_engine.config.deepspeed_rules import NO_EFFECT, STAGE_3_ONLY
+from lumina_engine.config.schema import Config, ConfigError
+
+FULL: dict[str, Any] = {
+    "train_batch_size": 128,
+    "gradient_accumulation_steps": 8,
+    "gradient_clipping": 0.5,
+    "fp16": {"enabled": True},
+    "zero_optimization": {
+        "stage": 3,
+        "offload_optimizer": {"device": "cpu"},
+        "offload_param": {"device": "cpu"},
+        "overlap_comm": False,
+        "reduce_bucket_size": 5e7,
+        "stage3_max_live_parameters": 1e9,
+    },
+    "optimizer": {"type": "AdamW", "params": {"lr": 2e-4, "betas": [0.8, 0.9], "eps": 1e-7, "weight_decay": 0.1}},
+    "wall_clock_breakdown": True,
+}
+
+
+def test_c059_a_dictionary_becomes_fields_and_checked_overrides() -> None:
+    config = Config.from_deepspeed(FULL, world=4)
+    assert (config.batch_size, config.gradient_accumulation_steps, config.max_grad_norm) == (4, 8, 0.5)
+    assert (config.precision, config.zero_stage, config.overlap_comm, config.reduce_bucket_size) == (
+        "fp16",
+        3,
+        False,
+        50_000_000,
+    )
+    assert config.cpu_offload_optimizer and config.cpu_offload_parameters
+    assert (config.learning_rate, config.adam_beta1, config.adam_beta2) == (2e-4, 0.8, 0.9)
+    assert (config.adam_eps, config.weight_decay) == (1e-7, 0.1)
+    rest = {"zero_optimization": {"stage3_max_live_parameters": 1e9}, "wall_clock_breakdown": True}
+    assert config.deepspeed_overrides == rest
+    again = config.to_deepspeed(4)
+    assert again["train_batch_size"] == 128 and again["zero_optimization"]["offload_param"] == {"device": "cpu"}
+    assert again["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16", "mixed_bf16", "mixed_fp16"])
+def test_c059_what_lumina_writes_is_read_back(stage: int, precision: str) -> None:
+    keys: dict[str, Any] = {"zero_stage": stage, "precision": precision, "batch_size": 3, "gradient_accumulation_steps": 2}
+    if stage:
+        keys |= {"cpu_offload_optimizer": True}
+    config = Config(**keys)
+    written = config.to_deepspeed(2)
+    read = Config.from_deepspeed(written, world=2)
+    assert read.to_deepspeed(2) == written
+    assert read.precision == precision and read.deepspeed_overrides == {}
+
+
+def test_r22_the_batch_triangle_must_agree() -> None:
+    parts = {"train_batch_size": 24, "train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 3}
+    assert Config.from_deepspeed(parts, world=2).batch_size == 4
+    assert (
+        Config.from_deepspeed({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 4}, 2).gradient_accumulation_steps == 3
+    )
+    for world in (1, 5):
+        with pytest.raises(ConfigError, match="train_batch_size = 24"):
+            Config.from_deepspeed(parts, world=world)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"zero_optimisation": {"stage": 3}}, "did you mean zero_optimization"),
+        ({"gradient_cliping": 1.0}, "did you mean gradient_clipping"),
+        ({"zero_optimization": {"stge": 3}}, "did you mean zero_optimization.stage"),
+        ({"zero_optimization": {"offload_param": {"devise": "cpu"}}}, "did you mean zero_optimization.offload_param.device"),
+        ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both enabled"),
+        ({"optimizer": {"type": "Lamb", "params": {}}}, "optimizer is refused"),
+        ({"optimizer": {"type": "AdamW", "params": {"learning_rate": 1}}}, "optimizer is refused"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler is refused"),
+        ({"zero_optimization": {"stage": 7}}, "zero_stage = 7"),
+    ],
+)
+def test_c059_what_is_wrong_is_named(given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.from_deepspeed(given)
+    assert said in str(caught.value)
+
+
+def nested(path: str, value: object) -> dict[str, Any]:
+    for name in reversed(path.split(".")):
+        value = {name: value}
+    assert isinstance(value, dict)
+    return value
+
+
+@pytest.mark.parametrize("path", NO_EFFECT)
+def test_r19_what_does_nothing_here_is_refused_with_the_reason(path: str) -> None:
+    found = [f for f in check(Config(deepspeed_overrides=nested(path, 1))) if f.code == "deepspeed_useless"]
+    assert len(found) == 1 and found[0].severity == "error" and path in found[0].message and found[0].fix
+
+
+@pytest.mark.parametrize("name", STAGE_3_ONLY)
+def test_r19_settings_of_stage_3_below_it_are_refused(name: str) -> None:
+    overrides = nested(f"zero_optimization.{name}", 1)
+    for stage, count in ((2, 1), (3, 0), ("auto", 0)):
+        found = [f for f in check(Config(zero_stage=stage, deepspeed_overrides=overrides)) if f.code == "deepspeed_useless"]
+        assert len(found) == count
+    disk = Config(zero_stage=3, nvme_offload_optimizer=True, deepspeed_overrides=overrides)
+    assert any("corrupts" in f.message for f in check(disk)) == (name == "sub_group_size")

@@ -1,0 +1,55 @@
+"""The folder of offload to disk: private, one per process, cleared of what dead processes left (C57, S12)."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lumina_engine.training.swap_folder import SwapRefused, swap_folder
+
+CHILD = """
+import sys
+from lumina_engine.training.swap_folder import swap_folder
+folder = swap_folder(sys.argv[1])
+(folder / "state").write_bytes(b"x" * 1000)
+print(folder, flush=True)
+if sys.argv[2] == "die":
+    import os, signal
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.stdin.read()
+"""
+
+
+def child(root: Path, end: str) -> subprocess.Popen[str]:
+    words = [sys.executable, "-c", CHILD, str(root), end]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def test_c057_each_process_has_its_own_and_the_dead_are_cleared(tmp_path: Path) -> None:
+    root = tmp_path / "a" / "swap"
+    alive, dead = child(root, "live"), child(root, "die")
+    assert alive.stdout is not None and dead.stdout is not None
+    kept, left = Path(alive.stdout.readline().strip()), Path(dead.stdout.readline().strip())
+    dead.wait()
+    assert kept != left and left.is_dir()
+    again = child(root, "live")
+    assert again.stdout is not None
+    mine = Path(again.stdout.readline().strip())
+    assert not left.exists() and (kept / "state").exists() and mine.parent == root
+    assert root.stat().st_mode & 0o077 == 0 and mine.stat().st_mode & 0o077 == 0
+    for process in (alive, again):
+        process.communicate()
+    assert not kept.exists() and not mine.exists()
+
+
+def test_s12_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("open", "file", "link"):
+        with pytest.raises(SwapRefused, match="nvme_path"):
+            swap_folder(tmp_path / name)
