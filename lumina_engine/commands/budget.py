@@ -152,7 +152,8 @@ def _time_lines(steps: int | None, time: dict[str, Any]) -> list[tuple[str, str]
         ]
     left = f"{steps - time['steps_done']:,} of {steps:,} steps" if time["steps_done"] else f"{steps:,} steps"
     span = f"{hours_text(time['p50_h'])} (half of such runs) to {hours_text(time['p90_h'])} (nine in ten)"
-    return [("time", f"{left}, {span}"), ("", f"{rate}, {time['basis']}")]
+    hours = f"{time['device_hours']:,.0f} device-hours, " if time["device_hours"] >= 10 else ""
+    return [("time", f"{left}, {span}"), ("", f"{hours}{rate}, {time['basis']}")]
 
 
 def hours_text(hours: float) -> str:

@@ -1,6 +1,6 @@
 """How long real runs take against their estimates: `python tests/bench/duration.py FOLDER`. Never run by pytest.
 
-Three shapes on the CPU. *Guessed* is the budget before the start; *measured* is the budget from what the first third of the run
+Three shapes on the CPU. *Guessed* is the budget before the start; *measured* is the budget from what the first steps of the run
 measured. Times are from the first record of the run to its last step or save.
 """
 
@@ -22,8 +22,9 @@ from lumina_engine.monitoring.log import read_records
 from lumina_engine.monitoring.record import Step
 from lumina_engine.monitoring.speed import measured_speed
 
-STEPS = 90
-COMMON = f"max_steps={STEPS} eval_interval=30 eval_batches=4 save_interval=45 warmup_steps=2 packing=concat train_on=all"
+STEPS = 45
+EARLY = 24  # steps from which the rest is told
+COMMON = f"max_steps={STEPS} eval_interval=15 eval_batches=2 save_interval=20 warmup_steps=2 packing=concat train_on=all"
 SHAPES = {
     "debug": "batch_size=8",
     "wider": "hidden_size=256 num_layers=4 num_heads=4 num_kv_heads=2 intermediate_size=512 batch_size=4 use_deepspeed=false",
@@ -48,7 +49,7 @@ def main() -> None:
         steps = [r for r in records if isinstance(r, Step)]
         actual = steps[-1].t - records[0].t
         config = Config.load(path / "config.yaml")
-        early = records[: 1 + next(i for i, r in enumerate(records) if isinstance(r, Step) and r.step == STEPS // 3)]
+        early = records[: 1 + next(i for i, r in enumerate(records) if isinstance(r, Step) and r.step == EARLY)]
         found = budget(config, detect(), speed=measured_speed(early, run))["time"]
         spans = [f"{t['p50_h'] * 3600:.1f} to {t['p90_h'] * 3600:.1f} s" for t in (guess, found)]
         print(f"| {name} | {actual:.1f} s | {spans[0]} | {spans[1]} |", flush=True)
