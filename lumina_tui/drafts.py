@@ -81,7 +81,7 @@ def _content(texts: Mapping[str, str], preset: str | None, origins: Any) -> Cont
     plain = reference_values(None)
     found = {n: "preset" if preset and values[n] != plain[n] else "default" for n in values}
     for name, text in texts.items():
-        value, problem = check_value(INFOS[name], text)
+        value, problem = check_value(INFOS[name], text, preset)
         values[name], found[name] = value, "you"
         if problem:
             bad[name] = problem

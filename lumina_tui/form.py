@@ -130,8 +130,8 @@ def edit_text(info: FieldInfo, value: Any) -> str:
     return yaml_text.flow(value)
 
 
-def check_value(info: FieldInfo, text: str) -> tuple[Any, Finding | None]:
-    """The value that a text means for one field, or the text itself with what is wrong with it."""
+def check_value(info: FieldInfo, text: str, preset: str | None = None) -> tuple[Any, Finding | None]:
+    """The value that a text means for one field, or the text itself with what is wrong: its advice names the preset's value."""
     try:
         value = parse_value(info, text)
         return getattr(Config(**{info.name: value}), info.name), None
@@ -140,7 +140,11 @@ def check_value(info: FieldInfo, text: str) -> tuple[Any, Finding | None]:
             "yaml", "error", (info.name,), f"{info.name} = {text}: {error}", error.fix or info.suggestion(None)
         )
     except ConfigError as error:
-        return text, replace(error.findings[0], where="")
+        found = replace(error.findings[0], where="")
+        if found.code == "bad_value":
+            known = replace(info, default=reference_values(preset)[info.name])
+            found = replace(found, fix=known.suggestion(value))
+        return text, found
 
 
 class Form:
@@ -274,7 +278,7 @@ class Form:
 
     def set_text(self, name: str, text: str) -> Finding | None:
         """Enter a text into a field; gives what is wrong with it. One undo step, none if nothing changes."""
-        value, problem = check_value(INFOS[name], text)
+        value, problem = check_value(INFOS[name], text, self.preset)
         self._put(name, value, problem)
         return problem
 

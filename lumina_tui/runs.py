@@ -54,6 +54,7 @@ class RunList:
         known: dict[str, _Known] = {}
         for name in run_names(self.root):
             item = self._known.get(name)
+            lived = item is not None and item.info.alive
             wanted = visible is None or name in visible
             if item is None or wanted or look_at_all or item.info.alive:
                 signature = _signature(self.root / name)
@@ -62,7 +63,7 @@ class RunList:
                 if self._stale(item, signature, now):
                     item = self._read(name, item, signature, now)
                 assert item is not None
-            if wanted:
+            if wanted or (lived and not item.info.alive):  # an end may bring a row into sight: its last figures come with it
                 self._fill(item)
             item.info, item.seen = _aged(item, now), now
             known[name] = item

@@ -149,7 +149,7 @@ class ConfigScreen(ConfigView):
         self._show_help()
 
     def on_field_list_typed(self, event: FieldList.Typed) -> None:
-        _, problem = check_value(INFOS[event.name], event.text)
+        _, problem = check_value(INFOS[event.name], event.text, self.form.preset if self.form is not None else None)
         self.fields.set_problem(event.name, problem)
         self._show_help(problem)
         self._soon((event.name, event.text))

@@ -24,6 +24,13 @@ def rebuilt(form: Form) -> Config:
     return merge(options["--preset"], file, words).config
 
 
+@pytest.mark.parametrize(("preset", "advice"), [("b7", "set 1 or 32"), (None, "set 1 or 8")])
+def test_c129_advice_names_the_value_of_the_preset_at_hand(preset, advice) -> None:
+    form = Form.from_preset(preset) if preset else Form.from_config(Config())
+    problem = form.set_text("num_layers", "0")
+    assert problem is not None and problem.fix == advice == form.findings()[0].fix
+
+
 def test_c129_a_copy_of_a_preset() -> None:
     form = Form.from_preset("b1")
     assert form.changes() == [] and not form.dirty and form.findings() == []

@@ -21,7 +21,7 @@ from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import MetricLog
 from lumina_engine.run.directory import RunDirectory, RunInfo
 from lumina_engine.run.listing import Tail, matches
-from lumina_engine.run.process import process
+from lumina_engine.run.process import boot_id, myself, process
 from lumina_tui.application import LuminaApp
 from lumina_tui.runs import RunList
 from lumina_tui.screens.home import HomeScreen
@@ -247,6 +247,24 @@ def test_mx05_only_what_can_have_changed_is_read(tmp_path, reads):
     rows = {row.name: row for row in runs.refresh(["r000", "r001"])}
     assert reads["head"][40:] == ["r001"] and reads["log"][2:] == ["r001"]
     assert rows["r001"].step == 3 and rows["r000"].step == 2 and rows["r002"].step is None
+
+
+def test_mx05_a_run_that_ends_out_of_sight_comes_with_its_last_figures(tmp_path, reads):
+    """A filter may hide a living run and show it once it is over."""
+    run = RunDirectory.create(tmp_path, "demo")
+    me = myself()
+    run.update_identity(state="running", pid=me.pid, start_time=me.start, boot_id=boot_id())
+    runs = RunList(tmp_path)
+    with MetricLog(run.metrics_path, 1, sync_interval=0) as log:
+        log.emit(rec.Step(step=1, loss=5.0))
+        (row,) = runs.refresh(["demo"])
+        assert row.alive and row.step == 1
+        log.emit(rec.Step(step=2, loss=4.0))
+        assert runs.refresh([])[0].step == 1
+        log.emit(rec.Run(state="finished"))
+    run.update_identity(state="finished", pid=2**22 + 1, start_time=1)
+    (row,) = runs.refresh([])
+    assert not row.alive and row.step == 2 and row.state == "finished"
 
 
 def test_mx10_a_killed_supervisor_changes_no_file_and_is_seen(tmp_path):
