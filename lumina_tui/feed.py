@@ -180,7 +180,7 @@ class Feed:
         """Take everything the file has now, in slices, yielding between them."""
         while upto is None or self.reader.offset < upto:
             try:
-                records = await asyncio.to_thread(self.reader.read_new, SLICE)
+                records, length = await asyncio.to_thread(self._slice, self.mode is Mode.LOADING)
             except OSError as error:
                 self.error = f"{self.reader.path}: {error.strerror or error}"
                 return
@@ -195,9 +195,13 @@ class Feed:
                 break
             self._apply(records)
             if self.mode is Mode.LOADING:
-                self.progress = min(1.0, self.reader.offset / max(1, _length(self.reader)))
+                self.progress = min(1.0, self.reader.offset / max(1, length))
             await asyncio.sleep(0)
         self._since_file = 0
+
+    def _slice(self, sized: bool) -> tuple[list[rec.Record], int]:
+        """New records, and the length of the log if it is asked for (else 0). Runs in a thread: a network disk may be slow."""
+        return self.reader.read_new(SLICE), _length(self.reader) if sized else 0
 
     def _keep(self, grown: int) -> None:
         """Write the column cache in a thread if the log is long and has `grown` since, unless that is being done."""

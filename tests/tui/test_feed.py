@@ -7,6 +7,7 @@ import contextlib
 import math
 import random
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import last_records, read_records, surviving
 from lumina_engine.run.directory import RunDirectory
+from lumina_tui import feed as feeds
 from lumina_tui.feed import Feed, Mode
 from lumina_tui.requests import Phase
 
@@ -63,6 +65,18 @@ async def test_c133_file_then_live_gives_every_record_once(tmp_path):
             await wait(lambda: feed.store.step == 700)
             same(feed)
             assert feed.badge().text.startswith("LIVE") and feed.gaps == 0
+
+
+async def test_mx05_no_file_is_asked_for_its_length_on_the_event_loop(tmp_path, monkeypatch):
+    """A disk of the network may take its time: keys are answered meanwhile."""
+    asked: list[threading.Thread] = []
+    real = feeds._length
+    monkeypatch.setattr(feeds, "_length", lambda reader: (asked.append(threading.current_thread()), real(reader))[1])
+    async with FakeEngine(tmp_path) as engine:
+        engine.steps(40)
+        async with attached(engine) as feed:
+            await wait(lambda: len(feed.store.steps) == 40)
+    assert asked and threading.main_thread() not in asked
 
 
 async def test_c133_a_jump_and_a_gap_are_filled_from_the_file(tmp_path):

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,9 @@ async def test_monitor(tmp_path, size, glyphs):
             await compare(pilot, f"monitor-{size[0]}x{size[1]}-{glyphs}", lambda text: _ascii_or(glyphs, text))
 
 
+AGES = {"debug-1": 0.1, "crashed-one": 0.2, "b1-oasst": 0.3}  # s: the clock stands still, however slow the test
+
+
 @pytest.mark.parametrize("size", [(80, 24), (160, 45), (200, 60)], ids=lambda size: f"{size[0]}x{size[1]}")
 async def test_home(tmp_path, size, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -130,6 +134,7 @@ async def test_home(tmp_path, size, monkeypatch):
         "_hardware",
         lambda reader, live: rec.Hardware(cpu_count=2, memory_used=int(6e9), memory_total=int(16e9), disk_free=int(1.1e12)),
     )
+    monkeypatch.setattr("lumina_tui.runs._aged", lambda item, now: replace(item.info, age_s=AGES[item.info.name]))
     async with (
         FakeEngine(Path("runs"), "b1-oasst", preset="b1") as live,
         FakeEngine(Path("runs"), "debug-1") as over,
