@@ -66,8 +66,8 @@ def expert_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int
     """
     chosen = tokens * model.moe_top_k
     routed = chosen * value_bytes * (2 * model.hidden_size + (2 if on_cpu else 3) * model.expert_width)
-    if model.expert_parallel_size > 1:  # results as they came back, and the places of both sides
-        routed += chosen * (value_bytes * model.hidden_size + 36)
+    if model.expert_parallel_size > 1:  # where rows lie on either side, and gates of one
+        routed += chosen * 20
     shared = tokens * value_bytes * model.num_shared_experts * 3 * model.expert_width
     shared += tokens * value_bytes * model.hidden_size if model.num_shared_experts and value_bytes < 4 else 0
     # the router works on the normed input in float32, and keeps scores and their logsumexp, choices and gates
@@ -93,6 +93,8 @@ def selective_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: 
     experts += (
         tokens * (value_bytes * model.num_shared_experts * 2 * model.expert_width + scores * model.num_experts) + chosen * 36
     )
+    if model.expert_parallel_size > 1:  # rows as they came in, and results as they came back
+        experts += chosen * (value_bytes * 2 * hidden + 20)
     feed_forward = with_experts * experts + (model.num_layers - with_experts) * tokens * value_bytes * 2 * width
     return tokens * value_bytes * (2 * hidden + projected) + feed_forward // model.num_layers
 
@@ -113,10 +115,11 @@ def activation_bytes(model: DeepSeekConfig, batch_size: int, seq_length: int, va
 def cast_bytes(model: DeepSeekConfig, value_bytes: int) -> int:
     """Bytes of the copies of weights that autocast makes for products; checkpointed blocks make theirs again, one at a time."""
     counts = parameter_counts(model)
-    products = counts.attention + counts.experts + counts.shared + counts.dense
+    experts = counts.experts // model.expert_parallel_size
+    products = counts.attention + experts + counts.shared + counts.dense
     cached = counts.attention + counts.shared + counts.dense  # autocast keeps those of linear layers to the end of the forward
     if model.gradient_checkpointing is True:
-        return value_bytes * (cached + counts.experts // max(1, model.expert_layers))
+        return value_bytes * (cached + experts // max(1, model.expert_layers))
     return value_bytes * products
 
 

@@ -95,6 +95,24 @@ class _Finish(torch.autograd.Function):
         return grad, None
 
 
+class _Combine(torch.autograd.Function):
+    """Sums gate · row into the rows' tokens. Autograd's own operations would keep the product as well as the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, y_ND: Tensor, gates_N: Tensor, token_N: Tensor, tokens: int) -> Tensor:
+        ctx.save_for_backward(y_ND, gates_N, token_N)
+        weighted_ND = y_ND * gates_N[:, None].to(y_ND.dtype)
+        return y_ND.new_zeros(tokens, y_ND.shape[1]).index_add_(0, token_N, weighted_ND)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        y_ND, gates_N, token_N = ctx.saved_tensors
+        grad_ND = grad_TD.index_select(0, token_N)
+        grad_gates_N = (grad_ND * y_ND).sum(-1, dtype=gates_N.dtype)
+        return grad_ND.mul_(gates_N[:, None]), grad_gates_N, None, None
+
+
 @dataclass(slots=True)
 class _Part:
     """Rows that travel together: which choices they are, and how many come from each rank for each expert held here."""
@@ -124,8 +142,8 @@ def experts_elsewhere(
         returning.append(_Start.apply(rows_MD, part.outward))
     y_ND = torch.cat([_Finish.apply(buffer, part.outward) for part, buffer in zip(parts, returning, strict=True)])
     served_N = torch.cat([part.choice_N for part in parts])
-    gates_N1 = gates_TK.reshape(-1, 1).index_select(0, served_N).to(y_ND.dtype)
-    return y_ND.new_zeros(x_TD.shape).index_add(0, served_N // top_k, y_ND * gates_N1)
+    gates_N = gates_TK.reshape(-1).index_select(0, served_N)
+    return _Combine.apply(y_ND, gates_N, served_N // top_k, len(x_TD))
 
 
 def _parts(choice_N: Tensor, ends_E: Tensor, group: ExpertGroup) -> list[_Part]:

@@ -56,14 +56,14 @@ class _ExpertsLoop(torch.autograd.Function):
             act_NH = F.silu(gate).mul_(up)
             for e, start, end in segments:
                 torch.mm(act_NH[start:end], w2[e].t(), out=y_ND[start:end])
-        kept = (x_TD, None) if recompute else (x_ND, y_ND)
-        ctx.save_for_backward(*kept, gate_up, gates_N, w13, w2, token_N)
-        ctx.segments, ctx.tokens = segments, len(x_TD)
+        kept_ND = y_ND if ctx.needs_input_grad[1] and not recompute else None  # for the gates' gradient
+        ctx.save_for_backward(x_TD if recompute else x_ND, kept_ND, gate_up, gates_N, w13, w2, token_N)
+        ctx.segments, ctx.tokens, ctx.recompute = segments, len(x_TD), recompute
         return _scattered(y_ND * gates_N[:, None].to(y_ND.dtype), token_N, len(x_TD))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None, None, None]:
         x_ND, y_ND, gate_up, gates_N, w13, w2, token_N = ctx.saved_tensors
         with torch.autocast(grad_TD.device.type, enabled=False):
             grad_ND = grad_TD.index_select(0, token_N)
@@ -74,14 +74,14 @@ class _ExpertsLoop(torch.autograd.Function):
             act_NH = silu_NH * up
             grad_act = torch.empty_like(act_NH)
             for e, start, end in ctx.segments:
-                torch.mm((grad_ND if y_ND is None else gated_ND)[start:end], w2[e], out=grad_act[start:end])
+                torch.mm((grad_ND if ctx.recompute else gated_ND)[start:end], w2[e], out=grad_act[start:end])
                 torch.mm(gated_ND[start:end].t(), act_NH[start:end], out=grad_w2[e])
-            if y_ND is None:  # grad · (w2 act) = (grad w2) · act: the result of the expert is not needed
+            if ctx.recompute:  # grad · (w2 act) = (grad w2) · act: the result of the expert is not needed
                 grad_gates = (grad_act * act_NH).sum(-1, dtype=gates_N.dtype)
                 grad_act.mul_(gates_N[:, None])
                 x_ND = x_ND.index_select(0, token_N)
             else:
-                grad_gates = (grad_ND * y_ND).sum(-1, dtype=gates_N.dtype)
+                grad_gates = None if y_ND is None else (grad_ND * y_ND).sum(-1, dtype=gates_N.dtype)
             grad_gate_up = gated_silu_backward(grad_act, gate_up, silu_NH)
             grad_x = torch.empty_like(x_ND)
             for e, start, end in ctx.segments:

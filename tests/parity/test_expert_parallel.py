@@ -1,4 +1,4 @@
-"""Experts spread over ranks equal all experts on every rank (C20, C21, C16, C17, C25, R14, R20).
+"""Experts spread over ranks equal all experts on every rank (C20, C21, C16, C17, C25, R14, R20, RS02).
 
 Every run has the same ranks and batches as the one that it is compared with; only where the experts lie differs.
 """
@@ -38,6 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 # Which of them an engine runs, and which of those with gradient checkpointing.
 RUN = {"plain": (0, 1, 2, 3), "zero0": (0, 3), "zero1": (1, 2), "zero2": (0, 1, 2, 3)}
 CHECKPOINTED = {"plain": (0, 3), "zero0": (3,), "zero1": (2,), "zero2": (1, 2)}
+RESUMED = {"plain": "k2-dropless", "zero0": "k2-capacity-x4", "zero1": "k2-dropless", "zero2": "k2-capacity-x4"}
 SPREAD = {"expert_parallel_size": 2}
 OVERLAP = {**SPREAD, "overlap_alltoall": True}
 
@@ -50,6 +51,7 @@ def modes() -> dict[str, dict[str, Any]]:
             shape = list(SHAPES)[number]
             recompute = {"gradient_checkpointing": number in CHECKPOINTED[engine]}
             found[f"{engine} {shape}"] = {**SHAPES[shape], **choice, **SPREAD, **recompute}
+        found[f"{engine} {RESUMED[engine]}"]["resume_at"] = 12
     for engine, shape in (("plain", "k1-capacity"), ("plain", "k2-dropless"), ("zero2", "k2-capacity-x4")):
         recompute = {"gradient_checkpointing": shape == "k2-dropless"}
         found[f"overlap {engine} {shape}"] = {**SHAPES[shape], **ENGINES[engine], **OVERLAP, **recompute}
@@ -133,6 +135,15 @@ def test_c021_overlap_gives_the_same_losses_by_twice_the_transfers(two: tuple[Pa
     engine, shape = mode.split()
     forwards = 2 if list(SHAPES).index(shape) in CHECKPOINTED[engine] else 1
     assert two[1][mode]["collectives"] == forwards * (counts + there) + back
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_rs02_a_resumed_run_equals_the_unbroken_one_bit_for_bit(two: tuple[Path, dict], engine: str) -> None:
+    folder, figures = two
+    mode = f"{engine} {RESUMED[engine]}"
+    assert figures[mode]["resumed"] == figures[mode]["steps"][12:]
+    assert (folder / f"{mode} resumed.safetensors").read_bytes() == (folder / f"{mode}.safetensors").read_bytes()
+    assert "expert_parallel_size = 2 and this run has 1" in figures[mode]["refused"]
 
 
 @pytest.mark.parametrize("engine", ["plain", "zero2"])
