@@ -24,6 +24,7 @@ from .comm import Comm
 from .matmul_peak import products_rate, square_rate, step_products
 from .memory import memory_stats
 from .precision import Precision
+from .setup import deterministic_kernels
 from .trainer import EnhancedConversationTrainer
 
 SHAPE = {
@@ -101,8 +102,7 @@ def measure(
 
     config = config.model_copy(update={"max_steps": warmup + steps, "num_epochs": 1, "eval_interval": 0, "log_interval": 1})
     comm = Comm.start(config.communication_backend)
-    if config.deterministic:
-        torch.use_deterministic_algorithms(True)
+    deterministic_kernels(config)
     tokenizer = ConversationTokenizer(config.tokenizer)
     model = DeepSeekTransformer(config)
     torch.manual_seed(config.seed + comm.rank)

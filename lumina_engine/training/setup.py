@@ -39,9 +39,17 @@ def resolved_for_training(config: Any, model: Any, tokenizer: Any, comm: Comm) -
 
 def seed_all(config: Any, comm: Comm) -> None:
     """torch's random state from seed and rank, so that dropout and jitter differ between ranks; deterministic kernels."""
+    deterministic_kernels(config)
+    torch.manual_seed(config.seed * 1_000_003 + comm.rank)
+
+
+def deterministic_kernels(config: Any) -> None:
+    """Only kernels that give the same bits every time, if `deterministic`."""
     if config.deterministic:
         torch.use_deterministic_algorithms(True)
-    torch.manual_seed(config.seed * 1_000_003 + comm.rank)
+        # It would also fill every new tensor with NaN, DeepSpeed's buckets of 800 MB in each step among them. Nothing here
+        # reads what it has not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def warn_unsupervised(config: Any) -> None:

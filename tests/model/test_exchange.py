@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumina_engine.config.memory import block_activation_bytes
+from lumina_engine.config.memory import block_activation_bytes, selective_activation_bytes
 from lumina_engine.config.schema import DeepSeekConfig
 from lumina_engine.model.exchange import ExpertGroup
 from lumina_engine.model.moe import MoE
@@ -44,6 +44,11 @@ def pair(overlap: bool, **changes: object) -> tuple[MoE, MoE]:
     return one.train(), other.train()
 
 
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal to float32 rounding of the largest value: sums in another order."""
+    return bool((one - other).abs().max() <= 2e-5 * other.abs().max() + 1e-7)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     experts=st.sampled_from([1, 3, 8]),
@@ -52,9 +57,10 @@ def pair(overlap: bool, **changes: object) -> tuple[MoE, MoE]:
     capacity=st.sampled_from([None, 0.5, 1.25]),
     padding=st.sampled_from(["none", "some", "all"]),
     overlap=st.booleans(),
+    recompute=st.booleans(),
     seed=st.integers(0, 10_000),
 )
-def test_c020_equals_the_layer_without_exchange(experts, top_k, shape, capacity, padding, overlap, seed):
+def test_c020_equals_the_layer_without_exchange(experts, top_k, shape, capacity, padding, overlap, recompute, seed):
     torch.manual_seed(seed)
     keys = {"num_experts": experts, "moe_top_k": min(top_k, experts), "num_shared_experts": seed % 2}
     keys |= {"moe_dropless": capacity is None, "capacity_factor": capacity or 1.25}
@@ -64,15 +70,14 @@ def test_c020_equals_the_layer_without_exchange(experts, top_k, shape, capacity,
     results = []
     for layer in (one, other):
         inputs = x.clone().requires_grad_()
-        out, stats = layer(inputs, valid)
+        out, stats = layer(inputs, valid, recompute=recompute)
         (out.square().sum() + stats.prob_sum_E.square().sum()).backward()
         results.append((out, stats, inputs.grad, {name: p.grad for name, p in layer.named_parameters()}))
     (out, stats, grad, grads), (far, far_stats, far_grad, far_grads) = results
-    torch.testing.assert_close(far, out, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(far_grad, grad, atol=1e-4, rtol=1e-4)
+    assert close(far, out) and close(far_grad, grad)
     for name in grads:
         assert far_grads[name] is not None, name  # also of experts without a token
-        torch.testing.assert_close(far_grads[name], grads[name], atol=1e-3, rtol=1e-4, msg=name)
+        assert close(far_grads[name], grads[name]), name
     assert all(torch.equal(a, b) for a, b in zip(far_stats, stats, strict=True))
 
 
@@ -120,16 +125,20 @@ def test_c020_experts_that_the_ranks_do_not_divide_are_refused() -> None:
         layer.spread(ExpertGroup(dist.group.WORLD, 0, 2, dist.group.WORLD, 1))
 
 
+@pytest.mark.parametrize("checkpointing", [False, "selective"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("shape", ["plain", "top-2", "shared"])
-def test_c139_activations_with_exchange_are_those_that_autograd_keeps(shape: str, precision: str) -> None:
+def test_c139_activations_with_exchange_are_those_that_autograd_keeps(
+    shape: str, precision: str, checkpointing: bool | str
+) -> None:
     dtype, value = (torch.float32, 4) if precision == "fp32" else (torch.bfloat16, 2)
+    said = selective_activation_bytes if checkpointing else block_activation_bytes
     ids = torch.arange(256).reshape(4, 64)
     kept = []
     for layers in (2, 4):
-        config = small(moe_dropless=True, num_layers=layers, **KEPT[shape])
+        config = small(moe_dropless=True, num_layers=layers, gradient_checkpointing=checkpointing, **KEPT[shape])
         model = DeepSeekTransformer(config).to(dtype).train()
         model.spread_experts(alone(overlap=False))
         kept.append(saved_bytes(model, ids))
     spread = config.model_copy(update={"expert_parallel_size": 2})
-    assert kept[1] - kept[0] == pytest.approx(2 * block_activation_bytes(spread, 256, value), rel=0.05)
+    assert kept[1] - kept[0] == pytest.approx(2 * said(spread, 256, value), rel=0.05)

@@ -109,7 +109,7 @@ def test_rs02_killed_twice_equals_unbroken(unbroken: tuple[Path, Path, RunDirect
 def test_c020_spread_experts_killed_equals_unbroken_and_talks(unbroken: tuple[Path, Path, RunDirectory]) -> None:
     """Two ranks with half of the experts each: the same, and the checkpoint has all of them for one process to talk to."""
     root, data, _ = unbroken
-    spread = ("num_gpus=2", "expert_parallel_size=2", "overlap_alltoall=true", "zero_stage=1")
+    spread = ("num_gpus=2", "expert_parallel_size=2", "overlap_alltoall=true", "use_deepspeed=false", "max_steps=14")
     whole = train(root, "spread", data, *spread)
     assert wait(whole, 180) == 0, whole.log_path.read_text()[-2000:]
     run = train(root, "spread-killed", data, *spread)
@@ -117,16 +117,15 @@ def test_c020_spread_experts_killed_equals_unbroken_and_talks(unbroken: tuple[Pa
     train(root, "spread-killed", data, "--resume")
     assert wait(run, 180) == 0, run.log_path.read_text()[-2000:]
     want, got = steps(whole), steps(run)
-    assert sorted(got) == sorted(want) == list(range(1, 31))
+    assert sorted(got) == sorted(want) == list(range(1, 15))
     for step in want:
         for name in ("loss", "aux_loss", "z_loss", "grad_norm", "lr", "tokens", "epoch"):
             assert getattr(got[step], name) == getattr(want[step], name), (step, name)
-    words = [sys.executable, "-m", "lumina_engine.cli", "chat", str(run.checkpoints / "step-000030"), "--json"]
+    words = [sys.executable, "-m", "lumina_engine.cli", "chat", str(run.checkpoints / "step-000014"), "--json"]
     words += ["--prompt", "say 3 and 21", "--temperature", "0", "--max-new-tokens", "8"]
     done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, "XDG_STATE_HOME": str(root / "state")})
     assert done.returncode == 0, done.stderr
-    reply = json.loads(done.stdout)
-    print(reply)
+    assert json.loads(done.stdout)["tokens"] > 0
 
 
 def test_rs07_changed_data_is_refused(unbroken: tuple[Path, Path, RunDirectory]) -> None:
