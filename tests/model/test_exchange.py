@@ -13,7 +13,7 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumina_engine.config.memory import block_activation_bytes, selective_activation_bytes
+from lumina_engine.config.activations import block_activation_bytes, selective_activation_bytes
 from lumina_engine.config.schema import DeepSeekConfig
 from lumina_engine.model.exchange import ExpertGroup
 from lumina_engine.model.moe import MoE
