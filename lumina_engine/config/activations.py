@@ -62,14 +62,20 @@ def _latent_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
 def expert_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int, on_cpu: bool = True) -> int:
     """Bytes that the experts and the router of one block keep for the backward pass.
 
-    The grouped kernels of a GPU keep the activation before the down projection too; the loop of the CPU computes it again.
+    The grouped kernels of a GPU keep the activation before the down projection and the gathered tokens too; the loop of the CPU
+    makes them again.
     """
     chosen = tokens * model.moe_top_k
-    routed = chosen * value_bytes * (2 * model.hidden_size + (2 if on_cpu else 3) * model.expert_width)
+    if on_cpu and model.expert_parallel_size == 1:  # the tokens are the router's input, unless that is a copy in float32
+        routed = chosen * value_bytes * (model.hidden_size + 2 * model.expert_width)
+        routed += tokens * value_bytes * model.hidden_size if value_bytes < 4 else 0
+    else:
+        routed = chosen * value_bytes * (2 * model.hidden_size + (2 if on_cpu else 3) * model.expert_width)
     if model.expert_parallel_size > 1:  # where rows lie on either side, and gates of one
         routed += chosen * 20
     shared = tokens * value_bytes * model.num_shared_experts * 3 * model.expert_width
-    shared += tokens * value_bytes * model.hidden_size if model.num_shared_experts and value_bytes < 4 else 0
+    if model.num_shared_experts and value_bytes < 4 and not (on_cpu and model.expert_parallel_size == 1):
+        shared += tokens * value_bytes * model.hidden_size
     # the router works on the normed input in float32, and keeps scores and their logsumexp, choices and gates
     router = tokens * 4 * (model.hidden_size + 2 * model.num_experts) + chosen * 36
     return routed + shared + router
@@ -123,7 +129,7 @@ def cast_bytes(model: DeepSeekConfig, value_bytes: int) -> int:
     return value_bytes * products
 
 
-def working_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
+def working_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int, on_cpu: bool = True) -> int:
     """Bytes of temporaries while the backward pass is in the widest part of a block; its weight gradients are not in it."""
     hidden = model.hidden_size
     passing = 2 * tokens * value_bytes * hidden  # gradients of the residual stream and of the branch
@@ -131,7 +137,9 @@ def working_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
     if model.expert_layers:
         width = model.expert_width
         # gathered gradient; silu, its product, gradients of both and of the fused pair; gradient of the gathered input
-        widths.append(model.moe_top_k * max(6 * width + hidden, 5 * width + 2 * hidden) * value_bytes)
+        rows = max(6 * width + hidden, 5 * width + 2 * hidden) * model.moe_top_k
+        # the loop of the CPU holds those of one expert, and the gradient of all tokens
+        widths.append((rows // model.num_experts + hidden if on_cpu else rows) * value_bytes)
     if model.expert_layers < model.num_layers:
         widths.append((5 * dense_width(model) + hidden) * value_bytes)
     if model.attention == "mla":

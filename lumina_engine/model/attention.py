@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lumina_engine.model.attention_core import additive_mask, fused_attention, reference_attention
 from lumina_engine.model.layers import RMSNorm, runner
+from lumina_engine.model.product import Linear
 from lumina_engine.model.rope import rotate
 from lumina_engine.model.segments import Segments
 
@@ -123,8 +124,8 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_size
         self.fused, self.window = config.use_flash_attention, config.sliding_window
         heads = self.num_heads + 2 * self.num_kv_heads
-        self.qkv = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
-        self.out = nn.Linear(self.num_heads * self.head_dim, config.hidden_size, bias=False)
+        self.qkv = Linear(config.hidden_size, heads * self.head_dim)
+        self.out = Linear(self.num_heads * self.head_dim, config.hidden_size)
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 

@@ -15,12 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Up to this length plain products are 1.5 to 5 times as fast in bf16 as SDPA's CPU kernel, whose backward is slow (torch 2.13).
-_SHORT = 256
+# Up to this length blocks train faster in bf16 than SDPA's CPU kernel, whose backward is slow (torch 2.13).
+_SHORT = 512
 # A block has this many queries, or fewer so that its scores stay below the second figure (64 MiB in float32).
 _BLOCK = 256
 _BLOCK_SCORES = 1 << 24
 _NARROWEST = 64
+# Pairs of one block that are computed at once have this many scores, so that they stay in the cache.
+_CACHED_SCORES = (1 << 18) - 1
 
 
 def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -96,6 +98,7 @@ def _slow_backward(query: Tensor, value: Tensor) -> bool:
     return short and query.requires_grad and query.device.type == "cpu" and query.dtype != torch.float32
 
 
+@torch.compiler.disable(reason="a loop over parts of tensors, which are written in place")
 def block_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, window: int | None = None) -> Tensor:
     """Causal attention (S = T) over blocks of queries, each against the keys that its window reaches.
 
@@ -112,9 +115,9 @@ class _BlockAttention(torch.autograd.Function):
         ctx.scale, ctx.window = scale, window
         query_PGSd, key_PTd, value_PTe = _stacked(query, key, value, scale)
         out = query.new_empty(*query_PGSd.shape[:3], value.shape[-1])
-        for rows, keys in _blocks(query_PGSd, window):
-            probs = _probabilities(query_PGSd[:, :, rows], key_PTd[:, keys], rows.start - keys.start, window)
-            out[:, :, rows] = torch.bmm(probs, value_PTe[:, keys]).view_as(out[:, :, rows])
+        for pairs, rows, keys in _blocks(query_PGSd, window):
+            probs = _probabilities(query_PGSd[pairs, :, rows], key_PTd[pairs, keys], rows.start - keys.start, window)
+            out[pairs, :, rows] = torch.bmm(probs, value_PTe[pairs, keys]).view_as(out[pairs, :, rows])
         return out.view(*query.shape[:3], -1)
 
     @staticmethod
@@ -125,14 +128,15 @@ class _BlockAttention(torch.autograd.Function):
             query_PGSd, key_PTd, value_PTe = _stacked(query, key, value, ctx.scale)
             grad_PGSe = grad.reshape(*query_PGSd.shape[:3], -1)
             grad_q, grad_k, grad_v = torch.empty_like(query_PGSd), torch.zeros_like(key_PTd), torch.zeros_like(value_PTe)
-            for rows, keys in _blocks(query_PGSd, ctx.window):
-                query_PRd, grad_PRe = query_PGSd[:, :, rows].flatten(1, 2), grad_PGSe[:, :, rows].flatten(1, 2)
-                probs = _probabilities(query_PGSd[:, :, rows], key_PTd[:, keys], rows.start - keys.start, ctx.window)
-                grad_v[:, keys].baddbmm_(probs.transpose(1, 2), grad_PRe)
-                grad_p = torch.bmm(grad_PRe, value_PTe[:, keys].transpose(1, 2))
+            for pairs, rows, keys in _blocks(query_PGSd, ctx.window):
+                query_PRd, grad_PRe = query_PGSd[pairs, :, rows].flatten(1, 2), grad_PGSe[pairs, :, rows].flatten(1, 2)
+                key_PCd = key_PTd[pairs, keys]
+                probs = _probabilities(query_PGSd[pairs, :, rows], key_PCd, rows.start - keys.start, ctx.window)
+                grad_v[pairs, keys].baddbmm_(probs.transpose(1, 2), grad_PRe)
+                grad_p = torch.bmm(grad_PRe, value_PTe[pairs, keys].transpose(1, 2))
                 grad_s = torch.ops.aten._softmax_backward_data(grad_p, probs, -1, grad_p.dtype)
-                grad_q[:, :, rows] = torch.bmm(grad_s, key_PTd[:, keys]).view_as(grad_q[:, :, rows])
-                grad_k[:, keys].baddbmm_(grad_s.transpose(1, 2), query_PRd)
+                grad_q[pairs, :, rows] = torch.bmm(grad_s, key_PCd).view_as(grad_q[pairs, :, rows])
+                grad_k[pairs, keys].baddbmm_(grad_s.transpose(1, 2), query_PRd)
         return grad_q.mul_(ctx.scale).view(query.shape), grad_k.view(key.shape), grad_v.view(value.shape), None, None
 
 
@@ -143,13 +147,18 @@ def _stacked(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[T
     return queries.contiguous(), key.flatten(0, 1).contiguous(), value.flatten(0, 1).contiguous()
 
 
-def _blocks(query_PGSd: Tensor, window: int) -> list[tuple[slice, slice]]:
-    """Blocks of queries and the keys that they may see, by place."""
+def _blocks(query_PGSd: Tensor, window: int) -> list[tuple[slice, slice, slice]]:
+    """Pairs, blocks of their queries and the keys that these may see, by place."""
     pairs, groups, length = query_PGSd.shape[:3]
-    # Blocks much longer than the window would mostly compute what it hides, very short ones are slow.
-    most = min(_BLOCK, max(_NARROWEST, window))
-    rows = query_blocks(pairs * groups, length, min(length, window + most), most)
-    return [(part, slice(max(0, part.start - window + 1), part.stop)) for part in rows]
+    # Blocks much longer than the window, or than a part of the rows, would mostly compute what is hidden; short ones are slow.
+    most = min(_BLOCK, max(_NARROWEST, min(window, length // 8)))
+    found = []
+    for rows in query_blocks(pairs * groups, length, min(length, window + most), most):
+        keys = slice(max(0, rows.start - window + 1), rows.stop)
+        scores = groups * (rows.stop - rows.start) * (keys.stop - keys.start)
+        step = max(1, _CACHED_SCORES // scores)
+        found += [(slice(pair, pair + step), rows, keys) for pair in range(0, pairs, step)]
+    return found
 
 
 def query_blocks(heads: int, queries: int, keys: int, most: int = _BLOCK) -> list[slice]:

@@ -1,7 +1,8 @@
 """Two ways to run stacked SwiGLU experts over tokens that are sorted by expert; both are deterministic and give the same
 result.
 
-Shapes: T tokens, K experts per token, N choices sorted by expert, E experts, D hidden size, H expert width.
+Shapes: T tokens, K experts per token, N choices sorted by expert, R rows of one expert, E experts, D hidden size, H expert
+width.
 """
 
 from __future__ import annotations
@@ -13,12 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lumina_engine.model.layers import gated_silu, gated_silu_backward, runner
+from lumina_engine.model.product import product
+
+# oneDNN generates code for every new number of rows, which costs as much as a product; multiples of up to this recur.
+_MULTIPLE = 32
+# Filler is at most one in so many rows.
+_FILLER = 16
 
 
+@torch.compiler.disable(reason="its shapes follow the routing of each batch")
 def experts_loop(
     x_TD: Tensor, gates_TK: Tensor, choice_N: Tensor, ends_E: Tensor, w13: Tensor, w2: Tensor, recompute: bool = False
 ) -> Tensor:
-    """Σ over a token's served choices of gate · expert(token), (T, D), by one matrix product per expert that has tokens.
+    """Σ over a token's served choices of gate · expert(token), (T, D), expert by expert, those that have tokens.
 
     Reads the group sizes from the device, so it suits the CPU. Nothing is computed for choices behind `ends_E[-1]`. With
     `recompute` only the tokens and the products with `w13` are kept for the backward pass; no product is repeated.
@@ -28,12 +36,15 @@ def experts_loop(
     gates_N = gates_TK.reshape(-1).index_select(0, choice_N)
     token_N = choice_N // gates_TK.shape[1]
     segments = [(e, start, end) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
-    return _ExpertsLoop.apply(x_TD, gates_N, w13, w2, token_N, segments, recompute)
+    return _ExpertsLoop.apply(x_TD, gates_N, w13, w2, token_N, segments, recompute, torch.is_grad_enabled())
 
 
 class _ExpertsLoop(torch.autograd.Function):
-    """Gather, gate-up product, SwiGLU, down product, gate, scatter. Weight gradients are written in place into one stacked
-    tensor; autograd over `w13[e]` would build a full-size tensor per expert."""
+    """Gather, gate-up product, SwiGLU, gate, down product, scatter: all of one expert before the next, so that what lies
+    between the products stays in the cache.
+
+    Weight gradients are written in place into one stacked tensor; autograd over `w13[e]` would build one per expert.
+    """
 
     @staticmethod
     def forward(
@@ -45,49 +56,62 @@ class _ExpertsLoop(torch.autograd.Function):
         token_N: Tensor,
         segments: list[tuple[int, int, int]],
         recompute: bool,
+        filled: bool,
     ) -> Tensor:
-        x_ND = x_TD.index_select(0, token_N)
-        gate_up = x_ND.new_empty(len(token_N), w13.shape[1])
-        y_ND = torch.empty_like(x_ND)
+        out_TD = torch.zeros_like(x_TD)
+        keeps = ctx.needs_input_grad[1] and not recompute  # results, for the gates' gradient
+        kept: list[Tensor] = []
         with torch.autocast(x_TD.device.type, enabled=False):
             for e, start, end in segments:
-                torch.mm(x_ND[start:end], w13[e].t(), out=gate_up[start:end])
-            gate, up = gate_up.chunk(2, dim=-1)
-            act_NH = F.silu(gate).mul_(up)
-            for e, start, end in segments:
-                torch.mm(act_NH[start:end], w2[e].t(), out=y_ND[start:end])
-        kept_ND = y_ND if ctx.needs_input_grad[1] and not recompute else None  # for the gates' gradient
-        ctx.save_for_backward(x_TD if recompute else x_ND, kept_ND, gate_up, gates_N, w13, w2, token_N)
-        ctx.segments, ctx.tokens, ctx.recompute = segments, len(x_TD), recompute
-        return _scattered(y_ND * gates_N[:, None].to(y_ND.dtype), token_N, len(x_TD))
+                token_R, gate_R1 = _rows(token_N[start:end], gates_N[start:end], filled)
+                gate_up = product(x_TD.index_select(0, token_R), w13[e])
+                gate, up = gate_up.chunk(2, dim=-1)
+                y_RD = product(F.silu(gate).mul_(up), w2[e])
+                out_TD.index_add_(0, token_R, y_RD * gate_R1.to(y_RD.dtype))
+                kept += (gate_up, y_RD) if keeps else (gate_up,)
+        ctx.save_for_backward(x_TD, gates_N, w13, w2, token_N, *kept)
+        ctx.segments, ctx.keeps, ctx.filled = segments, keeps, filled
+        return out_TD
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None, None, None]:
-        x_ND, y_ND, gate_up, gates_N, w13, w2, token_N = ctx.saved_tensors
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, None, None, None, None]:
+        x_TD, gates_N, w13, w2, token_N, *kept = ctx.saved_tensors
+        each = 2 if ctx.keeps else 1
+        wanted = ctx.needs_input_grad[1]
+        grad_x, grad_gates = torch.zeros_like(x_TD), torch.empty_like(gates_N) if wanted else None
+        grad_w13, grad_w2 = _idle_zeroed(w13, ctx.segments), _idle_zeroed(w2, ctx.segments)
         with torch.autocast(grad_TD.device.type, enabled=False):
-            grad_ND = grad_TD.index_select(0, token_N)
-            gated_ND = grad_ND * gates_N[:, None].to(grad_ND.dtype)
-            grad_w13, grad_w2 = _idle_zeroed(w13, ctx.segments), _idle_zeroed(w2, ctx.segments)
-            gate, up = gate_up.chunk(2, dim=-1)
-            silu_NH = F.silu(gate)
-            act_NH = silu_NH * up
-            grad_act = torch.empty_like(act_NH)
-            for e, start, end in ctx.segments:
-                torch.mm((grad_ND if ctx.recompute else gated_ND)[start:end], w2[e], out=grad_act[start:end])
-                torch.mm(gated_ND[start:end].t(), act_NH[start:end], out=grad_w2[e])
-            if ctx.recompute:  # grad · (w2 act) = (grad w2) · act: the result of the expert is not needed
-                grad_gates = (grad_act * act_NH).sum(-1, dtype=gates_N.dtype)
-                grad_act.mul_(gates_N[:, None])
-                x_ND = x_ND.index_select(0, token_N)
-            else:
-                grad_gates = None if y_ND is None else (grad_ND * y_ND).sum(-1, dtype=gates_N.dtype)
-            grad_gate_up = gated_silu_backward(grad_act, gate_up, silu_NH)
-            grad_x = torch.empty_like(x_ND)
-            for e, start, end in ctx.segments:
-                torch.mm(grad_gate_up[start:end], w13[e], out=grad_x[start:end])
-                torch.mm(grad_gate_up[start:end].t(), x_ND[start:end], out=grad_w13[e])
-        return _scattered(grad_x, token_N, ctx.tokens), grad_gates, grad_w13, grad_w2, None, None, None
+            for number, (e, start, end) in enumerate(ctx.segments):
+                gate_up, *results = kept[each * number : each * (number + 1)]
+                token_R, gate_R1 = _rows(token_N[start:end], gates_N[start:end], ctx.filled)
+                grad_RD = grad_TD.index_select(0, token_R)
+                gate, up = gate_up.chunk(2, dim=-1)
+                silu_RH = F.silu(gate)
+                act_RH = silu_RH * up
+                if results and grad_gates is not None:
+                    grad_gates[start:end] = (grad_RD * results[0]).sum(-1, dtype=gates_N.dtype)[: end - start]
+                gated_RD = grad_RD * gate_R1.to(grad_RD.dtype)
+                if results or grad_gates is None:
+                    grad_act = product(gated_RD, w2[e].t())
+                else:  # grad · (w2 act) = (grad w2) · act: the result of the expert is not needed
+                    grad_act = product(grad_RD, w2[e].t())
+                    grad_gates[start:end] = (grad_act * act_RH).sum(-1, dtype=gates_N.dtype)[: end - start]
+                    grad_act.mul_(gate_R1)
+                torch.mm(gated_RD.t(), act_RH, out=grad_w2[e])
+                grad_gate_up = gated_silu_backward(grad_act, gate_up, silu_RH)
+                torch.mm(grad_gate_up.t(), x_TD.index_select(0, token_R), out=grad_w13[e])
+                grad_x.index_add_(0, token_R, product(grad_gate_up, w13[e].t()))
+        return grad_x, grad_gates, grad_w13, grad_w2, None, None, None, None
+
+
+def _rows(token_N: Tensor, gates_N: Tensor, filled: bool) -> tuple[Tensor, Tensor]:
+    """Tokens (R) and gates (R, 1) of one expert. Filler is token 0 with the gate 0, so it adds nothing anywhere."""
+    multiple = min(_MULTIPLE, 1 << (len(token_N) // _FILLER).bit_length() >> 1) if filled else 1
+    filler = -len(token_N) % max(multiple, 1)
+    if filler:
+        token_N, gates_N = F.pad(token_N, (0, filler)), F.pad(gates_N, (0, filler))
+    return token_N, gates_N[:, None]
 
 
 def _idle_zeroed(weight: Tensor, segments: list[tuple[int, int, int]]) -> Tensor:
@@ -98,11 +122,6 @@ def _idle_zeroed(weight: Tensor, segments: list[tuple[int, int, int]]) -> Tensor
         if e not in busy:
             grad[e].zero_()
     return grad
-
-
-def _scattered(rows_ND: Tensor, token_N: Tensor, tokens: int) -> Tensor:
-    """Sums rows into their tokens, in the order of the rows."""
-    return rows_ND.new_zeros(tokens, rows_ND.shape[1]).index_add_(0, token_N, rows_ND)
 
 
 class _Spread(torch.autograd.Function):

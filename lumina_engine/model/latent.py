@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lumina_engine.model.attention import AttentionPlan, KVCache
 from lumina_engine.model.attention_core import fused_attention, query_blocks, reference_attention
 from lumina_engine.model.layers import RMSNorm, runner
+from lumina_engine.model.product import Linear
 from lumina_engine.model.rope import rotate
 from lumina_engine.model.segments import Segments
 
@@ -48,12 +49,12 @@ class LatentAttention(nn.Module):
         self.rank, self.scale = config.kv_lora_rank, attention_scale(config)
         queries = self.num_heads * (self.nope + self.rope)
         self.query_rows = config.q_lora_rank or queries
-        self.compress = nn.Linear(config.hidden_size, self.query_rows + self.rank + self.rope, bias=False)
+        self.compress = Linear(config.hidden_size, self.query_rows + self.rank + self.rope)
         self.q_norm = RMSNorm(config.q_lora_rank, LATENT_EPS) if config.q_lora_rank else None
-        self.q_expand = nn.Linear(config.q_lora_rank, queries, bias=False) if config.q_lora_rank else None
+        self.q_expand = Linear(config.q_lora_rank, queries) if config.q_lora_rank else None
         self.kv_norm = RMSNorm(self.rank, LATENT_EPS)
-        self.kv_expand = nn.Linear(self.rank, self.num_heads * (self.nope + self.value), bias=False)
-        self.out = nn.Linear(self.num_heads * self.value, config.hidden_size, bias=False)
+        self.kv_expand = Linear(self.rank, self.num_heads * (self.nope + self.value))
+        self.out = Linear(self.num_heads * self.value, config.hidden_size)
 
     def forward(
         self,

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lumina_engine.model.product import Linear
+
 
 def runner(recompute: bool) -> Callable[..., Any]:
     """How to call a part of a layer: `run(function, *arguments)`.
@@ -67,6 +69,9 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # it fuses the formula
+            x32 = x.float()
+            return (x32 * (x32.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.weight).to(x.dtype)
         return _RMSNorm.apply(x, self.weight, self.eps)
 
 
@@ -89,6 +94,9 @@ class _GatedSilu(torch.autograd.Function):
 
 def gated_silu(gate_up: Tensor) -> Tensor:
     """silu(first half) · second half over the last axis."""
+    if torch.compiler.is_compiling():
+        gate, up = gate_up.chunk(2, dim=-1)
+        return F.silu(gate) * up
     return _GatedSilu.apply(gate_up)
 
 
@@ -107,8 +115,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(hidden_size, 2 * intermediate_size, bias=False)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_up = Linear(hidden_size, 2 * intermediate_size)
+        self.down = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor, norm: RMSNorm | None = None, recompute: bool = False) -> Tensor:
         """`norm` is applied to x first; `recompute` keeps neither its result nor the activation for the backward pass."""

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lumina_engine.model.product import product
+
 IGNORED = -100
 
 
@@ -73,7 +75,7 @@ def _chunk(
     grad_CV.scatter_add_(1, index_C1, torch.full_like(index_C1, -1, dtype=torch.float32))
     grad_CV = grad_CV.mul_(scale_C[:, None]).to(head_VD.dtype)
     if grad_hidden is not None:
-        torch.mm(grad_CV, head_VD, out=grad_hidden)
+        grad_hidden.copy_(product(grad_CV, head_VD.t()))
     if grad_head is not None and grad_head.dtype == grad_CV.dtype:
         grad_head.addmm_(grad_CV.t(), hidden_CD)
     elif grad_head is not None:
@@ -82,7 +84,7 @@ def _chunk(
 
 
 def _log_probs(hidden_CD: Tensor, head_VD: Tensor) -> Tensor:
-    return F.log_softmax(torch.mm(hidden_CD, head_VD.t()), dim=-1, dtype=torch.float32)
+    return F.log_softmax(product(hidden_CD, head_VD), dim=-1, dtype=torch.float32)
 
 
 def _weighted_loss(log_probs_CV: Tensor, targets_C: Tensor, scale_C: Tensor) -> Tensor:

@@ -124,4 +124,8 @@ def _rotated(x_BSNd: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
 
 def rotate(x_BSNd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates heads of shape (B, S, N, d) by tables (S, d/2) or (B, S, d/2); computed in float32, returned in x's dtype."""
-    return _Rotate.apply(x_BSNd, cos[..., None, :], sin[..., None, :])
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    if torch.compiler.is_compiling():  # it fuses the formula, and cannot trace writes into parts of a tensor
+        first, second = x_BSNd.float().chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BSNd.dtype)
+    return _Rotate.apply(x_BSNd, cos, sin)

@@ -23,6 +23,7 @@ from lumina_engine.model.latent import LatentAttention
 from lumina_engine.model.layers import RMSNorm, SwiGLU
 from lumina_engine.model.loss import IGNORED, cross_entropy_and_correct, cross_entropy_sum, shifted_targets
 from lumina_engine.model.moe import LayerRoute, LayerStats, MoE, RouterStats
+from lumina_engine.model.product import Linear
 from lumina_engine.model.rope import RotaryTables, inverse_frequencies
 from lumina_engine.model.segments import Segments
 
@@ -100,7 +101,10 @@ class DeepSeekTransformer(nn.Module):
         self.blocks = nn.ModuleList(Block(self.config, layer) for layer in range(self.config.num_layers))
         self.norm = RMSNorm(self.config.hidden_size, self.config.norm_eps)
         if not self.config.tie_word_embeddings:
-            self.head = nn.Linear(self.config.hidden_size, self.config.vocab_rows, bias=False)
+            self.head = Linear(self.config.hidden_size, self.config.vocab_rows)
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.repeated = self.config.gradient_checkpointing == "selective"
         self.rotary = _rotary_tables(self.config)
         if not self.embedding.weight.is_meta:
             self.init_weights(seed)

@@ -24,7 +24,7 @@ from .comm import Comm
 from .matmul_peak import products_rate, square_rate, step_products
 from .memory import memory_stats
 from .precision import Precision
-from .setup import deterministic_kernels
+from .setup import seed_all
 from .trainer import EnhancedConversationTrainer
 
 SHAPE = {
@@ -102,10 +102,9 @@ def measure(
 
     config = config.model_copy(update={"max_steps": warmup + steps, "num_epochs": 1, "eval_interval": 0, "log_interval": 1})
     comm = Comm.start(config.communication_backend)
-    deterministic_kernels(config)
+    seed_all(config, comm)
     tokenizer = ConversationTokenizer(config.tokenizer)
     model = DeepSeekTransformer(config)
-    torch.manual_seed(config.seed + comm.rank)
     rows = config.batch_size * config.gradient_accumulation_steps * comm.world_size * (warmup + steps)
     store = RandomStore(rows, config.seq_length, model.config.vocab_rows, config.seed)
     with tempfile.TemporaryDirectory(prefix="lumina-bench-") as folder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import resource
 from collections.abc import Callable
@@ -18,6 +19,10 @@ from ..config.micro_batch import smaller
 from ..data.batch import Batch
 from ..model.moe import uniform_routing
 from ..monitoring.hardware import memory_limit
+
+# mallopt(3) of the GNU C library
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_NEVER = 2**31 - 1
 
 
 def memory_stats(model: Any, optimizer_tensors: dict[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
@@ -70,6 +75,19 @@ def _status(name: str) -> int:
 
 # How a RuntimeError says it: the allocator of the CPU, C++ itself, and threads that get no stack.
 _NO_MEMORY = ("can't allocate memory", "bad_alloc", "Cannot allocate memory", "can't start new thread")
+
+
+def keep_freed_memory() -> bool:
+    """Let malloc keep what is freed instead of giving it back to the system; False where the C library cannot.
+
+    A step frees and takes hundreds of MB. Given back, each page of it is zeroed and mapped again in the next step, which took
+    a tenth of a step (measured: tests/bench/README.md). The largest size of the process stays the same, and stays.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # not the GNU C library
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from ..monitoring import record as rec
 from .comm import Comm
+from .memory import keep_freed_memory
 
 Emit = Callable[[rec.Record], object]
 
@@ -38,8 +39,13 @@ def resolved_for_training(config: Any, model: Any, tokenizer: Any, comm: Comm) -
 
 
 def seed_all(config: Any, comm: Comm) -> None:
-    """torch's random state from seed and rank, so that dropout and jitter differ between ranks; deterministic kernels."""
+    """torch's random state from seed and rank, so that dropout and jitter differ between ranks; deterministic kernels.
+
+    On a CPU freed memory stays with the process.
+    """
     deterministic_kernels(config)
+    if comm.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed * 1_000_003 + comm.rank)
 
 
