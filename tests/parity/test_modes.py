@@ -57,6 +57,7 @@ def test_c056_what_is_offloaded_lies_in_host_memory(mode: Mode, found: dict[str,
         assert (rank["host_weights"] > 0) == rank["parameters"]
 
 
+@pytest.mark.slow  # compiles the operator first, which takes minutes
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(NO_AIO is not None, reason=f"async_io cannot be built here: {NO_AIO}")
 @pytest.mark.parametrize("ranks", [1, 2])
