@@ -40,7 +40,7 @@ def swap_folder(path: str | Path) -> Path:
         _remove_if_dead(left)
     fresh = Path(tempfile.mkdtemp(prefix=".new-", dir=root))
     lock = os.open(fresh / _LOCK, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-    fcntl.lockf(lock, fcntl.LOCK_EX)  # held until the process ends
+    fcntl.flock(lock, fcntl.LOCK_EX)  # held until the process ends; unlike lockf also against this process itself
     folder = fresh.rename(root / f"lumina-{fresh.name.removeprefix('.new-')}")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
@@ -53,7 +53,7 @@ def _remove_if_dead(folder: Path) -> None:
     except OSError:
         return  # being removed by another rank, or not one of these
     try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)
     except OSError:
         return  # its process lives

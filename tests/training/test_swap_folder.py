@@ -30,9 +30,12 @@ def child(root: Path, end: str) -> subprocess.Popen[str]:
 
 def test_c057_each_process_has_its_own_and_the_dead_are_cleared(tmp_path: Path) -> None:
     root = tmp_path / "a" / "swap"
-    alive, dead = child(root, "live"), child(root, "die")
-    assert alive.stdout is not None and dead.stdout is not None
-    kept, left = Path(alive.stdout.readline().strip()), Path(dead.stdout.readline().strip())
+    alive = child(root, "live")
+    assert alive.stdout is not None
+    kept = Path(alive.stdout.readline().strip())
+    dead = child(root, "die")  # after the other has looked round
+    assert dead.stdout is not None
+    left = Path(dead.stdout.readline().strip())
     dead.wait()
     assert kept != left and left.is_dir()
     again = child(root, "live")
@@ -43,6 +46,11 @@ def test_c057_each_process_has_its_own_and_the_dead_are_cleared(tmp_path: Path) 
     for process in (alive, again):
         process.communicate()
     assert not kept.exists() and not mine.exists()
+
+
+def test_c057_a_second_one_of_the_same_process_leaves_the_first_alone(tmp_path: Path) -> None:
+    first, second = swap_folder(tmp_path), swap_folder(tmp_path)
+    assert first != second and first.is_dir() and second.is_dir()
 
 
 def test_s12_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> None:
