@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import os
 import resource
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from ..data.batch import Batch
 from ..model.moe import uniform_routing
 from ..monitoring.hardware import memory_limit
 
-# mallopt(3) of the GNU C library
+# mallopt(3) of the GNU C library, and the variables with which a user sets the same
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+_MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES")
 _NEVER = 2**31 - 1
 
 
@@ -78,11 +80,15 @@ _NO_MEMORY = ("can't allocate memory", "bad_alloc", "Cannot allocate memory", "c
 
 
 def keep_freed_memory() -> bool:
-    """Let malloc keep what is freed instead of giving it back to the system; False where the C library cannot.
+    """Let malloc keep what is freed instead of giving it back to the system.
+
+    False, and nothing changed, where the C library cannot or the user set malloc by its environment variables.
 
     A step frees and takes hundreds of MB. Given back, each page of it is zeroed and mapped again in the next step, which took
     a tenth of a step (measured: tests/bench/README.md). The largest size of the process stays the same, and stays.
     """
+    if any(name in os.environ for name in _MALLOC_VARIABLES):
+        return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):  # not the GNU C library

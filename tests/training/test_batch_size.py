@@ -227,6 +227,7 @@ NARROW = [
 
 def test_r42_out_of_memory_in_a_step_goes_on_with_half_the_micro_batch(tmp_path: Path) -> None:
     """The rank's address space is closed at what it has now, so its next large tensor finds no room: a real want of memory.
+    (malloc is told to map large tensors one by one; what it keeps by itself would have room for the step.)
 
     It is compared with a run whose micro batch was found before the start, as large as this one's.
     """
@@ -261,7 +262,7 @@ def test_r42_out_of_memory_in_a_step_goes_on_with_half_the_micro_batch(tmp_path:
 
 def launched(root: Path, name: str, data: Path, *more: str) -> RunDirectory:
     words = [sys.executable, "-m", "lumina_engine.cli", "train", "--runs", str(root), "--run", name, "--detach", *NARROW]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(root / "state")}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(root / "state"), "MALLOC_MMAP_THRESHOLD_": "131072"}
     keys = [f"train_data_path={data}", f"data_cache_dir={root / 'cache'}"]
     done = subprocess.run([*words, *keys, *more], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
