@@ -62,7 +62,7 @@ def edit(pane: Pane, field: str, value: str) -> str:
 
 
 def budget_of(pane: Pane) -> str:
-    found = re.search(r"[\d.]+ [MBT] total", pane.see(" total,"))
+    found = re.search(r"[\d.]+ [MBT](?= total,| \()", pane.see(" tokens/step"))  # a long line leaves the word out
     assert found is not None
     return found[0]
 
