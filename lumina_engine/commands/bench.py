@@ -14,6 +14,23 @@ from .common import UserError, print_json
 HELP = "measure training, generation or the terminal program on this machine"
 
 
+SHAPE = {
+    "vocab_size": 8192,
+    "hidden_size": 512,
+    "num_layers": 4,
+    "num_heads": 8,
+    "num_kv_heads": 4,
+    "intermediate_size": 1024,
+    "num_experts": 8,
+    "moe_top_k": 2,
+    "moe_dropless": True,
+    "seq_length": 256,
+    "batch_size": 4,
+    "use_deepspeed": False,
+    "tokenizer": "lumina-1k",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
 
@@ -22,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     text = "steps of the training loop on random tokens: tokens per second, where the time goes, memory, share of matmul peak"
     _add_shape(add("train", text), "and steps=6, warmup=2, uniform_routing=0 (1: all experts get the same load)")
+    text = "replies to random prompts by a model of random weights: tokens per second of prompt and of answer"
+    _add_shape(add("generate", text), "and steps=5 (replies), warmup=1, prompt_tokens=128, new_tokens=64")
     tui = add("tui", "start-up, key delay, CPU, bytes and memory of `lumina` in a pseudo-terminal (about 12 minutes)")
     tui.add_argument("--json", action="store_true", help="a JSON object a line for each figure; the last line has all")
     tui.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, not what it costs")
@@ -35,7 +54,7 @@ def _add_shape(parser: argparse.ArgumentParser, own: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    actions: dict[str, Callable[[argparse.Namespace], int]] = {"train": _train, "tui": _tui}
+    actions: dict[str, Callable[[argparse.Namespace], int]] = {"train": _train, "generate": _generate, "tui": _tui}
     return actions[args.action](args)
 
 
@@ -79,7 +98,7 @@ def _config(args: argparse.Namespace, shape: dict[str, Any], own: dict[str, int]
 
 
 def _train(args: argparse.Namespace) -> int:
-    from ..training.benchmark import SHAPE, measure
+    from ..training.benchmark import measure
 
     config, numbers = _config(args, SHAPE, {"steps": 6, "warmup": 2, "uniform_routing": 0})
     uniform = bool(numbers["uniform_routing"])
@@ -91,6 +110,39 @@ def _train(args: argparse.Namespace) -> int:
         figures = measure(config, numbers["steps"], numbers["warmup"], lambda step: write(step, each), uniform=uniform)
         write(figures, describe_train)
     return 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from ..chat.benchmark import measure
+    from ..config.resolve import resolved_precision
+    from ..monitoring.hardware import detect
+
+    config, numbers = _config(args, SHAPE, {"steps": 5, "warmup": 1, "prompt_tokens": 128, "new_tokens": 64})
+    if numbers["new_tokens"] < 2 or numbers["prompt_tokens"] + numbers["new_tokens"] > config.seq_length:
+        total = numbers["prompt_tokens"] + max(2, numbers["new_tokens"])
+        raise UserError(
+            f"prompt_tokens + new_tokens (2 or more): at most seq_length = {config.seq_length}; set seq_length={total}"
+        )
+
+    def each(reply: dict[str, Any]) -> str:
+        return f"reply {reply['reply']:>3}  first token {reply['prefill_s']:.3f} s, the others {reply['decode_s']:.3f} s"
+
+    with _output(args.json) as write:
+        precision = resolved_precision(config, detect())
+        write(measure(config, numbers, precision, lambda reply: write(reply, each)), describe_generate)
+    return 0
+
+
+def describe_generate(figures: dict[str, Any]) -> str:
+    """The figures of `bench generate` as lines of text."""
+    low, high, rate = (figures[name] for name in ("tokens_per_s_min", "tokens_per_s_max", "tokens_per_s"))
+    lines = [
+        ("answer", f"{rate:,.1f} tokens/s (median of {figures['steps']} replies, {low:,.1f}-{high:,.1f})"),
+        ("prompt", f"{figures['prefill_tokens_per_s']:,.0f} tokens/s, first token after {figures['first_token_s']:.3f} s"),
+        ("memory", f"{figures['peak_memory_bytes'] / 1e9:.2f} GB at most"),
+        ("run", f"{figures['precision']}, {figures['threads']} threads"),
+    ]
+    return "\n".join(f"{label:<12}{text}" for label, text in lines)
 
 
 @contextmanager

@@ -25,7 +25,6 @@ from lumina_engine.config.schema import Config, infos_of
 
 # Keys whose feature does not exist yet, with the values that are allowed meanwhile (None: only the default).
 NOT_YET: dict[str, tuple[object, ...] | None] = {
-    "compile": None,
     "data_format": ("auto", "messages", "alpaca", "sharegpt", "text"),
     "streaming_threshold_gb": None,
     "multi_task": None,
@@ -327,6 +326,17 @@ def _deepspeed(config: Config) -> Iterator[Finding]:
             yield _finding("info", "stage3_keys", f"{name} zero_stage", message, f"set zero_stage=3, or {name}={show(default)}")
 
 
+def _compile(config: Config) -> Iterator[Finding]:
+    if not config.compile:
+        return
+    if config.zero_stage == 3:
+        message = "compile = true with zero_stage = 3: weights that come and go cannot be compiled"
+        yield _error("compile_stage", "compile zero_stage", message, "set compile=false or zero_stage=2")
+    if config.gradient_checkpointing == "selective":
+        message = "compile = true with gradient_checkpointing = selective: the compiler decides itself what is computed again"
+        yield _error("compile_selective", "compile gradient_checkpointing", message, "set gradient_checkpointing=false or true")
+
+
 _RULES: tuple[Rule, ...] = (
     _not_yet,
     _attention,
@@ -340,6 +350,7 @@ _RULES: tuple[Rule, ...] = (
     _data,
     _precision,
     _deepspeed,
+    _compile,
     offload,
 )
 

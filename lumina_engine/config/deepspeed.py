@@ -102,7 +102,7 @@ REFUSED = {
     "comet": "Lumina opens no connection and stores no secret: remove it",
     "wandb": "Lumina opens no connection and stores no secret: remove it",
     "autotuning": "nothing here runs DeepSpeed's tuner: remove it",
-    "compile": "it is not available yet: remove it",
+    "compile": "Lumina compiles its blocks itself: set the key compile",
     "hybrid_engine": "nothing here calls it: remove it",
     "tensor_parallel": "Lumina has no tensor parallelism: remove it",
 }

@@ -143,7 +143,7 @@ class ModelKeys(Section):
         read_by="config/deepspeed.py",
     )
     compile: bool = key(
-        False, "Compile each block with torch.compile; the first step takes longer.", resume=True, read_by="training/engine.py"
+        False, "Compile each block with torch.compile; the first step takes longer.", resume=True, read_by="training/trainer.py"
     )
     loss_chunk_size: int = key(
         2_048,

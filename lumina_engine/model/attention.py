@@ -155,6 +155,7 @@ class Attention(nn.Module):
             attended = attend(query, key, value, plan.mask, plan.is_causal, window=self.window).transpose(1, 2)
         return self.out(attended.reshape(batch, new, -1))
 
+    @torch.compiler.disable(reason="its shapes follow the documents of each batch")
     def _by_document(self, heads_BSNd: Tensor, plan: AttentionPlan, segments: Segments) -> Tensor:
         """Attention within documents, (B·S, H, d)."""
         projected = self._rotated(segments.pack(heads_BSNd.flatten(0, 1))[None], plan)

@@ -104,6 +104,7 @@ class LatentAttention(nn.Module):
         nope, rope = query_BSHd.split((self.nope, self.rope), dim=-1)
         return torch.cat((nope, rotate(rope, plan.cos, plan.sin)), dim=-1)
 
+    @torch.compiler.disable(reason="its shapes follow the documents of each batch")
     def _by_document(
         self, query_BSHd: Tensor, expanded_BSHv: Tensor, rope_BS1r: Tensor, plan: AttentionPlan, segments: Segments
     ) -> Tensor:

@@ -3,7 +3,8 @@
 The gradients of hidden states and head are computed in the forward, chunk by chunk, so that no logits are kept for the backward
 (the idea of Apple's cut-cross-entropy and of Liger-Kernel's fused linear cross-entropy).
 
-Shapes: B batch, S sequence, D hidden size, V vocabulary, N trained labels, C rows of a chunk.
+Shapes: B batch, S sequence, D hidden size, V vocabulary, N trained labels, C rows of a chunk, R rows of a
+block.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor
 from lumina_engine.model.product import product
 
 IGNORED = -100
+# Logits that a CPU turns into their gradient at once: what is made on the way stays in the cache and needs little memory.
+_BLOCK = 1 << 20
 
 
 def shifted_targets(labels_BS: Tensor, document_ids_BS: Tensor | None = None) -> Tensor:
@@ -66,20 +69,32 @@ def _chunk(
     hidden_CD: Tensor, head_VD: Tensor, targets_C: Tensor, scale_C: Tensor, grad_hidden: Tensor | None, grad_head: Tensor | None
 ) -> Tensor:
     """Loss sum of one chunk; writes its rows of the hidden states' gradient and adds to the head's."""
-    log_probs_CV = _log_probs(hidden_CD, head_VD)
-    loss = _weighted_loss(log_probs_CV, targets_C, scale_C)
-    if grad_hidden is None and grad_head is None:
-        return loss
-    grad_CV = log_probs_CV.exp_()
-    index_C1 = targets_C.clamp(min=0)[:, None]
-    grad_CV.scatter_add_(1, index_C1, torch.full_like(index_C1, -1, dtype=torch.float32))
-    grad_CV = grad_CV.mul_(scale_C[:, None]).to(head_VD.dtype)
+    logits_CV = product(hidden_CD, head_VD)
+    loss = torch.zeros((), dtype=torch.float32, device=logits_CV.device)
+    wanted = grad_hidden is not None or grad_head is not None
+    step = max(1, _BLOCK // logits_CV.shape[1]) if logits_CV.device.type == "cpu" else len(logits_CV)
+    for start in range(0, len(logits_CV), max(1, step)):
+        part = slice(start, start + step)
+        loss += _block(logits_CV[part], targets_C[part], scale_C[part], wanted)
+    grad_CV = logits_CV
     if grad_hidden is not None:
         grad_hidden.copy_(product(grad_CV, head_VD.t()))
     if grad_head is not None and grad_head.dtype == grad_CV.dtype:
         grad_head.addmm_(grad_CV.t(), hidden_CD)
     elif grad_head is not None:
         grad_head.add_(torch.mm(grad_CV.t(), hidden_CD))
+    return loss
+
+
+def _block(logits_RV: Tensor, targets_R: Tensor, scale_R: Tensor, wanted: bool) -> Tensor:
+    """Loss sum of a few rows; if `wanted` their logits are replaced by their gradient."""
+    log_probs_RV = F.log_softmax(logits_RV, dim=-1, dtype=torch.float32)
+    loss = _weighted_loss(log_probs_RV, targets_R, scale_R)
+    if wanted:
+        grad_RV = log_probs_RV.exp_()
+        index_R1 = targets_R.clamp(min=0)[:, None]
+        grad_RV.scatter_add_(1, index_R1, torch.full_like(index_R1, -1, dtype=torch.float32))
+        logits_RV.copy_(grad_RV.mul_(scale_R[:, None]))
     return loss
 
 

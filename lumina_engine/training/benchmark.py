@@ -27,21 +27,6 @@ from .precision import Precision
 from .setup import seed_all
 from .trainer import EnhancedConversationTrainer
 
-SHAPE = {
-    "vocab_size": 8192,
-    "hidden_size": 512,
-    "num_layers": 4,
-    "num_heads": 8,
-    "num_kv_heads": 4,
-    "intermediate_size": 1024,
-    "num_experts": 8,
-    "moe_top_k": 2,
-    "moe_dropless": True,
-    "seq_length": 256,
-    "batch_size": 4,
-    "use_deepspeed": False,
-    "tokenizer": "lumina-1k",
-}
 PARTS = ("data", "forward", "backward", "optimizer", "telemetry")
 
 

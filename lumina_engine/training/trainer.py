@@ -24,6 +24,7 @@ from ..monitoring import record as rec
 from ..run.policy import AGAIN
 from . import memory
 from .comm import Comm
+from .compiling import compile_blocks, explained
 from .control import Control, Request
 from .engine import Engine, StepResult, build_engine
 from .evaluation import eval_record, evaluate, token_bytes_V
@@ -113,10 +114,14 @@ class EnhancedConversationTrainer:
         spread_experts(model, self.comm)
         self.model = model.to(device=self.comm.device, dtype=self.precision.weights)
         self.model.train()
-        if channel is not None:
-            channel.report(0, "dry run")
         self.ds_config = deepspeed_config(self.config, self.comm)
-        self.engine = self._rehearsed_engine()
+        if self.config.compile:
+            blocks = compile_blocks(self.model)
+            self.emit(rec.Run(state="compiling", reason=f"{blocks} blocks, in a dry run"))
+        if channel is not None:
+            channel.report(0, "compile" if self.config.compile else "dry run")
+        with explained():
+            self.engine = self._rehearsed_engine()
         self.model = self.engine.module
         shape = self.model.config
         self.top_k = shape.moe_top_k
@@ -178,7 +183,8 @@ class EnhancedConversationTrainer:
             self.prepare(train_dataset, eval_dataset)
         self.emit(rec.Run(state="running", total_steps=self.total_steps, world=self.comm.world_size))
         try:
-            self._loop(self._loader())
+            with explained():  # what is compiled for a new shape
+                self._loop(self._loader())
             self._boundary_tasks(final=True)
             ending = Stop("finished", 0, f"all {self.total_steps} steps done")
         except Stop as stop:

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from lumina_engine.commands.bench import SHAPE
 from lumina_engine.config.counts import attention_pair_flops, training_flops_per_token
 from lumina_engine.config.schema import Config, DeepSeekConfig
 from lumina_engine.training import benchmark
@@ -42,7 +43,7 @@ def test_c148_bench_train_measures_the_real_loop(monkeypatch):
         step(self, micro_batches, begin, data_time)
 
     monkeypatch.setattr(benchmark.EnhancedConversationTrainer, "_step", spied)
-    config = Config(**{**benchmark.SHAPE, **TINY, "gradient_accumulation_steps": 2, "deterministic": False})
+    config = Config(**{**SHAPE, **TINY, "gradient_accumulation_steps": 2, "deterministic": False})
     seen: list[dict] = []
     figures = benchmark.measure(config, 3, 1, seen.append)
     assert trained == [[(2, 32), (2, 32)]] * 4
@@ -57,7 +58,7 @@ def test_c148_bench_train_measures_the_real_loop(monkeypatch):
 
 def test_c148_uniform_routing_for_figures_that_depend_on_no_router():
     seen: list[dict] = []
-    config = Config(**{**benchmark.SHAPE, **TINY, "deterministic": False})
+    config = Config(**{**SHAPE, **TINY, "deterministic": False})
     benchmark.measure(config, 2, 1, seen.append, uniform=True)
     losses = [line["loss"] for line in seen]
     benchmark.measure(config, 2, 1, seen.append)
@@ -66,7 +67,7 @@ def test_c148_uniform_routing_for_figures_that_depend_on_no_router():
 
 def test_the_step_s_own_products_are_its_operations_but_for_attention_and_router():
     for changes in ({}, {"num_shared_experts": 1, "num_dense_layers": 1}, {"use_moe": False}, {"attention": "mla"}):
-        values = {k: v for k, v in benchmark.SHAPE.items() if k in DeepSeekConfig.model_fields}
+        values = {k: v for k, v in SHAPE.items() if k in DeepSeekConfig.model_fields}
         model = DeepSeekConfig(**{**values, **changes}).resolved()
         tokens = 4 * 256
         products = 3 * sum(product.flops for product in step_products(model, 4, 256))
@@ -95,3 +96,14 @@ def test_c148_the_last_line_of_json_is_the_result_and_nothing_else_is_on_stdout(
 def test_c148_a_wrong_key_is_named_with_its_nearest(word, said):
     done = run("train", "--json", word)
     assert done.returncode == 2 and said in done.stderr and done.stdout == "" and "Traceback" not in done.stderr
+
+
+def test_c148_bench_generate_counts_prompt_and_answer():
+    words = [f"{name}={value}" for name, value in TINY.items()]
+    done = run("generate", "--json", *words, "steps=2", "warmup=1", "prompt_tokens=12", "new_tokens=8")
+    assert done.returncode == 0, done.stderr
+    *lines, last = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["reply"] for line in lines] == [1, 2, 3] and last["steps"] == 2
+    assert last["tokens_per_s_min"] <= last["tokens_per_s"] <= last["tokens_per_s_max"]
+    assert last["prefill_tokens_per_s"] == pytest.approx(12 / last["first_token_s"], rel=0.5)
+    assert run("generate", "prompt_tokens=30", "new_tokens=8", *words).returncode == 2

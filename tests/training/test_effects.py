@@ -136,6 +136,7 @@ LAUNCHED: dict[str, tuple[dict[str, Any], Any, str]] = {
     "master_port": ({"num_gpus": 2}, 31_234, "argv"),
 }
 ELSEWHERE = {
+    "compile": "training/test_compiling.py",
     "expert_parallel_size": "parity/test_expert_parallel.py",
     "overlap_alltoall": "parity/test_expert_parallel.py",
     "auto_tune_precision": "training/test_precision.py",
