@@ -11,7 +11,7 @@ from typing import Any
 
 from lumina_engine.config.counts import largest_parameter
 from lumina_engine.config.declare import show
-from lumina_engine.config.deepspeed_rules import useless
+from lumina_engine.config.deepspeed_rules import useless, value_at
 from lumina_engine.config.finding import ConfigError, Finding, has_errors, nearest
 from lumina_engine.config.offload import offload_of
 from lumina_engine.config.resolve import model_config
@@ -253,10 +253,10 @@ def check_overrides(config: Config, world: int | None = None) -> list[Finding]:
     findings += useless(overrides, config.zero_stage, config.nvme_offload_optimizer)
     generated = _generated(config, world or 1)
     for path, name in COVERED.items():
-        given = _at(overrides, path)
+        given = value_at(overrides, path)
         if given is None or (path == "train_batch_size" and world is None):
             continue
-        finding = _contradiction(config, path, name, given, _at(generated, path))
+        finding = _contradiction(config, path, name, given, value_at(generated, path))
         findings += [finding] if finding else []
     return findings
 
@@ -287,7 +287,7 @@ def _unguarded(overrides: Mapping[str, Any]) -> list[Finding]:
     """Overrides that switch a guard off."""
     findings = []
     for path, reason in GUARDS.items():
-        given = _at(overrides, path)
+        given = value_at(overrides, path)
         if given not in (None, True):
             message = f"deepspeed_overrides: {path} = {show(given)} is refused: {reason}"
             findings.append(Finding("deepspeed_guard", "error", ("deepspeed_overrides",), message, f"remove {path}"))
@@ -296,20 +296,12 @@ def _unguarded(overrides: Mapping[str, Any]) -> list[Finding]:
 
 def _unscattered(config: Config) -> list[Finding]:
     """DeepSpeed asserts on `reduce_scatter: false` where experts are spread over ranks."""
-    given = _at(config.deepspeed_overrides, "zero_optimization.reduce_scatter")
+    given = value_at(config.deepspeed_overrides, "zero_optimization.reduce_scatter")
     if given in (None, True) or not config.use_moe or config.expert_parallel_size == 1:
         return []
     message = f"deepspeed_overrides: zero_optimization.reduce_scatter = {show(given)}: DeepSpeed asserts on it with experts"
     keys = ("deepspeed_overrides", "expert_parallel_size")
     return [Finding("deepspeed_experts", "error", keys, message, "remove it, or set expert_parallel_size=1")]
-
-
-def _at(block: Any, path: str) -> Any:
-    for name in path.split("."):
-        if not isinstance(block, Mapping) or name not in block:
-            return None
-        block = block[name]
-    return block
 
 
 def _contradiction(config: Config, path: str, name: str, given: Any, generated: Any) -> Finding | None:

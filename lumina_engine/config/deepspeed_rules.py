@@ -78,11 +78,11 @@ STAGE_3_ONLY = (
 def useless(overrides: Mapping[str, Any], stage: int | str, disk_optimizer: bool) -> Iterator[Finding]:
     """An error for each override that would do nothing, or end the run later."""
     for path, reason in NO_EFFECT.items():
-        if (given := _at(overrides, path)) is not None:
+        if (given := value_at(overrides, path)) is not None:
             yield _refused(path, given, reason)
     for name in STAGE_3_ONLY:
         path = f"zero_optimization.{name}"
-        given = _at(overrides, path)
+        given = value_at(overrides, path)
         if given is not None and stage in (0, 1, 2):
             yield _refused(path, given, f"zero_stage = {stage} does not read it: set zero_stage=3, or remove it")
         elif given is not None and name == "sub_group_size" and disk_optimizer:
@@ -95,7 +95,8 @@ def _refused(path: str, given: Any, reason: str) -> Finding:
     return Finding("deepspeed_useless", "error", ("deepspeed_overrides",), message, fix)
 
 
-def _at(block: Any, path: str) -> Any:
+def value_at(block: Any, path: str) -> Any:
+    """The value at a dotted path of nested blocks, None where there is none."""
     for name in path.split("."):
         if not isinstance(block, Mapping) or name not in block:
             return None
