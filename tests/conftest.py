@@ -7,6 +7,28 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.faults.plugin import (
+    fault_random,
+    fault_seed,
+    figure,
+    pytest_addoption,
+    pytest_collection_modifyitems,
+    pytest_configure,
+    pytest_report_header,
+    pytest_runtest_makereport,
+)
+
+__all__ = [
+    "fault_random",
+    "fault_seed",
+    "figure",
+    "pytest_addoption",
+    "pytest_collection_modifyitems",
+    "pytest_configure",
+    "pytest_report_header",
+    "pytest_runtest_makereport",
+]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
