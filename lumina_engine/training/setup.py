@@ -25,7 +25,13 @@ def emitter(logger: Any, comm: Comm) -> Emit:
 
 
 def resolved_for_training(config: Any, model: Any, tokenizer: Any, comm: Comm) -> Any:
-    """`config` with every `auto` replaced, and the shape taken from the model; what differs there is a warning."""
+    """`config` with every `auto` replaced, and the shape taken from the model; what differs there is a warning.
+
+    Raises:
+        ConfigError: the rules between keys refuse it, or it does not fit the machine.
+    """
+    from ..config.checks import check
+    from ..config.finding import ConfigError, has_errors
     from ..config.resolve import resolve
     from ..monitoring.hardware import detect
 
@@ -35,6 +41,12 @@ def resolved_for_training(config: Any, model: Any, tokenizer: Any, comm: Comm) -
     if other:
         logging.getLogger("lumina").warning("the model decides its shape; ignored in the config: %s", ", ".join(other))
     merged = config.model_copy(update=shape)
+    findings = check(merged)
+    if has_errors(findings):
+        raise ConfigError(findings)
+    for finding in findings if comm.rank == 0 else []:
+        if finding.severity == "warning":
+            logging.getLogger("lumina").warning("%s", finding.line())
     return resolve(merged, detect(), tokenizer_vocab=tokenizer.get_vocab_size(), world=comm.world_size)
 
 

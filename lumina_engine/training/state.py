@@ -12,7 +12,8 @@ import torch
 from ..checkpoint.manager import Loaded, Payload, capture_rng, restore_rng
 from .engine import StateMismatch
 from .memory import whole_numel
-from .trainer import EnhancedConversationTrainer, Progress
+from .progress import Progress
+from .trainer import EnhancedConversationTrainer
 
 PACKAGES = ("lumina", "torch", "deepspeed", "numpy", "tiktoken", "safetensors")
 
@@ -95,7 +96,7 @@ def restore(trainer: EnhancedConversationTrainer, loaded: Loaded) -> None:
         trainer.ladder.current = trainer.config.precision = trainer.precision.name
     if trainer.engine.scale is not None and state.get("loss_scale") is not None:
         trainer.engine.scale.load_state_dict(state["loss_scale"])
-    trainer.saved_step = loaded.step
+    trainer.saves.newest = loaded.step
     trainer.last_loss = float(loaded.metrics.get("loss", math.nan))
     restore_rng(loaded.rank_state["rng"], loaded.rank_tensors)
 
@@ -125,8 +126,7 @@ def setup_report(trainer: EnhancedConversationTrainer) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
-    data = getattr(trainer, "train_data", None)
-    if data is not None:
+    if trainer.train_data is not None:
         first = next(iter(trainer._loader()))[0]
         row_S, labels_S = first.input_ids_BS[0], first.labels_BS[0]
         report["first_row"] = trainer.tokenizer.decode([int(i) for i in row_S[:64]])

@@ -169,7 +169,7 @@ class Worker:
         self.manager.rewind(loaded.step)
         restore(self.trainer, loaded)
         progress = self.trainer.progress
-        self.trainer.replay = self._changes_after(progress.step)
+        self.trainer.boundary.replay = self._changes_after(progress.step)
         if self.log is not None:
             self.emit(rec.Rewind(to_step=progress.step, reason=f"resumed from {path.name}"))
             lr = self.trainer.schedule.lr(progress.step + 1)

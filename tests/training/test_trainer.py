@@ -15,7 +15,7 @@ from lumina_engine.chat.events import ModelInfo
 from lumina_engine.chat.generate import LocalBackend
 from lumina_engine.chat.session import ChatSession
 from lumina_engine.checkpoint.manager import CheckpointManager, load_model
-from lumina_engine.config.schema import Config
+from lumina_engine.config.schema import Config, ConfigError
 from lumina_engine.data.batch import ConversationDataset
 from lumina_engine.data.tokenizer import ConversationTokenizer
 from lumina_engine.model.transformer import DeepSeekTransformer
@@ -160,6 +160,70 @@ def test_c068_learning_rate_can_be_changed_while_training(tmp_path: Path) -> Non
     change = next(r for r in records if isinstance(r, rec.Change))
     assert (change.what, change.before, change.after, change.by) == ("learning_rate", 3e-3, 1e-4, "user")
     assert payload(trainer).global_state["schedule"]["multiplier"] == pytest.approx(1e-4 / 3e-3)
+
+
+@pytest.mark.parametrize("rate", [0.0, -1e-4, math.nan, math.inf])
+def test_c068_a_rate_that_is_no_positive_number_is_refused(tmp_path: Path, rate: float) -> None:
+    trainer, dataset, _ = setup(tmp_path, batch_size=4, max_steps=2, num_epochs=100)
+    trainer.prepare(dataset)
+    with pytest.raises(ValueError, match="positive number"):
+        trainer.adjust_learning_rate(rate)
+    assert trainer.schedule is not None and trainer.schedule.multiplier == 1.0
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"use_deepspeed": True, "zero_stage": 0, "cpu_offload": True},
+        {"use_deepspeed": True, "zero_stage": 0, "precision": "bf16"},
+        {"use_deepspeed": True, "zero_stage": 3, "expert_parallel_size": 2},
+        {"compile": True, "gradient_checkpointing": "selective"},
+        {"num_nodes": 2},
+    ],
+)
+def test_c064_the_trainer_refuses_what_the_rules_refuse(tmp_path: Path, keys: dict[str, Any]) -> None:
+    """In a plain script nothing else has looked at the configuration."""
+    with pytest.raises(ConfigError):
+        setup(tmp_path, **keys)
+
+
+def test_c064_the_trainer_says_what_the_rules_warn_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    setup(tmp_path, warmup_steps=20, max_steps=20)
+    assert any("ends at max_steps = 20 before the peak" in message for message in caplog.messages)
+
+
+def other_data(tmp_path: Path, trainer: EnhancedConversationTrainer) -> ConversationDataset:
+    path = tmp_path / "other.jsonl"
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody else, in twenty words or more."}]
+    path.write_text((json.dumps({"messages": turns}) + "\n") * 12)
+    return ConversationDataset(data_path=str(path), tokenizer=trainer.tokenizer, config=trainer.config)
+
+
+def test_c064_train_takes_the_data_that_it_is_given(tmp_path: Path) -> None:
+    keys = {"batch_size": 1, "num_epochs": 1, "max_steps": None, "warmup_steps": "auto", "packing": "none"}
+    trainer, dataset, _ = setup(tmp_path, **keys)
+    trainer.prepare(dataset)
+    other = other_data(tmp_path, trainer)
+    assert trainer.total_steps == 4
+    summary = trainer.train(other)
+    assert summary["step"] == summary["total_steps"] == 12 and trainer.train_data is other.store
+    assert trainer.schedule is not None and trainer.schedule.total_steps == 12
+    assert trainer.train(other)["step"] == 12  # done already
+    with pytest.raises(ValueError, match="other data"):
+        trainer.train(dataset)
+
+
+def test_r15_an_evaluation_that_is_no_number_does_not_judge(tmp_path: Path) -> None:
+    keys = {"batch_size": 4, "max_steps": 5, "num_epochs": 100, "eval_interval": 1, "early_stopping_patience": 2}
+    trainer, dataset, _ = setup(tmp_path, manager=True, save_interval=1, async_save=False, **keys)
+    losses = iter([math.nan, math.nan, math.nan, 2.0, 3.0])
+
+    def figures(store: Any, batches: int) -> dict[str, float]:
+        return {"loss": next(losses), "perplexity": 1.0, "bits_per_byte": 1.0, "accuracy": 0.0, "tokens": 0}
+
+    trainer.evaluate = figures  # type: ignore[method-assign]
+    summary = trainer.train(dataset, dataset)
+    assert (summary["step"], trainer.progress.best, trainer.progress.evals_since_best) == (5, 2.0, 1)
 
 
 def test_c067_memory_stats_are_measured(tmp_path: Path) -> None:

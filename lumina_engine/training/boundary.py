@@ -1,0 +1,168 @@
+"""What happens between steps: commands of the user, changes that were decided, routing records, saves, evaluations.
+
+Order: records, commands, save, evaluate. Saving comes before evaluating, so that a fault in evaluation costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from ..monitoring import record as rec
+from .control import Request
+from .evaluation import eval_record
+from .progress import Stop
+
+if TYPE_CHECKING:
+    from .trainer import EnhancedConversationTrainer
+
+
+class Boundary:
+    """The boundary of one trainer: all ranks pass it together, with the same requests."""
+
+    def __init__(self, trainer: EnhancedConversationTrainer) -> None:
+        self.trainer = trainer
+        self.pending: deque[Request] = deque()  # agreed by all ranks, not yet obeyed
+        self.replay: dict[int, float] = {}  # step -> learning rate that the user set there before a restart
+
+    def begin(self) -> None:
+        """Before the first step of this start, which may be that of a resumed run."""
+        self.trainer.saves.settle()
+        self.obey_all(self.trainer.control.agree())
+        if self.trainer.progress.step and self.due(self.trainer.config.eval_interval):
+            # a checkpoint is taken before its step is evaluated, so a resumed run still has that to do
+            self.evaluate_and_judge()
+
+    def after_step(self) -> None:
+        """Commands and decisions, then what the intervals say."""
+        requests = self.trainer.control.agree()
+        self.trainer.saves.settle()
+        self.obey_all(requests)
+        self.trainer.make_switch()
+        self.tasks(final=False)
+
+    def due(self, interval: int, final: bool = False) -> bool:
+        """Whether something with this interval (0 = only at the end) falls on the present step."""
+        step = self.trainer.progress.step
+        return final or (interval > 0 and step % interval == 0 and step < self.trainer.total_steps)
+
+    def tasks(self, final: bool) -> None:
+        """Records of routing, then save, then evaluate, as the intervals say; all of them at the end."""
+        trainer, cfg = self.trainer, self.trainer.config
+        step = trainer.progress.step
+        if trainer.window is not None and self.due(cfg.expert_log_interval, final):
+            trainer.emit(trainer.window.record(step, getattr(trainer.model, "router_bias_LE", None)))
+        if self.due(cfg.save_interval, final) and trainer.saves.newest != step:
+            trainer.save(blocking=final)
+        if self.due(cfg.eval_interval, final):
+            self.evaluate_and_judge()
+
+    def evaluate_and_judge(self) -> None:
+        """Evaluate, and take note of whether it is the best yet; a loss that is not finite says nothing about that.
+
+        Raises:
+            Stop: no better evaluation in `early_stopping_patience` of them.
+        """
+        trainer = self.trainer
+        if trainer.eval_data is None:
+            return
+        progress, begin = trainer.progress, time.monotonic()
+        trainer.section("eval", progress.step)
+        figures = trainer.evaluate(trainer.eval_data, trainer.config.eval_batches)
+        progress.last_eval = {"step": progress.step, **figures}
+        trainer.emit(eval_record(progress.step, figures, begin))
+        if not math.isfinite(figures["loss"]):
+            return
+        if progress.best is None or figures["loss"] < progress.best:
+            progress.best = figures["loss"]
+            progress.evals_since_best = 0
+            if trainer.config.best_metric == "eval_loss":
+                trainer.saves.mark_best(progress.step)
+        else:
+            progress.evals_since_best += 1
+        patience = trainer.config.early_stopping_patience
+        if patience and progress.evals_since_best >= patience:
+            raise Stop("finished", 0, f"no better eval_loss in {patience} evaluations (early_stopping_patience)")
+
+    # ---- commands -------------------------------------------------------------------------------------------------------
+
+    def obey_all(self, requests: list[Request]) -> None:
+        """Do what was asked for since the last boundary, and what the user had set for the next step before a restart."""
+        self.pending.extend(requests)
+        while self.pending:  # a pause takes what stands behind it
+            self._obey(self.pending.popleft())
+        replayed = self.replay.pop(self.trainer.progress.step + 1, None)
+        if replayed is not None:
+            self.set_lr(replayed, by="recovery")
+
+    def _obey(self, request: Request) -> None:
+        """Do what a command or signal asks for; the record that carries its id is the answer."""
+        trainer, step = self.trainer, self.trainer.progress.step
+        if request.cmd == "checkpoint":
+            trainer.save(blocking=False, id=request.id)
+        elif request.cmd == "set_lr":
+            self.set_lr(float(request.args["lr"]), by="user", id=request.id)
+        elif request.cmd == "pause":
+            self._pause(request)
+        elif request.cmd == "resume":
+            trainer.emit(rec.Note(message="already running", step=step, id=request.id))
+        elif request.cmd == "stop":
+            save = bool(request.args.get("save", True))
+            raise Stop("finished", 0, f"stopped by the user at step {step}", save=save, id=request.id)
+        elif request.cmd == "preempt":
+            raise Stop("preempted", 75, f"preempted at step {step}", id=request.id)
+        else:
+            trainer.emit(rec.Note(message=f"unknown command {request.cmd!r}", step=step, id=request.id))
+
+    def _pause(self, request: Request) -> None:
+        """Stand still until `resume` (or an end). Ranks meet many times a second, so no collective times out."""
+        trainer, step = self.trainer, self.trainer.progress.step
+        trainer.emit(rec.Run(state="paused", reason=f"paused at step {step}", id=request.id))
+        trainer.section("paused", step)
+        while True:
+            trainer.saves.settle()
+            while self.pending:
+                other = self.pending.popleft()
+                if other.cmd == "resume":
+                    world, total = trainer.comm.world_size, trainer.total_steps
+                    trainer.emit(rec.Run(state="running", total_steps=total, world=world, id=other.id))
+                    return
+                if other.cmd == "pause":
+                    trainer.emit(rec.Note(message="already paused", step=step, id=other.id))
+                else:
+                    self._obey(other)
+            time.sleep(0.05)
+            self.pending.extend(trainer.control.agree())
+
+    def set_lr(self, lr: float, by: str, id: str | None = None) -> None:
+        """Give the next step the rate `lr`; later steps keep the schedule's shape.
+
+        Raises:
+            ValueError: the rate is not a positive number. RuntimeError: training has not been prepared.
+        """
+        if not (math.isfinite(lr) and lr > 0):
+            raise ValueError(f"learning rate {lr!r}: it must be a positive number")
+        trainer, schedule = self.trainer, self.trainer.schedule
+        if schedule is None:
+            raise RuntimeError("adjust_learning_rate works while training; set learning_rate before")
+        step = trainer.progress.step + 1
+        if step > trainer.total_steps or schedule.shape(step) < 1e-6:
+            message = f"learning rate not changed: step {step} is behind the end, or its rate in the schedule is 0"
+            trainer.emit(rec.Note(message=message, step=trainer.progress.step, id=id))
+            return
+        if by == "user":  # a newer choice: what was set in an abandoned branch does not come back
+            self.replay = {}
+        before = schedule.lr(step)
+        schedule.set_lr(step, lr)
+        trainer.emit(rec.Change(what="learning_rate", step=step, before=before, after=lr, by=by, id=id))
+
+    def end(self, stop: Stop) -> None:
+        """Save what a stop wants saved."""
+        trainer, step = self.trainer, self.trainer.progress.step
+        if stop.state != "failed":
+            trainer.emit(rec.Run(state="stopping", reason=stop.reason))
+        if stop.save and step and trainer.saves.newest != step:
+            trainer.saves.settle(wait=True)
+            trainer.save(blocking=True)

@@ -1,0 +1,62 @@
+"""Checkpoints as the training loop takes them: when one is under way, what came of it, which step is saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ..monitoring import record as rec
+from .setup import Emit
+
+
+class Saves:
+    """The checkpoints of one trainer; without a manager all of this does nothing.
+
+    Args:
+        manager: a `CheckpointManager`, or None.
+        emit: takes the records of what was saved.
+        payload: gives the whole state at the present boundary, a collective.
+    """
+
+    def __init__(self, manager: Any, emit: Emit, payload: Callable[[], Any]) -> None:
+        self.manager, self.emit, self._payload = manager, emit, payload
+        self.newest = 0  # step of the newest checkpoint that was taken or restored
+
+    def save(self, step: int, *, blocking: bool, id: str | None = None) -> None:
+        """Checkpoint the state at this boundary. A failure is recorded and alarms; training goes on."""
+        if self.manager is not None:
+            self.newest = step
+            self._report(self.manager.save(self._payload(), blocking=blocking, id=id))
+
+    def settle(self, wait: bool = False) -> None:
+        """Record the saves that have ended; with `wait` all of them."""
+        if self.manager is not None:
+            self._report(self.manager.wait() if wait else self.manager.poll())
+
+    def mark_best(self, step: int) -> None:
+        """The checkpoint of this step is the best so far."""
+        if self.manager is not None:
+            self.manager.mark_best(step)
+            self.settle()
+
+    def _report(self, results: Any) -> None:
+        for result in results or []:
+            self.emit(
+                rec.Checkpoint(
+                    step=result.step,
+                    path=result.path.name if result.path else None,
+                    bytes=result.bytes,
+                    seconds=result.seconds,
+                    blocking=result.blocking_seconds,
+                    verified=result.verified,
+                    best=result.best,
+                    failed=result.failed,
+                    id=result.id,
+                )
+            )
+            for note in result.notes:
+                self.emit(rec.Note(step=result.step, message=note))
+            if result.failed:
+                self.newest = 0
+                message = f"checkpoint of step {result.step} failed: {result.failed}"
+                self.emit(rec.Alert(severity="critical", code="checkpoint_failed", message=message, step=result.step))
