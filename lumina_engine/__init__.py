@@ -19,6 +19,7 @@ _PUBLIC = {
     "ConversationTokenizer": "lumina_engine.data.tokenizer",
     "ConversationDataset": "lumina_engine.data.batch",
     "convert_to_conversation_format": "lumina_engine.data.formats",
+    "process_oasst_data": "lumina_engine.data.formats",
     "DeepSeekTransformer": "lumina_engine.model.transformer",
     "EnhancedConversationTrainer": "lumina_engine.training.trainer",
     "CheckpointManager": "lumina_engine.checkpoint.manager",

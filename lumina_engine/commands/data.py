@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..data.check import Check, Sofar
     from ..data.conversation import Document
     from ..data.inspection import PreviewRow
+    from ..data.oasst import OasstOptions
 
 HELP = "convert, check, preview and prepare training data"
 _SHOWN_PROBLEMS = 20
@@ -33,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("out", metavar="OUT", help="the file to write")
     _add_format(convert)
     convert.add_argument("--strict", action="store_true", help="a record that would be dropped or cut is an error")
+    convert.add_argument("--rejects", metavar="FILE", help="a line for each dropped record (default OUT.rejects.jsonl)")
+    _add_tree_options(convert.add_argument_group("message trees (oasst)"))
     _add_json(convert)
 
     validate = add("validate", "check files; lists every problem with file and line (exit code 1 if there is one)")
@@ -64,6 +67,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_json(sample)
 
 
+def _add_tree_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--paths", choices=("best", "all"), default="best", help="best-ranked path (default) or every path")
+    group.add_argument("--languages", metavar="LIST", help="only these languages, such as en,de (default: all)")
+    group.add_argument("--max-rank", type=int, metavar="N", help="leave out answers ranked behind N (0 is the best)")
+    group.add_argument("--deleted", action="store_true", help="use deleted messages too")
+    group.add_argument("--rejected", action="store_true", help="use messages that review rejected too")
+    group.add_argument("--reviewed", action="store_true", help="use only messages that review accepted")
+    group.add_argument("--no-synthetic", action="store_true", help="leave out messages written by a model")
+    group.add_argument("--tree-states", metavar="LIST", help="states of trees to read (default ready_for_export)")
+
+
+def _tree_options(args: argparse.Namespace) -> OasstOptions:
+    from ..data.conversation import nearest
+    from ..data.oasst import READY, TREE_STATES, OasstOptions
+
+    _at_least(args, max_rank=0)
+    states = tuple(_words(args.tree_states)) or (READY,)
+    for state in states:
+        if state not in TREE_STATES:
+            like = nearest(state, TREE_STATES)
+            raise UserError(
+                f"--tree-states {state}: " + (f"did you mean {like}?" if like else "one of " + ", ".join(TREE_STATES))
+            )
+    return OasstOptions(
+        paths=args.paths,
+        languages=tuple(word.lower() for word in _words(args.languages)),
+        max_rank=args.max_rank,
+        deleted=args.deleted,
+        rejected=args.rejected,
+        reviewed=args.reviewed,
+        synthetic=not args.no_synthetic,
+        tree_states=states,
+    )
+
+
+def _words(text: str | None) -> list[str]:
+    """The words of a list separated by commas."""
+    return [word for word in (part.strip() for part in (text or "").split(",")) if word]
+
+
 def _add_json(parser: argparse.ArgumentParser) -> None:
     add_json(parser)
     parser.add_argument("--progress", choices=("json",), help="figures so far as JSON lines on standard error, 5 a second")
@@ -71,7 +114,7 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
 
 def _add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--format", metavar="NAME", default="auto", help="auto (by content), messages, alpaca, sharegpt or text"
+        "--format", metavar="NAME", default="auto", help="auto (by content), messages, oasst, alpaca, sharegpt or text"
     )
 
 
@@ -98,15 +141,23 @@ def _convert(args: argparse.Namespace) -> int:
     from ..data.formats import convert
 
     meter = _Meter("conversations read", args.progress)
-    result = convert(args.inputs, args.out, args.format, strict=args.strict, progress=meter.show)
+    options = _tree_options(args)
+    result = convert(
+        args.inputs, args.out, args.format, strict=args.strict, oasst=options, rejects=args.rejects, progress=meter.show
+    )
     meter.end()
     if args.json:
         print_json(result.to_dict())
         return 0
-    print(safe(f"{result.written:,} of {result.read:,} conversations written to {args.out}"))
-    for verb, reasons in (("dropped", result.dropped), ("changed", result.changed)):
+    tally = result.tally
+    print(safe(f"{result.written:,} of {tally.read:,} conversations written to {args.out}"))
+    if tally.used:
+        print(f"{tally.used:,} of {tally.used + tally.left_out.total():,} messages used")
+    for verb, reasons in (("dropped", tally.dropped), ("changed", tally.changed), ("messages left out", tally.left_out)):
         for reason, count in sorted(reasons.items()):
-            print(f"  {count:,} {verb}: {reason}")
+            print(safe(f"  {count:,} {verb}: {reason}"))
+    if result.rejects:
+        print(safe(f"each dropped record, with file and line: {result.rejects}"))
     return 0
 
 

@@ -20,8 +20,8 @@ from .conversation import Conversation, DataError, Document, TextDocument
 from .cut import Template, cut_conversation
 from .files import Paths, expand
 from .formats import FORMATS, check_format, detect_format, read_conversations, read_located
-from .layouts import Tally
 from .store_writer import template_of
+from .tally import Tally
 
 MAX_PROBLEMS = 1000  # kept with their text; all are counted
 MAX_EXAMPLES = 100  # repeats kept with their lines; all are counted

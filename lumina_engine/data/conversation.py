@@ -43,8 +43,11 @@ class DataError(Exception):
 
     `reason` is a short name of the kind of fault, equal for equal faults, for counting. `exit_code` is 65 (the data are
     refused), or 2 where the name or the setting is wrong. `excerpt` is what stands there, made visible: (the text before
-    the fault, the text from the fault on); None where no single place is at fault.
+    the fault, the text from the fault on); None where no single place is at fault. `rest_lost`: the rest of the file cannot
+    be read, because where the next record begins cannot be told.
     """
+
+    rest_lost = False
 
     def __init__(
         self,
@@ -285,7 +288,7 @@ def parse_message(value: object, number: int, place: Place) -> Message:
     if value.get("tool_calls") or value.get("function_call"):
         raise place.error(
             f"{what} calls a tool by a structure that is not trained on",
-            "write the call into its content as text",
+            "`lumina-engine data convert` writes calls into the content as text",
             "structured tool call",
         )
     content = parse_content(value["content"], what, place)

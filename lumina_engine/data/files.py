@@ -18,18 +18,24 @@ from typing import IO
 
 from ..text import safe_text
 from .conversation import DataError, nearest
+from .packed import SUFFIXES as PACKED_SUFFIXES
+from .packed import DataFile, opened, unreadable
+from .parquet import MAGIC as PARQUET
+from .parquet import parquet_rows
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 OnError = Callable[[DataError], None]
 
 # what a folder is searched for; a file named directly may have any name
-FOLDER_SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt")
+FOLDER_SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".parquet")
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
-_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"PAR1": "Parquet", b"PK\x03\x04": "zip", b"BZh": "bzip2"}
+_ARCHIVES = {b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7-zip"}
 _CHUNK = 1 << 20  # characters read at a time from a JSON list
 _SPACE = " \t\r\n"
+_PROBE = 1 << 16  # bytes that tell the container
 _MAX_PROBE = 1 << 26  # bytes of one line that are looked at to tell the container
 _BEFORE, _BEHIND = 24, 32  # bytes or characters shown before a fault, and from it on
+MAX_RECORD = 1 << 26  # bytes or characters of one record
 _MAX_TEXT = 1 << 15  # characters of one plain-text document; longer files are cut at an empty line or a line end
 
 
@@ -86,7 +92,7 @@ def _expand_one(entry: str, key: str, most: int | None) -> list[Path]:
     try:
         if path.is_dir():
             everything = _bounded(path.rglob("*"), entry, key, most)
-            inside = (p for p in everything if p.suffix.lower() in FOLDER_SUFFIXES and p.is_file())
+            inside = (p for p in everything if _suffix(p) in FOLDER_SUFFIXES and p.is_file())
             files = sorted(p for p in inside if not _hidden(p, path))
             if not files:
                 raise _unusable(f"{key}: the folder holds no {', '.join(FOLDER_SUFFIXES)} file", path, "name the files")
@@ -115,6 +121,12 @@ def _unusable(message: str, path: object, fix: str) -> DataError:
     return DataError(message, path=path, fix=fix, exit_code=2)
 
 
+def _suffix(path: Path) -> str:
+    """The ending that tells what is in a file, ".jsonl" for x.jsonl.gz."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in PACKED_SUFFIXES else suffix
+
+
 def _hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
 
@@ -134,51 +146,40 @@ def digest_files(files: Sequence[Path]) -> str:
                 while block := handle.read(1 << 20):
                     one.update(block)
         except OSError as error:
-            raise _unreadable(path, error) from None
+            raise unreadable(path, error) from None
         whole.update(one.digest())
     return whole.hexdigest()
 
 
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"cannot be read ({error.strerror or error})", path=path, fix="check the file and its rights")
-
-
 def container(path: Path) -> str:
-    """What the file is: "jsonl" (an object a line), "json" (a list, or objects over several lines) or "text".
+    """What the file is: "jsonl" (an object a line), "json" (a list, or objects over several lines), "text" or "parquet".
 
-    Raises `DataError` for an empty file, an archive or binary content.
+    Packed files (gzip, zstd, bzip2, xz) are looked into. Raises `DataError` for an empty file, an archive or binary content.
     """
-    try:
-        with path.open("rb") as handle:
-            start = handle.read(65536)
-            if not start.strip(b" \t\r\n\x00\xef\xbb\xbf"):
-                raise DataError("the file is empty", path=path, fix="name a file with conversations", reason="empty file")
-            for magic, name in _PACKED.items():
-                if start.startswith(magic):
-                    raise DataError(
-                        f"{name} files are not available yet",
-                        path=path,
-                        fix="unpack it to JSON Lines first",
-                        excerpt=excerpt(start, 0),
-                    )
-            if b"\0" in start:
-                at = start.index(b"\0")
-                raise DataError(
-                    "binary content (a zero byte)",
-                    path=path,
-                    line=start.count(b"\n", 0, at) + 1,
-                    fix="name a UTF-8 JSON, JSON Lines or text file",
-                    excerpt=excerpt(start, at),
-                )
-            handle.seek(0)
-            lines = _first_lines(handle)
-    except OSError as error:
-        raise _unreadable(path, error) from None
+    with opened(path) as file:
+        start, lines = _beginning(file)
+    if not start.strip(b" \t\r\n\x00\xef\xbb\xbf"):
+        raise DataError("the file is empty", path=path, fix="name a file with conversations", reason="empty file")
+    if start.startswith(PARQUET):
+        return "parquet"
+    for magic, name in _ARCHIVES.items():
+        if start.startswith(magic):
+            message = f"{name} archives are not read"
+            raise DataError(message, path=path, fix="unpack it first", excerpt=excerpt(start, 0))
+    objects = [_is_object(line) for line in lines]
+    if b"\0" in start and not any(objects):  # one bad record does not condemn a file of good ones
+        at = start.index(b"\0")
+        raise DataError(
+            "binary content (a zero byte)",
+            path=path,
+            line=start.count(b"\n", 0, at) + 1,
+            fix="name a UTF-8 JSON, JSON Lines, Parquet or text file",
+            excerpt=excerpt(start, at),
+        )
     text = start.decode("utf-8", "ignore").lstrip("\ufeff").lstrip()
-    named_json = path.suffix.lower() in _JSON_SUFFIXES
+    named_json = _suffix(path) in _JSON_SUFFIXES
     if text.startswith("[") and (named_json or text[1:].lstrip()[:1] in ("{", "]", "")):
         return "json"
-    objects = [_is_object(line) for line in lines]
     if any(objects):  # with a broken first line the second one decides
         return "jsonl"
     if text.startswith("{"):
@@ -186,15 +187,17 @@ def container(path: Path) -> str:
     return "jsonl" if named_json else "text"
 
 
-def _first_lines(handle: IO[bytes]) -> list[bytes]:
-    """The first two lines that are not blank; of a very long one its beginning."""
-    lines: list[bytes] = []
-    while line := handle.readline(_MAX_PROBE):
+def _beginning(file: DataFile) -> tuple[bytes, list[bytes]]:
+    """The first 64 KiB, and the first two lines that are not blank; of a very long one its beginning."""
+    start, lines = b"", list[bytes]()
+    while len(lines) < 2 and (line := file.content.readline(_MAX_PROBE)):
         if line.strip():
             lines.append(line)
-        if len(lines) == 2:
-            break
-    return lines
+        if len(start) < _PROBE:
+            start += line[: _PROBE - len(start)]
+    if len(start) < _PROBE:
+        start += file.content.read(_PROBE - len(start))
+    return start, lines
 
 
 def _is_object(line: bytes) -> bool:
@@ -205,33 +208,50 @@ def _is_object(line: bytes) -> bool:
 
 
 def records(path: Path, kind: str, on_error: OnError | None = None) -> Iterator[Record]:
-    """Every record of a "jsonl" or "json" file.
+    """Every record of a "jsonl", "json" or "parquet" file.
 
-    A malformed one raises `DataError` with its line; with `on_error` it is reported there and, in JSON Lines, reading goes on.
+    A malformed one raises `DataError` with its line; with `on_error` it is reported there and reading goes on where the next
+    record can be told (`DataError.rest_lost` says where not).
     """
-    try:
-        yield from _lines(path, on_error) if kind == "jsonl" else _values(path, on_error)
-    except OSError as error:
-        raise _unreadable(path, error) from None
+    if kind == "parquet":
+        for number, row, offset in parquet_rows(path):
+            yield Record(path, number, row, offset)
+        return
+    with opened(path) as file:
+        yield from _lines(file, path, on_error) if kind == "jsonl" else _values(file, path, on_error)
 
 
-def _lines(path: Path, on_error: OnError | None) -> Iterator[Record]:
-    offset = 0
-    with path.open("rb") as handle:
-        for number, line in enumerate(handle, 1):
-            offset += len(line)
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if not line.strip():
-                continue
-            try:
-                value = _loads(line, path, number)
-            except DataError as error:
-                if on_error is None:
-                    raise
-                on_error(error)
-                continue
-            yield Record(path, number, value, offset)
+def _lines(file: DataFile, path: Path, on_error: OnError | None) -> Iterator[Record]:
+    number = 0
+    while line := file.content.readline(MAX_RECORD + 1):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+        if not line.strip():
+            continue
+        try:
+            if len(line) > MAX_RECORD:
+                _skip_line(file)
+                raise _too_long(path, number)
+            value = _loads(line, path, number)
+        except DataError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+            continue
+        yield Record(path, number, value, file.offset())
+
+
+def _skip_line(file: DataFile) -> None:
+    while (rest := file.content.readline(_CHUNK)) and not rest.endswith(b"\n"):
+        pass
+
+
+def _too_long(path: Path, line: int) -> DataError:
+    fix = "write one conversation per record"
+    return DataError(
+        f"the record is longer than {MAX_RECORD >> 20} MiB", path=path, line=line, fix=fix, reason="record too long"
+    )
 
 
 def _loads(line: bytes, path: Path, number: int) -> object:
@@ -314,48 +334,46 @@ class _Window:
         return self.text[self.at : end]
 
 
-def _values(path: Path, on_error: OnError | None) -> Iterator[Record]:
+def _values(file: DataFile, path: Path, on_error: OnError | None) -> Iterator[Record]:
     """Elements of a JSON list, or objects that follow one another over several lines."""
     decoder = json.JSONDecoder(parse_constant=_no_constant)
-    with path.open("rb") as handle:
-        window = _Window(handle, path)
-        try:
-            in_list = window.peek() == "["
-            if in_list:
+    window = _Window(file.content, path)
+    try:
+        in_list = window.peek() == "["
+        if in_list:
+            window.skip(window.at + 1)
+        while window.peek() not in ("", "]" if in_list else ""):
+            line = window.line
+            yield Record(path, line, _next_value(decoder, window, path), file.offset())
+            if in_list and window.peek() == ",":
                 window.skip(window.at + 1)
-            while window.peek() not in ("", "]" if in_list else ""):
-                line = window.line
-                yield Record(path, line, _next_value(decoder, window, path), handle.tell())
-                if in_list and window.peek() == ",":
-                    window.skip(window.at + 1)
-                    if window.peek() in ("]", ""):
-                        raise DataError(
-                            "a comma without a value after it", path=path, line=window.line, reason="malformed JSON"
-                        )
-                elif in_list and window.peek() not in ("]",):
-                    raise DataError(
-                        "the list is not closed or a comma is missing",
-                        path=path,
-                        line=window.line,
-                        fix="the file may be cut off",
-                        reason="malformed JSON",
-                    )
-            if in_list:
-                if not window.peek():
-                    raise DataError(
-                        "the list is not closed",
-                        path=path,
-                        line=window.line,
-                        fix="the file may be cut off",
-                        reason="malformed JSON",
-                    )
-                window.skip(window.at + 1)
-                if window.peek():
-                    raise DataError("text after the end of the list", path=path, line=window.line, reason="malformed JSON")
-        except DataError as error:
-            if on_error is None:
-                raise
-            on_error(error)  # what follows a fault inside a list cannot be told apart
+                if window.peek() in ("]", ""):
+                    raise DataError("a comma without a value after it", path=path, line=window.line, reason="malformed JSON")
+            elif in_list and window.peek() not in ("]",):
+                raise DataError(
+                    "the list is not closed or a comma is missing",
+                    path=path,
+                    line=window.line,
+                    fix="the file may be cut off",
+                    reason="malformed JSON",
+                )
+        if in_list:
+            if not window.peek():
+                raise DataError(
+                    "the list is not closed",
+                    path=path,
+                    line=window.line,
+                    fix="the file may be cut off",
+                    reason="malformed JSON",
+                )
+            window.skip(window.at + 1)
+            if window.peek():
+                raise DataError("text after the end of the list", path=path, line=window.line, reason="malformed JSON")
+    except DataError as error:
+        error.rest_lost = True  # what follows a fault inside a list cannot be told apart
+        if on_error is None:
+            raise
+        on_error(error)
 
 
 def _next_value(decoder: json.JSONDecoder, window: _Window, path: Path) -> object:
@@ -365,6 +383,8 @@ def _next_value(decoder: json.JSONDecoder, window: _Window, path: Path) -> objec
         try:
             value, end = decoder.raw_decode(window.text, window.at)
         except json.JSONDecodeError as error:
+            if len(window.text) - window.at > MAX_RECORD:
+                raise _too_long(path, window.line) from None
             if window.more(size):
                 size *= 2  # so that a long value is parsed a few times, not once per chunk
                 continue
@@ -389,13 +409,10 @@ def _next_value(decoder: json.JSONDecoder, window: _Window, path: Path) -> objec
 
 def texts(path: Path) -> Iterator[Record]:
     """A plain-text file as documents of at most 32,768 characters, cut at an empty line, else at a line end."""
-    try:
-        with path.open("rb") as handle:
-            window = _Window(handle, path)
-            while text := window.piece(_MAX_TEXT):
-                line = window.line
-                window.skip(window.at + len(text))
-                if text.strip():
-                    yield Record(path, line, {"text": text}, handle.tell())
-    except OSError as error:
-        raise _unreadable(path, error) from None
+    with opened(path) as file:
+        window = _Window(file.content, path)
+        while text := window.piece(_MAX_TEXT):
+            line = window.line
+            window.skip(window.at + len(text))
+            if text.strip():
+                yield Record(path, line, {"text": text}, file.offset())

@@ -9,18 +9,18 @@ import json
 import logging
 import os
 import secrets
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from .conversation import DataError, Document, nearest, shown
 from .files import OnError, Paths, Record, container, expand, records, texts
-from .layouts import READERS, Tally, layout_of, strict
+from .layouts import READERS, layout_of, strict
+from .oasst import OasstOptions, OasstReader
+from .tally import Tally
 
-FORMATS = ("auto", "messages", "alpaca", "sharegpt", "text")
-NOT_YET = ("oasst",)
+FORMATS = ("auto", "messages", "oasst", "alpaca", "sharegpt", "text")
 
 _log = logging.getLogger("lumina_engine.data")
 _REPORT_EVERY = 1000  # records between calls of a progress callback
@@ -40,15 +40,14 @@ def _detect(path: Path) -> tuple[str, str]:
     if first is None:
         raise DataError("the list is empty", path=path, fix="name a file with conversations", reason="empty file")
     layout = layout_of(first.value)
-    if layout == "oasst":
-        raise _not_yet("oasst", path)
     if layout is None:
         keys = ", ".join(sorted(map(str, first.value))[:8]) if isinstance(first.value, Mapping) else shown(first.value)
         raise DataError(
             f"no known layout (found: {shown(keys, 120)})",
             path=path,
             line=first.line,
-            fix="known are messages [role, content], sharegpt conversations [from, value], alpaca instruction and output, text",
+            fix="known are messages [role, content], sharegpt conversations [from, value], alpaca instruction and output, "
+            "oasst trees, text",
             reason="unknown layout",
         )
     return kind, layout
@@ -69,21 +68,10 @@ def _as(path: Path, layout: str) -> tuple[str, str]:
     return kind, layout
 
 
-def _not_yet(layout: str, path: object = None) -> DataError:
-    return DataError(
-        f"the {layout} layout is not available yet",
-        path=path,
-        fix="give the conversations as messages, sharegpt or alpaca",
-        exit_code=2,
-    )
-
-
 def check_format(name: str) -> str:
     """`name` if it is a layout that can be read; `DataError` otherwise."""
     if name in FORMATS:
         return name
-    if name in NOT_YET:
-        raise _not_yet(name)
     like = nearest(name, FORMATS)
     raise DataError(
         f"unknown data format {name!r}",
@@ -100,9 +88,10 @@ def read_conversations(
     tidy: bool = False,
     on_error: OnError | None = None,
     key: str = "data path",
+    oasst: OasstOptions | None = None,
 ) -> Iterator[Document]:
     """Every conversation of files, folders and globs, in order, one in memory at a time. See `read_located`."""
-    located = read_located(paths, format, tally=tally, tidy=tidy, on_error=on_error, key=key)
+    located = read_located(paths, format, tally=tally, tidy=tidy, on_error=on_error, key=key, oasst=oasst)
     return (document for _, document in located)
 
 
@@ -114,18 +103,23 @@ def read_located(
     tidy: bool = False,
     on_error: OnError | None = None,
     key: str = "data path",
+    oasst: OasstOptions | None = None,
 ) -> Iterator[tuple[Record, Document]]:
     """Every conversation with the record that it comes from.
 
     `format` "auto" detects each file by itself. `tidy` also tidies the messages layout, which is read strictly otherwise.
-    `tally` counts. Raises `DataError` with file:line for a malformed record; with `on_error` it is handed there instead and
-    reading goes on behind it.
+    `tally` counts. `oasst` says what is taken from message trees. Raises `DataError` with file:line for a malformed record;
+    with `on_error` it is handed there instead and reading goes on behind it.
     """
     check_format(format)
     tally = tally if tally is not None else Tally()
+    trees = OasstReader(oasst or OasstOptions(), tally, on_error)
     for path in expand(paths, key):
         kind, layout = _detect(path) if format == "auto" else _as(path, format)
         source = texts(path) if kind == "text" else records(path, kind, on_error)
+        if layout == "oasst":
+            yield from trees.read(source)
+            continue
         read = READERS[layout] if layout != "messages" or tidy else strict
         for record in source:
             try:
@@ -139,16 +133,46 @@ def read_located(
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """Result of `convert`: conversations read and written, dropped and changed by reason (read = written + dropped)."""
+    """Result of `convert`: conversations written, what became of everything read, and the file of rejects if there is one."""
 
-    read: int
     written: int
-    dropped: dict[str, int]
-    changed: dict[str, int]
+    tally: Tally
+    rejects: Path | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The same for JSON."""
-        return {"read": self.read, "written": self.written, "dropped": self.dropped, "changed": self.changed}
+        """The same for JSON: read = written + sum of dropped."""
+        return {"written": self.written, **self.tally.to_dict(), "rejects": str(self.rejects) if self.rejects else None}
+
+
+class _Rejects:
+    """One JSON line for each record that was dropped: file, line, reason, message. Appears beside the output, if at all."""
+
+    def __init__(self, target: Path, staging: Path) -> None:
+        self.target, self._staging = target, staging
+        self._handle: IO[str] | None = None
+        self.first: DataError | None = None
+
+    def add(self, error: DataError) -> None:
+        if self._handle is None:
+            self._handle = self._staging.open("x", encoding="utf-8", newline="\n")
+            self.first = error
+        entry = {"file": error.path, "line": error.line, "reason": error.reason, "message": error.message}
+        self._handle.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def commit(self) -> Path | None:
+        """Put the file in place; without a reject an older one of that name goes."""
+        if self._handle is None:
+            self.target.unlink(missing_ok=True)
+            return None
+        self._handle.flush()
+        os.fsync(self._handle.fileno())
+        self._staging.replace(self.target)
+        return self.target
+
+    def close(self) -> None:
+        if self._handle is not None:
+            self._handle.close()
+        self._staging.unlink(missing_ok=True)
 
 
 def convert(
@@ -157,37 +181,49 @@ def convert(
     format: str = "auto",
     *,
     strict: bool = False,
+    oasst: OasstOptions | None = None,
+    rejects: str | os.PathLike[str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Converted:
     """Write the conversations of `inputs` to `output` as JSON Lines of the messages layout (text documents as `{"text"}`).
 
-    `output` appears whole or not at all. With `strict` a record that would be dropped or cut is an error. `progress` gets the
-    number read so far. Raises `DataError`.
+    `output` appears whole or not at all. A record that is malformed or has nothing to train on is dropped and counted, with a
+    line in `rejects` (default: the output's name with .rejects.jsonl); with `strict` the first one that would be dropped or cut
+    is an error. `oasst` says what is taken from message trees. `progress` gets the number read so far. Raises `DataError`, also
+    where the rest of a file cannot be read.
     """
     target = Path(output)
+    bad = Path(rejects) if rejects is not None else target.with_name(f"{target.name}.rejects.jsonl")
     files = expand(inputs, "input")
-    if target.exists() and any(target.samefile(path) for path in files):
-        raise DataError("the output is one of the inputs", path=target, fix="name another output", exit_code=2)
-    tally = Tally(strict=strict)
-    written = 0
-    staging = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
+    for place in (target, bad):
+        if place.exists() and any(place.samefile(path) for path in files):
+            raise DataError("the output is one of the inputs", path=place, fix="name another output", exit_code=2)
+    nonce = secrets.token_hex(4)
+    staging = target.with_name(f".{target.name}.{nonce}.tmp")
+    rejected = _Rejects(bad, bad.with_name(f".{bad.name}.{nonce}.tmp"))
+    tally = Tally(strict=strict, rejects=rejected.add)
+
+    def malformed(error: DataError) -> None:
+        if error.rest_lost:
+            raise error
+        tally.malformed(error)
+
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        bad.parent.mkdir(parents=True, exist_ok=True)
         try:
             with staging.open("x", encoding="utf-8", newline="\n") as handle:
-                for document in read_conversations(files, format, tally=tally, tidy=True):
-                    handle.write(json.dumps(document.to_record(), ensure_ascii=False) + "\n")
-                    written += 1
-                    if progress and tally.read % _REPORT_EVERY == 0:
-                        progress(tally.read)
+                documents = read_conversations(files, format, tally=tally, tidy=True, on_error=malformed, oasst=oasst)
+                written = _write(handle, documents, tally, progress)
                 if not written:
-                    reasons = "; ".join(tally.lines()) or "the input is empty"
-                    raise DataError(f"no conversation left to write ({reasons})", path=files[0], fix="check --format")
+                    raise _nothing_left(rejected.first, tally, files[0])
                 handle.flush()
                 os.fsync(handle.fileno())
+            rejects_file = rejected.commit()
             staging.replace(target)
         finally:
             staging.unlink(missing_ok=True)
+            rejected.close()
     except OSError as error:
         raise DataError(
             f"cannot be written ({error.strerror or error})",
@@ -195,15 +231,41 @@ def convert(
             fix="check the folder and the free space",
             exit_code=2,
         ) from None
-    return Converted(tally.read, written, dict(tally.dropped), dict(tally.changed))
+    return Converted(written, tally, rejects_file)
+
+
+def _nothing_left(first: DataError | None, tally: Tally, path: Path) -> DataError:
+    reasons = "; ".join(tally.lines()) or "the input is empty"
+    message = f"no conversation left to write ({reasons})"
+    if first is None:
+        return DataError(message, path=path, fix="check --format")
+    return DataError(f"{first.message}; {message}", path=first.path, line=first.line, fix="check --format")
+
+
+def _write(handle: IO[str], documents: Iterator[Document], tally: Tally, progress: Callable[[int], None] | None) -> int:
+    """Write each document as a line; how many there were."""
+    written = 0
+    for document in documents:
+        handle.write(json.dumps(document.to_record(), ensure_ascii=False) + "\n")
+        written += 1
+        if progress and tally.read % _REPORT_EVERY == 0:
+            progress(tally.read)
+    return written
 
 
 def convert_to_conversation_format(input_file: Paths, output_file: str | os.PathLike[str], format_type: str = "auto") -> int:
     """Convert to conversation JSON Lines and return the number written; what was dropped or cut is logged as a warning.
 
-    `format_type`: auto, messages, alpaca, sharegpt or text. Raises `DataError` (file:line) for a malformed record.
+    `format_type`: auto, messages, oasst, alpaca, sharegpt or text. A malformed record is dropped, counted and listed in
+    `OUTPUT.rejects.jsonl`. Raises `DataError` where nothing is left, or a file cannot be read.
     """
     result = convert(input_file, output_file, format_type)
-    for line in Tally(read=result.read, dropped=Counter(result.dropped), changed=Counter(result.changed)).lines():
+    for line in result.tally.lines():
         _log.warning("%s: %s", output_file, line)
     return result.written
+
+
+def process_oasst_data(input_file: Paths, output_file: str | os.PathLike[str]) -> int:
+    """Best-ranked path of each Open Assistant tree (nested, flat or linear) to conversation JSON Lines; returns the number
+    written. Raises `DataError`."""
+    return convert_to_conversation_format(input_file, output_file, "oasst")

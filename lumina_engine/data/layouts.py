@@ -1,4 +1,4 @@
-"""One record of each layout (messages, alpaca, sharegpt, plain text) to conversations.
+"""One record of each layout (messages, alpaca, sharegpt, plain text) to conversations. Message trees: `oasst.py`.
 
 The project's own layout (messages) has a strict reader for training. Foreign layouts, and everything that `convert` reads,
 are tidied by fixed rules, and each removal is counted:
@@ -13,9 +13,7 @@ A record that does not have the layout's shape is an error with file:line, never
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
 
 from .conversation import (
     ROLE_ALIASES,
@@ -35,7 +33,11 @@ from .conversation import (
     shown,
 )
 from .files import Record
+from .tally import Tally
 
+_CHAT_ROLES = {**{role: role for role in ROLES}, "developer": "system", "function": "tool"}
+
+_CALLS = {"tool_calls", "function_call"}
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -51,41 +53,10 @@ _SHAREGPT_ROLES = {
 }
 
 
-@dataclass
-class Tally:
-    """What happened to the records: `read` = kept + sum of `dropped`. `changed` counts conversations that lost turns.
-
-    With `strict` nothing is dropped or changed: the first such record is an error.
-    """
-
-    strict: bool = False
-    read: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    changed: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def kept(self) -> int:
-        """Conversations that came through."""
-        return self.read - self.dropped.total()
-
-    def drop(self, reason: str, place: Place, detail: str = "") -> None:
-        """Count a conversation that is left out."""
-        if self.strict:
-            fix = "correct the record, or let `lumina-engine data convert` drop and count it"
-            raise place.error(detail or reason, fix, reason)
-        self.dropped[reason] += 1
-
-    def change(self, reason: str, place: Place, detail: str) -> None:
-        """Count a conversation that loses turns; `detail` says what is wrong with it."""
-        if self.strict:
-            fix = "correct the record, or let `lumina-engine data convert` cut and count it"
-            raise place.error(detail, fix, reason)
-        self.changed[reason] += 1
-
-    def lines(self) -> list[str]:
-        """One line per kind of loss, for people."""
-        lost = [f"{n:,} of {self.read:,} conversations dropped: {reason}" for reason, n in sorted(self.dropped.items())]
-        return lost + [f"{n:,} of {self.read:,} conversations changed: {reason}" for reason, n in sorted(self.changed.items())]
+# keys of question and answer in relatives of the alpaca layout, beside instruction, input (or context), output (or response)
+_PAIRS = (("prompt", "completion"), ("prompt", "response"), ("question", "answer"), ("query", "response"))
+_CONTEXT = ("input", "context")
+_ANSWER = ("output", "response", "completion", "answer")
 
 
 def layout_of(value: object) -> str | None:
@@ -103,7 +74,7 @@ def layout_of(value: object) -> str | None:
         return "messages"
     if "conversations" in value:
         return "sharegpt"
-    if "instruction" in value:
+    if any(all(key in value for key in pair) for pair in (("instruction",), *_PAIRS)):
         return "alpaca"
     if isinstance(value.get("text"), str):
         return "text"
@@ -148,7 +119,7 @@ def _turns(value: Mapping[str, object], key: str, place: Place, roles: Mapping[s
             raise place.error(f"{what} is {shown(entry)}, not an object", "write an object per turn", "turn is not an object")
         role_key, text_key = ("from", "value") if "from" in entry else ("role", "content")
         for name in (role_key, text_key):
-            if name not in entry:
+            if name not in entry and not (name == "content" and _CALLS & entry.keys()):
                 like = nearest(name, [k for k in entry if isinstance(k, str)])
                 raise place.error(
                     f"{what} has no {name!r}",
@@ -164,14 +135,38 @@ def _turns(value: Mapping[str, object], key: str, place: Place, roles: Mapping[s
             raise place.error(
                 f"{what} has unknown role {shown(name)}", f"did you mean {like!r}? {known}" if like else known, "unknown role"
             )
-        text = "" if entry[text_key] is None else parse_content(entry[text_key], what, place)
+        text = "" if entry.get(text_key) is None else parse_content(entry[text_key], what, place)
+        text = "\n".join(part for part in (text, *_calls(entry, what, place)) if part)
         weight = entry.get("weight")
+        if weight is not None and role != "assistant":
+            fix = "only assistant messages carry loss"
+            raise place.error(f"{what} ({role}) has a weight", fix, "weight on a context message")
         turns.append(Message(role, text, None if weight is None else parse_weight(weight, what, place)))
     return turns
 
 
+def _calls(entry: Mapping[str, object], what: str, place: Place) -> list[str]:
+    """Tool calls of a turn as JSON text, `{"name", "arguments"}`, one a line: the form that sharegpt sets write them in."""
+    calls = entry.get("tool_calls") or ([{"function": entry["function_call"]}] if entry.get("function_call") else [])
+    lines = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise place.error(f"a tool call of {what} has no function name", 'write {"function": {"name": …}}', "bad tool call")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                pass  # kept as the text that it is
+        line = json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
+        lines.append(check_text(line, f"a tool call of {what}", place))
+    return lines
+
+
 def _tidied(turns: list[Message], value: Mapping[str, object], place: Place, tally: Tally) -> Iterator[Conversation]:
     """The conversation of `turns` after the rules at the top of this file, if anything is left of it."""
+    id_, task = parse_label(value.get("id"), "id", place), parse_label(value.get("task"), "task", place)
     tally.read += 1
     if not turns:
         return tally.drop("no turns", place)
@@ -201,12 +196,12 @@ def _tidied(turns: list[Message], value: Mapping[str, object], place: Place, tal
         return tally.drop(fault[2], place, fault[0])
     if all(turn.weight == 0 for turn in turns if turn.role == "assistant"):
         return tally.drop("no trained turn", place)
-    yield Conversation(tuple(turns), parse_label(value.get("id"), "id", place), parse_label(value.get("task"), "task", place))
+    yield Conversation(tuple(turns), id_, task)
 
 
 def _messages(record: Record, tally: Tally) -> Iterator[Conversation]:
     value, place = _object(record, "messages", "messages"), _place(record)
-    turns = _turns(value, "messages", place, {role: role for role in ROLES})
+    turns = _with_tools(_turns(value, "messages", place, _CHAT_ROLES), value, place)
     weight = value.get("weight")
     if weight is not None:
         whole = parse_weight(weight, "the record", place)
@@ -216,44 +211,71 @@ def _messages(record: Record, tally: Tally) -> Iterator[Conversation]:
 
 def _sharegpt(record: Record, tally: Tally) -> Iterator[Conversation]:
     value, place = _object(record, "conversations", "sharegpt"), _place(record)
-    turns = _turns(value, "conversations", place, _SHAREGPT_ROLES)
-    prompt = value.get("system") or ""
-    tools = value.get("tools") or ""
+    turns = _with_tools(_turns(value, "conversations", place, _SHAREGPT_ROLES), value, place)
+    yield from _tidied(turns, value, place, tally)
+
+
+def _with_tools(turns: list[Message], value: Mapping[str, object], place: Place) -> list[Message]:
+    """Put `system` and `tools` of the record before the turns: what the model may call belongs into what it reads, or the
+    calls come from nowhere."""
+    prompt, tools = value.get("system") or "", value.get("tools") or ""
     if not isinstance(prompt, str) or not isinstance(tools, (str, list)):
         raise place.error("'system' and 'tools' must be text", "write them as strings", "bad system or tools")
     if isinstance(tools, list):
         tools = json.dumps(tools, ensure_ascii=False) if tools else ""
     if tools.strip() in ("", "[]", "{}"):
         tools = ""
-    if prompt or tools:  # what the model may call belongs into what it reads, or the calls come from nowhere
-        if turns and turns[0].role == "system":
-            prompt, turns = "\n\n".join(part for part in (prompt, turns[0].content) if part), turns[1:]
-        text = "\n\n".join(part for part in (prompt, tools and f"Tools:\n{tools}") if part)
-        turns = [Message("system", check_text(text, "the system prompt", place)), *turns]
-    yield from _tidied(turns, value, place, tally)
+    if not prompt and not tools:
+        return turns
+    if turns and turns[0].role == "system":
+        prompt, turns = "\n\n".join(part for part in (prompt, turns[0].content) if part), turns[1:]
+    text = "\n\n".join(part for part in (prompt, tools and f"Tools:\n{tools}") if part)
+    return [Message("system", check_text(text, "the system prompt", place)), *turns]
 
 
 def _alpaca(record: Record, tally: Tally) -> Iterator[Conversation]:
-    value, place = _object(record, "instruction", "alpaca"), _place(record)
+    """{instruction, input | context, output | response}, {prompt, completion}, {question, answer}, or instances of them."""
+    value, place = record.value, _place(record)
+    if layout_of(value) != "alpaca" or not isinstance(value, Mapping):
+        value = _object(record, "instruction", "alpaca")
+    ask = "instruction" if "instruction" in value else next(q for q, a in _PAIRS if q in value and a in value)
+    if isinstance(value.get("prompt"), list) and isinstance(value.get("completion"), list):
+        yield from _prompt_and_completion(value, place, tally)
+        return
     rows: list[object] = [value]
     if "instances" in value:
         if not isinstance(value["instances"], list):
             raise place.error("'instances' is not a list", "write [{input, output}]", "bad instances")
         rows = value["instances"]
     for row in rows:
-        if not isinstance(row, Mapping) or "output" not in row:
+        answer = next((key for key in _ANSWER if key in row), None) if isinstance(row, Mapping) else None
+        if not isinstance(row, Mapping) or answer is None:
             raise place.error("the record has no 'output'", "add 'output', the answer", "not an alpaca record")
-        texts_ = {}
-        for name, holder in (("instruction", value), ("input", row), ("output", row), ("system", value)):
-            found = holder.get(name)
-            if found is not None and not isinstance(found, str):
-                raise place.error(f"{name!r} is {shown(found)}, not text", "write it as a string", f"{name} is not text")
-            texts_[name] = check_text(found or "", name, place)
-        question = "\n\n".join(texts_[name] for name in ("instruction", "input") if texts_[name].strip())
-        turns = [Message("system", texts_["system"])] if texts_["system"].strip() else []
+        context = next((key for key in _CONTEXT if key in row), "input")
+        question = _joined(_field(value, ask, place), _field(row, context, place))
+        system = _field(value, "system", place)
+        turns = [Message("system", system)] if system.strip() else []
         turns += [turn for pair in _history(value, place) for turn in pair]
-        turns += [Message("user", question), Message("assistant", texts_["output"])]
+        turns += [Message("user", question), Message("assistant", _field(row, answer, place))]
         yield from _tidied(turns, value, place, tally)
+
+
+def _field(holder: Mapping[str, object], name: str, place: Place) -> str:
+    """A text of a record; null and absent are empty."""
+    found = holder.get(name)
+    if found is not None and not isinstance(found, str):
+        raise place.error(f"{name!r} is {shown(found)}, not text", "write it as a string", f"{name} is not text")
+    return check_text(found or "", name, place)
+
+
+def _joined(*parts: str) -> str:
+    return "\n\n".join(part for part in parts if part.strip())
+
+
+def _prompt_and_completion(value: Mapping[str, object], place: Place, tally: Tally) -> Iterator[Conversation]:
+    """Prompt and completion as two lists of messages."""
+    turns = _turns(value, "prompt", place, _CHAT_ROLES) + _turns(value, "completion", place, _CHAT_ROLES)
+    yield from _tidied(turns, value, place, tally)
 
 
 def _history(value: Mapping[str, object], place: Place) -> list[tuple[Message, Message]]:
@@ -274,14 +296,15 @@ def _text(record: Record, tally: Tally) -> Iterator[TextDocument]:
     text = value["text"]
     if not isinstance(text, str):
         raise place.error(f"'text' is {shown(text)}, not text", "write it as a string", "text is not text")
-    tally.read += 1
-    if not text.strip():
-        return tally.drop("empty text", place)
-    yield TextDocument(
+    document = TextDocument(
         check_text(text, "'text'", place),
         parse_label(value.get("id"), "id", place),
         parse_label(value.get("task"), "task", place),
     )
+    tally.read += 1
+    if not text.strip():
+        return tally.drop("empty text", place)
+    yield document
 
 
 READERS: Mapping[str, Callable[[Record, Tally], Iterator[Document]]] = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,8 +16,8 @@ from .conversation import DataError, Document
 from .cut import Samples
 from .files import Paths, digest_files, expand, total_bytes
 from .formats import read_conversations
-from .layouts import Tally
 from .store_writer import locked
+from .tally import Tally
 from .token_store import Progress, TokenStore, build_parts, build_store, open_verified, store_name
 
 __all__ = ["Data", "TokenStore", "build_store", "open_data", "open_train"]
@@ -151,14 +150,12 @@ def _nothing_left(source: Source, tally: Tally) -> DataError:
 def _meta(source: Source, tally: Tally) -> dict[str, Any]:
     return {
         "source": {"label": source.label, "digest": source.digest},
-        "tally": {"read": tally.read, "dropped": dict(tally.dropped), "changed": dict(tally.changed)},
+        "tally": tally.to_dict(),
     }
 
 
 def _note_tally(source: Source, store: TokenStore, notes: list[str]) -> None:
-    saved = store.meta["tally"]
-    tally = Tally(read=saved["read"], dropped=Counter(saved["dropped"]), changed=Counter(saved["changed"]))
-    notes += [f"{source.label}: {line}" for line in tally.lines()]
+    notes += [f"{source.label}: {line}" for line in Tally.from_dict(store.meta["tally"]).lines()]
 
 
 def _store(source: Source, tokenizer: Any, cache: Path, progress: Progress | None, notes: list[str]) -> TokenStore:

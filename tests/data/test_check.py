@@ -136,7 +136,7 @@ HOSTILE = {
     "list.json": (f"[{GOOD}\n oops]".encode(), 2, "a comma is missing", None),
     "latin.json": (b'[\n{"instruction": "caf\xe9"}]', 2, "not UTF-8", ['[\\x0a{"instruction": "caf', '\\xe9"}]']),
     "latin.txt": (b"one\ncaf\xe9\n", 2, "not UTF-8", ["one\\x0acaf", "\\xe9\\x0a"]),
-    "gz.jsonl": (b"\x1f\x8b\x08\x00abc", None, "gzip files are not available yet", ["", "\\x1f\\x8b\\x08\\x00abc"]),
+    "gz.jsonl": (b"\x1f\x8b\x08\x00abc", None, "the packed file is damaged", None),
     "empty.jsonl": (b"", None, "the file is empty", None),
 }
 

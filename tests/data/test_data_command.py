@@ -36,11 +36,14 @@ def test_c028_convert(run, write, tmp_path):
     source = write("s.json", [ROW, NO_ANSWER])
     code, out, err = run("convert", source, tmp_path / "o.jsonl", "--json")
     assert (code, err) == (0, "")
-    assert json.loads(out) == {"read": 2, "written": 1, "dropped": {"no assistant turn": 1}, "changed": {}}
+    found = json.loads(out)
+    assert (found["read"], found["written"], found["dropped"], found["changed"]) == (2, 1, {"no assistant turn": 1}, {})
+    reject = json.loads((tmp_path / "o.jsonl.rejects.jsonl").read_text())
+    assert (reject["file"], reject["reason"]) == (str(source), "no assistant turn") and reject["line"] > 1
     code, out, _ = run("convert", source, write("t.json", [NO_ANSWER, ROW]), tmp_path / "p.jsonl")
     assert code == 0 and "2 of 4 conversations written" in out and "2 dropped: no assistant turn" in out
     assert run("convert", source, tmp_path / "q.jsonl", "--strict")[0] == 65
-    assert "not available yet" in run("convert", source, "o.jsonl", "--format", "oasst")[2]
+    assert "neither 'prompt'" in run("convert", source, "o.jsonl", "--format", "oasst")[2]
     assert run("convert", "nowhere.json", "o.jsonl")[0] == 2
     code, out, err = run("convert", write("bad.jsonl", '{"messages": 1}\n{'), tmp_path / "q.jsonl")
     assert code == 65 and err.count("\n") == 1 and "bad.jsonl:1: " in err and not (tmp_path / "q.jsonl").exists()

@@ -10,7 +10,7 @@ import pytest
 from lumina_engine.data.conversation import Conversation, DataError, Message, TextDocument
 from lumina_engine.data.files import container, digest_files, expand
 from lumina_engine.data.formats import convert, convert_to_conversation_format, detect_format, read_conversations
-from lumina_engine.data.layouts import Tally
+from lumina_engine.data.tally import Tally
 
 ALPACA = {"instruction": "add", "input": "1 1", "output": "2"}
 SHAREGPT = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yo"}]}
@@ -173,16 +173,14 @@ def test_c028_tidying_is_counted_and_an_empty_answer_is_never_a_target(write, ro
         ("s.json", [{"conversations": [{"from": "human", "text": "q"}]}], "s.json:2: turn 1 has no 'value'"),
         ("s.json", [{"conversations": "q"}], "s.json:2: 'conversations' is 'q', not a list"),
         ("s.json", [sharegpt(("human", "q"), ("gpt", 3))], "s.json:2: the content of turn 2 is 3, not text"),
-        ("x.jsonl", [{"question": "q", "answer": "a"}], "x.jsonl:1: no known layout (found: 'answer, question')"),
+        ("x.jsonl", [{"ask": "q", "answer": "a"}], "x.jsonl:1: no known layout (found: 'answer, ask')"),
         ("x.json", "[]", "x.json: the list is empty"),
         ("x.json", "[1, 2]", "x.json:1: no known layout (found: '1')"),
         ("empty.jsonl", "", "empty.jsonl: the file is empty"),
         ("blank.jsonl", "\n \n", "blank.jsonl: the file is empty"),
-        ("x.gz", b"\x1f\x8b\x08\x00rest", "x.gz: gzip files are not available yet; unpack it"),
+        ("x.gz", b"\x1f\x8b\x08\x00rest", "x.gz: the packed file is damaged"),
         ("x.bin", b"ab\x00cd", "x.bin:1: binary content"),
-        ("o.jsonl", [{"message_tree_id": "a", "prompt": {"message_id": "a"}}], "the oasst layout is not available yet"),
-        ("o.jsonl", [{"message_id": "a", "parent_id": None, "text": "q"}], "the oasst layout is not available yet"),
-        ("o.jsonl", [{"conversation_id": "a", "messages": []}], "the oasst layout is not available yet"),
+        ("x.zip", b"PK\x03\x04rest", "x.zip: zip archives are not read; unpack it first"),
     ],
 )
 def test_c028_malformed_input_is_an_error_with_file_and_line(write, name, content, text):
@@ -206,6 +204,66 @@ def test_c028_a_json_list_is_read_in_pieces(write, monkeypatch, size):
     monkeypatch.setattr("lumina_engine.data.files._CHUNK", size)
     monkeypatch.setattr("lumina_engine.data.files._Window.more.__defaults__", (size,))
     assert [turns(c)[0][1] for c in read(path)] == [row["conversations"][0]["value"] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"instruction": "i", "context": "c", "response": "r"}, [("user", "i\n\nc"), ("assistant", "r")]),
+        ({"prompt": "p", "completion": "c"}, [("user", "p"), ("assistant", "c")]),
+        ({"prompt": "p", "response": "r", "system": "s"}, [("system", "s"), ("user", "p"), ("assistant", "r")]),
+        ({"question": "q", "answer": "a"}, [("user", "q"), ("assistant", "a")]),
+        ({"question": "q", "context": "c", "answer": "a"}, [("user", "q\n\nc"), ("assistant", "a")]),
+        (
+            {"query": "q", "response": "r", "history": [["h", "i"]]},
+            [("user", "h"), ("assistant", "i"), ("user", "q"), ("assistant", "r")],
+        ),
+        (
+            {"prompt": [{"role": "user", "content": "p"}], "completion": [{"role": "assistant", "content": "c"}]},
+            [("user", "p"), ("assistant", "c")],
+        ),
+    ],
+)
+def test_c028_relatives_of_alpaca(write, record, expected):
+    for name in ("a.json", "a.jsonl"):
+        path = write(name, [record, record])
+        assert detect_format(path) == "alpaca"
+        assert [turns(c) for c in read(path)] == [expected] * 2
+
+
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+
+
+def test_c028_tool_calls_and_tools_of_chat_records_become_text(write, tmp_path):
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    record = {
+        "tools": tools,
+        "messages": [
+            {"role": "developer", "content": "s"},
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL, CALL]},
+            {"role": "tool", "tool_call_id": "1", "content": "2"},
+            {"role": "assistant", "content": "one", "function_call": {"name": "f", "arguments": "not json"}},
+            {"role": "function", "name": "f", "content": ""},
+            {"role": "assistant", "content": [{"type": "text", "text": "done"}], "weight": 0.5},
+        ],
+    }
+    convert(write("m.jsonl", [record]), tmp_path / "o.jsonl")
+    (found,) = read(tmp_path / "o.jsonl")
+    call = '{"name": "add", "arguments": {"a": 1}}'
+    assert turns(found) == [
+        ("system", f"s\n\nTools:\n{json.dumps(tools)}"),
+        ("user", "q"),
+        ("assistant", f"{call}\n{call}"),
+        ("tool", "2"),
+        ("assistant", 'one\n{"name": "f", "arguments": "not json"}'),
+        ("tool", ""),
+        ("assistant", "done"),
+    ]
+    assert found.messages[-1].weight == 0.5
+    bad = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]}]}
+    with pytest.raises(DataError, match="a tool call of turn 2 has no function name"):
+        convert(write("b.jsonl", [bad]), tmp_path / "p.jsonl")
 
 
 def test_c028_json_lines_are_not_loaded_whole(write):
@@ -245,12 +303,13 @@ def test_c028_convert_writes_what_it_counts(write, tmp_path):
     )
     out = tmp_path / "new" / "out.jsonl"
     result = convert(source, out)
-    assert result.to_dict() == {"read": 3, "written": 2, "dropped": {"no assistant turn": 1}, "changed": {END: 1}}
+    tally = result.tally
+    assert (tally.read, result.written, tally.dropped, tally.changed) == (3, 2, {"no assistant turn": 1}, {END: 1})
     assert read(out) == [
         Conversation((Message("user", "hi"), Message("assistant", "yo"))),
         Conversation((Message("user", "a"), Message("assistant", "b")), "7"),
     ]
-    assert [p.name for p in out.parent.iterdir()] == ["out.jsonl"]
+    assert sorted(p.name for p in out.parent.iterdir()) == ["out.jsonl", "out.jsonl.rejects.jsonl"]
 
 
 def test_c028_public_name_returns_the_number_and_logs_losses(write, tmp_path, caplog):
@@ -265,7 +324,7 @@ def test_c028_public_name_returns_the_number_and_logs_losses(write, tmp_path, ca
 
 def test_c028_convert_is_all_or_nothing(write, tmp_path):
     out = write("out.jsonl", "old\n")
-    for content in ([SHAREGPT, {"conversations": 1}], [sharegpt(("human", "q"))]):
+    for content in ('[{"conversations": [', [sharegpt(("human", "q"))]):
         with pytest.raises(DataError):
             convert(write("s.json", content), out)
     with pytest.raises(DataError, match="no assistant turn"):
@@ -293,7 +352,7 @@ def test_c028_text_keeps_its_layout(write, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("oasst", "not available yet"), ("sharegtp", "did you mean sharegpt"), ("x", "formats: auto")]
+    ("name", "text"), [("oasts", "did you mean oasst"), ("sharegtp", "did you mean sharegpt"), ("x", "formats: auto")]
 )
 def test_c028_format_names(write, tmp_path, name, text):
     with pytest.raises(DataError, match=text) as caught:

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from lumina_engine.data.batch import ConversationDataset, TrainLoader
-from lumina_engine.data.check import check_files
 from lumina_engine.data.formats import convert, read_conversations
-from lumina_engine.data.layouts import Tally
 from lumina_engine.data.store import open_data
+from lumina_engine.data.tally import Tally
 
 SHAREGPT = "sharegpt/oasst1_en_val_top1.sharegpt.json"
 MESSAGES = "messages/oasst1_en_val_top1.messages.jsonl"
@@ -67,12 +66,8 @@ def test_shown_by_8_same_ids_and_masks_from_both_layouts(shared, real, settings,
     """Directly and after conversion: the same stores, so the same rows."""
     paths = [shared / SHAREGPT, shared / MESSAGES]
     for number, path in enumerate(paths[:2]):
-        assert convert(path, tmp_path / f"{number}.jsonl").to_dict() == {
-            "read": 40,
-            "written": 40,
-            "dropped": {},
-            "changed": {},
-        }
+        done = convert(path, tmp_path / f"{number}.jsonl")
+        assert (done.tally.read, done.written, done.tally.dropped, done.tally.changed) == (40, 40, {}, {})
         paths.append(tmp_path / f"{number}.jsonl")
     stores = [open_data(settings(train_data_path=str(path), seq_length=4096), real).train for path in paths]
     first = stores[0]
@@ -139,8 +134,3 @@ def test_c028_plain_text_loses_nothing(shared):
     for name in ("tinyshakespeare.txt", "udhr_20langs.txt", "the-verdict.txt"):
         path = shared / "text" / name
         assert "".join(d.text for d in read_conversations(path)) == path.read_text(encoding="utf-8")
-
-
-def test_c030_oasst_is_named_as_not_available(shared):
-    check = check_files([shared / "oasst", shared / "messages"])
-    assert check.counts == {"the oasst layout is not available yet": 4} and check.conversations == 45

@@ -238,7 +238,7 @@ def test_c137_a_path_with_odd_characters_stays_one_word():
     assert sources.validate(source)[-2:] == ["--", path] == sources.convert(source, "o")[2:4]
 
 
-@pytest.mark.parametrize("kind", ["missing", "folder", "fifo", "binary", "empty", "oasst", "nul"])
+@pytest.mark.parametrize("kind", ["missing", "folder", "fifo", "binary", "empty", "nul"])
 def test_c137_what_cannot_be_used_says_why(tmp_path, kind):
     path = tmp_path / "x.jsonl"
     if kind == "folder":
@@ -249,18 +249,19 @@ def test_c137_what_cannot_be_used_says_why(tmp_path, kind):
         path.write_bytes(b"\x00\x01")
     elif kind == "empty":
         path.touch()
-    elif kind == "oasst":
-        path.write_text(lines({"message_id": "1", "text": "t", "replies": []}))
     look = look_at(str(path) + ("\0" if kind == "nul" else ""))
     assert look.problem and look.format == ""
-    if kind == "oasst":
-        assert "not available yet" in look.problem
 
 
 def test_c137_formats_are_told_by_content(shared):
-    for folder, name in (("alpaca", "alpaca"), ("sharegpt", "sharegpt"), ("messages", "messages"), ("text", "text")):
+    for folder, name in (
+        ("alpaca", "alpaca"),
+        ("sharegpt", "sharegpt"),
+        ("messages", "messages"),
+        ("text", "text"),
+        ("oasst", "oasst"),
+    ):
         assert look_at(str(shared / folder)).format == name
-    assert look_at(str(shared / "oasst/en_100_tree.jsonl")).problem
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,131 @@
+"""C28: packed files and Parquet, told by content."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+import tracemalloc
+
+import pytest
+import zstandard
+
+from lumina_engine.data import files
+from lumina_engine.data.conversation import DataError
+from lumina_engine.data.files import expand, records
+from lumina_engine.data.formats import convert, detect_format, read_conversations
+
+ROWS = [
+    {"messages": [{"role": "user", "content": f"q{n} é"}, {"role": "assistant", "content": "a" * n + "."}]} for n in range(50)
+]
+PACK = {"gz": gzip.compress, "zst": zstandard.ZstdCompressor().compress, "bz2": bz2.compress, "xz": lzma.compress}
+
+
+def contents(paths):
+    return [[m.content for m in c.messages] for c in read_conversations(paths)]
+
+
+@pytest.fixture
+def plain(write):
+    return write("plain.jsonl", ROWS)
+
+
+@pytest.mark.parametrize("kind", PACK)
+def test_c028_packed_files_read_as_what_is_in_them(write, plain, kind):
+    pack = PACK[kind]
+    lines, text = plain.read_bytes(), "Once upon a time.\n\n" * 10
+    assert contents(write("misnamed.jsonl", pack(lines))) == contents(plain)
+    assert contents(write(f"list.json.{kind}", pack(json.dumps(ROWS, indent=1).encode()))) == contents(plain)
+    assert detect_format(write(f"t.txt.{kind}", pack(text.encode()))) == "text"
+    whole = write(f"d/x.jsonl.{kind}", pack(lines))
+    assert expand(whole.parent) == [whole]
+    found = list(records(whole, "jsonl"))
+    assert [r.line for r in found] == list(range(1, 51)) and found[-1].offset == whole.stat().st_size
+    two = write(f"two.jsonl.{kind}", pack(lines) + pack(lines))  # files joined by cat
+    assert contents(two) == contents(plain) * 2
+
+
+@pytest.mark.parametrize("kind", PACK)
+def test_c028_damaged_packed_files_are_one_line(write, plain, kind):
+    packed = PACK[kind](plain.read_bytes() * 50)
+    for at, path in ((len(packed) // 2, "cut"), (len(packed) - 5, "end")):
+        with pytest.raises(DataError, match="the packed file is damaged") as caught:
+            contents(write(f"{path}.jsonl.{kind}", packed[:at]))
+        assert "\n" not in str(caught.value)
+
+
+def test_c028_a_bomb_fills_no_memory(write, monkeypatch):
+    """64 MiB in one line, packed to a few KB: refused after the longest record."""
+    monkeypatch.setattr(files, "MAX_RECORD", 1 << 20)
+    compressor = zstandard.ZstdCompressor().compressobj()
+    body = b"".join(compressor.compress(b"0" * (1 << 20)) for _ in range(64)) + compressor.flush()
+    path = write("bomb.jsonl", body)
+    assert path.stat().st_size < 100_000
+    tracemalloc.start()
+    with pytest.raises(DataError, match="the record is longer than 1 MiB"):
+        list(records(path, "jsonl"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 16 << 20
+
+
+def test_c028_reading_goes_on_behind_a_record_that_is_too_long(write, monkeypatch):
+    monkeypatch.setattr(files, "MAX_RECORD", 1000)
+    rows = [ROWS[0], {"messages": [{"role": "user", "content": "x" * 2000}]}, ROWS[1]]
+    errors: list[DataError] = []
+    assert [r.line for r in records(write("x.jsonl", rows), "jsonl", errors.append)] == [1, 3]
+    assert [e.line for e in errors] == [2]
+    monkeypatch.setattr(files, "_CHUNK", 500)
+    monkeypatch.setattr(files._Window.more, "__defaults__", (500,))
+    with pytest.raises(DataError, match="the record is longer than"):
+        list(records(write("x.json", [ROWS[0], {"instruction": "x" * 5000}]), "json"))
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="the parquet extra is not installed")
+    import pyarrow.parquet as pq
+
+    def make(name, rows):
+        path = tmp_path / name
+        pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=7)
+        return path
+
+    return make
+
+
+def test_c028_parquet_in_every_layout(parquet, plain):
+    assert contents(parquet("m.parquet", ROWS)) == contents(plain)
+    path = parquet("misnamed.json", [{"instruction": "q", "input": None, "output": "a"}])
+    assert (detect_format(path), contents(path)) == ("alpaca", [["q", "a"]])
+    talk = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    assert contents(parquet("s.parquet", [{"conversations": talk, "id": n} for n in range(3)])) == [["q", "a"]] * 3
+    texts = read_conversations(parquet("t.parquet", [{"text": "once"}, {"text": "twice"}]))
+    assert [d.text for d in texts] == ["once", "twice"]
+
+
+def test_c028_parquet_rows_are_numbered_and_read_in_batches(parquet, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "q"}]}, *ROWS]
+    path = parquet("m.parquet", rows)
+    done = convert(path, tmp_path / "o.jsonl")
+    assert done.written == 50 and done.tally.dropped == {"no assistant turn": 1}
+    assert json.loads(done.rejects.read_text())["line"] == 1
+    found = list(records(path, "parquet"))
+    assert [r.line for r in found] == list(range(1, 52)) and found[-1].offset == path.stat().st_size
+
+
+def test_c028_damaged_parquet_is_one_line(parquet):
+    path = parquet("m.parquet", ROWS)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(DataError, match="the Parquet file is damaged") as caught:
+        contents(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_c028_without_pyarrow_the_extra_is_named(write, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(DataError, match=r"pip install 'lumina\[parquet\]'"):
+        contents(write("x.parquet", b"PAR1rest"))
