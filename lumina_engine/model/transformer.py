@@ -120,23 +120,27 @@ class DeepSeekTransformer(nn.Module):
         Each tensor has its own random stream, from the seed and its name, drawn on the CPU in float32: the same seed gives the
         same weights on any device, in any precision, and for a layer whatever stands around it.
         """
-        experts = self.expert_weights
         for name, parameter in self.named_parameters():
-            if "norm" in name:
-                parameter.fill_(1.0)
-                continue
-            std = self.config.init_std
-            if name.endswith((".out.weight", ".down.weight", ".w2")):
-                std /= (2 * self.config.num_layers) ** 0.5
-            stream = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-            generator = torch.Generator("cpu").manual_seed(int.from_bytes(stream, "little") >> 1)
-            group = self.expert_group if name in experts else None
-            shape = parameter.shape if group is None else (self.config.num_experts, *parameter.shape[1:])
-            drawn = torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
-            parameter.copy_(drawn if group is None else group.own(drawn))
+            parameter.copy_(self.first_weight(name, seed))
         for name, buffer in self.named_buffers():
             if name.endswith("router.bias"):
                 buffer.zero_()
+
+    def first_weight(self, name: str, seed: int) -> Tensor:
+        """What `init_weights` puts into the parameter of that name, which may be on `meta`: float32 on the CPU."""
+        parameter = self.get_parameter(name)
+        if "norm" in name:
+            return torch.ones(parameter.shape, device="cpu")
+        std = self.config.init_std
+        if name.endswith((".out.weight", ".down.weight", ".w2")):
+            std /= (2 * self.config.num_layers) ** 0.5
+        stream = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(stream, "little") >> 1)
+        group = self.expert_group
+        group = group if group is not None and name in self.expert_weights else None
+        shape = parameter.shape if group is None else (self.config.num_experts, *parameter.shape[1:])
+        drawn = torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
+        return drawn if group is None else group.own(drawn)
 
     @property
     def head_weight(self) -> Tensor:

@@ -26,8 +26,7 @@ from .comm import Comm
 from .engine import build_engine
 from .expert_parallel import build_model
 from .memory import DoesNotFit, Peak, peaks, worst_batch, worst_objective
-from .precision import Precision
-from .setup import deepspeed_config
+from .setup import deepspeed_config, placed
 from .trial import leave, local_ranks, run_trial, trial_main
 
 _BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -173,8 +172,9 @@ def steps_at_worst(config: Config, comm: Comm) -> None:
     The first step makes the optimizer's state, so the later ones have everything in memory. With accumulation two micro batches
     make a step, the second of which finds the gradients of the first.
     """
-    model = build_model(config, comm).to(device=comm.device, dtype=Precision.from_name(config.precision).weights)
-    engine = build_engine(model, config, comm, deepspeed_config(config, comm))
+    ds_config = deepspeed_config(config, comm)
+    model = placed(build_model(config, comm), config, comm, ds_config)
+    engine = build_engine(model, config, comm, ds_config)
     batch = worst_batch(config, comm.device)
     for skewed in (False, False, True):
         if skewed:

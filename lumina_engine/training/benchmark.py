@@ -21,8 +21,9 @@ from ..model.moe import uniform_routing
 from ..monitoring import record as rec
 from ..monitoring.log import MetricLog
 from .comm import Comm
+from .expert_parallel import build_model
 from .matmul_peak import products_rate, square_rate, step_products
-from .memory import memory_stats
+from .memory import memory_stats, whole_numel
 from .precision import Precision
 from .setup import seed_all
 from .trainer import EnhancedConversationTrainer
@@ -83,13 +84,12 @@ def measure(
     all experts the same load.
     """
     from ..data.tokenizer import ConversationTokenizer
-    from ..model.transformer import DeepSeekTransformer
 
     config = config.model_copy(update={"max_steps": warmup + steps, "num_epochs": 1, "eval_interval": 0, "log_interval": 1})
     comm = Comm.start(config.communication_backend)
     seed_all(config, comm)
     tokenizer = ConversationTokenizer(config.tokenizer)
-    model = DeepSeekTransformer(config)
+    model = build_model(config, comm)
     rows = config.batch_size * config.gradient_accumulation_steps * comm.world_size * (warmup + steps)
     store = RandomStore(rows, config.seq_length, model.config.vocab_rows, config.seed)
     with tempfile.TemporaryDirectory(prefix="lumina-bench-") as folder:
@@ -141,7 +141,7 @@ def _figures(
         "matmul_share": flops / roofs[0],
         "matmul_own_shapes_flops_per_s": roofs[1],
         "matmul_share_own_shapes": flops / roofs[1],
-        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "parameters": sum(map(whole_numel, trainer.model.parameters())),
         "precision": config.precision,
         "engine": f"deepspeed ZeRO-{config.zero_stage}" if config.use_deepspeed else "plain torch",
         "ranks": world,

@@ -21,8 +21,8 @@ from .deepspeed_experts import expert_groups, expert_handling
 from .engine import StateMismatch, StepResult, adamw, load_named_state, named_state, parameter_groups
 from .expert_parallel import SpreadExperts
 from .loss_scale import LossScale
-from .memory import whole_numel
 from .precision import Precision
+from .split_weights import gathered, scatter, split_weights
 from .swap_folder import swap_folder
 
 
@@ -58,7 +58,10 @@ class DeepSpeedEngine:
         self.swaps = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme"
         precision = Precision.from_name(config.precision)
         self.scale = LossScale() if precision.scaled else None
-        model = model.to(device=comm.device, dtype=precision.weights)
+        if self.stage == 3:
+            split_weights(model, precision.weights, config.seed, comm, ds_config)
+        else:
+            model = model.to(device=comm.device, dtype=precision.weights)
         kind = torch.optim.AdamW if self.stage > 0 else SkippableAdamW  # ZeRO accepts only optimizers that it knows
         self.experts = SpreadExperts(model, comm)
         groups = expert_groups(parameter_groups(model, config.weight_decay), self.experts)
@@ -113,12 +116,12 @@ class DeepSpeedEngine:
 
     def model_tensors(self) -> dict[str, torch.Tensor]:
         if self.stage == 3:
-            return _gathered(self.module, keep=self.comm.rank == 0)
+            return gathered(self.module, keep=self.comm.rank == 0)
         return self.experts.whole(self.module.state_dict())
 
     def load_model_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         if self.stage == 3:
-            _scatter(self.module, tensors)
+            scatter(self.module, tensors, self.comm.rank)
         else:
             self.module.load_state_dict(self.experts.own(tensors))
 
@@ -202,42 +205,3 @@ def _with_swap_folder(ds_config: dict[str, Any], nvme_path: str) -> dict[str, An
         AsyncIOBuilder().load(verbose=False)
     folder = str(swap_folder(nvme_path))
     return ds_config | {"zero_optimization": zero | {name: block | {"nvme_path": folder} for name, block in blocks.items()}}
-
-
-def _gathered(module: nn.Module, keep: bool) -> dict[str, torch.Tensor]:
-    """The whole weights and buffers of a module whose parameters are split over ranks, in host memory; {} without `keep`.
-
-    A collective. One parameter at a time, so no rank but the one that keeps them ever holds more than one.
-    """
-    from deepspeed import zero
-
-    tensors: dict[str, torch.Tensor] = {}
-    for name, parameter in module.named_parameters():
-        with zero.GatheredParameters([parameter]):
-            if keep:
-                tensors[name] = parameter.detach().to("cpu", copy=True)
-    if keep:
-        tensors |= {name: tensor for name, tensor in module.state_dict().items() if name not in tensors}
-    return tensors
-
-
-def _scatter(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Give whole weights and buffers to a module whose parameters are split over ranks. A collective.
-
-    Raises:
-        StateMismatch: the names or shapes are not those of the module.
-    """
-    from deepspeed import zero
-
-    buffers = {name: buffer for name, buffer in module.state_dict(keep_vars=True).items() if not hasattr(buffer, "ds_id")}
-    parameters = dict(module.named_parameters())
-    odd = sorted((set(buffers) | set(parameters)) ^ set(tensors))
-    odd += [name for name, p in parameters.items() if name in tensors and tensors[name].numel() != whole_numel(p)]
-    if odd:
-        raise StateMismatch(f"the weights of the checkpoint do not fit the model: {', '.join(odd[:5])}")
-    with torch.no_grad():
-        for name, buffer in buffers.items():
-            buffer.copy_(tensors[name])
-        for name, parameter in parameters.items():
-            with zero.GatheredParameters([parameter], modifier_rank=0):
-                parameter.copy_(tensors[name])

@@ -19,6 +19,7 @@ from torch import nn
 
 from .comm import Comm
 from .loss_scale import LossScale
+from .memory import whole_shape
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        exempt = parameter.ndim < 2 or "embed" in name or "router" in name
+        exempt = len(whole_shape(parameter)) < 2 or "embed" in name or "router" in name
         (no_decay if exempt else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

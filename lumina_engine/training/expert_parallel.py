@@ -46,12 +46,10 @@ def spread_experts(model: DeepSeekTransformer, comm: Comm) -> None:
 
 
 def build_model(config: Any, comm: Comm) -> DeepSeekTransformer:
-    """A model with its first weights, which no rank ever holds more of than its share."""
+    """A model on `meta`, with this rank's share of the experts. The trainer gives it its first weights."""
     with torch.device("meta"):
         model = DeepSeekTransformer(config)
     spread_experts(model, comm)
-    model.to_empty(device="cpu")
-    model.init_weights(config.seed)
     return model
 
 

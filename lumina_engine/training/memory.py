@@ -69,6 +69,11 @@ def whole_numel(parameter: torch.Tensor) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
+def whole_shape(parameter: torch.Tensor) -> torch.Size:
+    """Shape of the whole parameter, also where ZeRO-3 keeps only a part of it here."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
 def _status(name: str) -> int:
     """Bytes of this process by /proc: VmHWM, the peak of resident memory (getrusage would tell a large parent's), or VmPeak."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()

@@ -11,6 +11,7 @@ import torch
 from ..monitoring import record as rec
 from .comm import Comm
 from .memory import keep_freed_memory
+from .precision import Precision
 
 Emit = Callable[[rec.Record], object]
 
@@ -76,6 +77,24 @@ def warn_unsupervised(config: Any) -> None:
         if getattr(config, name):
             message = "%s acts at the start of `lumina-engine train`, not in a plain script: %s as configured"
             logging.getLogger("lumina").warning(message, name, "batch_size" if name == "dynamic_batching" else "precision")
+
+
+def placed(model: Any, config: Any, comm: Comm, ds_config: dict[str, Any] | None) -> Any:
+    """The model on this rank's device in its precision, with its first weights if it was built on `meta`.
+
+    At ZeRO stage 3 it stays as it is: the engine splits it parameter by parameter, since no rank may hold all of it.
+    """
+    if splits_weights(ds_config):
+        return model
+    if next(model.parameters()).is_meta:
+        model.to_empty(device="cpu")
+        model.init_weights(config.seed)
+    return model.to(device=comm.device, dtype=Precision.from_name(config.precision).weights)
+
+
+def splits_weights(ds_config: dict[str, Any] | None) -> bool:
+    """Whether DeepSpeed splits the weights themselves over the ranks (ZeRO stage 3)."""
+    return ds_config is not None and ds_config["zero_optimization"]["stage"] == 3
 
 
 def deepspeed_config(config: Any, comm: Comm) -> dict[str, Any] | None:

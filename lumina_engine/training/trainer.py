@@ -36,7 +36,7 @@ from .progress import Progress, Stop
 from .routing import RoutingWindow
 from .saves import Saves
 from .schedule import Schedule
-from .setup import deepspeed_config, emitter, resolved_for_training, warn_unsupervised
+from .setup import deepspeed_config, emitter, placed, resolved_for_training, splits_weights, warn_unsupervised
 from .step_clock import StepClock, Utilisation
 from .step_record import StepFigures, count, figures, hopeless, note_scale, step_record, tell_not_finite
 
@@ -49,7 +49,7 @@ class EnhancedConversationTrainer:
     (see `worker.py`).
 
     Args:
-        model: the model, on any device, in fp32.
+        model: the model, on any device, in fp32; on `meta` it gets its first weights here, at ZeRO stage 3 never all at once.
         tokenizer: the tokenizer of the data.
         config: a `Config`; values left on `auto` are resolved for this machine.
         logger: where records go.
@@ -80,9 +80,9 @@ class EnhancedConversationTrainer:
         self.emit = emitter(logger, self.comm)
         self.precision = Precision.from_name(self.config.precision)
         spread_experts(model, self.comm)
-        self.model = model.to(device=self.comm.device, dtype=self.precision.weights)
-        self.model.train()
         self.ds_config = deepspeed_config(self.config, self.comm)
+        self.model = placed(model, self.config, self.comm, self.ds_config)
+        self.model.train()
         if self.config.compile:
             blocks = compile_blocks(self.model)
             self.emit(rec.Run(state="compiling", reason=f"{blocks} blocks, in a dry run"))
@@ -126,7 +126,7 @@ class EnhancedConversationTrainer:
 
     def _rehearsed_engine(self) -> Engine:
         """The engine, after the dry run: with weights that are split over ranks it runs through the engine, else before it."""
-        split = self.ds_config is not None and self.ds_config["zero_optimization"]["stage"] == 3
+        split = splits_weights(self.ds_config)
         shape = (self.config, self.comm.device, self.precision.context)
         if not split:
             memory.dry_run(self.model, *shape)

@@ -15,9 +15,9 @@ from typing import Any
 from lumina_engine.config.schema import Config
 from lumina_engine.data.store import open_data
 from lumina_engine.data.tokenizer import ConversationTokenizer
-from lumina_engine.model.transformer import DeepSeekTransformer
 from lumina_engine.monitoring.record import Step
 from lumina_engine.training.comm import Comm
+from lumina_engine.training.expert_parallel import build_model
 from lumina_engine.training.trainer import EnhancedConversationTrainer
 
 ROWS = 8  # of the global batch, in every mode
@@ -74,7 +74,7 @@ def train(data: str, overrides: dict[str, Any], comm: Comm) -> tuple[EnhancedCon
     config = config_of(data, overrides)
     records = Records()
     trainer = EnhancedConversationTrainer(
-        DeepSeekTransformer(config), ConversationTokenizer(config.tokenizer), config, records, comm=comm
+        build_model(config, comm), ConversationTokenizer(config.tokenizer), config, records, comm=comm
     )
     trainer.train(store_of(config))
     return trainer, records
