@@ -45,7 +45,8 @@ class _Follower:
         final: rec.Run | None = None
         while True:
             alive = self.directory.alive
-            for item in self.reader.read_new():
+            read = self.reader.read_new()
+            for item in read:
                 if item.inc < self.inc:
                     continue
                 final = (
@@ -56,14 +57,24 @@ class _Follower:
                     else None
                 )
                 self.show(item)
+            if read:
+                continue
             if not alive:  # looked at before the log was read, so nothing can have been written since
                 break
             time.sleep(0.1)
         self.clear()
-        if final is None:
-            self.say("the supervisor of this run died; its checkpoints are intact: --resume goes on")
-            return 1
-        return final.exit_code if final.exit_code is not None else 1
+        return self.exit_code(final)
+
+    def exit_code(self, final: rec.Run | None) -> int:
+        """The code that the run ended with, from its log; a full disk may have kept the last record from it, not run.json."""
+        if final is not None and final.exit_code is not None:
+            return final.exit_code
+        info = self.directory.info()
+        if info.state in rec.FINAL_STATES and info.exit_code is not None:
+            self.say(info.state + (f": {info.reason}" if info.reason else ""))
+            return int(info.exit_code)
+        self.say("the supervisor of this run died; its checkpoints are intact: --resume goes on")
+        return 1
 
     def show(self, item: Any) -> None:
         if isinstance(item, rec.Run):

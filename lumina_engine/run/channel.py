@@ -7,7 +7,7 @@ import json
 import selectors
 import socket
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from .rank import MESSAGE_LIMIT, Command
 from .socket import HELLO_TIME, bind_socket, peer, unbind
 
 _WAITING = 64  # commands kept for a rank 0 that has not connected yet
+_UNAPPLIED = 256  # commands kept in case rank 0 dies before it has obeyed
 
 
 @dataclass(slots=True)
@@ -64,6 +65,7 @@ class RankServer:
         self._connections: dict[socket.socket, int | None] = {}  # the rank once it is known
         self._since: dict[socket.socket, float] = {}  # of those that have not said hello
         self._waiting: deque[Command] = deque()
+        self._unapplied: OrderedDict[str, Command] = OrderedDict()  # accepted, its effect not in the log yet
         self._listen()
 
     def _listen(self) -> None:
@@ -72,14 +74,25 @@ class RankServer:
         self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
 
     def send(self, command: Command) -> str | None:
-        """Give a command to rank 0, at once or when it connects; why that cannot be, or None."""
+        """Give a command to rank 0, at once or when it connects; why that cannot be, or None.
+
+        One that was accepted is given to the next incarnation too, until `applied` says that its effect is in the log.
+        """
         connection = self._connection(0)
         if connection is None:
             if len(self._waiting) >= _WAITING:
                 return "too many commands wait for the run to start"
             self._waiting.append(command)
-            return None
-        return None if self._deliver(connection, command) else "the run does not take commands at the moment: try again"
+        elif not self._deliver(connection, command):
+            return "the run does not take commands at the moment: try again"
+        self._unapplied[command.id] = command
+        while len(self._unapplied) > _UNAPPLIED:
+            self._unapplied.popitem(last=False)
+        return None
+
+    def applied(self, request: str) -> None:
+        """The effect of this command is in the log."""
+        self._unapplied.pop(request, None)
 
     @property
     def connected(self) -> bool:
@@ -103,18 +116,19 @@ class RankServer:
         ]
 
     def renew(self) -> None:
-        """Make ready for a new incarnation: nothing of the old one, and a socket that is in its place.
+        """Make ready for a new incarnation: of the old one only what it was told and did not do, and a socket in its place.
 
         Raises:
             RunError: something else lies there now.
         """
         self.reset()
+        self._waiting.extend(self._unapplied.values())
         if not self.path.exists() or self.path.lstat().st_ino != self._inode:
             self._unlisten()
             self._listen()
 
     def reset(self) -> None:
-        """Forget the ranks of the incarnation that has ended, and the commands they did not take."""
+        """Forget the ranks of the incarnation that has ended."""
         for connection in list(self._connections):
             self._drop(connection)
         self.ranks.clear()

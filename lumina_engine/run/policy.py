@@ -59,21 +59,30 @@ def final_state(code: int) -> str | None:
 
 @dataclass(slots=True)
 class RestartPolicy:
-    """How often a crashed run is started again: `limit` times in a row without a newer committed checkpoint.
+    """How often a crashed run is started again: `limit` times in a row without a newer verified checkpoint.
 
-    Pauses are 1, 2, 4 … 60 times `unit` seconds; progress starts the count afresh.
+    Pauses are 1, 2, 4 … 60 times `unit` seconds; progress starts the count afresh. What counts is what was read back: a save
+    that was verified, or a step that a start resumed from (an emergency save shows only there); never the name of a folder.
     """
 
     limit: int
-    newest: int | None  # step of the newest checkpoint when the run was started; None is "there is none", not 0
     unit: float = 1.0
+    newest: int | None = field(default=None, init=False)  # step of the newest verified checkpoint; None: unknown, not 0
     failures: int = field(default=0, init=False)
 
-    def crashed(self, newest: int | None) -> float | None:
-        """Seconds until the next start, None if there must be none."""
-        if newest is not None and (self.newest is None or newest > self.newest):
-            self.newest = newest
+    def verified(self, step: int) -> None:
+        """A checkpoint of this step was committed and read back."""
+        if self.newest is None or step > self.newest:
+            self.newest, self.failures = step, 0
+
+    def resumed(self, step: int) -> None:
+        """A start went on from this step: newer checkpoints, if there were any, are no good."""
+        if self.newest is not None and step > self.newest:
             self.failures = 0
+        self.newest = step
+
+    def crashed(self) -> float | None:
+        """Seconds until the next start, None if there must be none."""
         self.failures += 1
         return None if self.failures > self.limit else min(MAX_PAUSE, 2.0 ** min(self.failures - 1, 16)) * self.unit
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_ASKING = (signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,13 +158,15 @@ def die_with_parent() -> None:
 def leash(parent: int) -> Callable[[], None]:
     """For `preexec_fn` of a process started by `parent`: it dies with its parent, also if that is dead already.
 
-    SIGQUIT is ignored until the program asks for it: before that it would end the process instead of printing stacks.
+    What asks a rank for stacks or a checkpoint is ignored until the program listens, and by launchers for ever: to a process
+    that does not, these signals (a scheduler sends them to everybody) are its end. So is the terminal's interrupt.
     """
     library = ctypes.CDLL(None, use_errno=True)  # loaded here: after the fork as little as possible is done
 
     def prepare() -> None:
         library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+        for number in _ASKING:
+            signal.signal(number, signal.SIG_IGN)
         if os.getppid() != parent:
             os._exit(1)
 

@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -73,6 +74,8 @@ class RankChannel(NullChannel):
         self._commands: deque[Command] = deque()
         self._state: tuple[int, str] | None = None  # written by the caller, read by the thread
         self._sent: tuple[int, str] | None = None
+        self._beaten = 0.0  # monotonic time of the last heartbeat
+        self._sending = threading.Lock()  # the caller only tries it
         self._leaving = threading.Event()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
@@ -104,8 +107,19 @@ class RankChannel(NullChannel):
         return cls(path, nonce, int(environment.get("RANK", "0")))
 
     def report(self, step: int, section: str) -> None:
-        """Say where this rank is (section: data, forward, backward, step, save, eval, compile, …). Costs an assignment."""
+        """Say where this rank is (section: data, forward, backward, step, save, eval, compile, …).
+
+        Costs little and never waits. The word goes out at once if none did for BEAT_INTERVAL, so that whatever happens next in
+        a section that takes its time, the supervisor knows which it was; else the thread sends the newest one.
+        """
         self._state = (step, section)
+        if time.monotonic() - self._beaten >= BEAT_INTERVAL and self._sending.acquire(blocking=False):
+            try:
+                self._beat()
+            except OSError:
+                pass  # the supervisor is slow, or gone: the thread finds out
+            finally:
+                self._sending.release()
 
     def poll(self) -> list[Command]:
         """The commands that came since the last call, oldest first. Always empty on ranks other than 0."""
@@ -128,10 +142,19 @@ class RankChannel(NullChannel):
         self._socket.send(json.dumps(message).encode())
 
     def _flush(self) -> None:
+        with self._sending:
+            self._beat()
+
+    def _beat(self) -> None:
         state = self._state
-        if state is not None and state is not self._sent:
-            self._sent = state
-            self._send({"op": "beat", "step": state[0], "section": state[1]})
+        if state is None or state is self._sent:
+            return
+        message = {"op": "beat", "step": state[0], "section": state[1]}
+        try:
+            os.write(self._socket.fileno(), json.dumps(message).encode())  # the descriptor does not block, unlike send()
+        except BlockingIOError:
+            return  # the supervisor does not read at the moment: a newer word will do
+        self._sent, self._beaten = state, time.monotonic()
 
     def _serve(self) -> None:
         """The daemon thread: commands in, the newest heartbeat out, the end when the supervisor ends."""

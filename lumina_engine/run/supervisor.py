@@ -21,7 +21,7 @@ from typing import Any
 
 from ..monitoring import record as rec
 from ..monitoring.cgroup import oom_kills
-from ..monitoring.log import Head, MetricLog, last_records
+from ..monitoring.log import MetricLog, last_records
 from . import output, policy
 from .channel import RankServer
 from .directory import RunDirectory, RunError
@@ -41,7 +41,7 @@ from .rank import Command
 from .requests import RequestBook
 from .signals import SignalQueue
 from .socket import ViewerServer, socket_folder
-from .tail import LogTail, command_ids
+from .tail import LogTail, Mark, command_ids
 
 TICK = 0.05  # s between two looks at the log
 LOG_CHECK_TIME = 0.5  # s between two looks at the size of engine.log
@@ -128,9 +128,7 @@ class Supervisor:
         self.viewers.head_seq = self.tail.head_seq
         self.ranks = RankServer(self.socket_path.with_suffix(".rank"), self.selector, self.nonce, self.world)
         self._stack.callback(self.ranks.close)
-        self.policy = policy.RestartPolicy(
-            self.settings.max_restarts, self.run.newest_step(), unit=self.settings.restart_pause_s
-        )
+        self.policy = policy.RestartPolicy(self.settings.max_restarts, self.settings.restart_pause_s)
         self.run.update_identity(
             **{key: self.order[key] for key in ("argv", "world", "settings", "versions", "host")},
             pid=me.pid,
@@ -206,17 +204,29 @@ class Supervisor:
         return {"world": self.world, "ranks": self.ranks.shown()}
 
     def _read_log(self, now: float) -> None:
-        chunks, heads = self.tail.poll()
+        chunks, marks = self.tail.poll()
         if chunks:
             self.grown_at = now
-        for item in heads:
+        for item in marks:
             if item.id is not None:
                 self.book.note(item.id)
+                self.ranks.applied(item.id)
             if item.type == "run" and item.state is not None:
                 self._follow(item)
+            elif item.type == "checkpoint" and item.verified and item.step is not None:
+                self.policy.verified(item.step)
+            elif item.type == "rewind" and item.to_step is not None:
+                self.policy.resumed(item.to_step)
         self.viewers.publish(chunks)
 
-    def _follow(self, item: Head) -> None:
+    def _read_whole_log(self, now: float) -> None:
+        """All that the worker wrote, now that it is gone."""
+        before = -1
+        while before < self.tail.offset:
+            before = self.tail.offset
+            self._read_log(now)
+
+    def _follow(self, item: Mark) -> None:
         """The run's state changed: so does run.json."""
         assert item.state is not None
         self.state, self.state_code = item.state, item.exit_code
@@ -359,7 +369,7 @@ class Supervisor:
         """The worker and everything it started are gone: what now?"""
         self.ended, code = None, self.ended or 0
         self.kill_at = None
-        self._read_log(now)
+        self._read_whole_log(now)
         reason = None
         failure = self.ranks.failure
         if code != 0 and failure is not None and (self.world > 1 or failure.code is not None):
@@ -404,15 +414,22 @@ class Supervisor:
         wordless = code == -signal.SIGKILL or (failure is not None and failure.code is None)
         return wordless and not self.killed and oom_kills() > self.oom_kills
 
+    def _read_data(self) -> bool:
+        """Whether the ranks had come no further than to their data: so far no micro batch matters."""
+        return self.state == "preparing" and all(item.section in (None, "data") for item in self.ranks.ranks.values())
+
     def _crashed(self, code: int, reason: str, now: float) -> None:
         if code == policy.OUT_OF_MEMORY:
             code = policy.CRASHED
-            if self.policy.limit:  # the ranks lower the micro batch each time, so this comes to an end by itself
+            if self.policy.limit:
+                self.after = "out_of_memory"
+            if self.policy.limit and not self._read_data():
+                # the ranks lower the micro batch each time, so this comes to an end by itself
                 self._record(rec.Run(state="crashed", reason=reason, exit_code=code))
-                self.after, self.restart_at = "out_of_memory", now + self.settings.restart_pause_s
+                self.restart_at = now + self.settings.restart_pause_s
                 return
         self._record(rec.Run(state="crashed", reason=reason, exit_code=code))
-        pause = self.policy.crashed(self.run.newest_step())
+        pause = self.policy.crashed()
         if pause is not None:
             self.restart_at = now + pause
         elif self.policy.limit == 0:

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from ..monitoring.log import MAX_LINE, Head, head
 
 CHUNK = MAX_LINE  # bytes of consecutive records that go to a viewer as one piece
 _READ = 1 << 20  # bytes read at once
 _ID = re.compile(rb'"id":"([^"\\]{1,64})"')
-_INTERESTING = (b'"type":"run"', b'"id":"')  # lines whose head the supervisor wants
+# lines that the supervisor wants to know more of
+_INTERESTING = (b'"type":"run"', b'"type":"checkpoint"', b'"type":"rewind"', b'"id":"')
+
+
+class Mark(Head):
+    """What the supervisor follows a run by: the head of a record, and where a checkpoint or a rewind stands."""
+
+    step: int | None = None
+    to_step: int | None = None
+    verified: bool = False
+
+
+_mark = msgspec.json.Decoder(Mark)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +48,8 @@ class LogTail:
         self.head_seq = head_seq
         self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    def poll(self) -> tuple[list[Chunk], list[Head]]:
-        """New records as chunks, and the heads of those that change the run's state or carry a command's id.
+    def poll(self) -> tuple[list[Chunk], list[Mark]]:
+        """New records as chunks, and the marks of those that say how the run stands or carry a command's id.
 
         A line that is no record is left out; readers of the file name it. At most 1 MiB a call, so `offset` may lag behind.
         """
@@ -46,7 +61,7 @@ class LogTail:
         if cut == 0 and len(data) == _READ:
             cut = _READ  # no record is that long: garbage without a newline
         chunks: list[Chunk] = []
-        heads: list[Head] = []
+        marks: list[Mark] = []
         begin = position = first = last = 0
         while position < cut:
             end = data.find(b"\n", position) + 1 or cut
@@ -61,13 +76,14 @@ class LogTail:
                 first = first or found.seq
                 last = found.seq
                 self.head_seq = max(self.head_seq, found.seq)
-                if any(mark in line for mark in _INTERESTING):
-                    heads.append(found)
+                if any(text in line for text in _INTERESTING):
+                    with contextlib.suppress(msgspec.DecodeError):  # a record of another Lumina: viewers get it, as it is
+                        marks.append(_mark.decode(line))
             position = end
         if cut > begin:
             chunks.append(Chunk(data[begin:cut], self.offset + begin, first, last))
         self.offset += cut
-        return chunks, heads
+        return chunks, marks
 
     def close(self) -> None:
         """Close the file."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..config.loading import to_yaml
 from ..config.micro_batch import smaller
 from ..config.schema import Config
 from ..monitoring import record as rec
@@ -198,13 +199,23 @@ class Worker:
         return {int(k): v for k, v in shared.items()}
 
     def _write_resolved(self) -> None:
-        """The run's config.yaml and deepspeed.json say what is in force, also what only the data could decide."""
+        """The run's config.yaml and deepspeed.json say what is in force, also what only the data could decide.
+
+        A full disk costs them, not the run: a later start decides the same again.
+        """
         if self.rank != 0:
             return
         trainer = self.trainer
-        trainer.config.save(self.directory.config_path)
+        texts = {self.directory.config_path: to_yaml(trainer.config)}
         if trainer.ds_config is not None:
-            write_private(self.directory.deepspeed_path, json.dumps(trainer.ds_config, indent=2) + "\n")
+            texts[self.directory.deepspeed_path] = json.dumps(trainer.ds_config, indent=2) + "\n"
+        for path, text in texts.items():
+            try:
+                if not path.exists() or path.read_text(encoding="utf-8") != text:
+                    write_private(path, text)
+            except OSError as error:
+                message = f"{path.name} cannot be written: {error.strerror}; it does not say all that is in force"
+                self.emit(rec.Alert(severity="warning", code="config_not_written", message=message))
 
     def _examine_safely(self) -> None:
         """The run is finished and saved, whatever happens in its examination."""
@@ -318,11 +329,15 @@ def write_private(path: Path, text: str) -> None:
     """Replace a small file in one step, readable by its owner only."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def main() -> int:

@@ -1,7 +1,8 @@
 """A worker without torch: writes records, beats, obeys commands. What it does is set by plan.json in the run's folder.
 
-Keys: steps, pace (s per step), linger, crash (incarnation -> how), checkpoint_every, ignore (signals), grandchild, flood,
-code, late_stop. It is run by path, not as a module.
+Keys: steps, pace (s per step), crash (incarnation -> how), crash_after (steps), crash_early (before it says that it runs),
+checkpoint_every, unverified (checkpoints), grandchild, flood, code, deaf, deaf_in (incarnation). It is run by path,
+not as a module.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ class Worker:
     def checkpoint(self, step: int, request: str | None = None) -> None:
         self.channel.report(step, "save")
         (self.folder / "checkpoints" / f"step-{step:06d}").mkdir(exist_ok=True)
-        self.log.emit(rec.Checkpoint(step=step, path=f"step-{step:06d}", id=request))
+        whole = not self.plan.get("unverified")
+        self.log.emit(rec.Checkpoint(step=step, path=f"step-{step:06d}", verified=whole, id=request))
 
     def end(self, state: str, code: int, request: str | None = None) -> int:
         self.log.emit(rec.Run(state=state, exit_code=code, id=request))
@@ -54,7 +56,7 @@ class Worker:
         return code
 
     def obey(self, command: Command, step: int) -> int | None:
-        if self.plan.get("deaf"):
+        if self.plan.get("deaf") is True or self.plan.get("deaf_in") == self.inc:
             return None
         if command.cmd == "stop":
             self.log.emit(rec.Run(state="stopping", id=command.id))
@@ -80,13 +82,16 @@ class Worker:
             child = subprocess.Popen(["sleep", "600"], start_new_session=True, stdout=subprocess.DEVNULL)
             (self.folder / "grandchild").write_text(str(child.pid))
         start = 0
+        how = plan.get("crash", {}).get(str(self.inc), plan.get("crash", {}).get("*"))
+        if plan.get("crash_early") and how is not None:
+            self.channel.report(0, "data")
+            die(how)
         if os.environ.get("LUMINA_RESUME"):
             kept = sorted(self.folder.glob("checkpoints/step-*"))
             start = int(kept[-1].name[5:]) if kept else 0
             self.log.emit(rec.Rewind(to_step=start, reason=os.environ.get("LUMINA_AFTER")))
         self.log.emit(rec.Run(state="running", total_steps=steps))
         step = start
-        how = plan.get("crash", {}).get(str(self.inc), plan.get("crash", {}).get("*"))
         while step < steps:
             self.channel.report(step, "data")
             for command in self.channel.poll():

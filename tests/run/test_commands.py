@@ -58,6 +58,17 @@ def test_ps14_double_stop_and_repeated_ids(runs: Runs) -> None:
     assert not last_records(run.metrics_path, 1, ["checkpoint"])
 
 
+def test_ps14_a_command_that_died_with_its_incarnation_is_given_to_the_next(runs: Runs) -> None:
+    run = runs.running(settings={"restart_pause_s": 0.001}, deaf_in=1)
+    with RunClient(run) as client:
+        assert client.send_command("set_lr", {"lr": 3e-4}, "once")["ok"]
+        assert client.send_command("checkpoint", {}, "then")["ok"]
+    os.kill(worker(run).pid, signal.SIGKILL)
+    until(lambda: with_id(run, "then"), "the effect in the second incarnation")
+    effects = [(record.inc, record.id) for record in read_records(run.metrics_path) if getattr(record, "id", None)]
+    assert effects == [(2, "once"), (2, "then")]
+
+
 def test_ps14_pause_and_resume_50_times(runs: Runs) -> None:
     run = runs.running()
     with RunClient(run) as client:

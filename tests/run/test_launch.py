@@ -122,14 +122,29 @@ def test_exit_codes_and_states(code: int, state: str | None) -> None:
 
 
 def test_ft08_pauses_double_and_progress_resets_them() -> None:
-    rule = policy.RestartPolicy(3, None)
-    assert [rule.crashed(None) for _ in range(4)] == [1.0, 2.0, 4.0, None]
-    rule = policy.RestartPolicy(3, 100)
-    assert [rule.crashed(100), rule.crashed(100), rule.crashed(150), rule.crashed(150)] == [1.0, 2.0, 1.0, 2.0]
-    rule = policy.RestartPolicy(100, None)
-    assert [rule.crashed(None) for _ in range(100)][-1] == 60.0
-    assert policy.RestartPolicy(0, None).crashed(None) is None
-    assert policy.RestartPolicy(1, None).crashed(5) == 1.0, "a first checkpoint is progress"
+    rule = policy.RestartPolicy(3)
+    assert [rule.crashed() for _ in range(4)] == [1.0, 2.0, 4.0, None]
+    rule = policy.RestartPolicy(3)
+    pauses = []
+    for step in (100, 100, 150, 150):
+        rule.verified(step)
+        pauses.append(rule.crashed())
+    assert pauses == [1.0, 2.0, 1.0, 2.0], "a first checkpoint is progress, the same step again is none"
+    rule = policy.RestartPolicy(100)
+    assert [rule.crashed() for _ in range(100)][-1] == 60.0
+    assert policy.RestartPolicy(0).crashed() is None
+
+
+def test_ft08_a_start_from_a_newer_step_is_progress_and_one_from_an_older_step_is_none() -> None:
+    rule = policy.RestartPolicy(3)
+    rule.resumed(10)
+    assert [rule.crashed(), rule.crashed()] == [1.0, 2.0]
+    rule.resumed(12)  # an emergency save: no checkpoint of that step was ever told
+    assert rule.crashed() == 1.0
+    rule.resumed(5)  # what was newer did not pass its digests
+    assert rule.crashed() == 2.0
+    rule.verified(10)
+    assert rule.crashed() == 1.0
 
 
 @pytest.mark.parametrize(

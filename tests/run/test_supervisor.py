@@ -81,6 +81,20 @@ def test_ft08_a_crash_loop_with_progress_goes_on(runs: Runs) -> None:
     assert rewinds == [4, 8, 12]
 
 
+def test_ft08_checkpoints_that_were_never_read_back_are_no_progress(runs: Runs) -> None:
+    plan = {"crash": {"*": "1"}, "crash_after": 4, "checkpoint_every": 4, "unverified": True}
+    run = runs.start(runs.make(steps=12, **plan), max_restarts=1, restart_pause_s=0.001)
+    assert launch.wait(run, 40) == 93
+    assert [inc for inc, state in states(run) if state == "preparing"] == [1, 2]
+
+
+def test_ft08_out_of_memory_while_the_data_is_read_is_a_failed_restart(runs: Runs) -> None:
+    """No micro batch was tried yet, so none can be lowered: it must come to an end."""
+    run = runs.start(runs.make(crash={"*": "91"}, crash_early=True), max_restarts=2, restart_pause_s=0.001)
+    assert launch.wait(run, 40) == 93
+    assert [state for _, state in states(run)].count("crashed") == 3
+
+
 def test_r42_out_of_memory_is_no_failed_restart_and_the_ranks_are_told(runs: Runs) -> None:
     crashes = {str(inc): "91" for inc in range(1, 6)}
     run = runs.start(runs.make(steps=6, crash=crashes), max_restarts=1, restart_pause_s=0.001)

@@ -20,7 +20,7 @@ from lumina_engine.run.process import descendants, marked, process
 from tests.waiting import until
 
 from .conftest import WORKER, Runs
-from .looks import gap_free, ranks_of, states, step, worker
+from .looks import LAUNCHER_OF_TWO, gap_free, ranks_of, states, step, worker
 
 LAUNCHER = """
 import json, sys
@@ -169,6 +169,24 @@ def test_ft02_usr_saves_and_goes_on(runs: Runs, number: int) -> None:
     until(lambda: last_records(run.metrics_path, 1, ["checkpoint"]), "a checkpoint")
     at = step(run)
     until(lambda: step(run) > at)
+
+
+def test_ft02_usr_harms_neither_ranks_that_do_not_listen_yet_nor_their_launcher(runs: Runs) -> None:
+    """A scheduler sends USR1 to every process of a job."""
+    run = runs.make(ranks=["preempt", "preempt"])
+    launch.start(run, [sys.executable, LAUNCHER_OF_TWO, str(run.path)], world=2)
+    until(lambda: [rank["step"] for rank in ranks_of(run)] == [1, 1], "both ranks")
+    owner = run.owner()
+    assert owner is not None
+    tree = descendants(owner.pid)
+    assert len(tree) == 3
+    for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        for target in tree:
+            os.kill(target.pid, number)
+    assert send_command(run, "checkpoint")["ok"], "a turn of the supervisor later"
+    assert [target for target in tree if not target.alive] == []
+    assert run.signal(signal.SIGTERM)
+    assert launch.wait(run, 20) == 75
 
 
 def test_ft02_hup_pipe_and_quit_change_nothing_but_quit_prints_stacks(runs: Runs) -> None:

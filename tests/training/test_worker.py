@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -75,3 +78,33 @@ def test_r42_a_dry_run_that_does_not_fit(tmp_path: Path, keys: dict[str, Any], a
 def test_a_try_that_failed_otherwise_is_a_crash(tmp_path: Path) -> None:
     code, reason, records = failed(tmp_path, TrialError("batch_size: the trial ended with exit code 1"), batch_size=8)
     assert (code, records) == (1, []) and reason.startswith("TrialError")
+
+
+def resolved(root: Path) -> tuple[Worker, list[Any]]:
+    """A worker that is about to write down what is in force, and its records."""
+    run = RunDirectory.create(root, "r")
+    config = Config(tokenizer="lumina-1k", use_deepspeed=False)
+    config.save(run.config_path)
+    worker = Worker(run, Ear())
+    worker.trainer = SimpleNamespace(config=config, ds_config=None)
+    records: list[Any] = []
+    worker.emit = records.append  # type: ignore[method-assign]
+    return worker, records
+
+
+def test_ck07_a_configuration_that_did_not_change_is_not_written_again(tmp_path: Path) -> None:
+    worker, records = resolved(tmp_path)
+    before = worker.directory.config_path.stat()
+    worker._write_resolved()
+    after = worker.directory.config_path.stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns) and records == []
+
+
+def test_ck07_a_configuration_that_cannot_be_written_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, records = resolved(tmp_path)
+    worker.trainer.config = worker.trainer.config.model_copy(update={"warmup_steps": 7})
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device")))
+    worker._write_resolved()
+    (alert,) = records
+    assert alert.code == "config_not_written" and "No space left" in alert.message
+    assert [path.name for path in worker.directory.path.glob(".config*")] == []
