@@ -2,42 +2,147 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from .commit import Staging, commit
-from .files import CheckpointError, FileEntry, read_pieces
-from .keep import discard, leased, list_steps, quarantine
+from .files import CheckpointError, FileEntry, nonce, read_pieces, sync_folder
+from .keep import discard, drop_rewound, leased, list_steps, quarantine
 from .verify import LEASE, opened, read_manifest, require, step_name, verify
+
+
+def backup_folder(backup_path: str, run_dir: Path, run_id: str) -> Path:
+    """Where a run's backups lie below `backup_path`: a folder of its own, since runs in several roots may share a name."""
+    return Path(backup_path).expanduser().resolve() / f"{run_dir.name}-{hashlib.sha256(run_id.encode()).hexdigest()[:8]}"
+
+
+def by_age(folder: Path) -> list[tuple[float, str]]:
+    """(when its state was saved in unix seconds, name) of each backup, newest first; one without a sound manifest is oldest.
+
+    By time and not by step: after a rewind the backups of the abandoned branch may have the higher steps.
+    """
+    ages = []
+    for name in list_steps(folder):
+        report = read_manifest(folder / name)
+        created = report.manifest.get("created")
+        ages.append((float(created) if report.ok and isinstance(created, int | float) else 0.0, name))
+    return sorted(ages, reverse=True)
 
 
 def newest_backup(folder: Path) -> float | None:
     """When the state of the newest backup was saved (unix seconds); None without one."""
-    for name in list_steps(folder):
-        report = read_manifest(folder / name)
-        created = report.manifest.get("created")
-        if report.ok and isinstance(created, int | float):
-            return float(created)
-    return None
+    newest, _ = next(iter(by_age(folder)), (0.0, ""))
+    return newest or None
 
 
-def back_up(checkpoint: Path, folder: Path, keep: int) -> Path:
+def back_up(checkpoint: Path, folder: Path, keep: int, known: set[str] | None = None) -> Path:
     """Copy a committed checkpoint through the hashing writer, read the copy back, then remove all but the newest `keep`.
+
+    Only backups whose digests are right count as kept; a damaged one is set aside as `*.corrupt`.
+
+    Args:
+        known: names whose digests were compared before; those compared here are added.
 
     Raises:
         CheckpointError: no room, or what was read or written is not what the manifest says; older backups stay.
         OSError: the copy could not be written.
     """
+    known = set() if known is None else known
     source = require(read_manifest(checkpoint))
-    step = source.manifest["step"]
-    target = folder / step_name(step)
-    if target.is_dir() and not verify(target).ok:
-        quarantine(target)
+    target = folder / step_name(source.manifest["step"])
+    if target.is_dir():
+        there = verify(target)
+        if not there.ok:
+            quarantine(target)
+        elif _content(there) != _content(source):  # the same step of an abandoned branch
+            target.rename(target.with_name(f"{target.name}.rewound-{nonce()}"))
+            sync_folder(folder)
     if not target.is_dir():
-        _copy(checkpoint, folder, step)
+        _copy(checkpoint, folder, source.manifest["step"])
         require(verify(target))
-    for name in list_steps(folder)[max(keep, 1) :]:
-        discard(folder, name)
+    known.add(target.name)
+    drop_rewound(folder)
+    kept = 0
+    for _, name in by_age(folder):
+        if kept >= max(keep, 1):
+            discard(folder, name)
+            known.discard(name)
+        elif name in known or verify(folder / name).ok:
+            known.add(name)
+            kept += 1
+        else:
+            quarantine(folder / name)
     return target
+
+
+def _content(report: Any) -> dict[str, Any]:
+    """A manifest without what differs between a checkpoint and its copy."""
+    return {name: value for name, value in report.manifest.items() if name != "files"} | {
+        "files": [entry for entry in report.manifest["files"] if entry["path"] != LEASE]
+    }
+
+
+class Backups:
+    """Backups of one run, made by rank 0 when they are due. A copy runs beside training and never in the way of the next save.
+
+    Args:
+        folder: of the backups. clock, started: unix seconds now, and when the run was made.
+        tell: takes a sentence about a copy that failed after its save had its result.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        checkpoints: Path,
+        folder: Path,
+        clock: Callable[[], float],
+        started: Callable[[], float],
+        tell: Callable[[str], None],
+    ) -> None:
+        self.config, self.checkpoints, self.folder = config, checkpoints, folder
+        self._clock, self._started, self._tell = clock, started, tell
+        self._known: set[str] = set()
+        self._thread: threading.Thread | None = None
+        self._name = ""
+
+    @property
+    def copying(self) -> str | None:
+        """Name of the checkpoint that is being copied: its lease is this process's own, which does not hold retention off."""
+        return self._name if self._thread is not None and self._thread.is_alive() else None
+
+    def copy_if_due(self, checkpoint: Path, beside: bool) -> None:
+        """Copy a checkpoint just committed, if `backup_every_n_hours` have passed; with `beside` in a thread, one at a time.
+
+        Raises:
+            CheckpointError, OSError: as `back_up`, without `beside`.
+        """
+        hours = self.config.backup_every_n_hours
+        if not hours or self.copying is not None:
+            return
+        last = newest_backup(self.folder)
+        if self._clock() - (self._started() if last is None else last) < hours * 3600:
+            return
+        if not beside:
+            back_up(checkpoint, self.folder, self.config.max_backup_count, self._known)
+            return
+        self._name = checkpoint.name
+        # a daemon: a process that must leave does not wait for a slow disk, and the next start removes what is half-done
+        self._thread = threading.Thread(target=self._copy, args=(checkpoint,), name="checkpoint-backup", daemon=True)
+        self._thread.start()
+
+    def _copy(self, checkpoint: Path) -> None:
+        try:
+            back_up(checkpoint, self.folder, self.config.max_backup_count, self._known)
+        except BaseException as problem:  # a thread that dies silently would hide that there is no backup
+            self._tell(f"{checkpoint.name} was not backed up: {problem}")
+
+    def wait(self) -> None:
+        """Wait for the copy in flight."""
+        if self._thread is not None:
+            self._thread.join()
 
 
 def _copy(checkpoint: Path, folder: Path, step: int) -> None:

@@ -44,7 +44,6 @@ from .keep import (
     quarantine,
     retain,
     rewind,
-    set_aside,
     set_pointer,
 )
 from .verify import (
@@ -65,7 +64,7 @@ from .verify import (
 
 __all__ = [
     "CheckpointError", "FileEntry", "Found", "Problem", "Report", "Staging", "clean_stale", "commit", "leased", "list_steps",
-    "newest_step", "newest_valid", "pointer", "quarantine", "read_manifest", "require", "retain", "rewind", "set_aside",
+    "newest_step", "newest_valid", "pointer", "quarantine", "read_manifest", "require", "retain", "rewind",
     "set_pointer", "step_name", "step_of", "verify",
 ]  # fmt: skip
 

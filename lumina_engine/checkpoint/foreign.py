@@ -6,7 +6,6 @@ describes before a run is made.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -23,6 +22,7 @@ from .files import (
     make_folder,
     nonce,
     open_folder,
+    read_file,
     require_space,
     sync_folder,
     write_file,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 FORMATS = ("hf", "safetensors")
 WEIGHTS, INDEX, SHAPE = "model.safetensors", "model.safetensors.index.json", "config.json"
 _TOKENIZER_ENTRY = "lumina_tokenizer"  # in an exported config.json: what the ids mean, by name and digest
+MAX_DESCRIPTION_BYTES = 16 << 20
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -143,14 +144,30 @@ def read_foreign(folder: str | os.PathLike[str], tokenizer: str | None = None) -
 
 def _described(path: Path) -> dict[str, Any]:
     try:
-        content = load_json((path / SHAPE).read_bytes(), SHAPE)
+        content = load_json(_read_small(path / SHAPE), SHAPE)
     except FileNotFoundError:
         raise CheckpointError(f"{path} has no {SHAPE}: name the folder of a Hugging Face model") from None
     except NotADirectoryError:
         raise CheckpointError(f"{path} is a file: name the folder with {SHAPE} and safetensors") from None
+    except OSError as error:
+        raise CheckpointError(f"{path / SHAPE}: {error.strerror}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path / SHAPE} holds no JSON object")
     return content
+
+
+def _read_small(path: Path) -> bytes:
+    """A description of a foreign folder: a regular file of at most 16 MiB, however the links of a model cache lead there.
+
+    Raises:
+        CheckpointError: no regular file, too long. OSError: missing, unreadable.
+    """
+    real = path.resolve(strict=True)
+    folder = open_folder(real.parent)
+    try:
+        return read_file(folder, real.name, MAX_DESCRIPTION_BYTES)
+    finally:
+        os.close(folder)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -176,7 +193,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 def _files(path: Path) -> Iterable[str]:
     if (path / INDEX).exists():
-        content = load_json((path / INDEX).read_bytes(), INDEX)
+        content = load_json(_read_small(path / INDEX), INDEX)
         names = content.get("weight_map") if isinstance(content, dict) else None
         if not isinstance(names, dict) or not all(isinstance(n, str) and Path(n).name == n for n in names.values()):
             raise CheckpointError(f"{path / INDEX} names no files beside it")
@@ -245,7 +262,7 @@ def import_folder(
     if result.path is None:
         raise CheckpointError(f"{folder}: {result.failed}")
     config.save(made.config_path)
-    described = json.loads((Path(folder).expanduser() / SHAPE).read_text(encoding="utf-8"))
+    described = _described(Path(folder).expanduser())
     parameters = sum(tensor.numel() for name, tensor in payload.model.items() if not name.endswith("router.bias"))
     return {
         "path": str(result.path),

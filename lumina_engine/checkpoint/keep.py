@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ from pathlib import Path
 
 from .files import (
     CheckpointError,
-    make_folders,
     nonce,
     open_beneath,
     open_folder,
@@ -106,7 +104,7 @@ def _refuse(folders: list[Path], bad: list[Report]) -> None:
     if reasons:
         raise CheckpointError(
             f"no valid checkpoint in {folders[0]}, and it is not empty, so nothing is started over: {'; '.join(reasons)}. "
-            "Nothing was changed. Restore a checkpoint there, or start again with --fresh (moves all of it to backups/)"
+            "Nothing was changed. Restore a checkpoint there, or start again with --fresh (moves the whole run aside)"
         )
 
 
@@ -136,6 +134,17 @@ def quarantine(path: Path) -> Path:
     os.rename(path, target)
     sync_folder(path.parent)
     return target
+
+
+def good_names(folder: Path, count: int) -> list[str]:
+    """Names of the newest `count` committed checkpoints whose every digest is right, newest first. Reads all of them."""
+    found: list[str] = []
+    for name in list_steps(folder):
+        if len(found) == count:
+            break
+        if verify(folder / name).ok:
+            found.append(name)
+    return found
 
 
 def clean_stale(checkpoints: Path) -> list[str]:
@@ -318,15 +327,3 @@ def drop_rewound(checkpoints: Path) -> list[str]:
     with os.scandir(checkpoints) as entries:
         names = sorted(entry.name for entry in entries if ".rewound-" in entry.name and entry.is_dir(follow_symlinks=False))
     return [name for name in names if step_of(name.split(".rewound-")[0]) is not None and discard(checkpoints, name)]
-
-
-def set_aside(checkpoints: Path, backups: Path) -> Path | None:
-    """Move the whole folder into `backups/` (for --fresh). Returns where it went; None if there was nothing."""
-    if not checkpoints.is_dir() or not os.listdir(checkpoints):
-        return None
-    make_folders(backups)
-    target = backups / f"checkpoints-{time.strftime('%Y%m%d-%H%M%S')}-{nonce()}"
-    os.rename(checkpoints, target)
-    sync_folder(backups)
-    sync_folder(checkpoints.parent)
-    return target

@@ -7,7 +7,6 @@ rank 0 commits. A save that fails is a result, never an exception: training goes
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -16,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from .backup import backup_folder
 from .files import CheckpointError
 from .keep import (
     clean_stale,
@@ -26,14 +26,13 @@ from .keep import (
     pointer,
     quarantine,
     rewind,
-    set_aside,
     set_pointer,
 )
 from .loading import load_model
 from .payload import Loaded, Payload, belongs_to, read_loaded
 from .plain import LoadedEpoch, apply, payload_of, tokenizer_of
 from .resolve import resolve_checkpoint
-from .resume import check_config, check_ledger
+from .resume import check_config, check_ledger, run_id_of, run_identity
 from .saving import Comm, LocalComm, Saver, SaveResult, first_error, why
 from .tensors import capture_rng, pack, restore_rng, unpack
 from .verify import Report, read_manifest, require, step_name, verify
@@ -77,7 +76,7 @@ class CheckpointManager:
         self._run_id, self._made = run_id, clock()
         self._tokenizer: dict[str, str] | None = None
         if config.backup_path is not None:
-            self.backups = Path(config.backup_path).expanduser().resolve() / self.run_dir.name
+            self.backups = backup_folder(config.backup_path, self.run_dir, self.run_id)
         self._saver = Saver(
             config, self.checkpoints, self.backups, self.comm, lambda: self.run_id, sync_log, clock, self._run_started
         )
@@ -87,12 +86,12 @@ class CheckpointManager:
         """Name of this run in manifests and in the ledger."""
         if self._run_id is None:
             # a plain script has no run.json; its path is what tells its checkpoints from others
-            self._run_id = str(_identity(self.run_dir).get("id") or self.run_dir)
+            self._run_id = run_id_of(self.run_dir)
         return self._run_id
 
     def _run_started(self) -> float:
         """When the run was made, so that restarts do not put its first backup off for ever."""
-        created = _identity(self.run_dir).get("created")
+        created = run_identity(self.run_dir).get("created")
         return float(created) if isinstance(created, int | float) else self._made
 
     # ---- save ----------------------------------------------------------------------------------------------------------------
@@ -125,8 +124,16 @@ class CheckpointManager:
         return self._saver.poll()
 
     def close(self) -> list[SaveResult]:
-        """Finish the save in flight and return what `poll` has not. The manager holds nothing else open."""
-        return self.wait()
+        """Finish the save and the backup in flight and return what `poll` has not. The manager holds nothing else open."""
+        results = self.wait()
+        self._saver.backups.wait()
+        return results
+
+    def take_notes(self) -> list[str]:
+        """What should be shown and belongs to no save's result: a pointer or a backup that could not be written. Told once."""
+        notes = list(self._saver.notes)
+        del self._saver.notes[: len(notes)]
+        return notes
 
     def abandon(self) -> None:
         """After an error that the other ranks may not share: wait for this rank's writer, without any collective.
@@ -290,10 +297,14 @@ class CheckpointManager:
         values = {name: self._measured(name) for name in list_steps(self.checkpoints)}
         ranked = sorted((value, name) for name, value in values.items() if value is not None)
         name = ranked[0][1] if ranked else None
-        if name is None:
-            drop_pointer(self.checkpoints, "best")
-        else:
-            set_pointer(self.checkpoints, "best", name)
+        try:
+            if name is None:
+                drop_pointer(self.checkpoints, "best")
+            else:
+                set_pointer(self.checkpoints, "best", name)
+        except OSError as problem:  # a pointer is a hint: a full or read-only disk is no reason not to start
+            self.notes.append(f"the pointer best names no checkpoint and could not be mended: {why(problem)}")
+            return name
         self.notes.append(f"the pointer best named no checkpoint; it names {name or 'none'} now")
         return name
 
@@ -308,6 +319,7 @@ class CheckpointManager:
             CheckpointError: a folder could not be renamed.
         """
         self._saver.drain()
+        self._saver.backups.wait()  # it may be copying what is given up
 
         def give_up() -> Path | None:
             self._saver.verified.difference_update(rewind(self.checkpoints, step))
@@ -316,11 +328,6 @@ class CheckpointManager:
             return None
 
         self._on_rank_0(give_up)
-
-    def set_aside(self) -> Path | None:
-        """Move all of checkpoints/ into backups/, for a start from the beginning (--fresh). Returns where it went."""
-        self._saver.drain()
-        return self._on_rank_0(lambda: set_aside(self.checkpoints, self.backups))
 
     def _on_rank_0(self, action: Callable[[], Path | None]) -> Path | None:
         """Run on rank 0; every rank gets its result or its error."""
@@ -365,7 +372,7 @@ class CheckpointManager:
     def _load(self, path: Path, same_config: bool) -> Loaded:
         with leased(path) as folder:
             report = require(verify(path, select=belongs_to(self.comm.rank)))
-            notes = check_ledger(report)
+            notes = check_ledger(report, self.run_id if path.parent in (self.checkpoints, self.emergency_dir) else None)
             loaded = read_loaded(folder, report, self.comm.rank, self.comm.world_size)
         if same_config:
             check_config(loaded.config, self.config, path)
@@ -381,12 +388,3 @@ def _run_path(run_dir: Any, config: Any) -> Path:
 
         run_dir = runs_root() / (time.strftime("script-%Y%m%d-%H%M%S") if name == "auto" else name)
     return Path(getattr(run_dir, "path", run_dir)).resolve()
-
-
-def _identity(run_dir: Path) -> dict[str, Any]:
-    """The content of run.json; empty without one."""
-    try:
-        content = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

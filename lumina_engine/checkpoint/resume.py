@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ from .saving import config_dict
 from .verify import Report
 
 
-def check_ledger(report: Report) -> list[str]:
+def check_ledger(report: Report, run: str | None = None) -> list[str]:
     """Compare the manifest's digest with what this user's runs have recorded.
+
+    Args:
+        run: id of the run whose folder the checkpoint lies in; read from there when left out. The manifest names a run too, but
+            whoever replaced the checkpoint wrote that name.
 
     Returns:
         notes for the user.
@@ -20,17 +25,34 @@ def check_ledger(report: Report) -> list[str]:
     Raises:
         CheckpointError: this run committed that step with other content (a file and its manifest were replaced).
     """
-    run, step = report.manifest.get("run"), report.manifest["step"]
-    known = ledger.recorded(str(run), step)
+    named, step = str(report.manifest.get("run")), report.manifest["step"]
+    owner = run if run is not None else run_id_of(report.path.parent.parent)
+    known = ledger.recorded(owner, step)
     if not known:
-        return [f"{report.path.name} of run {run} was not committed by this user on this machine; its digests are right"]
+        owner, known = named, ledger.recorded(named, step)
+    if not known:
+        return [f"{report.path.name} of run {named} was not committed by this user on this machine; its digests are right"]
     if report.digest not in known:
         raise CheckpointError(
             f"{report.path} was replaced after this run committed it: its manifest is not the one recorded in "
             f"{ledger.ledger_path()}. "
-            f"Resume from another checkpoint, or remove the entries of run {run} there if you replaced it yourself"
+            f"Resume from another checkpoint, or remove the entries of run {owner} there if you replaced it yourself"
         )
     return []
+
+
+def run_id_of(run_dir: Path) -> str:
+    """Id of the run in a directory: that of run.json, else (a plain script has none) the path."""
+    return str(run_identity(run_dir).get("id") or run_dir)
+
+
+def run_identity(run_dir: Path) -> dict[str, Any]:
+    """The content of run.json; empty without one."""
+    try:
+        content = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def check_config(saved: dict[str, Any] | None, config: Any, path: Path) -> None:

@@ -21,10 +21,10 @@ import torch
 
 from .. import __version__
 from . import ledger
-from .backup import back_up, newest_backup
+from .backup import Backups
 from .commit import Staging, commit
 from .files import CheckpointError, FileEntry, dump_json
-from .keep import drop_rewound, list_steps, pointer, quarantine, retain, set_pointer
+from .keep import drop_rewound, good_names, pointer, quarantine, retain, set_pointer
 from .payload import Payload, PlannedFile, plan_files, required_files, write_files
 from .tensors import pack
 from .verify import read_manifest, step_name, verify
@@ -119,10 +119,13 @@ class Saver:
         clock: Callable[[], float],
         run_started: Callable[[], float],
     ) -> None:
-        self.config, self.checkpoints, self.backups, self.comm = config, checkpoints, backups, comm
-        self._clock, self._run_started = clock, run_started
+        self.config, self.checkpoints, self.comm = config, checkpoints, comm
+        self._clock = clock
+        self.notes: list[str] = []  # rank 0: trouble that belongs to no save, or came after its result
+        self.backups = Backups(config, checkpoints, backups, clock, run_started, self.notes.append)
         self.verified: set[str] = set()  # names whose digests this process has compared
         self.best_value: float | None = None
+        self._owed_best: str | None = None  # `best` should name this step, and could not be written yet
         self._run_id, self._sync_log = run_id, sync_log
         self._job: _Save | None = None
         self._results: list[SaveResult] = []
@@ -221,9 +224,17 @@ class Saver:
             job.outcome = {"failed": why(problem)}
             return
         job.outcome = {"path": str(path), "bytes": report.bytes, "verified": True, "notes": notes}
+        if job.folder == self.checkpoints:
+            self.verified.add(path.name)
+            self._after(notes, lambda: self._point(job))
+        self._after(notes, lambda: self._keep(job, notes))
+        if job.folder == self.checkpoints:
+            self._after(notes, lambda: self.backups.copy_if_due(path, beside=not job.inline))
+
+    def _after(self, notes: list[str], action: Callable[[], object]) -> None:
+        """What follows a commit: each part of it may fail without the others, and costs no checkpoint."""
         try:
-            self._keep(job, job.outcome)
-            self._back_up(job)
+            action()
         except (OSError, CheckpointError) as problem:
             notes.append(f"after the commit: {why(problem)}")
 
@@ -233,30 +244,28 @@ class Saver:
         except OSError as problem:
             notes.append(f"the commit could not be recorded in {ledger.ledger_path()}: {problem.strerror}")
 
-    def _keep(self, job: _Save, outcome: dict[str, Any]) -> None:
+    def _point(self, job: _Save) -> None:
         """Pointers first, then retention: a checkpoint that `best` has just moved to must not be the one deleted."""
-        if job.folder != self.checkpoints:
-            retain(job.folder, KEEP_EMERGENCY, list_steps(job.folder))
-            return
-        name = step_name(job.step)
-        self.verified.add(name)
-        set_pointer(self.checkpoints, "latest", name)
         # an eval_loss among the metrics is an earlier step's, since a step is saved before it is evaluated: `mark_best` decides
         value = self.metric(job.payload.metrics) if self.config.best_metric == "loss" else None
-        if job.best is not False and not job.payload.flags.get("suspect"):
-            outcome["best"] = self.point_best(job.step, value, always=bool(job.best))
-        drop_rewound(self.checkpoints)
-        best = pointer(self.checkpoints, "best")
-        _, busy = retain(self.checkpoints, self.config.keep_checkpoints, self.verified, [best] if best else [])
-        outcome["notes"].extend(f"{name} is being read and stays for now" for name in busy)
+        try:
+            if job.best is not False and not job.payload.flags.get("suspect"):
+                moved = self.point_best(job.step, value, always=bool(job.best))
+                job.outcome = {**(job.outcome or {}), "best": moved}
+            if self._owed_best is not None and (self.checkpoints / self._owed_best).is_dir():
+                set_pointer(self.checkpoints, "best", self._owed_best)
+                self._owed_best = None
+        finally:
+            set_pointer(self.checkpoints, "latest", step_name(job.step))
 
-    def _back_up(self, job: _Save) -> None:
-        hours = self.config.backup_every_n_hours
-        if not hours or job.folder != self.checkpoints:
+    def _keep(self, job: _Save, notes: list[str]) -> None:
+        if job.folder != self.checkpoints:
+            retain(job.folder, KEEP_EMERGENCY, good_names(job.folder, KEEP_EMERGENCY))
             return
-        last = newest_backup(self.backups)
-        if self._clock() - (self._run_started() if last is None else last) >= hours * 3600:
-            back_up(self.checkpoints / step_name(job.step), self.backups, self.config.max_backup_count)
+        drop_rewound(self.checkpoints)
+        needed = (pointer(self.checkpoints, "best"), self._owed_best, self.backups.copying)
+        _, busy = retain(self.checkpoints, self.config.keep_checkpoints, self.verified, [name for name in needed if name])
+        notes.extend(f"{name} is being read and stays for now" for name in busy)
 
     # ---- from the writer to the result ---------------------------------------------------------------------------------------
 
@@ -341,7 +350,12 @@ class Saver:
         """See `manager.CheckpointManager.mark_best`."""
         if self._job is not None and self._job.step == step:
             self.drain()
-        moved = self.comm.rank == 0 and step_name(step) in self.verified and self.point_best(step, None, always=True)
+        known = self.comm.rank == 0 and step_name(step) in self.verified
+        try:
+            moved = known and self.point_best(step, None, always=True)
+        except (OSError, CheckpointError) as problem:  # a pointer is a hint: no reason to stop training
+            moved = False
+            self.notes.append(f"best could not be moved to {step_name(step)}: {why(problem)}; the next commit tries again")
         return bool(self.comm.all_gather(moved)[0])
 
     def metric(self, metrics: dict[str, Any]) -> float | None:
@@ -354,8 +368,9 @@ class Saver:
         better = value is not None and (self.best_value is None or value < self.best_value)
         if not (always or better):
             return False
+        self.best_value, self._owed_best = value, step_name(step)
         set_pointer(self.checkpoints, "best", step_name(step))
-        self.best_value = value
+        self._owed_best = None
         return True
 
     def _manifest(self, payload: Payload, config: dict[str, Any] | None) -> dict[str, Any]:

@@ -226,9 +226,9 @@ def _check_files(
     """Sizes of all files first (cheap, finds truncation at once), then digests."""
     for entry in report.files:
         try:
-            with opened(folder, entry.path) as (_, size):
-                if size != entry.size:
-                    report.problems.append(Problem(entry.path, f"has {size} bytes, {entry.size} were written"))
+            size = _size_of(folder, entry.path)
+            if size != entry.size:
+                report.problems.append(Problem(entry.path, f"has {size} bytes, {entry.size} were written"))
         except OSError as error:
             report.problems.append(_damage(entry.path, error))
         except CheckpointError as error:
@@ -245,13 +245,29 @@ def _check_files(
             progress(done, total)
 
     for entry in report.files:
-        if entry.path in bad or not select(entry.path):
+        if entry.path in bad or entry.path == LEASE or not select(entry.path):
             continue
         problem = _check_digests(folder, entry, report.manifest["chunk_bytes"], read)
         if problem:
             report.problems.append(problem)
             if not every:
                 return
+
+
+def _size_of(folder: int, relpath: str) -> int:
+    """Size in bytes of a regular file below the folder.
+
+    Raises:
+        CheckpointError: something else lies in its place.
+    """
+    if relpath != LEASE:
+        with opened(folder, relpath) as (_, size):
+            return size
+    # never opened here: closing any descriptor of it would drop the lease that this process holds
+    info = os.stat(LEASE, dir_fd=folder, follow_symlinks=False)
+    if not stat.S_ISREG(info.st_mode):
+        raise CheckpointError(f"{LEASE} is no regular file")
+    return info.st_size
 
 
 @contextmanager

@@ -32,6 +32,8 @@ class Saves:
         """Record the saves that have ended; with `wait` all of them."""
         if self.manager is not None:
             self._report(self.manager.wait() if wait else self.manager.poll())
+            for note in self.manager.take_notes():
+                self.emit(rec.Alert(severity="warning", code="checkpoint_note", message=note))
 
     def mark_best(self, step: int) -> None:
         """The checkpoint of this step is the best so far."""

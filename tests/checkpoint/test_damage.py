@@ -19,6 +19,7 @@ from lumina_engine.checkpoint import payload as payload_module
 from lumina_engine.checkpoint import verify as verify_module
 from lumina_engine.checkpoint.commit import CheckpointError, newest_valid, verify
 from lumina_engine.checkpoint.header import parse_header
+from lumina_engine.checkpoint.manager import load_model
 from lumina_engine.checkpoint.tensors import read_tensors
 from tests.checkpoint.helpers import manager, names_in, payload, same, saved
 
@@ -195,13 +196,11 @@ def test_ck11_only_what_was_never_committed_is_a_fresh_start(tmp_path: Path) -> 
     assert manager(tmp_path / "nothing").recover() is None
 
 
-def test_ck11_fresh_moves_everything_to_backups(tmp_path: Path) -> None:
-    made = saved(tmp_path, 1)
-    where = made.set_aside()
-    assert where is not None and where.parent == tmp_path / "backups"
-    assert verify(where / "step-000001").ok
-    assert made.recover() is None and made.set_aside() is None
-    assert saved(tmp_path, 1).recover() == tmp_path / "checkpoints" / "step-000001"
+def test_ck11_the_way_out_that_the_refusal_names_is_what_fresh_does(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    flip(tmp_path / "checkpoints" / "step-000001" / "state" / "trainer.json", 80)
+    with pytest.raises(CheckpointError, match=r"--fresh \(moves the whole run aside\)"):
+        manager(tmp_path).recover()
 
 
 @pytest.mark.parametrize(
@@ -284,6 +283,22 @@ def test_se11_a_replaced_checkpoint_is_refused_although_its_digests_agree(tmp_pa
     assert verify(checkpoint).ok
     with pytest.raises(CheckpointError, match="replaced after this run committed it"):
         made.load(checkpoint)
+
+
+def test_se11_naming_another_run_in_the_replaced_manifest_does_not_help(tmp_path: Path) -> None:
+    made = saved(tmp_path / "run", 1)
+    saved(tmp_path / "other", 1)  # of this user, so its digest is in the ledger
+    path = tmp_path / "run" / "checkpoints" / "step-000001"
+    for manifest in ({"run": "somebody else", "tokens": 1}, {"run": str(tmp_path / "other"), "tokens": 2}):
+        rewrite_manifest(path, **manifest)
+        with pytest.raises(CheckpointError, match="replaced after this run committed it"):
+            made.load(path)
+        with pytest.raises(CheckpointError, match="replaced after this run committed it"):
+            load_model(path)
+    path.rename(path.with_name("aside"))
+    (tmp_path / "other" / "checkpoints" / "step-000001").rename(path)  # genuine, but not of this run
+    with pytest.raises(CheckpointError, match="replaced after this run committed it"):
+        made.load(path)
 
 
 def test_s2_a_checkpoint_of_another_machine_loads_with_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

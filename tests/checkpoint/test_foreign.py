@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -141,6 +142,20 @@ def truncated(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-8])
 
 
+def endless_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("/dev/zero")
+
+
+def fifo_index(folder: Path) -> None:
+    os.mkfifo(folder / "model.safetensors.index.json")
+
+
+def long_config(folder: Path) -> None:
+    with (folder / "config.json").open("a") as stream:
+        stream.write(" " * (16 << 20))
+
+
 def outside_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../model.safetensors"}}))
 
@@ -161,6 +176,9 @@ def outside_index(folder: Path) -> None:
         (pickle_only, "pytorch_model.bin is a pickle, which is never opened here"),
         (truncated, "model.safetensors"),
         (outside_index, "names no files beside it"),
+        (endless_config, "is no regular file"),
+        (fifo_index, "is no regular file"),
+        (long_config, "at most 16777216 are read"),
     ],
 )
 def test_c143_a_folder_that_does_not_fit_makes_no_run(exported, runs, capsys, spoil, words):

@@ -150,3 +150,37 @@ def test_c079_a_plain_script_saves_what_chat_can_load(tmp_path: Path) -> None:
     ids = torch.arange(30)[None]
     with torch.no_grad():
         assert torch.equal(loaded(ids), model(ids))
+
+
+def test_ck15_a_chat_that_is_loading_holds_retention_off(tmp_path: Path) -> None:
+    """The load of chat, in a process of its own, stopped in the middle of the digests; the trainer's retention comes by."""
+    path = commit(tmp_path, payload_of(model_of()))
+    inside, tell_inside = os.pipe()
+    wait_here, go_on = os.pipe()
+    child = os.fork()
+    if child == 0:
+        stopped = False
+
+        def progress(done: int, total: int) -> None:
+            nonlocal stopped
+            if not stopped:
+                stopped = True
+                os.write(tell_inside, b"x")
+                os.read(wait_here, 1)
+
+        try:
+            model, _, facts = load_model(path, progress=progress)
+            os._exit(0 if facts["step"] == 12 and len(list(model.parameters())) else 3)
+        except BaseException:
+            os._exit(1)
+    assert os.read(inside, 1) == b"x"
+    made = CheckpointManager(Config(keep_checkpoints=2), tmp_path)
+    made.recover()
+    for step in (13, 14, 15):
+        (result,) = made.save(payload_of(model_of(), step=step))
+        assert result.failed is None
+    assert result.notes == ("step-000012 is being read and stays for now",) and path.is_dir()
+    os.write(go_on, b"x")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    made.save(payload_of(model_of(), step=16))
+    assert not path.exists()

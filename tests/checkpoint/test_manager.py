@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -15,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lumina_engine.checkpoint import saving
+from lumina_engine.checkpoint import backup, keep, saving
 from lumina_engine.checkpoint.commit import CheckpointError, list_steps, pointer, verify
 from lumina_engine.checkpoint.manager import (
     CheckpointManager,
@@ -300,14 +301,98 @@ def test_c083_restarts_do_not_put_the_first_backup_off(tmp_path: Path) -> None:
     assert list_steps(tmp_path / "backups") == ["step-000002"]
 
 
-def test_c083_a_backup_that_fails_costs_nothing_but_a_note(tmp_path: Path) -> None:
+def test_c083_a_backup_that_fails_costs_nothing_but_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "elsewhere").write_text("a file")
     config = settings(backup_every_n_hours=1e-9, backup_path=str(tmp_path / "elsewhere"))
     (result,) = CheckpointManager(config, tmp_path / "run").save(payload(1))
     assert result.failed is None and result.verified and "after the commit: " in result.notes[0]
     config.backup_path = str(tmp_path / "disk")
-    (result,) = CheckpointManager(config, tmp_path / "run").save(payload(2))
-    assert result.notes == () and list_steps(tmp_path / "disk" / "run") == ["step-000002"]
+    made = CheckpointManager(config, tmp_path / "run")
+    (result,) = made.save(payload(2))
+    assert result.notes == () and list_steps(made.backups) == ["step-000002"] and made.backups.parent == tmp_path / "disk"
+    monkeypatch.setattr(backup, "_copy_file", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    made.save(payload(3), blocking=False)
+    made.close()
+    (note,) = made.take_notes()
+    assert note.startswith("step-000003 was not backed up: ") and made.take_notes() == []
+
+
+def test_c083_runs_of_one_name_keep_their_own_backups(tmp_path: Path) -> None:
+    """Also after --fresh: the old run's higher step must not push out the backup just made."""
+    disk, made = tmp_path / "disk", []
+    for root, step in (("a", 900), ("b", 5)):
+        config = settings(backup_every_n_hours=1e-9, backup_path=str(disk), max_backup_count=1)
+        made.append(CheckpointManager(config, tmp_path / root / "same"))
+        (result,) = made[-1].save(payload(step))
+        assert result.notes == ()
+    assert [list_steps(one.backups) for one in made] == [["step-000900"], ["step-000005"]]
+
+
+def test_c083_backups_of_an_abandoned_branch_give_way(tmp_path: Path) -> None:
+    now = 1e9
+    config = settings(backup_every_n_hours=1.0, max_backup_count=2)
+    made = CheckpointManager(config, tmp_path, clock=lambda: now)
+    folder = tmp_path / "backups"
+    for step in (1, 2, 3):
+        now += 3601
+        made.save(payload(step))
+    made.rewind(1)
+    for step in (2, 3):
+        now += 3601
+        (result,) = made.save(payload(step, tokens=7))
+        assert result.notes == () and result.failed is None
+        # the newest is of this branch, and the second newest is the last one before it
+        assert made.load(folder / f"step-{step:06d}").tokens == 7
+    assert list_steps(folder) == ["step-000003", "step-000002"] and made.load(folder / "step-000002").tokens == 7
+    assert names_in(folder) == ["step-000002", "step-000003"]
+
+
+def test_c083_a_backup_on_a_slow_disk_holds_no_save_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copying, go_on = threading.Event(), threading.Event()
+    real = backup._copy_file
+
+    def slow(*arguments: Any) -> Any:
+        copying.set()
+        assert go_on.wait(60)
+        return real(*arguments)
+
+    monkeypatch.setattr(backup, "_copy_file", slow)
+    made = manager(tmp_path, backup_every_n_hours=1e-9, max_backup_count=5)
+    made.save(payload(1), blocking=False)
+    assert copying.wait(60)
+    for step in (2, 3, 4):  # none of these waits, and retention leaves what is being copied
+        made.save(payload(step), blocking=False)
+        assert [result.failed for result in made.wait()] == [None]
+    assert list_steps(tmp_path / "checkpoints") == ["step-000004", "step-000003", "step-000001"]
+    go_on.set()
+    made.close()
+    assert list_steps(tmp_path / "backups") == ["step-000001"] and made.take_notes() == []
+    made.save(payload(5), blocking=False)
+    made.close()
+    assert list_steps(tmp_path / "backups") == ["step-000005", "step-000001"]
+    assert list_steps(tmp_path / "checkpoints") == ["step-000005", "step-000004"]
+
+
+def test_c083_damaged_backups_do_not_count(tmp_path: Path) -> None:
+    made = manager(tmp_path, backup_every_n_hours=1e-9, max_backup_count=2)
+    for step in (1, 2):
+        made.save(payload(step))
+    os.truncate(tmp_path / "backups" / "step-000002" / "model" / "model.safetensors", 9)
+    again = manager(tmp_path, backup_every_n_hours=1e-9, max_backup_count=2)
+    again.recover()
+    again.save(payload(3))
+    assert names_in(tmp_path / "backups") == ["step-000001", "step-000002.corrupt", "step-000003"]
+
+
+def test_c084_damaged_emergency_saves_do_not_count(tmp_path: Path) -> None:
+    made = manager(tmp_path)
+    for step in (1, 2):
+        made.emergency(payload(step))
+    os.truncate(tmp_path / "emergency" / "step-000002" / "model" / "model.safetensors", 9)
+    made.emergency(payload(3))
+    assert list_steps(tmp_path / "emergency") == ["step-000003", "step-000002", "step-000001"]
+    made.emergency(payload(4))
+    assert list_steps(tmp_path / "emergency") == ["step-000004", "step-000003"]
 
 
 def test_best_follows_the_loss_and_survives_a_restart(tmp_path: Path) -> None:
@@ -624,3 +709,43 @@ def test_r32_what_is_missing_is_named_with_what_is_there(
 def test_r32_no_run_at_all(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no run with a checkpoint"):
         resolve_checkpoint(None, tmp_path)
+
+
+def test_ck06_best_that_cannot_be_written_stops_nothing_and_comes_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pointer is a hint: a disk that is full at an evaluation costs a note, and retention keeps what `best` should name."""
+    made = saved(tmp_path, 1)
+    real, full = keep.set_pointer, True
+
+    def set_pointer(folder: Path, name: str, target: str) -> None:
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / name))
+        real(folder, name, target)
+
+    monkeypatch.setattr(saving, "set_pointer", set_pointer)
+    assert not made.mark_best(1)
+    assert "No space left" in made.take_notes()[0] and made.take_notes() == []
+    for step in (2, 3, 4):
+        (result,) = made.save(payload(step))
+        assert result.failed is None and "No space left" in result.notes[0]
+    folder = tmp_path / "checkpoints"
+    assert list_steps(folder) == ["step-000004", "step-000003", "step-000001"] and pointer(folder, "best") is None
+    full = False
+    (result,) = made.save(payload(5))
+    assert result.notes == () and pointer(folder, "best") == "step-000001" and pointer(folder, "latest") == "step-000005"
+
+
+def test_ck12_a_dangling_best_on_a_full_disk_does_not_keep_the_run_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved(tmp_path, 1, 2)
+    (tmp_path / "checkpoints" / "best").write_text("step-000009\n")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for name in ("set_pointer", "drop_pointer"):
+        monkeypatch.setattr(f"lumina_engine.checkpoint.manager.{name}", full)
+    made = manager(tmp_path)
+    assert made.recover() == tmp_path / "checkpoints" / "step-000002" and "could not be mended" in made.notes[0]
