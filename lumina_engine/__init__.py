@@ -20,6 +20,8 @@ _PUBLIC = {
     "ConversationDataset": "lumina_engine.data.batch",
     "convert_to_conversation_format": "lumina_engine.data.formats",
     "process_oasst_data": "lumina_engine.data.formats",
+    "validate_data_comprehensive": "lumina_engine.data.report",
+    "create_data_summary_report": "lumina_engine.data.report",
     "DeepSeekTransformer": "lumina_engine.model.transformer",
     "EnhancedConversationTrainer": "lumina_engine.training.trainer",
     "CheckpointManager": "lumina_engine.checkpoint.manager",

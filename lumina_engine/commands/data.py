@@ -1,4 +1,4 @@
-"""`lumina-engine data`: convert, validate, preview, prepare, sample."""
+"""`lumina-engine data`: convert, validate, report, preview, prepare, sample."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from . import data_report
 from .common import UserError, add_config_arguments, add_json, load_config, print_json, safe, table
+from .data_parts import Meter, add_format, add_progress, at_least, words
 
 if TYPE_CHECKING:
     from ..data.check import Check, Sofar
@@ -32,20 +34,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert = add("convert", "any known layout to conversation JSON Lines")
     convert.add_argument("inputs", nargs="+", metavar="IN", help="files, folders or globs")
     convert.add_argument("out", metavar="OUT", help="the file to write")
-    _add_format(convert)
+    add_format(convert)
     convert.add_argument("--strict", action="store_true", help="a record that would be dropped or cut is an error")
     convert.add_argument("--rejects", metavar="FILE", help="a line for each dropped record (default OUT.rejects.jsonl)")
     _add_tree_options(convert.add_argument_group("message trees (oasst)"))
-    _add_json(convert)
+    add_progress(convert)
 
     validate = add("validate", "check files; lists every problem with file and line (exit code 1 if there is one)")
     validate.add_argument("paths", nargs="*", metavar="PATH", help="files, folders or globs (default: the built-in corpus)")
-    _add_format(validate)
+    add_format(validate)
     validate.add_argument("--tokenizer", metavar="NAME", help="count tokens with this tokenizer too")
     validate.add_argument("--sample", type=int, default=0, metavar="N", help="tokenise N conversations, 0 = all (default)")
     validate.add_argument("--seq-length", type=int, metavar="S", help="count what rows of S tokens would cut off")
     validate.add_argument("--against", action="append", metavar="EVAL", help="evaluation data to look for the same ones in")
-    _add_json(validate)
+    add_progress(validate)
+
+    data_report.add_arguments(add("report", data_report.HELP))
 
     preview = add("preview", "rows as training sees them: trained, context and padding tokens marked")
     preview.add_argument("path", nargs="?", metavar="PATH", help="file, folder or glob (default: the configured data)")
@@ -54,11 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     preview.add_argument("--rows", type=int, default=2, metavar="N", help="rows to show (default 2)")
     preview.add_argument("--first", type=int, default=0, metavar="N", help="begin with row N (default 0)")
     preview.add_argument("--sample", type=int, default=500, metavar="N", help="conversations to pack, 0 = all (default 500)")
-    _add_json(preview)
+    add_progress(preview)
 
     prepare = add("prepare", "tokenise the configured data into the token store now")
     add_config_arguments(prepare)
-    _add_json(prepare)
+    add_progress(prepare)
 
     sample = add("sample", "write the built-in corpus")
     sample.add_argument("out", nargs="?", metavar="OUT", help="file to write (default: standard output)")
@@ -82,8 +86,8 @@ def _tree_options(args: argparse.Namespace) -> OasstOptions:
     from ..data.conversation import nearest
     from ..data.oasst import READY, TREE_STATES, OasstOptions
 
-    _at_least(args, max_rank=0)
-    states = tuple(_words(args.tree_states)) or (READY,)
+    at_least(args, max_rank=0)
+    states = tuple(words(args.tree_states)) or (READY,)
     for state in states:
         if state not in TREE_STATES:
             like = nearest(state, TREE_STATES)
@@ -92,7 +96,7 @@ def _tree_options(args: argparse.Namespace) -> OasstOptions:
             )
     return OasstOptions(
         paths=args.paths,
-        languages=tuple(word.lower() for word in _words(args.languages)),
+        languages=tuple(word.lower() for word in words(args.languages)),
         max_rank=args.max_rank,
         deleted=args.deleted,
         rejected=args.rejected,
@@ -102,26 +106,11 @@ def _tree_options(args: argparse.Namespace) -> OasstOptions:
     )
 
 
-def _words(text: str | None) -> list[str]:
-    """The words of a list separated by commas."""
-    return [word for word in (part.strip() for part in (text or "").split(",")) if word]
-
-
-def _add_json(parser: argparse.ArgumentParser) -> None:
-    add_json(parser)
-    parser.add_argument("--progress", choices=("json",), help="figures so far as JSON lines on standard error, 5 a second")
-
-
-def _add_format(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--format", metavar="NAME", default="auto", help="auto (by content), messages, oasst, alpaca, sharegpt or text"
-    )
-
-
 def run(args: argparse.Namespace) -> int:
     actions: dict[str, Callable[[argparse.Namespace], int]] = {
         "convert": _convert,
         "validate": _validate,
+        "report": data_report.run,
         "preview": _preview,
         "prepare": _prepare,
         "sample": _sample,
@@ -140,7 +129,7 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 def _convert(args: argparse.Namespace) -> int:
     from ..data.formats import convert
 
-    meter = _Meter("conversations read", args.progress)
+    meter = Meter("conversations read", args.progress)
     options = _tree_options(args)
     result = convert(
         args.inputs, args.out, args.format, strict=args.strict, oasst=options, rejects=args.rejects, progress=meter.show
@@ -164,13 +153,13 @@ def _convert(args: argparse.Namespace) -> int:
 def _validate(args: argparse.Namespace) -> int:
     from ..data.check import check_files
 
-    _at_least(args, sample=0, seq_length=1)
+    at_least(args, sample=0, seq_length=1)
     tokenizer = None
     if args.tokenizer:
         from ..data.tokenizer import ConversationTokenizer
 
         tokenizer = ConversationTokenizer(args.tokenizer)
-    meter = _Meter("conversations checked", args.progress)
+    meter = Meter("conversations checked", args.progress)
 
     def told(sofar: Sofar) -> None:
         meter.show(sofar.conversations, sofar.tokens, problems=sofar.problems, bytes=sofar.bytes, total_bytes=sofar.total_bytes)
@@ -223,21 +212,13 @@ def _print_check(check: Check) -> None:
     print("no problems" if not total else f"{total:,} problem{'s' if total > 1 else ''}")
 
 
-def _at_least(args: argparse.Namespace, **least: int) -> None:
-    """Refuse options below their least value."""
-    for name, value in least.items():
-        given = getattr(args, name)
-        if given is not None and given < value:
-            raise UserError(f"--{name.replace('_', '-')} {given}: give at least {value}")
-
-
 def _preview(args: argparse.Namespace) -> int:
     if args.path is not None and "=" in args.path:  # a key=value where the optional path could stand
         args.overrides.insert(0, args.path)
         args.path = None
     if args.tokenizer:
         args.overrides.append(f"tokenizer={args.tokenizer}")
-    _at_least(args, rows=1, first=0, sample=0)
+    at_least(args, rows=1, first=0, sample=0)
     config = load_config(args, default_preset="debug").config
     from ..data.inspection import preview
     from ..data.rows import RowOptions
@@ -246,7 +227,7 @@ def _preview(args: argparse.Namespace) -> int:
     label, documents = _documents(args.path if args.path is not None else config.train_data_path, config.data_format)
     tokenizer = ConversationTokenizer(config.tokenizer)
     options = RowOptions.from_config(config)
-    meter = _Meter("conversations tokenised", args.progress)
+    meter = Meter("conversations tokenised", args.progress)
     seen = preview(documents, tokenizer, options, args.rows, args.sample, first=args.first, progress=meter.show)
     meter.end()
     if args.json:
@@ -311,7 +292,7 @@ def _prepare(args: argparse.Namespace) -> int:
     from ..data.tokenizer import ConversationTokenizer
 
     tokenizer = ConversationTokenizer(config.tokenizer)
-    meter = _Meter("conversations tokenised", args.progress)
+    meter = Meter("conversations tokenised", args.progress)
     started = time.monotonic()
     data = open_data(config, tokenizer, progress=meter.show)
     seconds = time.monotonic() - started
@@ -360,30 +341,3 @@ def _sample(args: argparse.Namespace) -> int:
     else:
         print(safe(f"{written:,} conversations ({args.split}) written to {args.out}"))
     return 0
-
-
-class _Meter:
-    """What was done so far, at most five times a second on standard error: a line for a person where that is a terminal, or
-    with `form` "json" one JSON object a line: `progress` (what is counted), `conversations`, `tokens`, and further figures."""
-
-    def __init__(self, what: str, form: str | None) -> None:
-        self.what, self.form = what, form
-        self.shown = 0.0
-        self.live = sys.stderr.isatty()
-
-    def show(self, count: int, tokens: int | None = None, **more: int) -> None:
-        """Show `count` (and tokens) unless something was shown less than 0.2 s ago."""
-        if not (self.live or self.form) or time.monotonic() - self.shown < 0.2:
-            return
-        self.shown = time.monotonic()
-        if self.form == "json":
-            line = {"progress": self.what, "conversations": count, "tokens": tokens, **more}
-            print(json.dumps(line), file=sys.stderr, flush=True)
-            return
-        extra = f", {tokens / 1e6:.1f}M tokens" if tokens is not None else ""
-        print(f"\r{count:,} {self.what}{extra}\x1b[K", end="", file=sys.stderr, flush=True)
-
-    def end(self) -> None:
-        """Clear the line for a person."""
-        if self.live and self.shown and self.form is None:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -20,6 +20,8 @@ from .conversation import Conversation, DataError, Document, TextDocument
 from .cut import Template, cut_conversation
 from .files import Paths, expand
 from .formats import FORMATS, check_format, detect_format, read_conversations, read_located
+from .quality import Quality, Where
+from .rows import rows_needed
 from .store_writer import template_of
 from .tally import Tally
 
@@ -30,6 +32,8 @@ _REPORT_EVERY = 256  # conversations between two calls of a progress callback
 _SMALLEST_EDGE = 16  # tokens; the first bar of the histogram ends here
 
 BUILT_IN = "built-in corpus"
+
+Judged = Callable[[Document, list[str]], None]
 
 
 @dataclass(frozen=True)
@@ -96,13 +100,13 @@ class Lengths:
         self.trained = 0
         self._tokenizer = tokenizer
         self._template = Template(template_of(tokenizer)) if seq_length else None
-        self._lengths = array("Q")
+        self._lengths, self._in_rows = array("Q"), array("Q")
         self.tokens = 0
         self._cut, self._lost = 0, 0
         self._how: Counter[str] = Counter()
 
-    def add(self, document: Document) -> None:
-        """Tokenise one conversation."""
+    def add(self, document: Document) -> int:
+        """Tokenise one conversation; its tokens."""
         if isinstance(document, TextDocument):
             length = trained = len(self._tokenizer.encode(document.text)) + 1  # and the end of the text
         else:
@@ -116,6 +120,12 @@ class Lengths:
         self._lengths.append(length)
         self.tokens += length
         self.trained += trained
+        if isinstance(document, TextDocument) and self.seq_length:
+            pieces, rest = divmod(length, self.seq_length)
+            self._in_rows.extend([self.seq_length] * pieces + [rest] * bool(rest))
+        else:
+            self._in_rows.append(min(length, self.seq_length or length))
+        return length
 
     def __len__(self) -> int:
         return len(self._lengths)
@@ -124,6 +134,15 @@ class Lengths:
     def cut(self) -> Cut | None:
         """What is cut off; None without a row length."""
         return None if self.seq_length is None else Cut(self.seq_length, self._cut, self._lost, dict(self._how))
+
+    @property
+    def rows(self) -> dict[str, Any] | None:
+        """Rows that training makes of these conversations by packing "fit", and their padding; None without a row length."""
+        if self.seq_length is None:
+            return None
+        lengths = np.frombuffer(self._in_rows, dtype=np.uint64).astype(np.int64)
+        rows = rows_needed(lengths, self.seq_length)
+        return {"rows": rows, "padding_share": 1 - int(lengths.sum()) / (rows * self.seq_length)}
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: shortest, longest, median, 95th percentile, and a histogram.
@@ -171,6 +190,7 @@ class Check:
     lengths: Lengths | None = None
     duplicates: Repeats = field(default_factory=lambda: Repeats(0, []))
     overlap: Repeats | None = None  # None: compared with nothing
+    quality: Quality | None = None
 
     def add(self, problem: DataError) -> None:
         """Count a problem, keep its text if there is room."""
@@ -199,6 +219,7 @@ class Check:
             **self._token_figures(),
             "duplicates": self.duplicates.to_dict(),
             "overlap": None if self.overlap is None else self.overlap.to_dict(),
+            **self._quality(),
             "problem_counts": dict(self.counts),
             "problems": [
                 {
@@ -212,6 +233,14 @@ class Check:
                 for p in self.problems
             ],
         }
+
+    def _quality(self) -> dict[str, Any]:
+        """A sample is judged as if it held its share of the problems."""
+        if self.quality is None:
+            return {}
+        judged = self.quality.conversations / self.conversations if self.conversations else 0.0
+        found = self.quality.to_dict(round(self.counts.total() * judged))
+        return {"quality_score": found["score"], "quality": found}
 
     def _token_figures(self) -> dict[str, Any]:
         lengths = self.lengths
@@ -228,6 +257,7 @@ class Check:
             "longest": histogram["longest"],
             "lengths": histogram,
             "cut": None if lengths.cut is None else lengths.cut.to_dict(),
+            "packing": lengths.rows,
         }
 
 
@@ -239,6 +269,8 @@ def check_files(
     sample: int = 0,
     seq_length: int | None = None,
     against: Paths | None = None,
+    quality: Quality | None = None,
+    judged: Judged | None = None,
     progress: Callable[[Sofar], None] | None = None,
 ) -> Check:
     """Read every record and collect all problems with file and line, those that `convert` would drop or cut included.
@@ -249,13 +281,15 @@ def check_files(
         seq_length: also count what rows of this length would cut off.
         against: evaluation data; conversations that stand in both are counted. For the built-in corpus its own held-out
             questions, if nothing is given.
+        quality: judges the conversations that are tokenised; needs a tokenizer.
+        judged: told each judged conversation and the rules that it breaks.
         progress: told how far it is, often; throttling is the callee's part.
 
     Raises:
         DataError: only for paths that name nothing and for an unknown format.
     """
     check_format(format)
-    work = _Work(tokenizer, sample, seq_length, progress)
+    work = _Work(tokenizer, sample, seq_length, progress, quality, judged)
     if paths is None:
         work.built_in()
     else:
@@ -268,10 +302,18 @@ def check_files(
 class _Work:
     """A check in progress."""
 
-    def __init__(self, tokenizer: Any, sample: int, seq_length: int | None, progress: Callable[[Sofar], None] | None) -> None:
-        self.check = Check(lengths=None if tokenizer is None else Lengths(tokenizer, seq_length))
-        self._sample, self._progress = sample, progress
-        self._kept: list[Document] = []  # an even sample of what was read (Vitter 1985, algorithm R)
+    def __init__(
+        self,
+        tokenizer: Any,
+        sample: int,
+        seq_length: int | None,
+        progress: Callable[[Sofar], None] | None,
+        quality: Quality | None = None,
+        judged: Judged | None = None,
+    ) -> None:
+        self.check = Check(lengths=None if tokenizer is None else Lengths(tokenizer, seq_length), quality=quality)
+        self._sample, self._progress, self._judged = sample, progress, judged
+        self._kept: list[tuple[Document, Where]] = []  # an even sample of what was read (Vitter 1985, algorithm R)
         self._random = random.Random(0)
         self._digests, self._places = array("Q"), array("Q")
         self._before, self._total = 0, 0
@@ -315,21 +357,30 @@ class _Work:
         self._digests.append(int.from_bytes(document.digest()[:8], "big"))
         self._places.append((len(check.files) - 1) << _LINE_BITS | line)
         if check.lengths is not None:
+            where = Where(check.files[-1]["path"], line)
             if not self._sample:
-                check.lengths.add(document)
+                self._measure(document, where)
             elif len(self._kept) < self._sample:
-                self._kept.append(document)
+                self._kept.append((document, where))
             elif (slot := self._random.randrange(number + 1)) < self._sample:
-                self._kept[slot] = document
+                self._kept[slot] = (document, where)
         if self._progress is not None and number % _REPORT_EVERY == 0:
             tokens = check.lengths.tokens if check.lengths is not None and not self._sample else None
             self._progress(Sofar(check.conversations, check.counts.total(), tokens, self._before + offset, self._total))
 
+    def _measure(self, document: Document, where: Where) -> None:
+        assert self.check.lengths is not None
+        tokens = self.check.lengths.add(document)
+        if self.check.quality is not None:
+            broken = self.check.quality.judge(document, tokens, where)
+            if self._judged is not None:
+                self._judged(document, broken)
+
     def finish(self, others: np.ndarray | None) -> Check:
         check = self.check
         if check.lengths is not None:
-            for document in self._kept:
-                check.lengths.add(document)
+            for document, where in sorted(self._kept, key=lambda kept: (kept[1].path, kept[1].line)):
+                self._measure(document, where)
         digests = np.frombuffer(self._digests, dtype=np.uint64) if self._digests else np.empty(0, np.uint64)
         check.duplicates = self._duplicates(digests)
         if others is not None:

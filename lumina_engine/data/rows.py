@@ -194,6 +194,11 @@ def _at_start(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
     return values[np.flatnonzero(starts)][np.cumsum(starts) - 1]
 
 
+def rows_needed(lengths: np.ndarray, size: int) -> int:
+    """Rows of `size` tokens that packing "fit" makes of documents of these lengths, each of at most `size`."""
+    return len(_pack(lengths, np.arange(len(lengths)), size)[1]) - 1
+
+
 def _pack(lengths: np.ndarray, order: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Best fit by falling length within windows of `order`: (samples row by row, first index of each row + the end)."""
     members: list[np.ndarray] = []

@@ -5,7 +5,6 @@ All text is escaped in one place (`tag`); only `Markup` made there passes as it 
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import time
@@ -14,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..text import safe_text
 from .curves import SMOOTHING, SPLIT, History
+from .html import Markup, document, table, tag
 from .plot import LABELS, curve, own_ids, svg
 from .svg import Series, line_svg
 
@@ -25,62 +24,11 @@ _LEVELS = (0.25, 0.75, 1.25, 2.0)  # of the fair load: the five levels of the ex
 _SIGNS = " .:+#"
 _MOST_FIGURES = 16  # experts up to which the cells of the map hold figures
 _MOST_EXPERTS = 512  # columns of the map
-_STYLE = """
-:root{color-scheme:light dark;--bg:#fff;--fg:#1c1c1c;--dim:#666;--line:#d8d8d8;--box:#f6f6f6;--bad:#b3261e;--warn:#8a5a00;
---h0:#8ab4e8;--h1:#c6dcf4;--h2:#ececec;--h3:#f7cf9a;--h4:#ef9a3d}
-@media (prefers-color-scheme:dark){:root{--bg:#16181a;--fg:#dcdcdc;--dim:#9a9a9a;--line:#3a3d40;--box:#1f2225;--bad:#ff8a80;
---warn:#ffc46b;--h0:#24588f;--h1:#35516e;--h2:#3a3d40;--h3:#7a5523;--h4:#b8690a}
-svg{filter:invert(1) hue-rotate(180deg)}}
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:1040px;padding:24px;background:var(--bg);color:var(--fg);
-font:15px/1.45 ui-sans-serif,system-ui,sans-serif}
-h1{font-size:1.5em;margin:0 0 4px;overflow-wrap:anywhere}
-h2{font-size:1.1em;margin:32px 0 8px;border-bottom:1px solid var(--line)}
-p{margin:4px 0 12px}.dim{color:var(--dim)}.critical,.bad{color:var(--bad);font-weight:600}.warning{color:var(--warn)}
-.cards{display:grid;grid-template-columns:repeat(auto-fill,minmax(190px,1fr));gap:8px}
-.cards div{background:var(--box);border:1px solid var(--line);padding:8px 10px}.cards b{display:block;font-size:1.15em}
-.cards span{color:var(--dim);font-size:.85em}.box{background:var(--box);border:1px solid var(--line);padding:8px 14px}
-svg{display:block;width:100%;height:auto;margin:8px 0 16px}.wide{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-th,td{padding:2px 10px 2px 0;text-align:left;vertical-align:top;
-border-bottom:1px solid var(--line)}td:last-child{overflow-wrap:anywhere}
-th{color:var(--dim);font-weight:500}td.n,th.n{text-align:right;
-white-space:nowrap}td.t{white-space:nowrap}
-table.map td{padding:2px 4px;border:1px solid var(--bg);text-align:center;min-width:14px;font-size:.85em}
-.h0{background:var(--h0)}.h1{background:var(--h1)}.h2{background:var(--h2)}.h3{background:var(--h3)}.h4{background:var(--h4)}
-code{overflow-wrap:anywhere}
-@media print{body{max-width:none;padding:0}h2,svg,tr{break-inside:avoid}svg{filter:none}}
-"""
-
-
-class Markup(str):
-    """HTML that is finished."""
-
-
-def tag(name: str, /, *children: object, **attributes: object) -> Markup:
-    """An element. Children and attribute values are escaped unless they are `Markup`; an attribute of None is left out."""
-    written = "".join(f' {key.rstrip("_")}="{_text(value)}"' for key, value in attributes.items() if value is not None)
-    inner = "".join(child if isinstance(child, Markup) else _text(child) for child in children)
-    return Markup(f"<{name}{written}/>" if name in ("meta", "br") else f"<{name}{written}>{inner}</{name}>")
-
-
-def _text(value: object) -> str:
-    text = safe_text(str(value)).replace("\ufffe", "\ufffd").replace("\uffff", "\ufffd")
-    return html.escape(text, quote=True)
 
 
 def page(found: Mapping[str, Any], history: History) -> str:
     """The page of a report document and its history."""
     run = found["run"]
-    policy = "default-src 'none'; style-src 'unsafe-inline'"
-    head = tag(
-        "head",
-        tag("meta", charset="utf-8"),
-        Markup(f'<meta http-equiv="Content-Security-Policy" content="{policy}"/>'),
-        tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        tag("title", f"{run['name']}: report"),
-        tag("style", Markup(_STYLE)),
-    )
     parts = [
         tag("h1", run["name"]),
         _lead(found),
@@ -96,8 +44,7 @@ def page(found: Mapping[str, Any], history: History) -> str:
         _config(found["config"]),
         _environment(found),
     ]
-    body = tag("body", *[part for part in parts if part])
-    return "<!DOCTYPE html>\n" + tag("html", head, "\n", body, lang="en") + "\n"
+    return document(f"{run['name']}: report", parts)
 
 
 # parts
@@ -168,7 +115,7 @@ def _split(split: Mapping[str, Any] | None) -> Markup:
         for name, value in split["seconds"].items()
     ]
     title = tag("h2", f"Parts of a step (medians; the whole {_seconds(split['step_time'])})")
-    return Markup(title + _table(("part", "time", "share"), rows, right=(1, 2)))
+    return Markup(title + table(("part", "time", "share"), rows, right=(1, 2)))
 
 
 def _routing(routing: Mapping[str, Any] | None) -> Markup:
@@ -184,7 +131,7 @@ def _routing(routing: Mapping[str, Any] | None) -> Markup:
         tag("h2", f"Experts at step {routing['step']:,}")
         + tag("p", legend, class_="dim")
         + tag("div", _map(routing["layers"]), class_="wide")
-        + tag("div", _table(columns, rows, right=range(len(columns))), class_="wide")
+        + tag("div", table(columns, rows, right=range(len(columns))), class_="wide")
     )
 
 
@@ -246,12 +193,12 @@ def _checkpoints(saved: Mapping[str, Any]) -> Markup:
     ]
     words = ", ".join(saved["on_disk"]) or "none"
     pointers = "".join(f"; {name}: {saved[name]}" for name in ("best", "latest") if saved[name])
-    table = (
-        _table(("step", "time", "size", "took", "training stood still", "verified"), rows, right=(0, 2, 3, 4))
+    listed = (
+        table(("step", "time", "size", "took", "training stood still", "verified"), rows, right=(0, 2, 3, 4))
         if rows
         else Markup("")
     )
-    return Markup(tag("h2", "Checkpoints") + tag("p", f"on disk: {words}{pointers}") + table)
+    return Markup(tag("h2", "Checkpoints") + tag("p", f"on disk: {words}{pointers}") + listed)
 
 
 def _starts(starts: Sequence[Mapping[str, Any]]) -> Markup:
@@ -264,7 +211,7 @@ def _starts(starts: Sequence[Mapping[str, Any]]) -> Markup:
         rows.append(
             (str(start["number"]), _when(start["begun"]), _duration(start["ended"] - start["begun"]), steps, state or "-")
         )
-    return Markup(tag("h2", "Starts") + _table(("number", "begun", "lasted", "steps", "last state"), rows, right=(0,)))
+    return Markup(tag("h2", "Starts") + table(("number", "begun", "lasted", "steps", "last state"), rows, right=(0,)))
 
 
 def _sample_eval(graded: Mapping[str, Any] | None) -> Markup:
@@ -279,7 +226,7 @@ def _sample_eval(graded: Mapping[str, Any] | None) -> Markup:
     share = f"{100 * overall:.1f} %" if isinstance(overall, int | float) and math.isfinite(overall) else "-"
     return Markup(
         tag("h2", f"Questions of the built-in corpus: {share} correct")
-        + _table(("skill", "correct", "asked"), rows, right=(1, 2))
+        + table(("skill", "correct", "asked"), rows, right=(1, 2))
     )
 
 
@@ -291,7 +238,7 @@ def _config(config: Mapping[str, Any]) -> Markup:
         (d["key"], json.dumps(d["preset"], ensure_ascii=False), json.dumps(d["run"], ensure_ascii=False)) for d in differences
     ]
     title = tag("h2", f"Values in force that differ from preset {config['preset']}")
-    return Markup(title + (_table(("key", "preset", "run"), rows) if rows else tag("p", "none", class_="dim")))
+    return Markup(title + (table(("key", "preset", "run"), rows) if rows else tag("p", "none", class_="dim")))
 
 
 def _environment(found: Mapping[str, Any]) -> Markup:
@@ -308,21 +255,10 @@ def _environment(found: Mapping[str, Any]) -> Markup:
         rows.append(("host memory", f"{environment['cpu_count']} CPUs, {_bytes(environment.get('memory_total'))}"))
     if isinstance(environment["argv"], Sequence):
         rows.append(("process", " ".join(map(str, environment["argv"]))))
-    return Markup(tag("h2", "Environment") + _table(("", ""), rows))
+    return Markup(tag("h2", "Environment") + table(("", ""), rows))
 
 
 # pieces
-
-
-def _table(columns: Sequence[str], rows: Iterable[Sequence[object]], right: Iterable[int] = ()) -> Markup:
-    numbers = set(right)
-
-    def kind(index: int) -> str | None:
-        return "n" if index in numbers else None
-
-    head = [tag("tr", *[tag("th", name, class_=kind(i)) for i, name in enumerate(columns)])] if any(columns) else []
-    body = [tag("tr", *[tag("td", cell, class_=kind(i)) for i, cell in enumerate(row)]) for row in rows]
-    return tag("table", *head, *body)
 
 
 def _figure(value: float | None) -> str:

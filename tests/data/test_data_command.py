@@ -116,8 +116,8 @@ def test_c144_sample(run, tmp_path):
     assert run("validate", tmp_path / "e.jsonl")[0] == 0
 
 
-def test_only_real_actions_are_shown(run, capsys):
+def test_every_action_is_shown():
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     text = parser.format_help()
-    assert all(name in text for name in ("convert", "validate", "preview", "prepare", "sample")) and "report" not in text
+    assert all(name in text for name in ("convert", "validate", "report", "preview", "prepare", "sample"))

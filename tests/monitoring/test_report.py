@@ -22,8 +22,8 @@ from lumina_engine import cli
 from lumina_engine.config.presets import ConfigPresets
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.curves import SMOOTHING, Timeline, read_history, reduced, worst
+from lumina_engine.monitoring.html import Markup, tag
 from lumina_engine.monitoring.plot import POINTS, curve, stacked, svg, text
-from lumina_engine.monitoring.report_page import Markup, tag
 from lumina_engine.run.directory import RunDirectory
 from lumina_engine.run.process import boot_id, myself
 

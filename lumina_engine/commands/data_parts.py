@@ -1,0 +1,61 @@
+"""Options and the progress line that the `data` commands share."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+
+from .common import UserError, add_json
+
+
+def add_progress(parser: argparse.ArgumentParser) -> None:
+    add_json(parser)
+    parser.add_argument("--progress", choices=("json",), help="figures so far as JSON lines on standard error, 5 a second")
+
+
+def add_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--format", metavar="NAME", default="auto", help="auto (by content), messages, oasst, alpaca, sharegpt or text"
+    )
+
+
+def words(text: str | None) -> list[str]:
+    """The words of a list separated by commas."""
+    return [word for word in (part.strip() for part in (text or "").split(",")) if word]
+
+
+def at_least(args: argparse.Namespace, **least: int) -> None:
+    """Refuse options below their least value."""
+    for name, value in least.items():
+        given = getattr(args, name)
+        if given is not None and given < value:
+            raise UserError(f"--{name.replace('_', '-')} {given}: give at least {value}")
+
+
+class Meter:
+    """What was done so far, at most five times a second on standard error: a line for a person where that is a terminal, or
+    with `form` "json" one JSON object a line: `progress` (what is counted), `conversations`, `tokens`, and further figures."""
+
+    def __init__(self, what: str, form: str | None) -> None:
+        self.what, self.form = what, form
+        self.shown = 0.0
+        self.live = sys.stderr.isatty()
+
+    def show(self, count: int, tokens: int | None = None, **more: int) -> None:
+        """Show `count` (and tokens) unless something was shown less than 0.2 s ago."""
+        if not (self.live or self.form) or time.monotonic() - self.shown < 0.2:
+            return
+        self.shown = time.monotonic()
+        if self.form == "json":
+            line = {"progress": self.what, "conversations": count, "tokens": tokens, **more}
+            print(json.dumps(line), file=sys.stderr, flush=True)
+            return
+        extra = f", {tokens / 1e6:.1f}M tokens" if tokens is not None else ""
+        print(f"\r{count:,} {self.what}{extra}\x1b[K", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Clear the line for a person."""
+        if self.live and self.shown and self.form is None:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)

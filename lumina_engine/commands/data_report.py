@@ -1,0 +1,117 @@
+"""`lumina-engine data report`: what a data set is worth, as a page or as figures, and its conversations sorted by it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .common import UserError, print_json, safe, table
+from .data_parts import Meter, add_format, add_progress, at_least, words
+
+if TYPE_CHECKING:
+    from ..data.check import Judged, Sofar
+    from ..data.conversation import Document
+
+HELP = "lengths, repeats, overlap, quality by rule, flags: one HTML page or JSON file"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="files, folders or globs (default: the built-in corpus)")
+    parser.add_argument("--out", metavar="FILE", default="data-report.html", help=".html or .json (default data-report.html)")
+    add_format(parser)
+    parser.add_argument("--tokenizer", metavar="NAME", default="gpt-4", help="count tokens with this tokenizer (default gpt-4)")
+    parser.add_argument("--sample", type=int, metavar="N", help="judge N conversations, 0 = all (default 10000)")
+    parser.add_argument("--seq-length", type=int, metavar="S", help="row length for what is cut and padded (default 8192)")
+    parser.add_argument("--languages", metavar="LIST", help="wanted languages of the answers, such as en,de")
+    parser.add_argument("--against", action="append", metavar="EVAL", help="evaluation data to look for the same ones in")
+    parser.add_argument("--filter", nargs=2, metavar=("KEPT", "DROPPED"), help="write what passes and what fails (judges all)")
+    add_progress(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..data.report import SAMPLE, summary, write_report
+    from ..data.tokenizer import ConversationTokenizer
+
+    at_least(args, sample=0, seq_length=1)
+    if args.filter and args.sample:
+        raise UserError("--filter judges every conversation: leave --sample out")
+    sample = 0 if args.filter else SAMPLE if args.sample is None else args.sample
+    meter = Meter("conversations checked", args.progress)
+
+    def told(sofar: Sofar) -> None:
+        meter.show(sofar.conversations, sofar.tokens, problems=sofar.problems, bytes=sofar.bytes, total_bytes=sofar.total_bytes)
+
+    with _filtered(args.filter) as judged:
+        found = summary(
+            args.paths or None,
+            ConversationTokenizer(args.tokenizer),
+            format=args.format,
+            sample=sample,
+            seq_length=args.seq_length,
+            languages=[word.lower() for word in words(args.languages)],
+            against=args.against,
+            judged=judged,
+            progress=told,
+        )
+    meter.end()
+    out = write_report(found, args.out)
+    if args.json:
+        print_json(found)
+        return 0
+    _print_quality(found)
+    print(safe(f"report: {out}"))
+    return 0
+
+
+def _print_quality(found: dict[str, Any]) -> None:
+    quality = found["quality"]
+    score = "-" if quality["score"] is None else f"{100 * quality['score']:.1f} %"
+    bounds = "" if quality["score"] is None else f" (95 %: {100 * quality['low']:.1f} to {100 * quality['high']:.1f})"
+    print(f"quality {score}{bounds} of the tokens of {quality['conversations']:,} conversations judged")
+    rows = [
+        (name, f"{rule['conversations']:,}", safe(f"{rule['places'][0]['path']}:{rule['places'][0]['line']}"))
+        for kind in ("rules", "flags")
+        for name, rule in quality[kind].items()
+        if rule["conversations"]
+    ]
+    if rows:
+        print(table(rows, ("rule or flag", "conversations", "the first"), right=(1,)))
+    if found.get("packing"):
+        packing = found["packing"]
+        print(f"rows of {found['seq_length']:,}: {packing['rows']:,}, {100 * packing['padding_share']:.1f} % padding")
+    problems = sum(found["problem_counts"].values())
+    print(f"{problems:,} records with a problem" if problems else "no record with a problem")
+
+
+@contextmanager
+def _filtered(targets: list[str] | None) -> Iterator[Judged | None]:
+    """Where judged conversations go: two files that appear whole when all is judged, or nowhere."""
+    if targets is None:
+        yield None
+        return
+    places = [Path(target) for target in targets]
+    if places[0] == places[1]:
+        raise UserError("--filter: name two files")
+    stagings = [place.with_name(f".{place.name}.{os.getpid()}.tmp") for place in places]
+    try:
+        with stagings[0].open("w", encoding="utf-8") as kept, stagings[1].open("w", encoding="utf-8") as dropped:
+
+            def judged(document: Document, broken: list[str]) -> None:
+                record = document.to_record()
+                if broken:
+                    record["rules"] = broken
+                (dropped if broken else kept).write(json.dumps(record, ensure_ascii=False) + "\n")
+
+            yield judged
+        for staging, place in zip(stagings, places, strict=True):
+            staging.replace(place)
+    except OSError as error:
+        raise UserError(f"--filter: {error.filename or targets[0]}: {error.strerror or error}") from None
+    finally:
+        for staging in stagings:
+            staging.unlink(missing_ok=True)

@@ -1,0 +1,210 @@
+"""What a data set is worth, as one document: the figures of `check_files` with the quality rules, in JSON or as a page."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..monitoring.html import Markup, document, table, tag
+from .check import Judged, Sofar, check_files
+from .conversation import DataError
+from .files import Paths, expand
+from .formats import read_conversations
+from .quality import Quality, normal_digest
+
+FORMAT = 1
+SAMPLE = 10_000  # conversations that a report tokenises and judges unless told otherwise
+_BAR = 40  # characters of the longest bar
+_PLACES = 5  # of each rule on the page
+
+
+def validate_data_comprehensive(data_path: Paths, tokenizer: Any, sample_size: int = 1000) -> dict[str, Any]:
+    """Check a data set: every record is read, `sample_size` conversations are tokenised and judged (0 = all).
+
+    Returns a dictionary with, among others, `total_conversations` (of all files), `avg_tokens` (of the sample),
+    `quality_score` (share of the sample's tokens in conversations that break no rule), `duplicates`, `problems` and `quality`.
+    Raises `DataError` for paths that name nothing.
+    """
+    if sample_size < 0:
+        raise ValueError(f"sample_size is {sample_size}; give 0 for all, or how many")
+    limit = getattr(tokenizer, "max_context_length", None)
+    found = check_files(data_path, tokenizer=tokenizer, sample=sample_size, seq_length=limit, quality=Quality(limit))
+    return {"avg_tokens": None, **found.to_dict()}
+
+
+def create_data_summary_report(data_path: Paths, output_path: str | os.PathLike[str]) -> Path:
+    """Write the report of a data set to `output_path`, a page for .html, figures for .json; folders are made.
+
+    Counts tokens with the tokenizer of `ConversationTokenizer()`. Returns the path. Raises `DataError`.
+    """
+    from .tokenizer import ConversationTokenizer
+
+    return write_report(summary(data_path, ConversationTokenizer()), output_path)
+
+
+def summary(
+    paths: Paths | None,
+    tokenizer: Any,
+    *,
+    format: str = "auto",
+    sample: int = SAMPLE,
+    seq_length: int | None = None,
+    languages: Sequence[str] = (),
+    against: Paths | None = None,
+    judged: Judged | None = None,
+    progress: Callable[[Sofar], None] | None = None,
+) -> dict[str, Any]:
+    """The report as plain values; see `check_files` and `Quality` for what they mean. `paths` None: the built-in corpus."""
+    limit = seq_length if seq_length is not None else getattr(tokenizer, "max_context_length", None)
+    evaluation = frozenset(map(normal_digest, _readable(against))) if against is not None else frozenset()
+    found = check_files(
+        paths,
+        format,
+        tokenizer,
+        sample=sample,
+        seq_length=limit,
+        against=against,
+        quality=Quality(limit, languages, evaluation),
+        judged=judged,
+        progress=progress,
+    )
+    return {
+        "format": FORMAT,
+        "made": time.time(),
+        "tokenizer": getattr(tokenizer, "name", type(tokenizer).__name__),
+        "seq_length": limit,
+        **found.to_dict(),
+    }
+
+
+def _readable(paths: Paths) -> Iterator[Any]:
+    for path in expand(paths, "--against"):
+        yield from read_conversations(path, on_error=lambda error: None)
+
+
+def write_report(found: Mapping[str, Any], output: str | os.PathLike[str]) -> Path:
+    """Write a summary as a page or as JSON, by suffix; the file appears whole."""
+    target = Path(output)
+    suffix = target.suffix.lower()
+    if suffix not in (".html", ".htm", ".json"):
+        raise DataError(f"a report is .html or .json, not {suffix!r}", path=target, fix="name it so", exit_code=2)
+    text = json.dumps(found, ensure_ascii=False, indent=1) + "\n" if suffix == ".json" else page(found)
+    staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            staging.write_text(text, encoding="utf-8", errors="backslashreplace")
+            staging.replace(target)
+        finally:
+            staging.unlink(missing_ok=True)
+    except OSError as error:
+        cause = f"cannot be written ({error.strerror or error})"
+        raise DataError(cause, path=target, fix="check the folder and the free space", exit_code=2) from None
+    return target
+
+
+def page(found: Mapping[str, Any]) -> str:
+    """The page of a summary."""
+    made = time.strftime("%Y-%m-%d %H:%M", time.localtime(found["made"]))
+    lead = f"{found['total_conversations']:,} conversations in {len(found['files']):,} files. Report of {made}."
+    parts = [tag("h1", "Data report"), tag("p", lead), _cards(found), _files(found), _lengths(found), _quality(found)]
+    return document("Data report", [*parts, _problems(found)])
+
+
+def _cards(found: Mapping[str, Any]) -> Markup:
+    """The figures that decide."""
+    score = found["quality"]
+    cards = [("quality", _interval(score["score"], score["low"], score["high"]))]
+    if "tokens" in found:
+        cards += [
+            (f"tokens ({found['tokens_basis']})", f"{found['tokens']:,}"),
+            ("trained", f"{found['trained_share']:.1%}"),
+            ("tokens a conversation", f"{found['avg_tokens']:,.0f}"),
+        ]
+        if found["packing"]:
+            cards.append((f"padding at {found['seq_length']:,}", f"{found['packing']['padding_share']:.1%}"))
+        if found["cut"]:
+            cut = found["cut"]
+            cards.append(("cut off", f"{cut['lost_tokens']:,} tokens of {cut['conversations']:,} conversations"))
+    cards.append(("exact repeats", f"{found['duplicates']['conversations']:,}"))
+    if found["overlap"] is not None:
+        cards.append(("also in the evaluation data", f"{found['overlap']['conversations']:,}"))
+    cards.append(("records with a problem", f"{sum(found['problem_counts'].values()):,}"))
+    return tag("div", *[tag("div", tag("span", name, class_="dim"), tag("b", value)) for name, value in cards], class_="cards")
+
+
+def _interval(share: float | None, low: float | None, high: float | None) -> str:
+    return "-" if share is None or low is None or high is None else f"{share:.1%} ({low:.1%} to {high:.1%})"
+
+
+def _files(found: Mapping[str, Any]) -> Markup:
+    rows = [
+        (entry["path"], entry["format"] or "?", _bytes(entry.get("bytes")), f"{entry['conversations']:,}")
+        for entry in found["files"]
+    ]
+    roles = ", ".join(f"{count:,} {role}" for role, count in sorted(found["messages"].items())) or "none"
+    return Markup(
+        tag("h2", "Files") + table(("file", "layout", "size", "conversations"), rows, (2, 3)) + tag("p", f"messages: {roles}")
+    )
+
+
+def _bytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1e6:,.1f} MB"
+
+
+def _lengths(found: Mapping[str, Any]) -> Markup:
+    """The histogram, as a table with bars."""
+    if "lengths" not in found:
+        return Markup("")
+    lengths = found["lengths"]
+    most = max(lengths["counts"])
+    rows = [
+        (f"{low + 1:,} to {high:,}", f"{count:,}", "█" * round(_BAR * count / most) or ("▏" if count else ""))
+        for low, high, count in zip(lengths["edges"], lengths["edges"][1:], lengths["counts"], strict=False)
+    ]
+    words = f"median {lengths['median']:,.0f}, 95 % below {lengths['p95']:,.0f}, longest {lengths['longest']:,} tokens"
+    basis = f" ({found['sampled_conversations']:,} conversations, tokenizer {found['tokenizer']})"
+    return Markup(tag("h2", "Lengths") + tag("p", words + basis) + table(("tokens", "conversations", ""), rows, (1,)))
+
+
+def _quality(found: Mapping[str, Any]) -> Markup:
+    """Rules and flags with their first places, languages."""
+    quality = found["quality"]
+    parts = [tag("h2", "Quality"), tag("p", f"{quality['conversations']:,} conversations judged by these rules:")]
+    parts.append(_rules(quality["rules"]))
+    parts.append(tag("p", "Flags, which do not lower the score:"))
+    parts.append(_rules(quality["flags"]))
+    told = ", ".join(f"{code} {count:,}" for code, count in list(quality["languages"].items())[:12])
+    parts.append(tag("p", f"languages of the answers, where there is enough text to tell: {told or 'none'}"))
+    return Markup("".join(parts))
+
+
+def _rules(rules: Mapping[str, Any]) -> Markup:
+    rows = [
+        (
+            name,
+            rule["what"],
+            f"{rule['conversations']:,}",
+            f"{rule['tokens']:,}",
+            ", ".join(f"{Path(p['path']).name}:{p['line']}" for p in rule["places"][:_PLACES]),
+        )
+        for name, rule in rules.items()
+    ]
+    return table(("rule", "what it means", "conversations", "tokens", "first places"), rows, (2, 3))
+
+
+def _problems(found: Mapping[str, Any]) -> Markup:
+    if not found["problem_counts"]:
+        return Markup("")
+    counts = sorted(found["problem_counts"].items(), key=lambda item: -item[1])
+    first = [(f"{p['path']}:{p['line'] or '-'}", p["message"], p["fix"]) for p in found["problems"][:100]]
+    return Markup(
+        tag("h2", "Problems")
+        + table(("reason", "records"), [(reason, f"{count:,}") for reason, count in counts], (1,))
+        + tag("p", "the first hundred:")
+        + table(("place", "what is wrong", "what to do"), first)
+    )
