@@ -20,6 +20,7 @@ from pathlib import Path
 import msgspec
 
 from . import record as rec
+from .log_sync import LogSync
 
 MAX_LINE = 65_536  # bytes of one line with its newline; a longer `experts` record is split by layer
 _BLOCK = 65_536  # bytes read at once
@@ -132,17 +133,12 @@ class MetricLog:
         self._lock = threading.Lock()
         self._pending_alert: rec.Alert | None = None
         self._alert_at = -math.inf
-        self._dirty = False
         self._fd = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         self._end = whole_end(self._fd)
         if self._end < os.fstat(self._fd).st_size:
             os.ftruncate(self._fd, self._end)
         self._seq = next((found.seq for _, line in lines_backward(self._fd, self._end) if (found := head(line))), 0)
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
-        if sync_interval > 0:
-            self._thread = threading.Thread(target=self._sync_loop, args=(sync_interval,), name="log-sync", daemon=True)
-            self._thread.start()
+        self._sync = LogSync(self.path, self._fd, lambda: self._end, sync_interval, warn)
 
     @property
     def seq(self) -> int:
@@ -173,20 +169,13 @@ class MetricLog:
         Raises:
             OSError: the disk reports an error; the records may be lost at a power cut.
         """
-        with self._lock:
-            if not self._dirty:
-                return
-            self._dirty = False
-        os.fdatasync(self._fd)
+        self._sync.sync()
 
     def close(self) -> None:
         """Stop the thread, sync, close. A second call does nothing."""
         if self._fd < 0:
             return
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join()
-        self._try_sync()
+        self._sync.close()
         os.close(self._fd)
         self._fd = -1
 
@@ -224,7 +213,6 @@ class MetricLog:
             return False
         self._end += done
         self._seq += 1
-        self._dirty = True
         return True
 
     def _fail(self, reason: str) -> None:
@@ -251,16 +239,6 @@ class MetricLog:
             told = self._put(rec.Note(message=f"{lost} records were lost because the log could not be written"))
             lost = 0 if told else lost
         self.lost = lost  # a lost alert or note is no record of the run
-
-    def _sync_loop(self, interval: float) -> None:
-        while not self._stop.wait(interval):
-            self._try_sync()
-
-    def _try_sync(self) -> None:
-        try:
-            self.sync()
-        except OSError as error:
-            self._warn(f"{self.path}: {error.strerror}: the last records may be lost at a power cut")
 
 
 def _tag(record: rec.Record) -> str:
