@@ -201,9 +201,10 @@ def _save_config(directory: RunDirectory, config: Config) -> None:
 
 def _launch(directory: RunDirectory, plan: Plan, *, resume: bool) -> None:
     from ..run.launch import rank_argv, start
+    from ..run.policy import Settings
 
     config = plan.config
-    settings = {name: getattr(config, name) for name in ("max_restarts", "preempt_grace_s", "engine_log_mb")}
+    settings = Settings.of_config(config)
     start(directory, rank_argv(config, directory.path, plan.world), world=plan.world, resume=resume, settings=settings)
 
 
