@@ -100,6 +100,8 @@ def _checked(config: Config, preset: str | None) -> Plan:
     world = world_size(config, machine)
     tokenizer = ConversationTokenizer(config.tokenizer)
     resolved = resolve(config, machine, tokenizer_vocab=tokenizer.get_vocab_size(), world=world)
+    if errors := [f for f in check(resolved) if f.severity == "error"]:
+        raise ConfigError(errors)  # of values that were auto
     return Plan(resolved, findings, machine, world, preset)
 
 
