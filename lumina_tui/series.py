@@ -21,6 +21,7 @@ import numpy as np
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.experts import LayerLoad, layers_of
 from lumina_engine.monitoring.reduce import thin
+from lumina_engine.monitoring.resume_words import resume_words
 
 from .history import BASES, EVAL_METRICS, EXPERT_METRICS, RECENT, STEP_METRICS, Base, History
 from .routing import RoutingHistory
@@ -195,6 +196,8 @@ class RunStore:
             case rec.Alert():
                 self.alerts.append(record)
                 self._event(Event(record.step if record.step is not None else self.step or 0, "!", record.message, record.t))
+            case rec.Resume():
+                self._event(Event(record.step, "|", ". ".join(resume_words(record)), record.t))
             case rec.Change():
                 text = f"{record.what} {_plain(record.before)} to {_plain(record.after)}"
                 self._event(Event(record.step if record.step is not None else self.step or 0, "D", text, record.t))

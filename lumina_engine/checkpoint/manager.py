@@ -323,11 +323,27 @@ class CheckpointManager:
 
         def give_up() -> Path | None:
             self._saver.verified.difference_update(rewind(self.checkpoints, step))
+            if self.emergency_dir.is_dir():  # `recover` would find a newer step of the abandoned branch there
+                rewind(self.emergency_dir, step)
             if pointer(self.checkpoints, "best") is None and os.path.lexists(self.checkpoints / "best"):
                 self._mend_best()
             return None
 
         self._on_rank_0(give_up)
+
+    def committed(self) -> list[tuple[int, bool]]:
+        """(step, suspect) of each committed checkpoint of this run whose manifest is sound, newest first. No collective."""
+        found = []
+        for name in list_steps(self.checkpoints):
+            report = read_manifest(self.checkpoints / name)
+            if report.ok:
+                flags = report.manifest.get("flags")
+                found.append((int(report.manifest["step"]), bool(isinstance(flags, dict) and flags.get("suspect"))))
+        return found
+
+    def path_of(self, step: int) -> Path:
+        """Where the checkpoint of a step lies."""
+        return self.checkpoints / step_name(step)
 
     def _on_rank_0(self, action: Callable[[], Path | None]) -> Path | None:
         """Run on rank 0; every rank gets its result or its error."""

@@ -390,9 +390,7 @@ class Saver:
                 "data_parallel": self.comm.world_size,
                 "expert_parallel": (config or {}).get("expert_parallel_size"),
             },
-            "config_digest": hashlib.sha256(dump_json(pack(config, "config"), sort=True)).hexdigest()
-            if config is not None
-            else None,
+            "config_digest": config_digest(config),
             "tokenizer": pack(payload.tokenizer, "tokenizer"),
             "versions": versions(),
             "metrics": pack(payload.metrics, "metrics"),
@@ -412,6 +410,11 @@ def versions() -> dict[str, str]:
 def config_dict(config: Any) -> dict[str, Any] | None:
     """Every field of a Config with the value in force, flat; None for an object that is no Config."""
     return config.to_dict(sectioned=False) if hasattr(config, "to_dict") else None
+
+
+def config_digest(config: dict[str, Any] | None) -> str | None:
+    """SHA-256 of what `config_dict` gave, whatever the order of its keys."""
+    return None if config is None else hashlib.sha256(dump_json(pack(config, "config"), sort=True)).hexdigest()
 
 
 def why(problem: BaseException) -> str:

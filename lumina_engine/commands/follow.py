@@ -10,6 +10,7 @@ from typing import Any
 
 from ..monitoring import record as rec
 from ..monitoring.log import LogReader
+from ..monitoring.resume_words import resume_words
 from .common import safe
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
@@ -91,6 +92,11 @@ class _Follower:
             self.say(f"{item.severity}: {item.message}" + (f" - {item.recommendation}" if item.recommendation else ""))
         elif isinstance(item, rec.Change):
             self.say(f"{item.what}: {item.before} -> {item.after} at step {item.step}")
+        elif isinstance(item, rec.Resume):
+            for line in resume_words(item):
+                self.say(line)
+        elif isinstance(item, rec.Rewind) and item.failed_step is not None:
+            self.say(f"back to step {item.to_step:,}: {item.reason}")
         elif isinstance(item, rec.Note):
             self.say(item.message)
 

@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--resume", action="store_true", help="go on from the newest verified checkpoint; starts a new name")
     mode.add_argument("--fresh", action="store_true", help="move a run of that name aside and start again")
+    parser.add_argument(
+        "--accept-data-change", action="store_true", help="with --resume: go on although the training data is another now"
+    )
     parser.add_argument("--detach", action="store_true", help="return as soon as the run has started")
     parser.add_argument(
         "--dry-run", action="store_true", help="show findings, budget, command and deepspeed.json; start nothing"
@@ -40,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     root = Path(args.runs) if args.runs else runs_root()
     name = args.run or _override(args.overrides, "experiment_name")
     existing = RunDirectory(root / name) if name and (root / name).exists() else None
+    if args.accept_data_change and not args.resume:
+        raise common.UserError("--accept-data-change is for a run that goes on: add --resume")
     if existing is not None and args.resume:
         return _resume(args, existing)
     plan = _plan(args, name)
@@ -100,8 +105,6 @@ def _checked(config: Config, preset: str | None) -> Plan:
     world = world_size(config, machine)
     tokenizer = ConversationTokenizer(config.tokenizer)
     resolved = resolve(config, machine, tokenizer_vocab=tokenizer.get_vocab_size(), world=world)
-    if errors := [f for f in check(resolved) if f.severity == "error"]:
-        raise ConfigError(errors)  # of values that were auto
     return Plan(resolved, findings, machine, world, preset)
 
 
@@ -201,13 +204,13 @@ def _save_config(directory: RunDirectory, config: Config) -> None:
     config.save(directory.config_path).chmod(0o600)
 
 
-def _launch(directory: RunDirectory, plan: Plan, *, resume: bool) -> None:
+def _launch(directory: RunDirectory, plan: Plan, *, resume: bool, accept_data_change: bool = False) -> None:
     from ..run.launch import rank_argv, start
-    from ..run.policy import Settings
 
     config = plan.config
-    settings = Settings.of_config(config)
-    start(directory, rank_argv(config, directory.path, plan.world), world=plan.world, resume=resume, settings=settings)
+    settings = {name: getattr(config, name) for name in ("max_restarts", "preempt_grace_s", "engine_log_mb")}
+    argv = rank_argv(config, directory.path, plan.world)
+    start(directory, argv, world=plan.world, resume=resume, settings=settings, accept_data_change=accept_data_change)
 
 
 def _move_aside(run: RunDirectory) -> None:
@@ -245,7 +248,7 @@ def _resume(args: argparse.Namespace, directory: Any) -> int:
     if args.dry_run:
         return _show(args, plan)
     _save_config(directory, plan.config)
-    _launch(directory, plan, resume=True)
+    _launch(directory, plan, resume=True, accept_data_change=args.accept_data_change)
     return _after_start(args, directory)
 
 

@@ -13,6 +13,7 @@ _LAUNCH = "run/launch.py"
 _SUPERVISOR = "run/supervisor.py"
 _MANAGER = "checkpoint/manager.py"
 _ADAPTIVE = "training/adaptive.py"
+_GUARD = "training/guard.py"
 _HOST = r"auto|[A-Za-z0-9][A-Za-z0-9.-]{0,252}"
 _HOST_FORM = "auto, or a host name or address"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -180,7 +181,7 @@ class CheckpointKeys(Section):
         unit="steps",
         minimum=0,
         resume=True,
-        read_by="training/boundary.py",
+        read_by="training/trainer.py",
     )
     keep_checkpoints: int = key(
         3, "Newest checkpoints kept; the best one is always kept.", unit="checkpoints", minimum=2, resume=True, read_by=_MANAGER
@@ -213,7 +214,7 @@ class MonitoringKeys(Section):
         1, "Steps between step records.", unit="steps", minimum=1, resume=True, read_by="training/trainer.py"
     )
     expert_log_interval: int = key(
-        10, "Steps between records of the experts' load.", unit="steps", minimum=1, resume=True, read_by="training/boundary.py"
+        10, "Steps between records of the experts' load.", unit="steps", minimum=1, resume=True, read_by="training/trainer.py"
     )
     hardware_interval_s: float = key(
         2.0, "Time between records of devices and host.", unit="s", minimum=0.5, resume=True, read_by="training/worker.py"
@@ -224,16 +225,16 @@ class MonitoringKeys(Section):
         minimum=3,
         maximum=20,
         resume=True,
-        read_by=_ADAPTIVE,
+        read_by=_GUARD,
     )
     spike_window: int = key(
-        128, "Steps over which the median is taken.", unit="steps", minimum=32, maximum=4_096, resume=True, read_by=_ADAPTIVE
+        128, "Steps over which the median is taken.", unit="steps", minimum=32, maximum=4_096, resume=True, read_by=_GUARD
     )
     spike_recover_steps: int = key(
-        32, "Steps after a spike in which the loss must come back.", unit="steps", minimum=1, resume=True, read_by=_ADAPTIVE
+        32, "Steps after a spike in which the loss must come back.", unit="steps", minimum=1, resume=True, read_by=_GUARD
     )
     spike_policy: Literal["alert", "skip", "rollback"] = key(
-        "skip", "How far the guard may go at a spike.", resume=True, read_by=_ADAPTIVE
+        "skip", "How far the guard may go at a spike.", resume=True, read_by=_GUARD
     )
     max_nonfinite_in_row: int = key(
         3,
@@ -244,7 +245,11 @@ class MonitoringKeys(Section):
         read_by="training/trainer.py",
     )
     max_rollbacks: int = key(
-        2, "Returns to an earlier checkpoint in 1,000 steps before the run ends.", minimum=1, resume=True, read_by=_ADAPTIVE
+        2,
+        "Returns to an earlier checkpoint in 1,000 steps before the run ends.",
+        minimum=1,
+        resume=True,
+        read_by="training/rollback.py",
     )
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = key(
         [], "Other programs that get the records.", resume=True, read_by="monitoring/log.py"

@@ -11,7 +11,6 @@ _CURRICULUM = "config/curriculum.py"
 _ENGINE = "training/engine.py"
 _SCHEDULE = "training/schedule.py"
 _TRAINER = "training/trainer.py"
-_BOUNDARY = "training/boundary.py"
 
 
 class TrainingKeys(Section):
@@ -165,10 +164,10 @@ class TrainingKeys(Section):
         read_by="config/micro_batch.py",
     )
     eval_interval: int = key(
-        200, "Steps between evaluations; 0 evaluates at the end only.", unit="steps", minimum=0, resume=True, read_by=_BOUNDARY
+        200, "Steps between evaluations; 0 evaluates at the end only.", unit="steps", minimum=0, resume=True, read_by=_TRAINER
     )
     eval_batches: int = key(
-        100, "Batches of one evaluation; 0 takes all.", unit="batches", minimum=0, resume=True, read_by=_BOUNDARY
+        100, "Batches of one evaluation; 0 takes all.", unit="batches", minimum=0, resume=True, read_by=_TRAINER
     )
     early_stopping_patience: int = key(
         0,
@@ -176,7 +175,7 @@ class TrainingKeys(Section):
         unit="evaluations",
         minimum=0,
         resume=True,
-        read_by=_BOUNDARY,
+        read_by=_TRAINER,
     )
 
 

@@ -204,12 +204,7 @@ class DeepSeekConfig(_Checked, ExpertKeys, ModelKeys):
 
     @property
     def dense_width(self) -> int:
-        """Width of a block without experts: `dense_intermediate_size`, top-k times the expert width when `auto`.
-
-        Of a model without experts all blocks have the expert width.
-        """
-        if not self.use_moe:
-            return self.expert_width
+        """`dense_intermediate_size` as a number: top-k times the expert width when `auto`."""
         return self.moe_top_k * self.expert_width if self.dense_intermediate_size == "auto" else self.dense_intermediate_size
 
     @property

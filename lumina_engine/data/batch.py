@@ -4,7 +4,8 @@ Shape letters: B rows of a micro batch, S tokens of a row.
 
 The rows of all epochs form one endless list; step k of a run takes the next `global_batch` of them (micro batch ×
 accumulation × world), whatever the split: micro batch m of rank r takes the rows from (m · world + r) · micro on. Epochs may
-meet inside a step. The last step of a run is filled up with rows of padding.
+meet inside a step. The last step of a run is filled up with rows of padding. Rows of a skip list are taken out of that list,
+and as many are taken from one more epoch, so a run has the same steps with and without it.
 
 A curriculum changes nothing of that: the planned rows of a step are cut into shorter ones, so each step has the same tokens.
 """
@@ -23,6 +24,7 @@ from torch.utils.data import Dataset
 
 from ..config.curriculum import Curriculum
 from .rows import IGNORE, RowOptions, RowPlan, Rows
+from .skip_list import SkipList
 from .token_store import TokenStore
 
 T = TypeVar("T")
@@ -164,8 +166,9 @@ def ahead_of(make: Callable[[int], T], count: int, workers: int, prefetch: int) 
 class TrainLoader:
     """Steps of training: iterating gives, per optimizer step, the micro batches of this rank (`accumulation` of them).
 
-    Starts at `start`, after `steps_done` optimizer steps, and ends with the last row of `config.num_epochs`. `position` is
-    where the run stands after the step that was yielded last: a loader started there goes on with the very next rows.
+    Starts at `start`, after `steps_done` optimizer steps, leaves out the rows of `skip`, and ends after as many rows as
+    `config.num_epochs` have. `position` is where the run stands after the step that was yielded last: a loader started there
+    goes on with the very next rows.
     """
 
     def __init__(
@@ -179,8 +182,10 @@ class TrainLoader:
         accumulation: int | None = None,
         start: Position | None = None,
         steps_done: int = 0,
+        skip: SkipList | None = None,
     ) -> None:
         self.plan = RowPlan(store, RowOptions.from_config(config))
+        self.skip = skip or SkipList()
         self.curriculum = Curriculum.of(config)
         self.steps_done = steps_done
         self.rank, self.world = rank, world
@@ -191,7 +196,8 @@ class TrainLoader:
         self.num_epochs = int(getattr(config, "num_epochs", 1))
         self.num_workers = int(getattr(config, "num_workers", 0))
         self.prefetch_batches = int(getattr(config, "prefetch_batches", 2))
-        self.position = self._position(self._row_number(start or Position()))
+        start = start or Position()
+        self.position = self._position(start.epoch * self.rows_per_epoch + start.index)
 
     @property
     def rows_per_epoch(self) -> int:
@@ -213,25 +219,36 @@ class TrainLoader:
         rows = self.rows_per_epoch * (self.num_epochs if num_epochs is None else num_epochs)
         return -(-rows // self.global_batch)
 
+    def next_rows(self) -> list[int]:
+        """The planned rows of the whole next step, of all ranks, in order; -1 is padding. Nothing is read."""
+        begin, size = self.skip.place(self.row_number), self.micro_batch
+        return [row for first in range(begin, begin + self.global_batch, size) for row in self._planned(first)]
+
     def __len__(self) -> int:
         """Steps from `position` to the end."""
-        left = self.rows_per_epoch * self.num_epochs - self._row_number(self.position)
-        return max(0, -(-left // self.global_batch))
+        return max(0, -(-(self._places - self.skip.place(self.row_number)) // self.global_batch))
 
-    def _row_number(self, position: Position) -> int:
-        return position.epoch * self.rows_per_epoch + position.index
+    @property
+    def row_number(self) -> int:
+        """The global row number of `position`."""
+        return self.position.epoch * self.rows_per_epoch + self.position.index
+
+    @property
+    def _places(self) -> int:
+        """Rows that a whole run takes."""
+        return self.rows_per_epoch * self.num_epochs
 
     def _position(self, number: int) -> Position:
         return Position(*divmod(number, self.rows_per_epoch)) if self.rows_per_epoch else Position()
 
     def _planned(self, first: int) -> list[int]:
-        """The planned rows from global row number `first` on, for one micro batch of this rank; -1 behind the end."""
-        end = self.rows_per_epoch * self.num_epochs
-        numbers = range(first, first + self.micro_batch)
-        return [self.plan.row(*divmod(number, self.rows_per_epoch)) if number < end else -1 for number in numbers]
+        """The planned rows from place `first` of what is taken, for one micro batch of this rank; -1 behind the end."""
+        end, size = self._places, self.rows_per_epoch
+        places = range(first, first + self.micro_batch)
+        return [self.plan.row(*divmod(self.skip.row(place), size)) if place < end else -1 for place in places]
 
     def __iter__(self) -> Iterator[list[Batch]]:
-        begin, steps, done_before = self._row_number(self.position), len(self), self.steps_done
+        begin, steps, done_before = self.skip.place(self.row_number), len(self), self.steps_done
 
         def micro_batch(number: int) -> Batch:
             step, micro = divmod(number, self.accumulation)
@@ -242,8 +259,8 @@ class TrainLoader:
         try:
             for step in range(1, steps + 1):
                 micro_batches = [next(batches) for _ in range(self.accumulation)]
-                done = min(begin + step * self.global_batch, self.rows_per_epoch * self.num_epochs)
-                self.position, self.steps_done = self._position(done), done_before + step
+                done = min(begin + step * self.global_batch, self._places)
+                self.position, self.steps_done = self._position(self.skip.row(done)), done_before + step
                 yield micro_batches
         finally:
             batches.close()  # type: ignore[attr-defined]

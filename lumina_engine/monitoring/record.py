@@ -161,10 +161,38 @@ class Change(_Record, tag="change"):
 
 
 class Rewind(_Record, tag="rewind"):
-    """The run goes on from `to_step`: records of later steps written before this one belong to an abandoned branch."""
+    """The run goes on from `to_step`: records of later steps written before this one belong to an abandoned branch.
+
+    A rollback (the run went back by itself, at `failed_step`) also says what it leaves out from there on: `skip` are ranges
+    [begin, end) of global row numbers.
+    """
 
     to_step: int
     reason: str | None = None
+    failed_step: int | None = None
+    skip: list[tuple[int, int]] | None = None
+
+
+class Resume(_Record, tag="resume"):
+    """The proof of a resume, before its first step: where the run stands, and how that differs from the checkpoint.
+
+    Digests are the first 16 hex digits of SHA-256. `changed` maps what is another now than in the checkpoint (configuration
+    keys, versions, data) to the values then and now; nothing is, in an exact resume.
+    """
+
+    step: int
+    path: str | None = None  # the checkpoint
+    tokens: int = 0
+    epoch: int = 0
+    index: int = 0  # the next row of the epoch
+    lr: float | None = None  # of the next step
+    samples: list[int] = []  # the first samples of the next step
+    rows_digest: str = ""  # of all its rows, of all ranks
+    rng: list[str] = []  # digest of all generators of each rank
+    data: str = ""  # fingerprint
+    config: str = ""  # digest of the configuration in force
+    skipped_rows: int = 0  # left out by rollbacks so far
+    changed: dict[str, tuple[Any, Any]] = {}
 
 
 class Note(_Record, tag="note"):
@@ -173,7 +201,7 @@ class Note(_Record, tag="note"):
     id: str | None = None
 
 
-Record = Union[Run, Step, Eval, Experts, Hardware, Checkpoint, Alert, Change, Rewind, Note]  # noqa: UP007
+Record = Union[Run, Step, Eval, Experts, Hardware, Checkpoint, Alert, Change, Rewind, Resume, Note]  # noqa: UP007
 RECORD_TYPES: dict[str, type] = {cls.__struct_config__.tag: cls for cls in get_args(Record)}
 
 _encoder = msgspec.json.Encoder()

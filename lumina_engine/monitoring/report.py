@@ -18,6 +18,7 @@ import numpy as np
 from . import record as rec
 from .curves import EVAL_METRICS, ROUTING_METRICS, SMOOTHING, SPLIT, STEP_METRICS, History, reduced
 from .experts import LayerLoad
+from .resume_words import resume_words
 
 FORMAT = 1
 COLUMNS = 250  # columns that a curve is reduced to in the JSON file; a shorter one is given step by step
@@ -234,6 +235,8 @@ def _event(item: rec.Record) -> dict[str, Any]:
         case rec.Rewind():
             text = item.reason or f"back to step {item.to_step:,}"
             entry |= {"step": item.to_step, "kind": "rewind", "severity": "warning", "text": text}
+        case rec.Resume():
+            entry |= {"step": item.step, "kind": "resume", "text": ". ".join(resume_words(item))}
         case rec.Checkpoint():
             entry |= {"step": item.step, "kind": "checkpoint failed", "severity": "warning", "text": item.failed or ""}
         case rec.Run():

@@ -36,6 +36,7 @@ _OWN = (
     "LUMINA_INC",
     "LUMINA_RESUME",
     "LUMINA_AFTER",
+    "LUMINA_ACCEPT_DATA_CHANGE",
     "LUMINA_SUPERVISOR",
 )
 # what a launcher around us may have set; each rank gets its own
@@ -147,6 +148,7 @@ def start(
     world: int = 1,
     resume: bool = False,
     settings: Mapping[str, Any] | None = None,
+    accept_data_change: bool = False,
     timeout: float = START_TIME,
 ) -> RunInfo:
     """Start the supervisor of a run and return when it owns the run, listens, and has started the ranks.
@@ -156,6 +158,7 @@ def start(
         argv: the ranks' command (`rank_argv`).
         world: number of ranks.
         resume: the ranks must go on from the newest checkpoint (LUMINA_RESUME=1).
+        accept_data_change: they may do so with other data than it was saved with (LUMINA_ACCEPT_DATA_CHANGE=1).
         settings: fields of supervisor.Settings (max_restarts, preempt_grace_s, engine_log_mb).
 
     Raises:
@@ -182,7 +185,7 @@ def start(
                 stdout=log,
                 stderr=log,
                 cwd=run.path,
-                env=environment(run),
+                env=environment(run) | ({"LUMINA_ACCEPT_DATA_CHANGE": "1"} if accept_data_change else {}),
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
                 umask=0o077,

@@ -25,7 +25,8 @@ class Boundary:
     def __init__(self, trainer: EnhancedConversationTrainer) -> None:
         self.trainer = trainer
         self.pending: deque[Request] = deque()  # agreed by all ranks, not yet obeyed
-        self.replay: dict[int, float] = {}  # step -> learning rate that the user set there before a restart
+        self.rates: dict[int, float] = {}  # step -> learning rate that the user set there
+        self.replay: dict[int, float] = {}  # those of them that were set before a restart and are still to come
 
     def begin(self) -> None:
         """Before the first step of this start, which may be that of a resumed run."""
@@ -41,7 +42,8 @@ class Boundary:
         self.trainer.saves.settle()
         self.obey_all(requests)
         self.trainer.make_switch()
-        self.tasks(final=False)
+        if self.trainer.trouble is None:
+            self.tasks(final=False)
 
     def due(self, interval: int, final: bool = False) -> bool:
         """Whether something with this interval (0 = only at the end) falls on the present step."""
@@ -112,26 +114,9 @@ class Boundary:
             save = bool(request.args.get("save", True))
             raise Stop("finished", 0, f"stopped by the user at step {step}", save=save, id=request.id)
         elif request.cmd == "preempt":
-            self._preempt(float(request.args.get("grace", trainer.config.preempt_grace_s)), request.id)
-        elif request.cmd == "alert":  # of the supervisor; the log has one writer
-            trainer.emit(rec.Alert(**request.args))
+            raise Stop("preempted", 75, f"preempted at step {step}", id=request.id)
         else:
             trainer.emit(rec.Note(message=f"unknown command {request.cmd!r}", step=step, id=request.id))
-
-    def _preempt(self, grace: float, id: str | None) -> None:
-        """Leave within `grace` seconds, with a checkpoint if one fits, on all ranks alike.
-
-        Raises:
-            Stop: always.
-        """
-        trainer, step = self.trainer, self.trainer.progress.step
-        fits = bool(trainer.comm.broadcast(trainer.saves.fits(grace)))
-        reason = f"preempted at step {step}"
-        if not fits:
-            reason += (
-                f" without a checkpoint: the last took {trainer.saves.seconds:.0f} s, {grace:g} s are given; the newest counts"
-            )
-        raise Stop("preempted", 75, reason, save=fits, id=id)
 
     def _pause(self, request: Request) -> None:
         """Stand still until `resume` (or an end). Ranks meet many times a second, so no collective times out."""
@@ -171,15 +156,24 @@ class Boundary:
             return
         if by == "user":  # a newer choice: what was set in an abandoned branch does not come back
             self.replay = {}
+        self.rates[step] = lr
         before = schedule.lr(step)
         schedule.set_lr(step, lr)
         trainer.emit(rec.Change(what="learning_rate", step=step, before=before, after=lr, by=by, id=id))
+
+    def forget_rates(self, after: int) -> dict[int, float]:
+        """Take back what the user set for later steps than this, now that the run goes back there. Returns it."""
+        dropped = {step: rate for step, rate in self.rates.items() if step > after}
+        self.replay = {}
+        self.rates = {step: rate for step, rate in self.rates.items() if step <= after}
+        return dropped
 
     def end(self, stop: Stop) -> None:
         """Save what a stop wants saved."""
         trainer, step = self.trainer, self.trainer.progress.step
         if stop.state != "failed":
             trainer.emit(rec.Run(state="stopping", reason=stop.reason))
-        if stop.save and step and trainer.saves.newest != step:
-            trainer.saves.settle(wait=True)
-            trainer.save(blocking=True)
+        if stop.save and step:
+            trainer.saves.settle(wait=True)  # one that is on its way may fail, and then this step has none
+            if trainer.saves.newest != step:
+                trainer.save(blocking=True)

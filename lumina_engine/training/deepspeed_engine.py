@@ -18,26 +18,13 @@ from torch import nn
 
 from .comm import Comm
 from .deepspeed_experts import expert_groups, expert_handling
-from .engine import StateMismatch, StepResult, adamw, load_named_state, named_state, parameter_groups
+from .engine import Allows, StateMismatch, StepResult, adamw, anything, load_named_state, named_state, parameter_groups
 from .expert_parallel import SpreadExperts
 from .loss_scale import LossScale
-from .partition_layout import layout_digests
 from .precision import Precision
 from .split_weights import gathered, scatter, split_weights
 from .swap_folder import swap_folder
-
-
-class SkippableAdamW(torch.optim.AdamW):
-    """AdamW that leaves parameters and state alone while `skip` is set.
-
-    At stage 0 DeepSpeed counts micro steps inside the same call that runs the optimizer, so a step that must not be applied
-    still has to pass through it.
-    """
-
-    skip = False
-
-    def step(self, closure: Any = None) -> Any:
-        return None if self.skip else super().step(closure)
+from .veto import Veto
 
 
 class DeepSpeedEngine:
@@ -63,13 +50,16 @@ class DeepSpeedEngine:
             split_weights(model, precision.weights, config.seed, comm, ds_config)
         else:
             model = model.to(device=comm.device, dtype=precision.weights)
-        kind = torch.optim.AdamW if self.stage > 0 else SkippableAdamW  # ZeRO accepts only optimizers that it knows
         self.experts = SpreadExperts(model, comm)
         groups = expert_groups(parameter_groups(model, config.weight_decay), self.experts)
+        inner = adamw(groups, config)
         with expert_handling(model, self.experts):
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
-                model=model, optimizer=adamw(groups, config, kind), config=ds_config, dist_init_required=False
+                model=model, optimizer=inner, config=ds_config, dist_init_required=False
             )
+        # DeepSpeed counts micro steps inside the call that runs the optimizer, and from stage 1 on knows the norm only there.
+        # So every step passes through it, and one that must not be applied is stopped at the optimizer itself.
+        self.veto = Veto(inner)
         if self.scale is not None:
             # With autocast to fp16 DeepSpeed 0.19 clips by the norm of the scaled gradient and scales back after that. So our
             # scale takes the place of its scaler, in the way that it offers to callers.
@@ -92,24 +82,32 @@ class DeepSpeedEngine:
         if not last:
             self.engine.step()  # it counts micro batches itself and updates nothing before the last
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, allows: Allows = anything) -> StepResult:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if self.stage > 0:
+            answers: list[bool] = []  # one for all parameter groups of the step
+
+            def refused() -> bool:
+                if not answers:
+                    answers.append(allows(float(self.optimizer._global_grad_norm)))
+                return not answers[0]
+
+            self.veto.refused = refused
             self.engine.step()
-            return StepResult.of(math.inf if self.optimizer.overflow else float(self.engine.get_global_grad_norm()), self.scale)
+            grad_norm = math.inf if self.optimizer.overflow else float(self.engine.get_global_grad_norm())
+            return StepResult.of(grad_norm, self.scale, allowed=all(answers))
         if self.scale is not None:
             for parameter in self.parameters:
                 if parameter.grad is not None:
                     parameter.grad.div_(self.scale.value)
         norm = self.experts.norm(*self.experts.split(self.parameters))
-        applied = bool(torch.isfinite(norm))
-        if applied and self.experts.group is not None and self.max_grad_norm > 0:
+        allowed = math.isfinite(float(norm)) and allows(float(norm))
+        if allowed and self.experts.group is not None and self.max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
-        self.optimizer.skip = not applied
+        self.veto.refused = lambda: not allowed
         self.engine.step()
-        self.optimizer.skip = False
-        return StepResult.of(float(norm), self.scale)
+        return StepResult.of(float(norm), self.scale, allowed)
 
     def discard(self) -> None:
         """Forget the gradients gathered since the last step."""
@@ -155,8 +153,7 @@ class DeepSpeedEngine:
         """
         if self.stage == 0:
             return dict(named_state(self.optimizer, self.names))
-        digests = layout_digests(self.optimizer, self.stage, self.names)
-        tensors = {f"layout.group-{index}": digest for index, digest in enumerate(digests)}
+        tensors: dict[str, torch.Tensor] = {}
         for index, partition in enumerate(self._partitions()):
             with self._in_memory(index):
                 mine = dict(named_state(self._base_optimizer(), {partition: f"group-{index}"}))
@@ -169,7 +166,6 @@ class DeepSpeedEngine:
         if self.stage == 0:
             load_named_state(self.optimizer, self.names, tensors)
             return
-        digests = layout_digests(self.optimizer, self.stage, self.names)
         for index, partition in enumerate(self._partitions()):
             saved = tensors.get(f"master.group-{index}")
             if saved is None:
@@ -177,13 +173,9 @@ class DeepSpeedEngine:
                     "the checkpoint has no partitioned optimizer state: it was saved with another zero_stage or precision; "
                     "set them as they were"
                 )
-            layout = tensors.get(f"layout.group-{index}")
-            if layout is None or not torch.equal(layout.cpu(), digests[index]) or saved.numel() != partition.numel():
-                raise StateMismatch(
-                    f"the optimizer state of partition {index} was saved in another layout: its parameters, their order or "
-                    "their groups differ; set deepspeed_overrides, the offload keys and the number of ranks as they were"
-                )
             with self._in_memory(index, changed=True):
+                if saved.numel() != partition.numel():
+                    raise ValueError(f"partition {index} has {saved.numel()} values, expected {partition.numel()}")
                 partition.data.copy_(saved)
                 load_named_state(self._base_optimizer(), {partition: f"group-{index}"}, tensors)
 

@@ -4,13 +4,14 @@ Both take a loss that is this rank's *share* of the global objective: the sum ov
 to `backward` is the objective whose gradient is applied. What DeepSpeed divides by itself is
 multiplied back here, and nowhere else.
 
-A step whose gradient is not finite changes no parameter on any rank: `step` then returns `applied=False`.
+A step whose gradient is not finite, or that `allows` refuses, changes no parameter on any rank: `step` then returns
+`applied=False`. `allows` is given the gradient norm before the update, where it is finite; the same on all ranks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from .memory import whole_shape
 
 @dataclass(frozen=True)
 class StepResult:
-    """`grad_norm` is the global 2-norm before clipping; not finite where the step was not applied.
+    """`grad_norm` is the global 2-norm before clipping. `applied`: it was finite and nobody refused the step.
 
     `overflow`: it was not applied because the loss scale was too high, which is lower now. `scale` is that of the next step.
     """
@@ -35,13 +36,22 @@ class StepResult:
     scale: float | None = None
 
     @classmethod
-    def of(cls, grad_norm: float, scale: LossScale | None) -> StepResult:
+    def of(cls, grad_norm: float, scale: LossScale | None, allowed: bool = True) -> StepResult:
         """The result of a step whose gradient has this norm; the loss scale takes note of it."""
-        applied = math.isfinite(grad_norm)
+        finite = math.isfinite(grad_norm)
+        applied = finite and allowed
         if scale is None:
             return cls(grad_norm, applied)
-        lowered = scale.update(overflow=not applied)
+        lowered = scale.update(overflow=not finite)
         return cls(grad_norm, applied, lowered, scale.value)
+
+
+Allows = Callable[[float], bool]  # gradient norm -> whether the step may change parameters
+
+
+def anything(grad_norm: float) -> bool:
+    """Refuses no step."""
+    return True
 
 
 class Engine(Protocol):
@@ -57,7 +67,7 @@ class Engine(Protocol):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any: ...
     def backward(self, loss: torch.Tensor, last: bool) -> None: ...
-    def step(self, lr: float) -> StepResult: ...
+    def step(self, lr: float, allows: Allows = anything) -> StepResult: ...
     def discard(self) -> None: ...
     def model_tensors(self) -> dict[str, torch.Tensor]: ...
     def load_model_tensors(self, tensors: dict[str, torch.Tensor]) -> None: ...
@@ -78,11 +88,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def adamw(
-    groups: Iterable[dict[str, Any]], config: Any, kind: type[torch.optim.AdamW] = torch.optim.AdamW
-) -> torch.optim.AdamW:
+def adamw(groups: Iterable[dict[str, Any]], config: Any) -> torch.optim.AdamW:
     """AdamW, fused where the device has it (CPU and CUDA do)."""
-    return kind(
+    return torch.optim.AdamW(
         list(groups), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, fused=True
     )
 
@@ -106,7 +114,7 @@ def load_named_state(
     """Put back what `named_state` gave.
 
     Raises:
-        StateMismatch: a tensor has no saved state, or one of another size.
+        StateMismatch: a tensor has no saved state. ValueError: it has another size.
     """
     for parameter, name in names.items():
         state = {}
@@ -118,10 +126,7 @@ def load_named_state(
                     "zero_stage, precision or use_deepspeed; set them as they were"
                 )
             if key != "step" and saved.numel() != parameter.numel():
-                raise StateMismatch(
-                    f"optimizer state {key} of {name} has {saved.numel()} values, expected {parameter.numel()}: it belongs to "
-                    "another model or layout; set the keys as they were"
-                )
+                raise ValueError(f"optimizer state {key} of {name} has {saved.numel()} values, expected {parameter.numel()}")
             # a tensor of its own for each parameter: a shared step counter would be advanced once per parameter
             state[key] = saved.clone() if key == "step" else saved.to(parameter.device).reshape(parameter.shape).clone()
         optimizer.state[parameter] = state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from .comm import Comm
-from .engine import StepResult, adamw, load_named_state, named_state, parameter_groups
+from .engine import Allows, StepResult, adamw, anything, load_named_state, named_state, parameter_groups
 from .expert_parallel import SpreadExperts
 from .loss_scale import LossScale
 from .precision import Precision
@@ -59,7 +60,7 @@ class PlainEngine:
         _sum_gradients(everywhere, self.comm.sum)
         _sum_gradients(mine, self.experts.sum)
 
-    def step(self, lr: float) -> StepResult:
+    def step(self, lr: float, allows: Allows = anything) -> StepResult:
         self._sum_over_ranks()
         worked = [self.masters.get(p, p) for p in self.parameters]
         for parameter, master in self.masters.items():
@@ -70,8 +71,8 @@ class PlainEngine:
                     parameter.grad.div_(self.scale.value)
         norm = self.experts.norm(*([self.masters.get(p, p) for p in part] for part in self.experts.split(self.parameters)))
         grad_norm = float(norm)
-        applied = bool(torch.isfinite(norm))
-        if applied:
+        allowed = math.isfinite(grad_norm) and allows(grad_norm)
+        if allowed:
             if self.max_grad_norm > 0:
                 # the fused kernel divides by it as it reads the gradients: clipping without a pass of its own
                 self.optimizer.grad_scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1)  # type: ignore[attr-defined]
@@ -82,7 +83,7 @@ class PlainEngine:
                 for parameter, master in self.masters.items():
                     parameter.copy_(master)
         self.discard()
-        return StepResult.of(grad_norm, self.scale)
+        return StepResult.of(grad_norm, self.scale, allowed)
 
     def discard(self) -> None:
         """Forget the gradients gathered since the last step."""

@@ -6,6 +6,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
+@dataclass(frozen=True, slots=True)
+class Trouble:
+    """Why a run must go back: steps `first` to `last` were bad. Not `fatal`: without a checkpoint from before it goes on."""
+
+    first: int
+    last: int
+    reason: str
+    fatal: bool = True
+
+
 class Stop(Exception):
     """The run ends at this boundary. `state` and `exit_code` as in the table of exit codes."""
 

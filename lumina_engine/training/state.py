@@ -13,6 +13,7 @@ from ..checkpoint.manager import Loaded, Payload, capture_rng, restore_rng
 from .engine import StateMismatch
 from .memory import whole_numel
 from .progress import Progress
+from .rollback import Recovery
 from .trainer import EnhancedConversationTrainer
 
 PACKAGES = ("lumina", "torch", "deepspeed", "numpy", "tiktoken", "safetensors")
@@ -56,6 +57,8 @@ def payload(trainer: EnhancedConversationTrainer) -> Payload:
             "versions": versions(),
             "loss_scale": None if trainer.engine.scale is None else trainer.engine.scale.state_dict(),
             "precision_ladder": None if trainer.ladder is None else trainer.ladder.state_dict(),
+            "guard": trainer.guard.state_dict(),
+            "recovery": trainer.recovery.state_dict(),
             **trainer.extra_state(),
         },
         rank_state={
@@ -66,8 +69,14 @@ def payload(trainer: EnhancedConversationTrainer) -> Payload:
         },
         rank_tensors=tensors,
         metrics=metrics,
-        flags={},
+        flags=_flags(trainer),
     )
+
+
+def _flags(trainer: EnhancedConversationTrainer) -> dict[str, Any]:
+    """What a manifest warns of: taken while a spike was open, or in a run that overrode a refusal."""
+    flags: dict[str, Any] = {} if trainer.guard.open_since is None else {"suspect": True}
+    return flags | ({"overrides": trainer.overrides} if trainer.overrides else {})
 
 
 def restore(trainer: EnhancedConversationTrainer, loaded: Loaded) -> None:
@@ -96,6 +105,10 @@ def restore(trainer: EnhancedConversationTrainer, loaded: Loaded) -> None:
         trainer.ladder.current = trainer.config.precision = trainer.precision.name
     if trainer.engine.scale is not None and state.get("loss_scale") is not None:
         trainer.engine.scale.load_state_dict(state["loss_scale"])
+    if "guard" in state:  # not in a checkpoint of an earlier version
+        trainer.guard.load_state_dict(state["guard"])
+        trainer.recovery = Recovery.from_state_dict(state["recovery"])
+    trainer.overrides = list(loaded.flags.get("overrides", []))
     trainer.saves.newest = loaded.step
     trainer.last_loss = float(loaded.metrics.get("loss", math.nan))
     restore_rng(loaded.rank_state["rng"], loaded.rank_tensors)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
 from ..data.batch import Batch
 from ..monitoring import record as rec
 from .engine import StepResult
+from .guard import StepGuard
 from .objective import GlobalBatch
-from .progress import Progress, Stop
+from .progress import Progress, Trouble
 from .setup import Emit
 from .step_clock import Utilisation
 
@@ -36,6 +38,11 @@ class StepFigures:
     seconds: float
     data_time: float
     times: dict[str, float | None]
+
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradient are."""
+        return math.isfinite(self.loss) and math.isfinite(self.result.grad_norm)
 
 
 def figures(
@@ -64,7 +71,7 @@ def count(progress: Progress, done: StepFigures, world: int) -> None:
     progress.wall_seconds += done.seconds
     progress.skipped += 0 if done.result.applied else 1
     if not done.result.overflow:  # a loss scale that is still sinking is no sign of broken values
-        progress.nonfinite_in_row = 0 if done.result.applied else progress.nonfinite_in_row + 1
+        progress.nonfinite_in_row = 0 if done.finite else progress.nonfinite_in_row + 1
 
 
 def step_record(done: StepFigures, progress: Progress, utilisation: Utilisation, world: int) -> rec.Step:
@@ -102,7 +109,7 @@ def note_scale(emit: Emit, done: StepFigures) -> None:
 
 def tell_not_finite(emit: Emit, done: StepFigures) -> None:
     """An update that was skipped on all ranks, for another reason than a loss scale that was too high."""
-    if done.result.applied or done.result.overflow:
+    if done.finite or done.result.overflow:
         return
     emit(
         rec.Alert(
@@ -115,7 +122,33 @@ def tell_not_finite(emit: Emit, done: StepFigures) -> None:
     )
 
 
-def hopeless(limit: int, step: int) -> Stop:
-    """The end of a run with too many skipped steps in a row: a restart would meet the same."""
-    reason = f"{limit} steps in a row were not finite, the last is {step}: lower learning_rate"
-    return Stop("failed", 93, reason, save=False)
+def hopeless(row: int, step: int) -> Trouble:
+    """What `row` steps in a row that were not finite are: the next ones would be no better."""
+    return Trouble(step - row + 1, step, f"{row} steps in a row were not finite, the last is {step}")
+
+
+def tell_spike(emit: Emit, guard: StepGuard, done: StepFigures) -> Trouble | None:
+    """Tell the first spike of an episode, and when the episode is over.
+
+    Returns:
+        the spike as a reason to go back, where the policy says so.
+    """
+    before = guard.open_since
+    spike = guard.observe(done.step, done.loss, done.result.grad_norm, done.result.applied)
+    if before is not None and guard.open_since is None:
+        message = f"the spike of step {before} is over: {guard.recover} steps in a row were normal"
+        emit(rec.Note(step=done.step, message=message))
+    if spike is None or not spike.first:
+        return None
+    back = guard.policy == "rollback"
+    what = "the run goes back" if back else "the step counts" if done.result.applied else "step skipped"
+    emit(
+        rec.Alert(
+            severity="warning",
+            code="loss_spike" if spike.quantity == "loss" else "gradient_spike",
+            message=f"step {done.step}: {spike.words} (spike_sigma {guard.sigma:g}), {what}",
+            recommendation="one spike is harmless; if they repeat lower learning_rate or warm up for longer",
+            step=done.step,
+        )
+    )
+    return Trouble(done.step, done.step, f"step {done.step}: {spike.words}", fatal=False) if back else None

@@ -27,18 +27,20 @@ from .control import Control
 from .engine import Engine, build_engine
 from .evaluation import evaluate, token_bytes_V
 from .expert_parallel import spread_experts
+from .guard import StepGuard
 from .ladder import PrecisionLadder, Switch, by_autocast, native_bf16
 from .memory import restore_torch_rng, torch_rng
 from .objective import GlobalBatch, Objective
 from .plain_engine import PlainEngine
 from .precision import Precision
-from .progress import Progress, Stop
+from .progress import Progress, Stop, Trouble
+from .rollback import Recovery, roll_back
 from .routing import RoutingWindow
 from .saves import Saves
 from .schedule import Schedule
 from .setup import deepspeed_config, emitter, placed, resolved_for_training, splits_weights, warn_unsupervised
 from .step_clock import StepClock, Utilisation
-from .step_record import StepFigures, count, figures, hopeless, note_scale, step_record, tell_not_finite
+from .step_record import StepFigures, count, figures, hopeless, note_scale, step_record, tell_not_finite, tell_spike
 
 
 class EnhancedConversationTrainer:
@@ -100,6 +102,11 @@ class EnhancedConversationTrainer:
         self.progress = Progress()
         self.ladder = self._make_ladder()
         self.switch: Switch | None = None  # of precision, to be made at the next boundary
+        self.guard = StepGuard(self.config)
+        self.recovery = Recovery()
+        self.trouble: Trouble | None = None  # that makes the run go back at the next boundary
+        self.overrides: list[dict[str, Any]] = []  # refusals that the user overrode; every later manifest names them
+        self.sync_log: Callable[[], object] = lambda: None  # the caller's: what was emitted is on the disk afterwards
         self.train_data: Any = None
         self.eval_data: Any = None
         self.schedule: Schedule | None = None
@@ -157,6 +164,8 @@ class EnhancedConversationTrainer:
         try:
             with explained():  # what is compiled for a new shape
                 self._loop(self._loader())
+                while self.progress.step < self.total_steps:  # after a rollback
+                    self._loop(self._loader())
             self.boundary.tasks(final=True)
             ending = Stop("finished", 0, f"all {self.total_steps} steps done")
         except Stop as stop:
@@ -207,6 +216,7 @@ class EnhancedConversationTrainer:
             accumulation=self.config.gradient_accumulation_steps,
             start=Position(self.progress.epoch, self.progress.index),
             steps_done=self.progress.step,
+            skip=self.recovery.skip,
         )
 
     def _total_steps(self, loader: TrainLoader) -> int:
@@ -214,6 +224,7 @@ class EnhancedConversationTrainer:
         return min(steps, self.config.max_steps) if self.config.max_steps else steps
 
     def _loop(self, loader: TrainLoader) -> None:
+        """Train from here to the last step, or to a rollback."""
         self.boundary.begin()
         steps = iter(loader)
         while self.progress.step < self.total_steps:
@@ -227,6 +238,11 @@ class EnhancedConversationTrainer:
             self.progress.epoch, self.progress.index = loader.position.epoch, loader.position.index
             self.at_boundary = True
             self.boundary.after_step()
+            if self.trouble is not None:
+                trouble, self.trouble = self.trouble, None
+                if roll_back(self, trouble):
+                    return
+                self.boundary.tasks(final=False)
 
     def _step(self, micro_batches: list[Batch], begin: float, data_time: float) -> None:
         """One optimizer step over `micro_batches`, and its records."""
@@ -258,7 +274,7 @@ class EnhancedConversationTrainer:
         loss_value, balance, z = objective.reduce()
         self.step_rng = None
         scale = self.engine.scale.value if self.engine.scale is not None else None
-        result = self.engine.step(lr)
+        result = self.engine.step(lr, partial(self.guard.allows, loss_value))
         if result.applied and self.window is not None and cfg.router_bias_rate > 0:
             self.model.update_router_bias(objective.counts_LE, cfg.router_bias_rate)
         losses = (loss_value, balance, z) if self.window is not None else (loss_value, None, None)
@@ -266,11 +282,7 @@ class EnhancedConversationTrainer:
         self._note(done)
 
     def _note(self, done: StepFigures) -> None:
-        """Count and record a step; decide what its result asks for.
-
-        Raises:
-            Stop: too many steps in a row were skipped, and no other precision is left to try.
-        """
+        """Count and record a step; decide what its result asks for."""
         step, result = done.step, done.result
         note_scale(self.emit, done)
         count(self.progress, done, self.comm.world_size)
@@ -278,12 +290,13 @@ class EnhancedConversationTrainer:
         if step % self.config.log_interval == 0 or not result.applied:
             self.emit(step_record(done, self.progress, self.utilisation, self.comm.world_size))
         tell_not_finite(self.emit, done)
-        limit = self.config.max_nonfinite_in_row
-        is_hopeless = self.progress.nonfinite_in_row >= limit
+        self.trouble = tell_spike(self.emit, self.guard, done)
+        in_row = self.progress.nonfinite_in_row
+        is_hopeless = in_row >= self.config.max_nonfinite_in_row
         if self.ladder is not None:
-            self.switch = self.ladder.observe(step, result.applied, result.scale, is_hopeless)
+            self.switch = self.ladder.observe(step, done.finite, result.scale, is_hopeless)
         if is_hopeless and self.switch is None:
-            raise hopeless(limit, step)
+            self.trouble = hopeless(in_row, step)
 
     def make_switch(self) -> None:
         """Make the change of precision that the last step asked for, if it did."""

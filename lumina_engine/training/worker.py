@@ -22,9 +22,10 @@ import torch
 from ..config.loading import to_yaml
 from ..config.micro_batch import smaller
 from ..config.schema import Config
+from ..data.skip_list import SkipList
 from ..monitoring import record as rec
 from ..monitoring.hardware import HardwareThread
-from ..monitoring.log import MetricLog, read_records, surviving
+from ..monitoring.log import MetricLog, read_records
 from ..run.directory import RunDirectory
 from ..run.policy import AGAIN, NO_PROGRESS, OUT_OF_MEMORY, REFUSED, USAGE
 from ..run.rank import NullChannel, RankChannel
@@ -44,6 +45,7 @@ class Worker:
         self.config = Config.load(directory.config_path)
         self.log = MetricLog(directory.metrics_path, int(os.environ.get("LUMINA_INC", "1"))) if self.rank == 0 else None
         self.resume = os.environ.get("LUMINA_RESUME") == "1"
+        self.accept_data_change = os.environ.get("LUMINA_ACCEPT_DATA_CHANGE") == "1"
         self.out_of_memory = os.environ.get("LUMINA_AFTER") == "out_of_memory"  # that is how the incarnation before ended
         self.trainer: Any = None
         self.manager: Any = None
@@ -112,6 +114,7 @@ class Worker:
         self.trainer = trainer
         trainer.progress.eval_batch = configured
         trainer.extra_state = self._log_position
+        trainer.sync_log = sync or trainer.sync_log
         trainer.control.install_signals()
         trainer.prepare(data.train, data.eval)
         if self.resume:
@@ -149,6 +152,7 @@ class Worker:
 
     def _restore(self, data: Any) -> None:
         """Go on from the newest checkpoint that passes its digests; without any checkpoint the run starts at step 0."""
+        from .proof import resume_proof
         from .state import restore
 
         path = self.manager.recover()
@@ -162,41 +166,50 @@ class Worker:
         for note in loaded.notes:
             self.emit(rec.Alert(severity="warning", code="checkpoint_note", message=note))
         saved = loaded.global_state.get("data_fingerprint")
-        if saved != data.train.fingerprint:
+        changed = saved != data.train.fingerprint
+        if changed and not self.accept_data_change:
             raise Refused(
                 f"the training data changed since {path.name} was saved: fingerprint {str(saved)[:16]} then, "
-                f"{data.train.fingerprint[:16]} now; restore the data, or start a new run"
+                f"{data.train.fingerprint[:16]} now; restore the data, start a new run, or go on with other rows in another "
+                "order by --accept-data-change, which every later checkpoint will say"
             )
         self.manager.rewind(loaded.step)
         restore(self.trainer, loaded)
-        progress = self.trainer.progress
-        self.trainer.boundary.replay = self._changes_after(progress.step)
-        if self.log is not None:
-            self.emit(rec.Rewind(to_step=progress.step, reason=f"resumed from {path.name}"))
-            lr = self.trainer.schedule.lr(progress.step + 1)
-            self.emit(
-                rec.Note(
-                    step=progress.step,
-                    message=f"resumed at step {progress.step}: {progress.tokens:,} tokens, epoch {progress.epoch} row "
-                    f"{progress.index}, next lr {lr:.6g}, data {data.train.fingerprint[:16]}",
-                )
-            )
+        self._catch_up(loaded)
+        if changed:
+            self._override_data(loaded.step, str(saved), data.train.fingerprint)
+        self.emit(rec.Rewind(to_step=loaded.step, reason=f"resumed from {path.name}"))
+        self.emit(resume_proof(self.trainer, loaded))
+
+    def _override_data(self, step: int, before: str, after: str) -> None:
+        """Other data under the same position: told now and in every later manifest. Old row numbers mean nothing there."""
+        self.trainer.overrides.append({"what": "data", "step": step, "before": before, "after": after})
+        self.trainer.recovery.skip = SkipList()
+        message = f"the training data is not that of step {step}: {before[:16]} then, {after[:16]} now (--accept-data-change)"
+        advice = "the run is no exact resume; its position stays, its rows and their order are those of the new data"
+        self.emit(rec.Alert(severity="warning", code="data_changed", message=message, recommendation=advice, step=step))
 
     def _logged_step(self) -> int:
         steps = [r.step for r in read_records(self.directory.metrics_path) if isinstance(r, rec.Step)]
         return max(steps, default=0)
 
-    def _changes_after(self, step: int) -> dict[int, float]:
-        """Learning rates that the user set after the restored step: they are applied again at their own steps."""
-        changes: dict[int, float] = {}
-        if self.log is not None:
-            for item in surviving(read_records(self.directory.metrics_path)):
-                if not isinstance(item, rec.Change) or item.what != "learning_rate" or item.by != "user":
-                    continue
-                if item.step is not None and item.step > step:
-                    changes[item.step] = float(item.after)
-        shared = self.trainer.comm.broadcast({str(k): v for k, v in changes.items()})
-        return {int(k): v for k, v in shared.items()}
+    def _catch_up(self, loaded: Any) -> None:
+        """What the log knows beyond the checkpoint: the user's rates after that step, and rollbacks since."""
+        from .history import rates_after, rollbacks_after
+
+        records = list(read_records(self.directory.metrics_path)) if self.log is not None else []
+        rollbacks = rollbacks_after(records, loaded.global_state.get("log_seq"))
+        mine = {
+            "rates": list(rates_after(records, 0).items()),
+            "rollbacks": [[item.to_step, item.failed_step, item.skip] for item in rollbacks],
+        }
+        shared = self.trainer.comm.broadcast(mine)
+        trainer = self.trainer
+        trainer.boundary.rates = {int(step): float(rate) for step, rate in shared["rates"]}
+        trainer.boundary.replay = {step: rate for step, rate in trainer.boundary.rates.items() if step > loaded.step}
+        trainer.recovery = trainer.recovery.after(
+            rec.Rewind(to_step=to_step, failed_step=failed, skip=skip) for to_step, failed, skip in shared["rollbacks"]
+        )
 
     def _write_resolved(self) -> None:
         """The run's config.yaml and deepspeed.json say what is in force, also what only the data could decide.

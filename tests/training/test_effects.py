@@ -154,7 +154,12 @@ ELSEWHERE = {
     "engine_log_mb": "run/test_commands.py",
     "async_save": "checkpoint/test_faults.py",
     "enable_emergency_save": "checkpoint/test_manager.py",
-    "max_nonfinite_in_row": "training/test_trainer.py",
+    "max_nonfinite_in_row": "faults/test_ft_guard.py",
+    "max_rollbacks": "faults/test_ft_guard.py",
+    "spike_sigma": "training/test_guard.py",
+    "spike_window": "training/test_guard.py",
+    "spike_recover_steps": "training/test_guard.py",
+    "spike_policy": "faults/test_ft_guard.py",
 }
 # tested below
 HERE = {"deepspeed_log_level", "hardware_interval_s"}

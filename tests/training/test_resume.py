@@ -104,6 +104,11 @@ def test_rs02_killed_twice_equals_unbroken(unbroken: tuple[Path, Path, RunDirect
     records = list(read_records(run.metrics_path))
     assert [r.seq for r in records] == list(range(1, len(records) + 1))
     assert len([r for r in records if isinstance(r, rec.Rewind)]) == 2
+    proofs = [r for r in records if isinstance(r, rec.Resume)]
+    assert [(r.step, r.changed) for r in proofs] == [(r.to_step, {}) for r in records if isinstance(r, rec.Rewind)]
+    for proof in proofs:
+        assert proof.lr == want[proof.step + 1].lr and proof.tokens == want[proof.step].tokens
+        assert len(proof.rng) == 1 and proof.samples
 
 
 def test_c020_spread_experts_killed_equals_unbroken_and_talks(unbroken: tuple[Path, Path, RunDirectory]) -> None:
@@ -137,7 +142,38 @@ def test_rs07_changed_data_is_refused(unbroken: tuple[Path, Path, RunDirectory])
     mine.write_bytes(data.read_bytes().replace(b"say 7 and", b"say 8 and"))
     train(root, "changed", mine, "--resume")
     assert wait(run, 180) == 65
-    assert "data changed" in (run.info().reason or "")
+    assert "data changed" in (run.info().reason or "") and "--accept-data-change" in (run.info().reason or "")
+    newest = run.newest_step() or 0
+    train(root, "changed", mine, "--resume", "--accept-data-change")
+    assert wait(run, 180) == 0, run.log_path.read_text()[-2000:]
+    records = [r for r in read_records(run.metrics_path) if r.inc == run.info().inc]
+    assert [r.code for r in records if isinstance(r, rec.Alert)] == ["data_changed"]
+    proof = next(r for r in records if isinstance(r, rec.Resume))
+    assert proof.step == newest and list(proof.changed) == ["data"]
+    manifests = [json.loads(path.read_text()) for path in run.checkpoints.glob("step-*[0-9]/MANIFEST.json")]
+    marked = {m["step"]: m["flags"].get("overrides") for m in manifests if m["step"] > newest}
+    then, now = proof.changed["data"]
+    assert len(marked) >= 2
+    for marks in marked.values():  # every later manifest says so
+        (mark,) = marks
+        assert (mark["what"], mark["step"]) == ("data", newest)
+        assert (mark["before"][:16], mark["after"][:16]) == (then, now)
+
+
+def test_rs07_accepting_needs_a_resume(tmp_path: Path) -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "lumina_engine.cli",
+        "train",
+        "--runs",
+        str(tmp_path),
+        "--run",
+        "new",
+        "--accept-data-change",
+    ]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 2 and "add --resume" in done.stderr and not (tmp_path / "new").exists()
 
 
 def test_resume_refuses_a_key_that_must_not_change(unbroken: tuple[Path, Path, RunDirectory]) -> None:

@@ -1,0 +1,112 @@
+"""The guard of a step: what is not finite or far from its recent values is told, and left out where the policy says so.
+
+The deviation of a value x is z = (ln x − median) / (1.4826 · MAD) over the last finite values of the same quantity; 1.4826
+makes the median absolute deviation a standard deviation of normal values. Median and MAD, since one wild value moves neither.
+Only upward deviations count. Non-finite values never enter the window: with a mean and a deviation over it, one NaN would make
+every step skip until it has left.
+
+The decision is a pure function of saved numbers and of figures that are the same on every rank, so all ranks decide alike and
+a resumed run decides as the unbroken one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+LEAST_VALUES = 32  # before that there is no spread to speak of
+MOST_LEFT_OUT = 3  # steps of one episode: a bad batch is over by then, and a bad state of the model does not pass by waiting
+LEAST_SPREAD = 0.01  # of ln x: a flat window makes no spike of a value one percent above it
+_TINY = 1e-30
+QUANTITIES = {"loss": "loss", "grad_norm": "gradient norm"}
+
+
+@dataclass(frozen=True, slots=True)
+class Spike:
+    """A value `sigmas` deviations above its window. `first`: it opens the episode."""
+
+    quantity: str
+    value: float
+    sigmas: float
+    first: bool = False
+
+    @property
+    def words(self) -> str:
+        return f"{QUANTITIES[self.quantity]} {self.value:.4g} is {self.sigmas:.1f} sigma above its recent median"
+
+
+def deviation(window: deque[float], value: float) -> float:
+    """z of `value` (> 0) against a window of logarithms; 0 while the window is short."""
+    if len(window) < LEAST_VALUES:
+        return 0.0
+    logs = np.fromiter(window, dtype=np.float64, count=len(window))
+    median = float(np.median(logs))
+    spread = max(1.4826 * float(np.median(np.abs(logs - median))), LEAST_SPREAD)
+    return (math.log(max(value, _TINY)) - median) / spread
+
+
+class StepGuard:
+    """Watches loss and gradient norm of each step.
+
+    Args:
+        config: reads spike_sigma, spike_window, spike_recover_steps, spike_policy.
+
+    `open_since` is the step whose spike opened the present episode, None in calm; it closes after `spike_recover_steps` values
+    inside the bound. Every finite value enters the window, so the median follows a new level.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.sigma = float(config.spike_sigma)
+        self.recover = int(config.spike_recover_steps)
+        self.policy = str(config.spike_policy)
+        self.windows = {name: deque[float](maxlen=int(config.spike_window)) for name in QUANTITIES}
+        self.open_since: int | None = None
+        self.calm = 0  # values inside the bound since the last spike of the episode
+        self.left_out = 0  # steps of the episode that were not applied
+
+    def spike(self, loss: float, grad_norm: float) -> Spike | None:
+        """The larger deviation beyond the bound, if any; None for what is not finite."""
+        values = {"loss": loss, "grad_norm": grad_norm}
+        if not all(math.isfinite(value) for value in values.values()):
+            return None
+        found = [Spike(name, value, deviation(self.windows[name], value)) for name, value in values.items()]
+        worst = max(found, key=lambda spike: spike.sigmas)
+        return worst if worst.sigmas > self.sigma else None
+
+    def allows(self, loss: float, grad_norm: float) -> bool:
+        """Whether a step with these figures may change parameters. Asked before the update; changes nothing here."""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return False
+        return self.policy == "alert" or self.left_out >= MOST_LEFT_OUT or self.spike(loss, grad_norm) is None
+
+    def observe(self, step: int, loss: float, grad_norm: float, applied: bool) -> Spike | None:
+        """Take note of a step that is over. Returns its spike; a step that is not finite leaves everything as it was."""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return None
+        spike = self.spike(loss, grad_norm)
+        for name, value in (("loss", loss), ("grad_norm", grad_norm)):
+            self.windows[name].append(math.log(max(value, _TINY)))
+        if spike is not None:
+            spike = Spike(spike.quantity, spike.value, spike.sigmas, first=self.open_since is None)
+            self.open_since = step if spike.first else self.open_since
+            self.calm = 0
+            self.left_out += not applied
+        elif self.open_since is not None:
+            self.calm += 1
+            if self.calm >= self.recover:
+                self.open_since, self.calm, self.left_out = None, 0, 0
+        return spike
+
+    def state_dict(self) -> dict[str, Any]:
+        windows = {name: list(window) for name, window in self.windows.items()}
+        return {"windows": windows, "open_since": self.open_since, "calm": self.calm, "left_out": self.left_out}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, window in self.windows.items():
+            window.clear()
+            window.extend(state["windows"][name])
+        self.open_since, self.calm, self.left_out = state["open_since"], state["calm"], state["left_out"]
