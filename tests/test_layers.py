@@ -101,6 +101,9 @@ def test_se06_forbidden_calls(path: Path) -> None:
             called = ast.unparse(node.func)
             assert called not in {"eval", "exec", "os.system", "os.popen", "torch.load"}, f"{where} {called}"
             assert called not in {"yaml.load", "yaml.unsafe_load", "yaml.full_load"}, f"{where} {called}"
+            if called.rpartition(".")[2] in {"extractall", "extract", "unpack_archive"}:
+                filters = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "filter"]
+                assert filters == ["'data'"], f"{where} {called} without filter='data'"
             for keyword in node.keywords:
                 value = keyword.value.value if isinstance(keyword.value, ast.Constant) else None
                 assert not (keyword.arg in {"shell", "trust_remote_code"} and value is True), where

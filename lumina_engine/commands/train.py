@@ -105,6 +105,8 @@ def _checked(config: Config, preset: str | None) -> Plan:
     world = world_size(config, machine)
     tokenizer = ConversationTokenizer(config.tokenizer)
     resolved = resolve(config, machine, tokenizer_vocab=tokenizer.get_vocab_size(), world=world)
+    if errors := [f for f in check(resolved) if f.severity == "error"]:
+        raise ConfigError(errors)  # of values that were auto
     return Plan(resolved, findings, machine, world, preset)
 
 
@@ -206,9 +208,10 @@ def _save_config(directory: RunDirectory, config: Config) -> None:
 
 def _launch(directory: RunDirectory, plan: Plan, *, resume: bool, accept_data_change: bool = False) -> None:
     from ..run.launch import rank_argv, start
+    from ..run.policy import Settings
 
     config = plan.config
-    settings = {name: getattr(config, name) for name in ("max_restarts", "preempt_grace_s", "engine_log_mb")}
+    settings = Settings.of_config(config)
     argv = rank_argv(config, directory.path, plan.world)
     start(directory, argv, world=plan.world, resume=resume, settings=settings, accept_data_change=accept_data_change)
 

@@ -10,53 +10,73 @@ from lumina_engine.config.counts import parameter_counts
 from lumina_engine.config.schema import DeepSeekConfig
 
 
-def block_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int, on_cpu: bool = True) -> int:
-    """Bytes that one block keeps for its backward pass, averaged over blocks with and without experts."""
-    attention = attention_activation_bytes(model, tokens, value_bytes)
+def block_activation_bytes(
+    model: DeepSeekConfig, tokens: int, value_bytes: int, on_cpu: bool = True, length: int | None = None
+) -> int:
+    """Bytes that one block keeps for its backward pass, averaged over blocks with and without experts.
+
+    `length` is that of the rows (default: the longest); it matters where attention is written out.
+    """
+    attention = attention_activation_bytes(model, tokens, value_bytes, length)
     before = tokens * (value_bytes * model.hidden_size + 4)  # input of the second half and the statistic of its norm
     with_experts = model.expert_layers
     without = model.num_layers - with_experts
-    dense = tokens * value_bytes * (model.hidden_size + 3 * dense_width(model))
+    dense = tokens * value_bytes * (model.hidden_size + 3 * model.dense_width)
     experts = expert_activation_bytes(model, tokens, value_bytes, on_cpu) if with_experts else 0
     return attention + before + (with_experts * experts + without * dense) // model.num_layers
 
 
-def dense_width(model: DeepSeekConfig) -> int:
-    """Width of the feed-forward network of a block without experts."""
-    return model.dense_width if model.use_moe else model.expert_width
-
-
-def attention_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
-    """Bytes that the attention half of one block keeps, with the input of the block."""
-    return _latent_bytes(model, tokens, value_bytes) if model.attention == "mla" else _grouped_bytes(model, tokens, value_bytes)
-
-
-def _grouped_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
-    """Bytes that grouped-query attention of one block keeps, with its norm."""
-    heads, kv = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
-    # input and normed input, fused q k v, rotated q and k, output of attention
-    values = 2 * model.hidden_size + heads + 2 * kv + heads + kv + heads
-    statistics = 1 + model.num_heads  # of the norm, logsumexp of the scores
+def attention_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int, length: int | None = None) -> int:
+    """Bytes that the attention half of one block keeps, with the input of the block; rows have `length` tokens."""
+    if model.attention == "mla":
+        projected = _latent_bytes(model, tokens, value_bytes)
+        fused = _fused_latent_bytes
+    else:  # input and normed input, statistic of the norm
+        projected, fused = tokens * (value_bytes * 2 * model.hidden_size + 4), _fused_grouped_bytes
     if model.qk_norm:
-        statistics += model.num_heads + model.num_kv_heads
-    return tokens * (value_bytes * values + 4 * statistics)
+        projected += tokens * 4 * (model.num_heads + model.num_kv_heads)
+    if model.use_flash_attention:
+        return projected + fused(model, tokens, value_bytes)
+    return projected + score_bytes(model, tokens, length) + _written_out_bytes(model, tokens, value_bytes)
+
+
+def score_bytes(model: DeepSeekConfig, tokens: int, length: int | None = None) -> int:
+    """Bytes of the scores of one block where attention is written out (`use_flash_attention: false`), in float32."""
+    return tokens * (length or model.seq_length) * model.num_heads * 4
+
+
+def _written_out_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
+    """Bytes that attention written out keeps beside scores: queries, and keys and values of every query head, all in float32,
+    and its output."""
+    value = model.v_head_dim if model.attention == "mla" else model.head_size
+    return tokens * model.num_heads * (4 * (2 * model.head_size + value) + value_bytes * value)
+
+
+def _fused_grouped_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
+    """Bytes that grouped-query attention keeps behind its norm."""
+    heads, kv = model.num_heads * model.head_size, model.num_kv_heads * model.head_size
+    # fused q k v, rotated q and k, output of attention; logsumexp of the scores
+    return tokens * (value_bytes * (heads + 2 * kv + heads + kv + heads) + 4 * model.num_heads)
 
 
 def _latent_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
-    """Bytes that latent attention of one block keeps, with its norm."""
-    heads, key, value = model.num_heads, model.head_size, model.v_head_dim
-    queries, latent = model.q_lora_rank or 0, model.kv_lora_rank
+    """Bytes that latent attention of one block keeps before scores, with its norm."""
+    heads, queries, latent = model.num_heads, model.q_lora_rank or 0, model.kv_lora_rank
     # input and normed input, compressed, normed latents
-    values = 2 * model.hidden_size + (queries or heads * key) + latent + model.qk_rope_head_dim + queries + latent
-    statistics = 2 + (1 if queries else 0)  # of the norms
+    values = 2 * model.hidden_size + (queries or heads * model.head_size) + latent + model.qk_rope_head_dim + queries + latent
+    return tokens * (value_bytes * values + 4 * (2 + (1 if queries else 0)))  # statistics of the norms
+
+
+def _fused_latent_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
+    """Bytes that latent attention keeps behind its projections."""
+    heads, key, value = model.num_heads, model.head_size, model.v_head_dim
     expanded = heads * (model.qk_nope_head_dim + value)
     if key != value and value_bytes < 4:  # blocks of queries: queries, keys, values within the expanded, output
-        values += 2 * heads * key + expanded + heads * value
-    else:  # SDPA on one width: queries, keys, values, output; what is widened is a copy of its own
-        wide = heads * max(key, value)
-        values += 2 * wide + (wide if value < key else expanded) + wide + (heads * value if value != key else 0)
-        statistics += heads  # logsumexp of the scores
-    return tokens * (value_bytes * values + 4 * statistics)
+        return tokens * value_bytes * (2 * heads * key + expanded + heads * value)
+    # SDPA on one width: queries, keys, values, output; what is widened is a copy of its own; logsumexp of the scores
+    wide = heads * max(key, value)
+    values = 2 * wide + (wide if value < key else expanded) + wide + (heads * value if value != key else 0)
+    return tokens * (value_bytes * values + 4 * heads)
 
 
 def expert_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int, on_cpu: bool = True) -> int:
@@ -91,7 +111,7 @@ def selective_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: 
     else:
         projected = (heads + 2 * model.num_kv_heads) * model.head_size
     with_experts = model.expert_layers
-    width = model.dense_width if model.use_moe else model.expert_width
+    width = model.dense_width
     # experts: normed input and its statistic; gate-up of routed and shared; logits, scores, choices and gates of the router
     scores = 4 if model.router_score == "softmax" else 8
     chosen = tokens * model.moe_top_k
@@ -106,10 +126,12 @@ def selective_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: 
 
 
 def activation_bytes(model: DeepSeekConfig, batch_size: int, seq_length: int, value_bytes: int, on_cpu: bool = True) -> int:
-    """Bytes kept for the backward pass of one micro batch. Attention keeps no scores and no mask."""
+    """Bytes kept for the backward pass of one micro batch. Only attention written out keeps scores and a mask."""
     tokens = batch_size * seq_length
-    block = block_activation_bytes(model, tokens, value_bytes, on_cpu)
+    block = block_activation_bytes(model, tokens, value_bytes, on_cpu, seq_length)
     ends = tokens * value_bytes * 2 * model.hidden_size
+    if not model.use_flash_attention:  # the mask of documents, one for all blocks
+        ends += tokens * seq_length * value_bytes
     if model.gradient_checkpointing == "selective":  # and what one block computes again
         kept = selective_activation_bytes(model, tokens, value_bytes)
         return (model.num_layers - 1) * kept + max(kept, block) + ends
@@ -129,7 +151,7 @@ def cast_bytes(model: DeepSeekConfig, value_bytes: int) -> int:
     return value_bytes * products
 
 
-def working_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int, on_cpu: bool = True) -> int:
+def working_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int, on_cpu: bool = True, length: int | None = None) -> int:
     """Bytes of temporaries while the backward pass is in the widest part of a block; its weight gradients are not in it."""
     hidden = model.hidden_size
     passing = 2 * tokens * value_bytes * hidden  # gradients of the residual stream and of the branch
@@ -141,13 +163,15 @@ def working_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int, on_cpu: 
         # the loop of the CPU holds those of one expert, and the gradient of all tokens
         widths.append((rows // model.num_experts + hidden if on_cpu else rows) * value_bytes)
     if model.expert_layers < model.num_layers:
-        widths.append((5 * dense_width(model) + hidden) * value_bytes)
+        widths.append((5 * model.dense_width + hidden) * value_bytes)
     if model.attention == "mla":
         both = model.num_heads * (2 * model.head_size + model.v_head_dim)
     else:
         both = (model.num_heads + 2 * model.num_kv_heads) * model.head_size
     # gradients of q, k, v with those of the rotation in float32; the norm works in float32 too
     widths.append(both * (2 * value_bytes + 4))
+    if not model.use_flash_attention:  # gradients of the probabilities and of the scores
+        widths.append(2 * score_bytes(model, 1, length))
     widths.append(hidden * (12 if value_bytes == 4 else 20))
     return passing + tokens * max(widths)
 

@@ -52,7 +52,7 @@ def parameter_counts(model: DeepSeekConfig) -> Counts:
     expert = 3 * hidden * model.expert_width
     with_experts = model.expert_layers
     without = model.num_layers - with_experts
-    dense = 3 * hidden * (model.dense_width if model.use_moe else model.expert_width)
+    dense = 3 * hidden * model.dense_width
     experts = with_experts * model.num_experts * expert
     counts = {
         "attention": model.num_layers * attention,

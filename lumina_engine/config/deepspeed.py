@@ -250,7 +250,8 @@ def check_overrides(config: Config, world: int | None = None) -> list[Finding]:
         fix = "set use_deepspeed=true or remove the overrides"
         return [Finding("deepspeed_off", "error", ("deepspeed_overrides", "use_deepspeed"), message, fix)]
     findings = [*_unknown(overrides, KNOWN, ""), *_unguarded(overrides), *_unscattered(config)]
-    findings += useless(overrides, config.zero_stage, config.nvme_offload_optimizer)
+    disk = config.nvme_offload_optimizer or config.nvme_offload_parameters
+    findings += useless(overrides, config.zero_stage, config.nvme_offload_optimizer, disk)
     generated = _generated(config, world or 1)
     for path, name in COVERED.items():
         given = value_at(overrides, path)

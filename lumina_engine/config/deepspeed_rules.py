@@ -58,6 +58,15 @@ NO_EFFECT = {
     "zero_optimization.legacy_stage1": "DeepSpeed removed it: remove it",
     "zero_optimization.cpu_offload_use_pin_memory": "DeepSpeed renamed it: set offload_optimizer.pin_memory",
 }
+# DeepSpeed path → the only value that is accepted, and why.
+ONLY: dict[str, tuple[Any, str]] = {
+    "gradient_allreduce_op": (
+        "mean",
+        "Lumina's losses are shares that DeepSpeed's mean puts together; with another reduction every gradient is too large: "
+        "remove it",
+    ),
+    "zero_force_ds_cpu_optimizer": (False, _OPTIMIZER),
+}
 # Read at stage 3 only; below it DeepSpeed says nothing and does nothing.
 STAGE_3_ONLY = (
     "stage3_model_persistence_threshold",
@@ -69,17 +78,28 @@ STAGE_3_ONLY = (
     "sub_group_size",
     "zero_hpz_partition_size",
     "zero_quantized_weights",
+    "zero_quantized_gradients",
     "zero_quantized_nontrainable_weights",
     "memory_efficient_linear",
     "leaf_module",
 )
 
 
-def useless(overrides: Mapping[str, Any], stage: int | str, disk_optimizer: bool) -> Iterator[Finding]:
-    """An error for each override that would do nothing, or end the run later."""
+def useless(overrides: Mapping[str, Any], stage: int | str, disk_optimizer: bool, disk: bool) -> Iterator[Finding]:
+    """An error for each override that would do nothing, be wrong, or end the run later.
+
+    `disk_optimizer`: the optimizer's state lies on disk; `disk`: that or the weights.
+    """
     for path, reason in NO_EFFECT.items():
         if (given := value_at(overrides, path)) is not None:
             yield _refused(path, given, reason)
+    for path, (only, reason) in ONLY.items():
+        given = value_at(overrides, path)
+        if given is not None and (given != only or type(given) is not type(only)):
+            yield _refused(path, given, reason)
+    if (given := value_at(overrides, "aio")) is not None and not disk:
+        reason = "only offload to disk reads it: set nvme_offload_optimizer=true, or remove it"
+        yield _refused("aio", given, reason)
     for name in STAGE_3_ONLY:
         path = f"zero_optimization.{name}"
         given = value_at(overrides, path)

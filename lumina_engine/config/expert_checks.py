@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lumina_engine.config.declare import show
-from lumina_engine.config.finding import Finding
+from lumina_engine.config.finding import Finding, error
 from lumina_engine.config.resolve import MOST_STAGE_WITH_EXPERTS, expert_ranks_findings
 from lumina_engine.config.schema import Config
 
@@ -30,30 +30,31 @@ def expert_parallel(config: Config) -> Iterator[Finding]:
     if size == 1:
         if config.overlap_alltoall:
             message = "overlap_alltoall = true with expert_parallel_size = 1: every rank has all experts, nothing is sent"
-            yield _error("overlap", "overlap_alltoall", message, "set overlap_alltoall=false")
+            yield error("overlap", "expert_parallel_size overlap_alltoall", message, "set overlap_alltoall=false")
         return
     if not config.use_moe:
         message = f"expert_parallel_size = {size}: the model has no experts (use_moe = false)"
-        yield _error("expert_parallel", "use_moe", message, "set expert_parallel_size=1")
+        yield error("expert_parallel", "expert_parallel_size use_moe", message, "set expert_parallel_size=1")
         return
     if config.num_experts % size:
         message = f"expert_parallel_size = {size}: does not divide num_experts = {config.num_experts}"
         near = max(n for n in range(1, min(size, config.num_experts) + 1) if config.num_experts % n == 0)
-        yield _error("expert_parallel", "num_experts", message, f"set expert_parallel_size={near}")
+        yield error("expert_parallel", "expert_parallel_size num_experts", message, f"set expert_parallel_size={near}")
     if config.num_gpus != "auto":
         yield from expert_ranks_findings(size, config.num_gpus * config.num_nodes)
     if config.zero_stage != "auto" and config.zero_stage > MOST_STAGE_WITH_EXPERTS:
         message = f"zero_stage = {config.zero_stage} with expert_parallel_size = {size}: both split the experts' weights"
-        yield _error("expert_stage", "zero_stage", message, f"set zero_stage={MOST_STAGE_WITH_EXPERTS}")
+        yield error("expert_stage", "expert_parallel_size zero_stage", message, f"set zero_stage={MOST_STAGE_WITH_EXPERTS}")
     if config.use_deepspeed and config.zero_stage != 0 and not config.contiguous_gradients:
         message = f"contiguous_gradients = false with expert_parallel_size = {size}: DeepSpeed needs them for experts"
-        yield _error("expert_gradients", "contiguous_gradients", message, "set contiguous_gradients=true")
+        yield error("expert_gradients", "expert_parallel_size contiguous_gradients", message, "set contiguous_gradients=true")
     for key, proved in PROVED.items():
         value = getattr(config, key)
         if value not in proved:
             message = f"{key} = {show(value)} with expert_parallel_size = {size}: not proved to give the same losses"
-            yield _error("expert_unproved", key, message, f"set {key}={show(proved[0])} or expert_parallel_size=1")
-
-
-def _error(code: str, key: str, message: str, fix: str) -> Finding:
-    return Finding(code, "error", ("expert_parallel_size", key), message, fix)
+            yield error(
+                "expert_unproved",
+                f"expert_parallel_size {key}",
+                message,
+                f"set {key}={show(proved[0])} or expert_parallel_size=1",
+            )

@@ -42,6 +42,16 @@ class Finding:
         }
 
 
+def finding(severity: Severity, code: str, keys: str, message: str, fix: str) -> Finding:
+    """A finding about `keys`, given in one string."""
+    return Finding(code, severity, tuple(keys.split()), message, fix)
+
+
+def error(code: str, keys: str, message: str, fix: str) -> Finding:
+    """A finding that blocks a launch."""
+    return finding("error", code, keys, message, fix)
+
+
 class ConfigError(Exception):
     """A configuration that cannot be used. `findings` holds every problem found, not only the errors."""
 

@@ -181,7 +181,7 @@ class CheckpointKeys(Section):
         unit="steps",
         minimum=0,
         resume=True,
-        read_by="training/trainer.py",
+        read_by="training/boundary.py",
     )
     keep_checkpoints: int = key(
         3, "Newest checkpoints kept; the best one is always kept.", unit="checkpoints", minimum=2, resume=True, read_by=_MANAGER
@@ -214,7 +214,7 @@ class MonitoringKeys(Section):
         1, "Steps between step records.", unit="steps", minimum=1, resume=True, read_by="training/trainer.py"
     )
     expert_log_interval: int = key(
-        10, "Steps between records of the experts' load.", unit="steps", minimum=1, resume=True, read_by="training/trainer.py"
+        10, "Steps between records of the experts' load.", unit="steps", minimum=1, resume=True, read_by="training/boundary.py"
     )
     hardware_interval_s: float = key(
         2.0, "Time between records of devices and host.", unit="s", minimum=0.5, resume=True, read_by="training/worker.py"

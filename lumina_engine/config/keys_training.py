@@ -11,6 +11,7 @@ _CURRICULUM = "config/curriculum.py"
 _ENGINE = "training/engine.py"
 _SCHEDULE = "training/schedule.py"
 _TRAINER = "training/trainer.py"
+_BOUNDARY = "training/boundary.py"
 
 
 class TrainingKeys(Section):
@@ -164,10 +165,10 @@ class TrainingKeys(Section):
         read_by="config/micro_batch.py",
     )
     eval_interval: int = key(
-        200, "Steps between evaluations; 0 evaluates at the end only.", unit="steps", minimum=0, resume=True, read_by=_TRAINER
+        200, "Steps between evaluations; 0 evaluates at the end only.", unit="steps", minimum=0, resume=True, read_by=_BOUNDARY
     )
     eval_batches: int = key(
-        100, "Batches of one evaluation; 0 takes all.", unit="batches", minimum=0, resume=True, read_by=_TRAINER
+        100, "Batches of one evaluation; 0 takes all.", unit="batches", minimum=0, resume=True, read_by=_BOUNDARY
     )
     early_stopping_patience: int = key(
         0,
@@ -175,7 +176,7 @@ class TrainingKeys(Section):
         unit="evaluations",
         minimum=0,
         resume=True,
-        read_by=_TRAINER,
+        read_by=_BOUNDARY,
     )
 
 

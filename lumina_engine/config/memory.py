@@ -108,10 +108,11 @@ def training_memory(model: DeepSeekConfig, layout: Layout) -> Memory:
     if weight_bytes > value_bytes:
         kept += cast_bytes(model, value_bytes)
     logits = loss_bytes(model, tokens, value_bytes, weight_bytes, layout.on_cpu)
-    working = working_bytes(model, tokens, value_bytes, layout.on_cpu) + _exchange_bytes(model, layout, value_bytes)
+    working = working_bytes(model, tokens, value_bytes, layout.on_cpu, layout.seq_length)
+    working += _exchange_bytes(model, layout, value_bytes)
     block = grad_bytes * _block_parameters(model, counts)
     head = grad_bytes * model.vocab_rows * model.hidden_size
-    one_block = block_activation_bytes(model, tokens, value_bytes, layout.on_cpu)
+    one_block = block_activation_bytes(model, tokens, value_bytes, layout.on_cpu, layout.seq_length)
     tied = head if model.tie_word_embeddings else 0
     # the buckets are there from the start, but on a CPU only what is written to is
     first = state.held + kept + working + block + head + (state.gathered if layout.on_cpu else state.buckets)

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from lumina_engine.config.counts import largest_parameter, parameter_counts
-from lumina_engine.config.finding import Finding, Severity
+from lumina_engine.config.finding import Finding, finding
 from lumina_engine.config.machine import Machine, gb_text
 from lumina_engine.config.offload import Offload, least_stage, offload_of
 from lumina_engine.config.resolve import model_config, ranks_per_node, resolved_precision, world_size
@@ -29,21 +29,21 @@ def offload(config: Config) -> Iterator[Finding]:
     used = [name for name in (*_HOST_KEYS, *_NVME_KEYS) if getattr(config, name)]
     if config.nvme_path != infos_of(Config)["nvme_path"].default and not any(n in _NVME_KEYS for n in used):
         message = f"nvme_path = {config.nvme_path} has no effect without nvme_offload_optimizer or nvme_offload_parameters"
-        yield _finding("info", "nvme_path", "nvme_path", message, "set one of them, or leave nvme_path as it was")
+        yield finding("info", "nvme_path", "nvme_path", message, "set one of them, or leave nvme_path as it was")
     if not used:
         return
     keys, said = " ".join(used), " and ".join(used)
     if not config.use_deepspeed:
         message = f"{said}: offload needs DeepSpeed, but use_deepspeed is false"
-        yield _finding("error", "offload_off", f"{keys} use_deepspeed", message, f"set use_deepspeed=true, or {used[0]}=false")
+        yield finding("error", "offload_off", f"{keys} use_deepspeed", message, f"set use_deepspeed=true, or {used[0]}=false")
         return
     if config.expert_parallel_size > 1 and config.use_moe:
         message = f"{said} with expert_parallel_size = {config.expert_parallel_size}: not available together"
-        yield _finding("error", "offload_experts", f"{keys} expert_parallel_size", message, "set expert_parallel_size=1")
+        yield finding("error", "offload_experts", f"{keys} expert_parallel_size", message, "set expert_parallel_size=1")
     least, reason = least_stage(config)
     if config.zero_stage != "auto" and config.zero_stage < least:
         message = f"zero_stage = {config.zero_stage} with {said}: {reason}; DeepSpeed would say nothing and move nothing"
-        yield _finding("error", "offload_stage", f"zero_stage {keys}", message, f"set zero_stage={least} or auto")
+        yield finding("error", "offload_stage", f"zero_stage {keys}", message, f"set zero_stage={least} or auto")
     yield from _nvme_wins(config)
     if config.nvme_offload_parameters and config.precision not in ("auto", *_SHORT):
         yield _wide_weights(config.precision)
@@ -58,12 +58,12 @@ def _nvme_wins(config: Config) -> Iterator[Finding]:
         for host in hosts:
             if getattr(config, disk) and getattr(config, host):
                 message = f"{disk} and {host}: the disk is taken for what both would move"
-                yield _finding("info", "nvme_wins", f"{disk} {host}", message, f"set {host}=false")
+                yield finding("info", "nvme_wins", f"{disk} {host}", message, f"set {host}=false")
 
 
 def _wide_weights(precision: str) -> Finding:
     message = f"nvme_offload_parameters with precision = {precision}: DeepSpeed swaps 16-bit weights only"
-    return _finding("error", "nvme_weights", "nvme_offload_parameters precision", message, "set precision=bf16")
+    return finding("error", "nvme_weights", "nvme_offload_parameters precision", message, "set precision=bf16")
 
 
 def offload_machine(config: Config, machine: Machine) -> Iterator[Finding]:
@@ -74,14 +74,14 @@ def offload_machine(config: Config, machine: Machine) -> Iterator[Finding]:
     if not machine.devices and "cpu" in (places.optimizer, places.parameters):
         used = " ".join(name for name in _HOST_KEYS if getattr(config, name))
         message = "offload to host memory frees nothing here: without a GPU all of it is host memory already"
-        yield _finding("info", "offload_cpu", used, message, f"set {used.split()[0]}=false")
+        yield finding("info", "offload_cpu", used, message, f"set {used.split()[0]}=false")
     if not places.nvme:
         return
     keys = " ".join(name for name in _NVME_KEYS if getattr(config, name))
     if config.nvme_offload_parameters and config.precision == "auto" and resolved_precision(config, machine) not in _SHORT:
         yield _wide_weights(resolved_precision(config, machine))
     if problem := async_io_problem():
-        yield _finding("error", "async_io", keys, f"offload to disk: {problem[0]}", problem[1])
+        yield finding("error", "async_io", keys, f"offload to disk: {problem[0]}", problem[1])
     yield from _disk(config, machine, places, keys)
 
 
@@ -94,16 +94,16 @@ def _disk(config: Config, machine: Machine, places: Offload, keys: str) -> Itera
     free = shutil.disk_usage(folder).free
     if need > free:
         message = f"nvme_path = {config.nvme_path}: {gb_text(need)} needed (computed), {gb_text(free)} are free"
-        yield _finding("error", "nvme_room", f"nvme_path {keys}", message, "free some disk, or set nvme_path to another one")
+        yield finding("error", "nvme_room", f"nvme_path {keys}", message, "free some disk, or set nvme_path to another one")
     if (kind := file_system(folder)) in _MEMORY_FILE_SYSTEMS:
         message = f"nvme_path = {config.nvme_path}: {kind} is memory, so offload there frees nothing"
-        yield _finding("warning", "nvme_tmpfs", f"nvme_path {keys}", message, "set nvme_path to a folder on a local disk")
+        yield finding("warning", "nvme_tmpfs", f"nvme_path {keys}", message, "set nvme_path to a folder on a local disk")
     limit = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
     largest = -(-largest_parameter(model) // world_size(config, machine))
     locked = largest * (16 * (places.optimizer == "nvme") + 10 * (places.parameters == "nvme"))  # 4 and 5 buffers
     if os.geteuid() != 0 and limit != resource.RLIM_INFINITY and locked > limit:
         message = f"offload to disk: {gb_text(locked)} of memory must be locked, ulimit -l allows {gb_text(limit)}"
-        yield _finding("error", "memlock", keys, message, "raise it: ulimit -l unlimited, or memlock in limits.conf")
+        yield finding("error", "memlock", keys, message, "raise it: ulimit -l unlimited, or memlock in limits.conf")
 
 
 def existing_parent(path: Path) -> Path:
@@ -149,7 +149,3 @@ def async_io_problem() -> tuple[str, str] | None:
     if done.returncode:
         return "async_io needs libaio with its header, and neither is found", "install libaio-dev (libaio-devel)"
     return None
-
-
-def _finding(severity: Severity, code: str, keys: str, message: str, fix: str) -> Finding:
-    return Finding(code, severity, tuple(keys.split()), message, fix)

@@ -20,6 +20,7 @@ RANK_BYTES = 700_000_000
 STAGES = (0, 1, 2, 3)
 # With experts spread over ranks: stage 3 would gather the weights of experts that other ranks do not have.
 MOST_STAGE_WITH_EXPERTS = 2
+MOST_STAGE_COMPILED = 2  # weights that come and go cannot be compiled
 
 
 def padded(ids: int) -> int:
@@ -79,7 +80,9 @@ def device_limit(config: Config, machine: Machine) -> tuple[int, int]:
 
 def most_stage(config: Config) -> int:
     """The highest ZeRO stage that this configuration allows."""
-    return MOST_STAGE_WITH_EXPERTS if config.use_moe and config.expert_parallel_size > 1 else STAGES[-1]
+    if config.use_moe and config.expert_parallel_size > 1:
+        return MOST_STAGE_WITH_EXPERTS
+    return MOST_STAGE_COMPILED if config.compile else STAGES[-1]
 
 
 @dataclass(frozen=True, slots=True)

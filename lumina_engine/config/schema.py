@@ -204,7 +204,12 @@ class DeepSeekConfig(_Checked, ExpertKeys, ModelKeys):
 
     @property
     def dense_width(self) -> int:
-        """`dense_intermediate_size` as a number: top-k times the expert width when `auto`."""
+        """Width of a block without experts: `dense_intermediate_size`, top-k times the expert width when `auto`.
+
+        Of a model without experts all blocks have the expert width.
+        """
+        if not self.use_moe:
+            return self.expert_width
         return self.moe_top_k * self.expert_width if self.dense_intermediate_size == "auto" else self.dense_intermediate_size
 
     @property

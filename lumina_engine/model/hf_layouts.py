@@ -95,7 +95,7 @@ def hf_config(config: DeepSeekConfig) -> dict[str, Any]:
         "model_type": layout,
         "vocab_size": config.vocab_rows,
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.dense_width if config.use_moe and layout != "mixtral" else config.expert_width,
+        "intermediate_size": config.expert_width if layout == "mixtral" else config.dense_width,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
         "num_key_value_heads": config.num_heads if layout == "deepseek_v3" else config.num_kv_heads,

@@ -58,7 +58,7 @@ class Block(nn.Module):
         if config.use_moe and layer >= config.num_dense_layers:
             self.ffn = MoE(config)
         else:
-            width = config.dense_width if config.use_moe else config.expert_width
+            width = config.dense_width
             self.ffn = SwiGLU(config.hidden_size, width)
         self.dropout = config.dropout
         self.selective = config.gradient_checkpointing == "selective"

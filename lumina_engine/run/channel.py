@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hmac
 import json
+import os
 import selectors
 import socket
 import time
 from collections import OrderedDict, deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .place import read_place
 from .process import Process, process
 from .rank import MESSAGE_LIMIT, Command
 from .socket import HELLO_TIME, bind_socket, peer, unbind
@@ -22,7 +24,11 @@ _UNAPPLIED = 256  # commands kept in case rank 0 dies before it has obeyed
 
 @dataclass(slots=True)
 class RankState:
-    """What a rank said last. `at` is the supervisor's monotonic time of the last change of (step, section)."""
+    """What a rank said last. `at` is the supervisor's monotonic time of the last change of (step, section).
+
+    `steps` counts those finished since this start; `p99` is the 99th percentile of each section's durations and `work` the
+    median forward time of a step, in seconds, as the rank measured them.
+    """
 
     process: Process
     step: int | None = None
@@ -31,6 +37,36 @@ class RankState:
     exit_code: int | None = None
     exit_reason: str | None = None
     connected: bool = True
+    steps: int = 0
+    p99: dict[str, float] = field(default_factory=dict)
+    work: float | None = None
+    place: int | None = None  # descriptor of what the rank says at every change (see place.py); None for one far away
+
+    def beat(self, content: dict[str, Any]) -> None:
+        """Take over a heartbeat; what is malformed in it is left out."""
+        self.step, self.section, self.at = content["step"], str(content.get("section"))[:32], time.monotonic()
+        if isinstance(content.get("steps"), int):
+            self.steps = content["steps"]
+        if isinstance(content.get("p99"), dict):
+            self.p99 = {str(name)[:32]: float(span) for name, span in content["p99"].items() if _is_time(span)}
+        if "work" in content:
+            self.work = float(content["work"]) if _is_time(content["work"]) else None
+
+    def look_closer(self) -> None:
+        """Take step and section from the rank's own memory: it may have moved on after its last heartbeat, and frozen then."""
+        found = None if self.place is None else read_place(self.place)
+        if found is not None:
+            self.step, self.section = found
+
+    def forget(self) -> None:
+        """Close what belongs to it."""
+        if self.place is not None:
+            os.close(self.place)
+            self.place = None
+
+
+def _is_time(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +126,11 @@ class RankServer:
             self._unapplied.popitem(last=False)
         return None
 
+    def tell(self, command: Command) -> bool:
+        """Give rank 0 something that is worth nothing later; whether it took it."""
+        connection = self._connection(0)
+        return connection is not None and self._deliver(connection, command)
+
     def applied(self, request: str) -> None:
         """The effect of this command is in the log."""
         self._unapplied.pop(request, None)
@@ -131,6 +172,8 @@ class RankServer:
         """Forget the ranks of the incarnation that has ended."""
         for connection in list(self._connections):
             self._drop(connection)
+        for state in self.ranks.values():
+            state.forget()
         self.ranks.clear()
         self.failure = None
         self._waiting.clear()
@@ -175,28 +218,34 @@ class RankServer:
     def _ready(self, connection: socket.socket) -> None:
         if connection not in self._connections:
             return
+        descriptors: list[int] = []
         try:
-            data = connection.recv(MESSAGE_LIMIT)
+            data, descriptors, _, _ = socket.recv_fds(connection, MESSAGE_LIMIT, 1)
         except BlockingIOError:
             return
         except OSError:
             data = b""
         try:
             content = json.loads(data)
-            known = isinstance(content, dict) and self._take(connection, content)
+            known = isinstance(content, dict) and self._take(connection, content, descriptors)
         except (ValueError, RecursionError):
             known = False
+        for descriptor in descriptors:  # of a stranger, or none that we asked for
+            os.close(descriptor)
         if not known:
             self._drop(connection)
 
-    def _take(self, connection: socket.socket, content: dict[str, Any]) -> bool:
-        """One message; False ends the connection."""
+    def _take(self, connection: socket.socket, content: dict[str, Any], descriptors: list[int]) -> bool:
+        """One message; False ends the connection. A descriptor that is kept is taken out of the list."""
         rank = self._connections[connection]
         if rank is None:
-            return self._greet(connection, content)
+            greeted = self._greet(connection, content)
+            if greeted and descriptors:
+                self.ranks[content["rank"]].place = descriptors.pop()
+            return greeted
         state = self.ranks[rank]
         if content.get("op") == "beat" and isinstance(content.get("step"), int):
-            state.step, state.section, state.at = content["step"], str(content.get("section"))[:32], time.monotonic()
+            state.beat(content)
         elif content.get("op") == "exit" and isinstance(content.get("code"), int):
             state.exit_code = content["code"]
             state.exit_reason = str(content["reason"])[:1000] if content.get("reason") else None
@@ -222,6 +271,8 @@ class RankServer:
             return False
         del self._since[connection]
         self._connections[connection] = rank
+        if rank in self.ranks:
+            self.ranks[rank].forget()
         self.ranks[rank] = RankState(found, at=time.monotonic())
         while rank == 0 and self._waiting and self._deliver(connection, self._waiting[0]):
             self._waiting.popleft()

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import signal
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .directory import RunError
+
+if TYPE_CHECKING:
+    from ..config.schema import Config
 
 FINISHED, CRASHED, USAGE, REFUSED, PREEMPTED, NO_PROGRESS, INTERRUPTED = 0, 1, 2, 65, 75, 93, 130
 # Between a rank and its supervisor only; the run goes on.
@@ -28,14 +31,32 @@ _ERROR_LINE = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit|Failure)(:.*)?"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What launch.start may set; the first three are config keys."""
+    """What launch.start may set; the first six are config keys."""
 
     max_restarts: int = 3
     preempt_grace_s: float = 30.0
     engine_log_mb: float = 64
+    hang_timeout_s: float = 60.0
+    hang_factor: float = 5.0
+    startup_timeout_s: float = 1_800.0
+    hang_grace_s: float = 30.0  # between TERM and KILL of a hung incarnation
+    rows_grow: int = 0  # 1: a curriculum makes steps longer, so a rank's own best says nothing
     restart_pause_s: float = 1.0  # first pause before a restart
     survivors_s: float = 10.0  # what the other ranks get to leave after one has died
     rebind_s: float = 10.0  # how often the socket's place is looked at
+
+    @classmethod
+    def of_config(cls, config: Config) -> dict[str, Any]:
+        """The settings that a configuration makes."""
+        names = (
+            "max_restarts",
+            "preempt_grace_s",
+            "engine_log_mb",
+            "hang_timeout_s",
+            "hang_factor",
+            "startup_timeout_s",
+        )
+        return {name: getattr(config, name) for name in names} | {"rows_grow": int(config.curriculum_learning)}
 
     @classmethod
     def of(cls, values: dict[str, Any]) -> Settings:

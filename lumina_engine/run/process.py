@@ -33,6 +33,12 @@ class Process:
         found = _stat(self.pid)
         return found is not None and found[0].start == self.start and found[1] not in "ZX"
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a signal (or a debugger) has stopped it."""
+        found = _stat(self.pid)
+        return found is not None and found[0].start == self.start and found[1] in "Tt"
+
 
 def _stat(pid: int) -> tuple[Process, str] | None:
     """The process and its state letter, None if there is no such process."""

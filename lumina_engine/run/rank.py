@@ -20,7 +20,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from .place import Place
 from .process import die_with_parent
+from .sections import SectionTimes
 
 MESSAGE_LIMIT = 65_536  # bytes of one message
 BEAT_INTERVAL = 0.1  # s: heartbeats in between are merged, the newest counts
@@ -74,6 +76,8 @@ class RankChannel(NullChannel):
         self._commands: deque[Command] = deque()
         self._state: tuple[int, str] | None = None  # written by the caller, read by the thread
         self._sent: tuple[int, str] | None = None
+        self._times = SectionTimes()
+        self._place = Place()
         self._beaten = 0.0  # monotonic time of the last heartbeat
         self._sending = threading.Lock()  # the caller only tries it
         self._leaving = threading.Event()
@@ -81,7 +85,8 @@ class RankChannel(NullChannel):
         try:
             self._socket.settimeout(BEAT_INTERVAL)  # poll() underneath: select() fails above 1,024 descriptors
             self._socket.connect(path)
-            self._send({"op": "hello", "nonce": nonce, "rank": rank})
+            hello = json.dumps({"op": "hello", "nonce": nonce, "rank": rank}).encode()
+            socket.send_fds(self._socket, [hello], [self._place.descriptor])
         except OSError as error:
             self._socket.close()
             raise ConnectionError(f"{path}: the run's supervisor does not answer: {error.strerror}") from error
@@ -112,8 +117,11 @@ class RankChannel(NullChannel):
         Costs little and never waits. The word goes out at once if none did for BEAT_INTERVAL, so that whatever happens next in
         a section that takes its time, the supervisor knows which it was; else the thread sends the newest one.
         """
+        now = time.monotonic()
+        self._times.enter(section, now)
+        self._place.put(step, section)
         self._state = (step, section)
-        if time.monotonic() - self._beaten >= BEAT_INTERVAL and self._sending.acquire(blocking=False):
+        if now - self._beaten >= BEAT_INTERVAL and self._sending.acquire(blocking=False):
             try:
                 self._beat()
             except OSError:
@@ -143,13 +151,15 @@ class RankChannel(NullChannel):
 
     def _flush(self) -> None:
         with self._sending:
-            self._beat()
+            self._beat(stats=True)
 
-    def _beat(self) -> None:
+    def _beat(self, stats: bool = False) -> None:
         state = self._state
         if state is None or state is self._sent:
             return
-        message = {"op": "beat", "step": state[0], "section": state[1]}
+        message = {"op": "beat", "step": state[0], "section": state[1], "steps": self._times.steps}
+        if stats:  # the thread's business: they cost more than the caller should pay
+            message |= self._times.stats(time.monotonic()) or {}
         try:
             os.write(self._socket.fileno(), json.dumps(message).encode())  # the descriptor does not block, unlike send()
         except BlockingIOError:

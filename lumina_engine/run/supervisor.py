@@ -41,7 +41,9 @@ from .rank import Command
 from .requests import RequestBook
 from .signals import SignalQueue
 from .socket import ViewerServer, socket_folder
+from .straggler import Stragglers
 from .tail import LogTail, Mark, command_ids
+from .watchdog import Limits, Watchdog
 
 TICK = 0.05  # s between two looks at the log
 LOG_CHECK_TIME = 0.5  # s between two looks at the size of engine.log
@@ -128,6 +130,16 @@ class Supervisor:
         self.viewers.head_seq = self.tail.head_seq
         self.ranks = RankServer(self.socket_path.with_suffix(".rank"), self.selector, self.nonce, self.world)
         self._stack.callback(self.ranks.close)
+        self.watchdog = Watchdog(
+            Limits(
+                self.settings.hang_timeout_s,
+                self.settings.hang_factor,
+                self.settings.startup_timeout_s,
+                self.settings.hang_grace_s,
+            ),
+            self._tree,
+        )
+        self.stragglers = Stragglers(own_best=not self.settings.rows_grow)
         self.policy = policy.RestartPolicy(self.settings.max_restarts, self.settings.restart_pause_s)
         self.run.update_identity(
             **{key: self.order[key] for key in ("argv", "world", "settings", "versions", "host")},
@@ -164,6 +176,8 @@ class Supervisor:
             preexec_fn=leash(os.getpid()),
         )
         self.grown_at = time.monotonic()
+        self.watchdog.renew(self.grown_at)
+        self.stragglers.renew()
 
     # --- the loop ------------------------------------------------------------------------------------------------------
 
@@ -328,6 +342,7 @@ class Supervisor:
             elif policy.final_state(self.ended) is None or (self.kill_at is not None and now >= self.kill_at):
                 send_all(self._tree(), signal.SIGKILL)
         elif self.child is not None:
+            self._watch(now)
             self._press(now)
             self._press_survivors(now)
         elif self.intent is not None:
@@ -340,6 +355,17 @@ class Supervisor:
                 self._spawn(resume=True, reason=reason or f"restart {self.policy.failures} of {self.policy.limit}")
             except (OSError, RunError) as error:
                 self._finish("failed", policy.CRASHED, f"the worker cannot be started: {error}")
+
+    def _watch(self, now: float) -> None:
+        """Ranks that hang or hold the others up. The log is rank 0's: a hang is told there once it is gone."""
+        if self.intent is not None and self.watchdog.found is None:
+            return
+        hang = self.watchdog.tick(now, self.ranks.ranks, self.world)
+        if hang is not None:
+            self._identify({"reason": f"{hang}: it hangs and is being ended"})
+        for slow in self.stragglers.look(self.ranks.ranks):
+            alert = {"severity": "warning", "code": "straggler", "message": str(slow), "step": slow.step}
+            self.ranks.tell(Command(uuid.uuid4().hex, "alert", alert))
 
     def _press(self, now: float) -> None:
         """Somebody wants the run to end: make sure that it does."""
@@ -371,6 +397,12 @@ class Supervisor:
         self.kill_at = None
         self._read_whole_log(now)
         reason = None
+        hang = self.watchdog.found
+        if hang is not None and self.intent is None and code != policy.FINISHED:
+            advice = "the stacks of all ranks are in engine.log; the run goes on from its newest checkpoint"
+            self._record(rec.Alert(severity="critical", code="hang", message=str(hang), recommendation=advice, step=hang.step))
+            self._crashed(policy.CRASHED, f"hang: {hang}", now)
+            return
         failure = self.ranks.failure
         if code != 0 and failure is not None and (self.world > 1 or failure.code is not None):
             # a launcher turns its ranks' codes into 1, and ends the others when one has died

@@ -114,9 +114,26 @@ class Boundary:
             save = bool(request.args.get("save", True))
             raise Stop("finished", 0, f"stopped by the user at step {step}", save=save, id=request.id)
         elif request.cmd == "preempt":
-            raise Stop("preempted", 75, f"preempted at step {step}", id=request.id)
+            self._preempt(float(request.args.get("grace", trainer.config.preempt_grace_s)), request.id)
+        elif request.cmd == "alert":  # of the supervisor; the log has one writer
+            trainer.emit(rec.Alert(**request.args))
         else:
             trainer.emit(rec.Note(message=f"unknown command {request.cmd!r}", step=step, id=request.id))
+
+    def _preempt(self, grace: float, id: str | None) -> None:
+        """Leave within `grace` seconds, with a checkpoint if one fits, on all ranks alike.
+
+        Raises:
+            Stop: always.
+        """
+        trainer, step = self.trainer, self.trainer.progress.step
+        fits = bool(trainer.comm.broadcast(trainer.saves.fits(grace)))
+        reason = f"preempted at step {step}"
+        if not fits:
+            reason += (
+                f" without a checkpoint: the last took {trainer.saves.seconds:.0f} s, {grace:g} s are given; the newest counts"
+            )
+        raise Stop("preempted", 75, reason, save=fits, id=id)
 
     def _pause(self, request: Request) -> None:
         """Stand still until `resume` (or an end). Ranks meet many times a second, so no collective times out."""

@@ -21,6 +21,7 @@ from .deepspeed_experts import expert_groups, expert_handling
 from .engine import Allows, StateMismatch, StepResult, adamw, anything, load_named_state, named_state, parameter_groups
 from .expert_parallel import SpreadExperts
 from .loss_scale import LossScale
+from .partition_layout import layout_digests
 from .precision import Precision
 from .split_weights import gathered, scatter, split_weights
 from .swap_folder import swap_folder
@@ -153,7 +154,8 @@ class DeepSpeedEngine:
         """
         if self.stage == 0:
             return dict(named_state(self.optimizer, self.names))
-        tensors: dict[str, torch.Tensor] = {}
+        digests = layout_digests(self.optimizer, self.stage, self.names)
+        tensors = {f"layout.group-{index}": digest for index, digest in enumerate(digests)}
         for index, partition in enumerate(self._partitions()):
             with self._in_memory(index):
                 mine = dict(named_state(self._base_optimizer(), {partition: f"group-{index}"}))
@@ -166,6 +168,7 @@ class DeepSpeedEngine:
         if self.stage == 0:
             load_named_state(self.optimizer, self.names, tensors)
             return
+        digests = layout_digests(self.optimizer, self.stage, self.names)
         for index, partition in enumerate(self._partitions()):
             saved = tensors.get(f"master.group-{index}")
             if saved is None:
@@ -173,9 +176,13 @@ class DeepSpeedEngine:
                     "the checkpoint has no partitioned optimizer state: it was saved with another zero_stage or precision; "
                     "set them as they were"
                 )
+            layout = tensors.get(f"layout.group-{index}")
+            if layout is None or not torch.equal(layout.cpu(), digests[index]) or saved.numel() != partition.numel():
+                raise StateMismatch(
+                    f"the optimizer state of partition {index} was saved in another layout: its parameters, their order or "
+                    "their groups differ; set deepspeed_overrides, the offload keys and the number of ranks as they were"
+                )
             with self._in_memory(index, changed=True):
-                if saved.numel() != partition.numel():
-                    raise ValueError(f"partition {index} has {saved.numel()} values, expected {partition.numel()}")
                 partition.data.copy_(saved)
                 load_named_state(self._base_optimizer(), {partition: f"group-{index}"}, tensors)
 

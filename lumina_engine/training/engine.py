@@ -114,7 +114,7 @@ def load_named_state(
     """Put back what `named_state` gave.
 
     Raises:
-        StateMismatch: a tensor has no saved state. ValueError: it has another size.
+        StateMismatch: a tensor has no saved state, or one of another size.
     """
     for parameter, name in names.items():
         state = {}
@@ -126,7 +126,10 @@ def load_named_state(
                     "zero_stage, precision or use_deepspeed; set them as they were"
                 )
             if key != "step" and saved.numel() != parameter.numel():
-                raise ValueError(f"optimizer state {key} of {name} has {saved.numel()} values, expected {parameter.numel()}")
+                raise StateMismatch(
+                    f"optimizer state {key} of {name} has {saved.numel()} values, expected {parameter.numel()}: it belongs to "
+                    "another model or layout; set the keys as they were"
+                )
             # a tensor of its own for each parameter: a shared step counter would be advanced once per parameter
             state[key] = saved.clone() if key == "step" else saved.to(parameter.device).reshape(parameter.shape).clone()
         optimizer.state[parameter] = state

@@ -40,7 +40,7 @@ def step_products(model: Any, batch: int, length: int) -> list[Product]:
     networks = [
         (model.expert_width, max(1, tokens * model.moe_top_k // model.num_experts), moe * model.num_experts),
         (model.num_shared_experts * model.expert_width, tokens, moe),
-        (model.dense_width if model.use_moe else model.expert_width, tokens, layers - moe),
+        (model.dense_width, tokens, layers - moe),
     ]
     for width, rows, count in networks:
         if width and count:

@@ -21,6 +21,11 @@ class Saves:
     def __init__(self, manager: Any, emit: Emit, payload: Callable[[], Any]) -> None:
         self.manager, self.emit, self._payload = manager, emit, payload
         self.newest = 0  # step of the newest checkpoint that was taken or restored
+        self.seconds = 0.0  # how long the last one took, 0 before the first
+
+    def fits(self, grace: float) -> bool:
+        """Whether a checkpoint is likely to be done within `grace` seconds: the last one took at most two thirds of that."""
+        return 1.5 * self.seconds < grace or self.seconds == 0.0
 
     def save(self, step: int, *, blocking: bool, id: str | None = None) -> None:
         """Checkpoint the state at this boundary. A failure is recorded and alarms; training goes on."""
@@ -58,7 +63,9 @@ class Saves:
             )
             for note in result.notes:
                 self.emit(rec.Note(step=result.step, message=note))
-            if result.failed:
+            if not result.failed:
+                self.seconds = result.seconds
+            else:
                 self.newest = 0
                 message = f"checkpoint of step {result.step} failed: {result.failed}"
                 self.emit(rec.Alert(severity="critical", code="checkpoint_failed", message=message, step=result.step))

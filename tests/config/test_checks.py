@@ -86,12 +86,44 @@ CASES = [
     ({"zero_stage": 0, "precision": "bf16"}, "bf16_stage0", "error", "phantom optimizer step", {"zero_stage": 1}),
     (
         {"zero_stage": 2, "stage3_prefetch_bucket_size": 10},
-        "stage3_keys",
+        "switched_off",
         "info",
-        "no effect below zero_stage = 3",
+        "has no effect with zero_stage = 2; set zero_stage=3, or",
         {"zero_stage": 3},
     ),
     ({"zero_stage": 0}, "zero_stage_0", "info", "earlier versions read 0 as automatic", {"zero_stage": "auto"}),
+    (
+        {"compile": True, "nvme_offload_optimizer": True},
+        "compile_stage",
+        "error",
+        "offload that needs ZeRO stage 3",
+        {"nvme_offload_optimizer": False},
+    ),
+    ({"compile": True, "cpu_offload_parameters": True}, "compile_stage", "error", "needs ZeRO stage 3", {"compile": False}),
+    ({"decay_ratio": 0.5}, "switched_off", "info", "no effect with lr_schedule = cosine", {"lr_schedule": "wsd"}),
+    (
+        {"lr_schedule": "constant", "min_lr_ratio": 0.5},
+        "switched_off",
+        "info",
+        "with lr_schedule = constant",
+        {"lr_schedule": "linear"},
+    ),
+    (
+        {"dense_intermediate_size": 512},
+        "switched_off",
+        "info",
+        "no effect with num_dense_layers = 0",
+        {"num_dense_layers": 1},
+    ),
+    ({"use_moe": False, "router_score": "sigmoid"}, "switched_off", "info", "with use_moe = false", {"use_moe": True}),
+    (
+        {"use_deepspeed": False, "overlap_comm": False},
+        "switched_off",
+        "info",
+        "with use_deepspeed = false",
+        {"use_deepspeed": True},
+    ),
+    ({"zero_stage": 0, "reduce_bucket_size": 1_000_000}, "switched_off", "info", "with zero_stage = 0", {"zero_stage": 1}),
 ]
 
 
@@ -176,5 +208,8 @@ def test_c085_resume_findings() -> None:
     new = ConfigPresets.debug()
     new.max_steps, new.batch_size, new.gradient_accumulation_steps = 5, 4, 2
     assert resume_findings(old, new, 1, 1) == [] and resume_findings(old, old, 2, 2) == []
+    for name, value in (("nvme_offload_optimizer", True), ("deepspeed_overrides", {"wall_clock_breakdown": True})):
+        moved = old.model_copy(update={name: value})
+        assert [(f.code, f.keys[0]) for f in resume_findings(old, moved, 1, 1)] == [("resume", name)]
     new.hidden_size, new.tokenizer = 256, "gpt-4"
     assert [f.keys[0] for f in resume_findings(old, new, 1, 2)] == ["hidden_size", "tokenizer", "batch_size"]

@@ -146,10 +146,11 @@ KEPT = {
     "latent, wider values": LATENT | {"v_head_dim": 64, "use_moe": False},
     "window": {"sliding_window": 16},
 }
+WRITTEN_OUT = {"written out": {"use_flash_attention": False}, "written out, latent": LATENT | {"use_flash_attention": False}}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("shape", KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize("shape", (KEPT | WRITTEN_OUT).values(), ids=KEPT | WRITTEN_OUT)
 def test_c008_activations_are_those_that_autograd_keeps(shape: dict, precision: str) -> None:
     """Two blocks more keep what two blocks are said to keep, within 5 %."""
     torch = pytest.importorskip("torch")
@@ -162,6 +163,16 @@ def test_c008_activations_are_those_that_autograd_keeps(shape: dict, precision: 
         model = small(moe_dropless=True, num_layers=layers, **shape)
         kept.append(saved_bytes(DeepSeekTransformer(model).to(dtype).train(), ids))
     assert kept[1] - kept[0] == pytest.approx(2 * block_activation_bytes(model, 256, value), rel=0.05)
+
+
+def test_c008_attention_written_out_is_in_the_budget() -> None:
+    """Scores grow with the square of the length: kept in every block, and twice more in the backward pass."""
+    for recompute, blocks in ((False, 2), (True, 1)):
+        fused = small(gradient_checkpointing=recompute, seq_length=2048)
+        written = fused.model_copy(update={"use_flash_attention": False})
+        scores = 4 * 2048 * 2048 * fused.num_heads * 4
+        plain, more = (training_memory(model, Layout(4, 2048, "fp32")).total for model in (fused, written))
+        assert more - plain > (blocks + 2) * 0.9 * scores
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lumina_engine.config.checks import check
-from lumina_engine.config.deepspeed_rules import NO_EFFECT, STAGE_3_ONLY
+from lumina_engine.config.deepspeed_rules import NO_EFFECT, ONLY, STAGE_3_ONLY
 from lumina_engine.config.schema import Config, ConfigError
 
 FULL: dict[str, Any] = {
@@ -112,3 +112,19 @@ def test_r19_settings_of_stage_3_below_it_are_refused(name: str) -> None:
         assert len(found) == count
     disk = Config(zero_stage=3, nvme_offload_optimizer=True, deepspeed_overrides=overrides)
     assert any("corrupts" in f.message for f in check(disk)) == (name == "sub_group_size")
+
+
+@pytest.mark.parametrize("path", ONLY)
+def test_r19_settings_with_one_sound_value_are_refused_with_another(path: str) -> None:
+    """A sum instead of a mean would multiply every gradient by the ranks; DeepSpeed's own CPU optimizer is asserted on."""
+    other = {"gradient_allreduce_op": "sum", "zero_force_ds_cpu_optimizer": True}[path]
+    found = [f for f in check(Config(deepspeed_overrides=nested(path, other))) if f.severity == "error"]
+    assert [f.code for f in found] == ["deepspeed_useless"] and path in found[0].message and found[0].fix
+    assert not [f for f in check(Config(deepspeed_overrides=nested(path, ONLY[path][0]))) if f.severity == "error"]
+
+
+def test_r19_aio_is_read_by_offload_to_disk_only() -> None:
+    overrides = {"aio": {"queue_depth": 16}}
+    assert [f.code for f in check(Config(deepspeed_overrides=overrides)) if f.severity == "error"] == ["deepspeed_useless"]
+    disk = Config(deepspeed_overrides=overrides, zero_stage=3, nvme_offload_optimizer=True)
+    assert not [f for f in check(disk) if f.severity == "error"]

@@ -64,6 +64,14 @@ def test_r24_auto_stage() -> None:
     assert stage(Config(zero_stage=2), LAPTOP) == (2, True)
 
 
+def test_c013_compiled_blocks_end_at_stage_2() -> None:
+    """Weights that come and go cannot be compiled, also where only stage 3 would fit."""
+    large = ConfigPresets.b7().model_copy(update={"batch_size": 1})
+    assert stage(large, gpus(32)) == (3, True)
+    large.compile = True
+    assert stage(large, gpus(32)) == (2, False)
+
+
 def test_r25_auto_precision() -> None:
     def in_force(machine: Machine) -> str:
         return resolve(Config(), machine, tokenizer_vocab=100_277).precision

@@ -226,7 +226,7 @@ def test_ps17_descriptors_session_and_environment_of_the_supervisor(runs: Runs) 
         for pid in (owner.pid, worker(run).pid):
             targets = {entry.name: str(entry.readlink()) for entry in Path(f"/proc/{pid}/fd").iterdir()}
             assert (targets["0"], targets["1"], targets["2"]) == ("/dev/null", str(run.log_path), str(run.log_path))
-            allowed = ("/dev/null", str(run.path), "socket:", "anon_inode:")
+            allowed = ("/dev/null", str(run.path), "socket:", "anon_inode:", "/memfd:lumina-place")
             assert [target for target in targets.values() if not target.startswith(allowed)] == []
             status = Path(f"/proc/{pid}/status").read_text()
             assert re.search(r"^Umask:\s+0077$", status, re.M)

@@ -341,3 +341,6 @@ def test_r33_state_of_another_stage_is_refused(tmp_path: Path) -> None:
     missing = {name: tensor for name, tensor in state.items() if "exp_avg_sq" not in name}
     with pytest.raises(StateMismatch, match="zero_stage"):
         trainer.engine.load_state_tensors(missing)
+    short = {name: tensor[:1] if "exp_avg." in name else tensor for name, tensor in state.items()}
+    with pytest.raises(StateMismatch, match="values, expected"):
+        trainer.engine.load_state_tensors(short)

@@ -23,6 +23,14 @@ PLAIN = {"use_deepspeed": False}
 UNEVEN = {"hidden_size": 65, "head_dim": 34, "num_experts": 3, "stage3_param_persistence_threshold": 100}
 
 
+# stage, and keys of which `other` are set when the state is put back
+REORDERED: dict[str, tuple[int, dict[str, Any]]] = {
+    "round robin": (2, {"other": {"deepspeed_overrides": {"zero_optimization": {"round_robin_gradients": True}}}}),
+    "sub-groups": (3, {"other": {"deepspeed_overrides": {"zero_optimization": {"sub_group_size": 1}}}}),
+    "host memory": (2, {"other": {"cpu_offload_optimizer": True}}),
+}
+
+
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("zero")
@@ -30,6 +38,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     checks |= {f"resume-{name}": ("resume", keys) for name, keys in MODES.items()}
     checks |= {f"idle-{name}": ("idle", keys) for name, keys in {"plain": PLAIN, **MODES}.items() if "bf16" not in name}
     checks |= {f"weights-{name}": ("weights", {**keys, **UNEVEN}) for name, keys in {"plain": PLAIN, **MODES}.items()}
+    checks |= {f"reordered-{name}": ("reordered", {"zero_stage": stage, **keys}) for name, (stage, keys) in REORDERED.items()}
     arguments = (str(write_data(folder)), str(folder), json.dumps(checks))
     state = {"XDG_STATE_HOME": str(folder / "state")}
     alone = {"weights-alone": ("weights", {**MODES["zero3"], **UNEVEN, "batch_size": 8})}
@@ -72,3 +81,10 @@ def test_r34_the_checkpoint_holds_whole_weights(found: dict[str, Any], mode: str
     for name, tensor in loaded[mode].items():
         assert torch.allclose(tensor.float(), loaded["plain"][name].float(), atol=bound, rtol=bound), name
         assert name.endswith("bias") or float(tensor.flatten()[-1]) != 0, name  # the last value is nobody's padding
+
+
+@pytest.mark.parametrize("name", REORDERED)
+def test_c085_state_in_another_layout_is_refused_not_mixed_up(found: dict[str, Any], name: str) -> None:
+    """Round robin has the same number of values; only their order differs. Where state is kept changes no layout."""
+    for rank in found[f"reordered-{name}"]["refused"]:
+        assert ("another layout" in rank) == (name != "host memory"), rank

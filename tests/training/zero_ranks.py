@@ -22,6 +22,7 @@ from lumina_engine.data.tokenizer import ConversationTokenizer
 from lumina_engine.model.transformer import DeepSeekTransformer
 from lumina_engine.monitoring.record import Step
 from lumina_engine.training.comm import Comm
+from lumina_engine.training.engine import StateMismatch
 from lumina_engine.training.state import restore
 from lumina_engine.training.trainer import EnhancedConversationTrainer
 from tests.parity.rows import Records, config_of, store_of
@@ -142,7 +143,28 @@ def weights(data: str, folder: Path, overrides: dict[str, Any], comm: Comm) -> d
     return {"path": str(run.trainer.manager.recover()), "steps": run.steps()}
 
 
-CHECKS: dict[str, Callable[..., dict[str, Any]]] = {"skip": skip, "idle": idle, "resume": resume, "weights": weights}
+def reordered(data: str, folder: Path, overrides: dict[str, Any], comm: Comm) -> dict[str, Any]:
+    """State of the default layout put into an engine with the `other` overrides; gives the refusal of each rank, or ""."""
+    other = overrides.pop("other")
+    saved = Run(data, overrides, comm).train().trainer.engine.state_tensors()
+    saved = {name: tensor.clone() for name, tensor in saved.items()}
+    engine = Run(data, {**overrides, **other}, comm).trainer.engine
+    sizes = [tensor.numel() for tensor in engine.state_tensors().values() if tensor.is_floating_point()]
+    try:
+        engine.load_state_tensors(saved)
+        refused = ""
+    except StateMismatch as error:
+        refused = str(error)
+    return {"refused": comm.all_gather(refused), "sizes": comm.all_gather(sizes)}
+
+
+CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "skip": skip,
+    "idle": idle,
+    "resume": resume,
+    "weights": weights,
+    "reordered": reordered,
+}
 
 
 def main() -> None:

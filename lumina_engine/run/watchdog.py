@@ -1,0 +1,141 @@
+"""The hang watchdog: finds the rank that does not move any more, and ends its incarnation so that the run can start again.
+
+A rank is hung when it has been in one section for longer than the larger of `hang_timeout_s` and `hang_factor` times the 99th
+percentile of that section's durations, as the rank itself measured them; a save and an evaluation are thus judged by their own.
+The first steps of a start, and a section that was never finished before, have `startup_timeout_s`.
+
+What follows is QUIT to all ranks (they print their stacks into engine.log, also from within C), TERM to all processes, and
+after a grace CONT and KILL. (Thresholds after nvidia-resiliency-ext's fault_tolerance, without its pickled channel.)
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from .channel import RankState
+from .process import Process, send_all, send_signal
+from .sections import FIRST_STEPS
+
+STACKS_TIME = 1.0  # s that the ranks get to print their stacks before TERM
+LEAST = 1.0  # s: no section is hung before, whatever the configuration says; heartbeats are up to 0.1 s late
+PAUSE = 5.0  # s between two looks after which the supervisor itself, or the whole machine, stood still
+_UNTIMED = frozenset({"compile", "dry run", "examination"})  # once a start, so nothing tells how long they take
+_WAITING = "paused"  # by the user's wish, for any time
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Times in seconds; the first three are the config's keys."""
+
+    timeout: float = 60.0
+    factor: float = 5.0
+    startup: float = 1_800.0
+    grace: float = 30.0  # between TERM and KILL
+
+
+@dataclass(frozen=True, slots=True)
+class Hang:
+    """Who does not move: rank, the section it is in (None: it never said), the step, for how many seconds, how many it may."""
+
+    rank: int
+    section: str | None
+    step: int | None
+    seconds: float
+    limit: float
+    stopped: bool = False
+
+    def __str__(self) -> str:
+        if self.section is None:
+            return f"rank {self.rank} has not said where it is for {self.seconds:.0f} s"
+        place = f"{self.section} of step {self.step}" if self.step is not None else self.section
+        return f"rank {self.rank} is {self.seconds:.0f} s in {place}" + (", stopped by a signal" if self.stopped else "")
+
+
+def limit(state: RankState, limits: Limits) -> float:
+    """Seconds that a rank may stay where it is."""
+    if state.section == _WAITING:
+        return math.inf
+    usual = state.p99.get(state.section) if state.section is not None else None
+    if state.steps < FIRST_STEPS or state.section in _UNTIMED or usual is None:
+        return max(LEAST, limits.startup)
+    return max(LEAST, limits.timeout, limits.factor * usual)
+
+
+class Watchdog:
+    """Watches the ranks of one supervisor; `tick` every turn while they live.
+
+    Args:
+        limits: the times.
+        tree: all processes of the incarnation, the launcher's too.
+    """
+
+    def __init__(self, limits: Limits, tree: Callable[[], Iterable[Process]]) -> None:
+        self.limits = limits
+        self.found: Hang | None = None
+        self._tree = tree
+        self._started = self._looked = 0.0
+        self._due: list[tuple[float, Callable[[], None]]] = []
+
+    def renew(self, now: float) -> None:
+        """A new incarnation starts at `now` (s, monotonic)."""
+        self.found, self._due = None, []
+        self._started = self._looked = now
+
+    def tick(self, now: float, ranks: Mapping[int, RankState], world: int) -> Hang | None:
+        """Look, and end what hangs; the hang in the turn in which it is found."""
+        if self.found is not None:
+            while self._due and now >= self._due[0][0]:
+                self._due.pop(0)[1]()
+            return None
+        gap = now - self._looked
+        self._looked = now
+        if gap > PAUSE:  # nobody was watched meanwhile, and nobody may have run
+            self._started += gap
+            for state in ranks.values():
+                state.at += gap
+        self.found = self.look(now, ranks, world)
+        if self.found is not None:
+            self._begin_end(now, ranks)
+        return self.found
+
+    def look(self, now: float, ranks: Mapping[int, RankState], world: int) -> Hang | None:
+        """The rank that has stood still for too long; of several the one that did so first, for which the others wait."""
+        there = {rank: state for rank, state in ranks.items() if state.connected and state.exit_code is None}
+        moved = max((state.at for state in there.values()), default=self._started)
+        late = []
+        for rank, state in there.items():
+            # while a start is being made the ranks wait for each other where they report nothing: one that moves will do
+            at = moved if state.steps == 0 else state.at
+            if now - at > limit(state, self.limits):
+                late.append((state.at, rank))
+        if late:
+            at, rank = min(late)
+            state = there[rank]
+            allowed = limit(state, self.limits)
+            state.look_closer()
+            return Hang(rank, state.section, state.step, now - at, allowed, state.process.stopped)
+        missing = next((rank for rank in range(world) if rank not in ranks), None)
+        if missing is not None and now - max(moved, self._started) > max(LEAST, self.limits.startup):
+            return Hang(missing, None, None, now - self._started, self.limits.startup)
+        return None
+
+    def _begin_end(self, now: float, ranks: Mapping[int, RankState]) -> None:
+        print(f"lumina: {self.found}: hung; stacks of all ranks follow, then they are ended", file=sys.stderr, flush=True)
+        for rank, state in ranks.items():
+            if state.process.stopped:
+                print(f"lumina: rank {rank} is stopped by a signal: it prints no stack", file=sys.stderr, flush=True)
+            send_signal(state.process, signal.SIGQUIT)
+        end = now + STACKS_TIME
+        self._due = [(end, self._terminate), (end + self.limits.grace, self._kill)]
+
+    def _terminate(self) -> None:
+        send_all(self._tree(), signal.SIGTERM)
+
+    def _kill(self) -> None:
+        print("lumina: the hung ranks did not leave: they are killed", file=sys.stderr, flush=True)
+        for number in (signal.SIGCONT, signal.SIGKILL):
+            send_all(self._tree(), number)

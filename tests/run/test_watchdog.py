@@ -1,0 +1,158 @@
+"""Who hangs and who is slow, decided on what the ranks have said; no process, no clock."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from lumina_engine.run.channel import RankState
+from lumina_engine.run.process import Process
+from lumina_engine.run.sections import FIRST_STEPS, SectionTimes
+from lumina_engine.run.straggler import Stragglers
+from lumina_engine.run.watchdog import PAUSE, Hang, Limits, Watchdog, limit
+
+NOBODY = Process(2**22 + 1, 0)  # above the largest pid there is
+LIMITS = Limits(timeout=60, factor=5, startup=1800, grace=30)
+
+
+def state(section: str | None = "backward", at: float = 0.0, steps: int = 100, **more: Any) -> RankState:
+    found = RankState(NOBODY, section=section, step=812, at=at, steps=steps, **more)
+    found.p99 = more.get("p99", {"forward": 1.0, "backward": 30.0, "save": 100.0})
+    return found
+
+
+@pytest.mark.parametrize(
+    ("what", "seconds"),
+    [
+        (state("forward"), 60.0),  # 5 x 1 s is less than the least
+        (state("backward"), 150.0),
+        (state("save"), 500.0),
+        (state("eval"), 1800.0),  # never finished one yet
+        (state("forward", steps=4), 1800.0),
+        (state("compile"), 1800.0),
+        (state(None), 1800.0),
+        (state("paused"), float("inf")),
+    ],
+)
+def test_ft07_the_limit_of_each_section_is_its_own(what: RankState, seconds: float) -> None:
+    assert limit(what, LIMITS) == seconds
+    assert limit(state("forward", p99={"forward": 0.001}), Limits(0, 0, 0)) == 1.0, "heartbeats have gaps of 0.1 s"
+
+
+def watching() -> Watchdog:
+    dog = Watchdog(LIMITS, list)
+    dog.renew(0.0)
+    return dog
+
+
+def test_ft07_the_rank_that_stood_still_first_is_named_with_place_and_time() -> None:
+    ranks = {0: state("step", at=1000.5), 1: state("backward", at=1000.0, p99={"backward": 2.0, "step": 1.0})}
+    ranks[0].p99 = {"step": 1.0}
+    dog = watching()
+    assert dog.look(1059.9, ranks, 2) is None
+    found = dog.look(1090.4, ranks, 2)
+    assert found is not None and str(found) == "rank 1 is 90 s in backward of step 812"
+
+
+def test_ft07_ranks_that_have_left_or_wait_for_one_that_works_do_not_hang() -> None:
+    gone, ended = state(connected=False), state(exit_code=0)
+    assert watching().look(10_000, {0: gone, 1: ended}, 2) is None
+    reading, waiting = state("data", at=5000, steps=0), state("data", at=10, steps=0)
+    assert watching().look(5001, {0: reading, 1: waiting}, 2) is None, "one reads the data, the other waits for it"
+
+
+def test_ft07_a_rank_that_never_comes() -> None:
+    dog = watching()
+    assert dog.look(1700, {0: state(steps=0, at=0)}, 2) is None
+    found = dog.look(1900, {}, 1)
+    assert found is not None and str(found) == "rank 0 has not said where it is for 1900 s"
+
+
+def test_ft02_a_supervisor_that_was_stopped_itself_blames_nobody() -> None:
+    dog = watching()
+    ranks = {0: state("forward", at=10.0)}
+    assert dog.tick(11.0 - PAUSE, ranks, 1) is None
+    for number in range(30):
+        assert dog.tick(10.0 + number, ranks, 1) is None
+    assert dog.tick(500.0, ranks, 1) is None, "nobody ran for 461 s"
+    assert dog.tick(501.0, ranks, 1) is None
+    waited = 501.0
+    while dog.found is None:
+        waited += 1.0
+        dog.tick(waited, ranks, 1)
+    assert isinstance(dog.found, Hang) and 60 < dog.found.seconds < 63
+
+
+def ran(steps: int, forward: float, backward: float = 0.2) -> tuple[SectionTimes, float]:
+    times, now = SectionTimes(), 0.0
+    for _ in range(steps):
+        for section, span in (("data", 0.01), ("forward", forward), ("backward", backward), ("step", 0.05)):
+            times.enter(section, now)
+            now += span
+    times.enter("data", now)
+    return times, now
+
+
+def test_ft07_a_rank_measures_its_sections_itself() -> None:
+    times, now = ran(100, 0.1)
+    stats = times.stats(now)
+    assert stats is not None and times.steps == 100
+    assert {name: round(span, 6) for name, span in stats["p99"].items()} == {
+        "data": 0.01,
+        "forward": 0.1,
+        "backward": 0.2,
+        "step": 0.05,
+    }
+    assert stats["work"] == pytest.approx(0.1) and times.stats(now + 0.5) is None
+    assert times.stats(now + 1.0) is not None
+
+
+def test_ft07_the_first_steps_do_not_count_and_the_sixth_tells_at_once() -> None:
+    times, now = ran(FIRST_STEPS, 100.0)
+    assert times.stats(now) == {"p99": {"data": 0.01}, "work": None} or "forward" not in (times.stats(now + 2) or {})["p99"]
+    for section, span in (("forward", 0.1), ("backward", 0.1), ("step", 0.1), ("data", 0.0)):
+        times.enter(section, now)
+        now += span
+    stats = times.stats(now)
+    assert stats is not None and stats["p99"]["forward"] == pytest.approx(0.1)
+
+
+def told(stragglers: Stragglers, work: list[float], steps: int) -> list[str]:
+    ranks = {rank: state(steps=steps, work=own) for rank, own in enumerate(work)}
+    return [str(found) for found in stragglers.look(ranks)]
+
+
+def test_ft11_a_slow_rank_is_told_once_and_again_when_it_has_caught_up() -> None:
+    stragglers = Stragglers()
+    assert told(stragglers, [0.02, 0.021], 40) == []
+    assert told(stragglers, [0.02, 0.07], 48) == [], "once is none"
+    first = told(stragglers, [0.02, 0.07], 56)
+    assert [line.split(" (")[0] for line in first] == [
+        "rank 1 is slow: 70 ms for the forward pass of a step, the fastest rank 20 ms",
+        "rank 1 is slow: 70 ms for the forward pass of a step, its own best 21 ms",
+    ]
+    assert told(stragglers, [0.02, 0.07], 64) == []
+    assert told(stragglers, [0.02, 0.02], 72) == []
+    assert told(stragglers, [0.02, 0.07], 80) == [] and len(told(stragglers, [0.02, 0.07], 88)) == 2
+
+
+def test_ft11_with_a_curriculum_only_the_others_are_a_reference() -> None:
+    stragglers = Stragglers(own_best=False)
+    assert [told(stragglers, [0.02 * n, 0.02 * n], 40 + n) for n in range(1, 9)] == [[]] * 8
+
+
+def test_ft11_no_false_alarm_in_1000_clean_steps(fault_random: random.Random) -> None:
+    """Two ranks whose steps scatter by a quarter, with a pause of the machine in every fiftieth."""
+    ranks = {rank: (SectionTimes(), state()) for rank in range(2)}
+    stragglers, now = Stragglers(), {0: 0.0, 1: 0.0}
+    for step in range(1, 1001):
+        for rank, (times, seen) in ranks.items():
+            for section in ("data", "forward", "backward", "step"):
+                times.enter(section, now[rank])
+                now[rank] += 0.02 * fault_random.lognormvariate(0, 0.25) * (8 if fault_random.random() < 0.02 else 1)
+            seen.steps, stats = times.steps, times.stats(float(step))
+            assert stats is not None
+            seen.work = stats["work"]
+        assert list(stragglers.look({rank: seen for rank, (_, seen) in ranks.items()})) == []
