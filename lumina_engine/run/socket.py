@@ -25,7 +25,6 @@ import selectors
 import socket
 import stat
 import struct
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -35,6 +34,7 @@ from typing import Any
 import msgspec
 
 from .directory import RunError
+from .output import say
 from .requests import ID_PATTERN
 from .tail import Chunk
 
@@ -301,7 +301,7 @@ class ViewerServer:
         except (RunError, OSError) as error:
             if str(error) != self._complaint:
                 self._complaint = str(error)
-                print(f"lumina: viewers cannot connect: {error}", file=sys.stderr, flush=True)
+                say(f"viewers cannot connect: {error}")
 
     def close(self, reason: str) -> None:
         """Say bye to all and go."""

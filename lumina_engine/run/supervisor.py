@@ -254,7 +254,7 @@ class Supervisor:
         try:
             self.run.update_identity(**changes)
         except (OSError, RunError) as error:
-            print(f"lumina: run.json cannot be updated: {error}", file=sys.stderr, flush=True)
+            output.say(f"run.json cannot be updated: {error}")
 
     def _record(self, record: rec.Record) -> None:
         """Write a record. Only while no rank 0 lives: the log has one writer at a time."""
@@ -316,7 +316,7 @@ class Supervisor:
 
     def _kill(self, reason: str) -> None:
         if self.child is not None:
-            print(f"lumina: {reason}: the run's processes are killed", file=sys.stderr, flush=True)
+            output.say(f"{reason}: the run's processes are killed")
             self.killed = self.pressed = True
             send_all(self._tree(), signal.SIGKILL)
 

@@ -6,6 +6,7 @@ loop, and at the end of a run on the built-in corpus its examination. Rank 0 is 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import gc
 import json
@@ -235,7 +236,7 @@ class Worker:
         try:
             self._examine()
         except Exception as error:
-            traceback.print_exception(error)  # engine.log
+            print_error(error)  # engine.log
             message = f"the held-out questions could not be asked: {type(error).__name__}: {error}"
             self.emit(rec.Alert(severity="warning", code="examination_failed", message=message))
 
@@ -270,7 +271,7 @@ class Worker:
         if is_out_of_memory(error) and code in (None, USAGE):
             return self._ran_out(error)
         if code is None:
-            traceback.print_exception(error)  # engine.log
+            print_error(error)  # engine.log
             sys.stderr.flush()
             self._emergency_save(error)
         reason = str(error) if code is not None else f"{type(error).__name__}: {error}"
@@ -290,7 +291,7 @@ class Worker:
         chosen = self.out_of_memory or config.dynamic_batching
         if isinstance(error, DoesNotFit) and (error.final or not chosen):
             return self._leave("failed", USAGE, str(error))
-        traceback.print_exception(error)  # engine.log
+        print_error(error)  # engine.log
         sys.stderr.flush()
         words = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
         reason = f"out of memory with micro batches of {config.batch_size} rows: {words}"
@@ -338,6 +339,12 @@ def expected_exit_code(error: BaseException) -> int | None:
     return next((named[cls.__name__] for cls in type(error).__mro__ if cls.__name__ in named), None)
 
 
+def print_error(error: BaseException) -> None:
+    """The traceback into engine.log; a full disk costs it, and nothing that is done after it."""
+    with contextlib.suppress(OSError):
+        traceback.print_exception(error)
+
+
 def write_private(path: Path, text: str) -> None:
     """Replace a small file in one step, readable by its owner only."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -360,7 +367,7 @@ def main() -> int:
     try:
         worker = Worker(RunDirectory(Path(sys.argv[-1])), channel)
     except Exception as error:
-        traceback.print_exception(error)
+        print_error(error)
         return expected_exit_code(error) or 1
     code = worker.run()
     if torch.distributed.is_initialized():

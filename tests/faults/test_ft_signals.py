@@ -1,0 +1,219 @@
+"""Signals, crashes and crash loops of real runs (FT01-03, FT08, FT09), and what of the supervision only they can show."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lumina_engine.checkpoint.verify import verify
+from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.log import last_records, read_records
+from lumina_engine.run.client import send_command
+from lumina_engine.run.directory import RunDirectory
+from lumina_engine.run.launch import wait
+from lumina_engine.run.process import Process, descendants, marked
+from tests.waiting import until
+
+from .conftest import TinyRuns
+from .injector import Fault, fired
+from .tiny_run import ends, final_manifest, prepare, start, steps
+
+PHASES = ("data", "forward", "backward", "step", "save", "eval")
+LONG = 80  # steps: room for ten stops
+RESUME = {"resume": True, "restart_pause_s": 0.01}
+
+
+def whole(run: RunDirectory) -> tuple[dict[int, float], dict[str, Any]]:
+    """All losses, and the digests of weights and state of every rank at the end."""
+    files = {f["path"]: f["chunks"] for f in final_manifest(run)["files"] if f["path"].endswith(".safetensors")}
+    assert files
+    return {step: record.loss for step, record in steps(run).items()}, files
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, float], dict[str, Any]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        run = start(prepare(tmp_path_factory.mktemp("unbroken"), "unbroken", max_steps=LONG))
+        assert wait(run, 120) == 0, run.log_path.read_text()[-2000:]
+    return whole(run)
+
+
+def checkpoints_are_whole(run: RunDirectory) -> None:
+    found = [path for path in run.checkpoints.iterdir() if path.name.startswith("step-")]
+    assert found and all(verify(path).ok for path in found)
+    assert not list(run.checkpoints.glob(".tmp-*")) and not list(run.checkpoints.glob("*.corrupt"))
+
+
+def ranks(run: RunDirectory) -> list[Process]:
+    owner = run.owner()
+    assert owner is not None
+    return descendants(owner.pid)
+
+
+def reached(run: RunDirectory, step: int, deadline: float = 60) -> None:
+    until(lambda: (run.info().step or 0) >= step, f"step {step}", deadline)
+
+
+def test_ft01_term_at_ten_phases_of_a_run(
+    tiny_runs: TinyRuns, unbroken: Any, fault_random: random.Random, figure: Callable[[str, object], None]
+) -> None:
+    """A chain of ten preemptions and resumes; the eleventh start finishes what the unbroken run did."""
+    phases = [*PHASES, *fault_random.choices(PHASES[:4], k=4)]
+    fault_random.shuffle(phases)
+    plan = [
+        Fault(
+            "signal",
+            None,
+            phase,
+            inc=inc,
+            count=1 if phase in ("save", "eval") else fault_random.randint(1, 4),
+            value=signal.SIGTERM,
+            to=fault_random.choice(("rank", "supervisor")),
+        )
+        for inc, phase in enumerate(phases, start=1)
+    ]
+    run = tiny_runs.make(faults=plan, max_steps=LONG)
+    slowest = 0.0
+    for inc in range(1, len(plan) + 1):
+        start(run, **(RESUME if inc > 1 else {}))
+        until(lambda inc=inc: len(fired(run.path)) == inc, f"fault {inc}", 60)
+        begin = time.monotonic()
+        until(lambda: not run.alive, f"the end after TERM in {phases[inc - 1]}", 10)
+        slowest = max(slowest, time.monotonic() - begin)
+        assert run.info().exit_code == 75 and run.info().state == "preempted"
+        assert run.newest_step() == run.info().step, "at the boundary that was reached"
+    start(run, **RESUME)
+    assert wait(run, 120) == 0, run.log_path.read_text()[-2000:]
+    figure("slowest exit, s", round(slowest, 1))
+    assert whole(run) == unbroken
+    checkpoints_are_whole(run)
+
+
+def test_ft02_each_signal_does_what_the_table_says(tiny_runs: TinyRuns, unbroken: Any) -> None:
+    run = tiny_runs.running(max_steps=100_000, save_interval=0, eval_interval=0, log_interval=1)
+    reached(run, 5)
+    (rank,) = ranks(run)
+    for number in (signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT):
+        assert run.signal(number)
+    until(lambda: "most recent call first" in run.log_path.read_text(), "the stacks")
+    for target, number in ((None, signal.SIGUSR1), (None, signal.SIGUSR2), (rank, signal.SIGUSR1), (rank, signal.SIGUSR2)):
+        before = len(last_records(run.metrics_path, None, ["checkpoint"]))
+        if target is None:
+            assert run.signal(number)
+        else:
+            os.kill(target.pid, number)
+        until(lambda before=before: len(last_records(run.metrics_path, None, ["checkpoint"])) > before, "a checkpoint")
+    os.kill(rank.pid, signal.SIGSTOP)
+    end = time.monotonic() + 5.0
+    until(lambda: time.monotonic() > end)
+    os.kill(rank.pid, signal.SIGCONT)
+    reached(run, (run.info().step or 0) + 3)
+    assert run.signal(signal.SIGINT)
+    assert wait(run, 60) == 130 and run.info().state == "finished"
+    assert {inc for inc, _, _ in ends(run)} == {1} and run.newest_step() == run.info().step
+    losses = {step: record.loss for step, record in steps(run).items()}
+    assert sorted(losses) == list(range(1, len(losses) + 1))
+    checkpoints_are_whole(run)
+
+
+def test_ft02_a_second_term_kills_and_the_newest_checkpoint_counts(tiny_runs: TinyRuns, unbroken: Any) -> None:
+    run = tiny_runs.running(faults=[Fault("sleep", 10, "backward")], max_steps=LONG)
+    until(lambda: fired(run.path), "the fault", 60)
+    (rank,) = ranks(run)
+    until(lambda: run.signal(signal.SIGTERM) is False or not rank.alive, "the kill")
+    assert wait(run, 20) == 75 and run.info().state == "preempted" and run.newest_step() == 8
+    start(run, **RESUME)
+    assert wait(run, 120) == 0, run.log_path.read_text()[-2000:]
+    assert whole(run) == unbroken
+
+
+def test_ps07_a_killed_supervisor_takes_a_real_rank_along_and_the_restart_is_exact(
+    tiny_runs: TinyRuns, unbroken: Any, fault_random: random.Random
+) -> None:
+    run = tiny_runs.running(max_steps=LONG, log_interval=1, faults=[Fault("slow", None, "data", value=0.02, times=None)])
+    reached(run, fault_random.randint(9, 30))
+    (rank,) = ranks(run)
+    assert run.signal(signal.SIGKILL)
+    until(lambda: not run.alive, "the lock to be free", 2)
+    until(lambda: run.info().state == "crashed", "the crash to show", 1)
+    until(lambda: not rank.alive, "the rank to die", 2)
+    start(run, **RESUME)
+    assert wait(run, 120) == 0, run.log_path.read_text()[-2000:]
+    assert whole(run) == unbroken
+
+
+def test_ps14_a_stop_in_a_save_lets_it_finish(tiny_runs: TinyRuns) -> None:
+    run = tiny_runs.running(faults=[Fault("slow", 4, "save", value=1.0)], max_steps=100_000, eval_interval=0)
+    until(lambda: fired(run.path), "the save", 60)
+    assert send_command(run, "stop")["ok"]
+    assert wait(run, 60) == 0
+    saved = [
+        record.step for record in last_records(run.metrics_path, None, ["checkpoint"]) if isinstance(record, rec.Checkpoint)
+    ]
+    assert 4 in saved and saved[-1] == run.info().step
+    checkpoints_are_whole(run)
+
+
+def test_ft09_each_way_to_die_is_named_and_leaves_nothing(tiny_runs: TinyRuns) -> None:
+    ways = {
+        "raise": "InjectedError: injected at rank 0",
+        "abort": "SIGABRT",
+        "segfault": "SIGSEGV",
+        "exit": "exit code 3",
+        "kill": "SIGKILL",
+        "oom": "out of memory with micro batches of 4 rows",
+    }
+    faults = [Fault(how, 2 + inc, "forward", inc=inc) for inc, how in enumerate(ways, start=1)]
+    run = tiny_runs.running(faults=faults, max_steps=10, save_interval=1, settings={"max_restarts": 2})
+    nonce = run.identity()["nonce"]
+    assert wait(run, 200) == 0, run.log_path.read_text()[-2000:]
+    crashes = [r for r in read_records(run.metrics_path) if isinstance(r, rec.Run) and r.state == "crashed"]
+    assert [record.inc for record in crashes] == list(range(1, 7))
+    for record, words in zip(crashes, ways.values(), strict=True):
+        assert words in (record.reason or "") and record.exit_code not in (None, 0)
+    assert sorted(steps(run)) == list(range(1, 11)) and marked(nonce) == []
+
+
+def test_ft08_the_same_step_each_time_ends_with_93(tiny_runs: TinyRuns) -> None:
+    run = tiny_runs.running(faults=[Fault("exit", 6, "step", inc=None, times=None)], max_steps=10)
+    assert wait(run, 200) == 93
+    assert [state for _, state, _ in ends(run)].count("crashed") == 4
+    assert "3 restarts without a newer checkpoint; last cause: the worker ended with exit code 3" in (run.info().reason or "")
+    assert run.newest_step() == 4
+
+
+@pytest.mark.nightly
+def test_ft08_a_loop_that_does_progress_goes_on(tiny_runs: TinyRuns) -> None:
+    faults = [Fault("kill", None, "step", inc=None, count=6, times=None)]
+    run = tiny_runs.running(faults=faults, max_steps=24, settings={"max_restarts": 1})
+    assert wait(run, 200) == 0, run.log_path.read_text()[-2000:]
+    assert [state for _, state, _ in ends(run)].count("crashed") >= 3
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("use_deepspeed", [False, True], ids=["plain", "deepspeed"])
+def test_ft03_term_to_one_of_two_ranks(tiny_runs: TinyRuns, use_deepspeed: bool) -> None:
+    fault = Fault("signal", 6, "forward", rank=1, value=signal.SIGTERM)
+    keys: dict[str, Any] = {"max_steps": 12, "use_deepspeed": use_deepspeed}
+    run = tiny_runs.running(faults=[fault], world=2, **keys)
+    until(lambda: len(ranks(run)) >= 3, "launcher and ranks", 60)
+    for target in ranks(run):  # a scheduler sends it to everybody, also while they start
+        os.kill(target.pid, signal.SIGUSR1)
+    assert wait(run, 200) == 75, run.log_path.read_text()[-2000:]
+    assert run.info().state == "preempted" and run.newest_step() == run.info().step == 6
+    manifest = final_manifest(run)
+    assert len([f for f in manifest["files"] if Path(f["path"]).name.startswith("rank-")]) >= 2
+    checkpoints_are_whole(run)
+    start(run, world=2, **RESUME)
+    assert wait(run, 200) == 0, run.log_path.read_text()[-2000:]
+    reference = tiny_runs.running("unbroken", world=2, **keys)
+    assert wait(reference, 200) == 0
+    assert whole(run) == whole(reference)
