@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     prepare = add("prepare", "tokenise the configured data into the token store now")
     add_config_arguments(prepare)
+    prepare.add_argument("--workers", type=int, metavar="N", help="processes that tokenise (default: one a processor)")
     add_progress(prepare)
 
     sample = add("sample", "write the built-in corpus")
@@ -287,6 +288,7 @@ def _print_row(number: int, row: PreviewRow) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> int:
+    at_least(args, workers=1)
     config = load_config(args, default_preset="debug").config
     from ..data.store import open_data
     from ..data.tokenizer import ConversationTokenizer
@@ -294,7 +296,7 @@ def _prepare(args: argparse.Namespace) -> int:
     tokenizer = ConversationTokenizer(config.tokenizer)
     meter = Meter("conversations tokenised", args.progress)
     started = time.monotonic()
-    data = open_data(config, tokenizer, progress=meter.show)
+    data = open_data(config, tokenizer, progress=meter.show, workers=args.workers)
     seconds = time.monotonic() - started
     meter.end()
     parts = {name: store for name, store in (("train", data.train), ("eval", data.eval)) if store is not None}

@@ -67,8 +67,17 @@ class DataError(Exception):
         self.reason = reason or message
         self.exit_code = exit_code
         self.excerpt = excerpt
+        self._given = {"path": self.path, "line": line, "fix": fix, "reason": reason, "exit_code": exit_code}
         place = "" if self.path is None else self.path if line is None else f"{self.path}:{line}"
         super().__init__((f"{place}: " if place else "") + message + (f"; {fix}" if fix else ""))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What another process needs to raise the same error: `DataError(**entry)`."""
+        return {"message": self.message, "excerpt": self.excerpt, **self._given}
+
+    def at_line(self, line: int) -> DataError:
+        """The same fault at another line."""
+        return DataError(**{**self.to_dict(), "line": line})
 
 
 @dataclass(frozen=True, slots=True)

@@ -221,17 +221,35 @@ def records(path: Path, kind: str, on_error: OnError | None = None) -> Iterator[
         yield from _lines(file, path, on_error) if kind == "jsonl" else _values(file, path, on_error)
 
 
-def _lines(file: DataFile, path: Path, on_error: OnError | None) -> Iterator[Record]:
+def line_range(path: Path, start: int, stop: int) -> Iterator[Record]:
+    """Records of the lines of an unpacked JSON Lines file that begin in bytes `start` to `stop`; lines count from 1 there."""
+    with opened(path) as file:
+        if start:
+            file.content.seek(start - 1)
+            skip_line(file)
+        yield from _lines(file, path, None, start, stop)
+
+
+def lines_before(path: Path, offset: int) -> int:
+    """Line ends in the bytes before `offset`, and before the next line that begins there or behind it."""
+    count = 0
+    with opened(path) as file:
+        while file.offset() < offset and file.content.readline():
+            count += 1
+    return count
+
+
+def _lines(file: DataFile, path: Path, on_error: OnError | None, start: int = 0, stop: int | None = None) -> Iterator[Record]:
     number = 0
-    while line := file.content.readline(MAX_RECORD + 1):
+    while (stop is None or file.offset() < stop) and (line := file.content.readline(MAX_RECORD + 1)):
         number += 1
-        if number == 1:
+        if number == 1 and not start:
             line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             continue
         try:
             if len(line) > MAX_RECORD:
-                _skip_line(file)
+                skip_line(file)
                 raise _too_long(path, number)
             value = _loads(line, path, number)
         except DataError as error:
@@ -242,7 +260,8 @@ def _lines(file: DataFile, path: Path, on_error: OnError | None) -> Iterator[Rec
         yield Record(path, number, value, file.offset())
 
 
-def _skip_line(file: DataFile) -> None:
+def skip_line(file: DataFile) -> None:
+    """Read to the end of a line."""
     while (rest := file.content.readline(_CHUNK)) and not rest.endswith(b"\n"):
         pass
 

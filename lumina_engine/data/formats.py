@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .conversation import DataError, Document, nearest, shown
-from .files import OnError, Paths, Record, container, expand, records, texts
+from .files import OnError, Paths, Record, container, expand, line_range, records, texts
 from .layouts import READERS, layout_of, strict
 from .oasst import OasstOptions, OasstReader
 from .tally import Tally
@@ -80,6 +80,21 @@ def check_format(name: str) -> str:
     )
 
 
+def layout_at(path: Path, format: str = "auto") -> tuple[str, str]:
+    """(container, layout) of a file, told by its content or as the user named it. Raises `DataError`."""
+    return _detect(path) if format == "auto" else _as(path, check_format(format))
+
+
+def read_lines(path: Path, layout: str, start: int, stop: int, tally: Tally) -> Iterator[Document]:
+    """The conversations of the lines of a JSON Lines file that begin in bytes `start` to `stop`; see `read_located`.
+
+    Not for message trees, which may spread over lines. Lines in errors count from the first one of the range.
+    """
+    read = READERS[layout] if layout != "messages" else strict
+    for record in line_range(path, start, stop):
+        yield from read(record, tally)
+
+
 def read_conversations(
     paths: Paths,
     format: str = "auto",
@@ -115,7 +130,7 @@ def read_located(
     tally = tally if tally is not None else Tally()
     trees = OasstReader(oasst or OasstOptions(), tally, on_error)
     for path in expand(paths, key):
-        kind, layout = _detect(path) if format == "auto" else _as(path, format)
+        kind, layout = layout_at(path, format)
         source = texts(path) if kind == "text" else records(path, kind, on_error)
         if layout == "oasst":
             yield from trees.read(source)

@@ -85,6 +85,15 @@ def unreadable(path: Path, error: OSError) -> DataError:
     return DataError(f"cannot be read ({error.strerror or error})", path=path, fix="check the file and its rights")
 
 
+def is_packed(path: Path) -> bool:
+    """Whether a file is packed in a way that `opened` unpacks. Raises `DataError`."""
+    try:
+        with path.open("rb") as raw:
+            return raw.read(6).startswith(tuple(_OPENERS))
+    except OSError as error:
+        raise unreadable(path, error) from None
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[DataFile]:
     """The content of a file, unpacked while it is read. Raises `DataError` for what cannot be read or is damaged."""

@@ -16,13 +16,17 @@ from .conversation import DataError, Document
 from .cut import Samples
 from .files import Paths, digest_files, expand, total_bytes
 from .formats import read_conversations
+from .pieces import PIECE_BYTES, plan
+from .prepare import Job, join, processors, tokenise
 from .store_writer import locked
 from .tally import Tally
 from .token_store import Progress, TokenStore, build_parts, build_store, open_verified, store_name
+from .tokenizer import ConversationTokenizer
 
 __all__ = ["Data", "TokenStore", "build_store", "open_data", "open_train"]
 
 _SPLIT_UNIT = 1 << 64  # split values are below this
+PIECES_FROM = 4 * PIECE_BYTES  # below, starting processes costs more than they save
 
 
 @dataclass
@@ -42,10 +46,12 @@ class Source:
     label: str
     digest: str
     read: Callable[[Tally], Iterable[Document]]
+    files: tuple[Path, ...] = ()  # what it reads, where that can be done in pieces
+    layout: str = "auto"
 
 
-def open_data(config: Any, tokenizer: Any, progress: Progress | None = None) -> Data:
-    """The stores for `config`, built where the cache has none.
+def open_data(config: Any, tokenizer: Any, progress: Progress | None = None, workers: int | None = None) -> Data:
+    """The stores for `config`, built where the cache has none; large files by `workers` processes (default: one a processor).
 
     `train_data_path` null is the built-in corpus with its own held-out split. Without `eval_data_path`, `eval_split` of the
     conversations is held out by digest of their id (or content), so a conversation stays on its side when others are added.
@@ -53,24 +59,24 @@ def open_data(config: Any, tokenizer: Any, progress: Progress | None = None) -> 
     Raises `DataError`: missing or empty file, malformed record (file:line), no conversation left, vocabulary too small.
     """
     check_vocabulary(config, tokenizer)
-    cache = Path(getattr(config, "data_cache_dir", "data/cache"))
+    cache = Cache(Path(getattr(config, "data_cache_dir", "data/cache")), tokenizer, progress, workers)
     train_path = getattr(config, "train_data_path", None)
     eval_path = getattr(config, "eval_data_path", None)
     split = float(getattr(config, "eval_split", 0.0))
     notes: list[str] = []
     held_out: TokenStore | None = None
     if train_path is None:
-        train = _store(sample_source("train"), tokenizer, cache, progress, notes)
+        train = cache.store(sample_source("train"), notes)
         if eval_path is None:
-            held_out = _store(sample_source("eval"), tokenizer, cache, progress, notes)
+            held_out = cache.store(sample_source("eval"), notes)
     else:
         source = file_source(train_path, config, "train_data_path")
         if eval_path is None and split > 0:
-            train, held_out = _split_stores(source, split, tokenizer, cache, progress, notes)
+            train, held_out = cache.split(source, split, notes)
         else:
-            train = _store(source, tokenizer, cache, progress, notes)
+            train = cache.store(source, notes)
     if eval_path is not None:
-        held_out = _store(file_source(eval_path, config, "eval_data_path"), tokenizer, cache, progress, notes)
+        held_out = cache.store(file_source(eval_path, config, "eval_data_path"), notes)
     cut = getattr(config, "packing", "fit") != "concat"
     for name, store in (("training", train), ("evaluation", held_out)):
         note = Samples(store, int(config.seq_length)).note(name) if store is not None and cut else None
@@ -92,9 +98,9 @@ def open_train(
     """The store of all conversations of `data_path` (None: the built-in corpus), and notes. Raises `DataError`."""
     check_vocabulary(config, tokenizer)
     notes: list[str] = []
-    cache = Path(getattr(config, "data_cache_dir", "data/cache"))
+    cache = Cache(Path(getattr(config, "data_cache_dir", "data/cache")), tokenizer, progress)
     source = sample_source("train") if data_path is None else file_source(data_path, config, "data_path")
-    store = _store(source, tokenizer, cache, progress, notes)
+    store = cache.store(source, notes)
     note = Samples(store, int(config.seq_length)).note("data") if getattr(config, "packing", "fit") != "concat" else None
     return store, [*notes, note] if note else notes
 
@@ -124,7 +130,12 @@ def file_source(paths: Paths, config: Any, key: str) -> Source:
         )
     label = str(files[0]) if len(files) == 1 else f"{len(files)} files"
     digest = hashlib.sha256(f"{layout}\n{digest_files(files)}".encode()).hexdigest()
-    return Source(label, digest, lambda tally: read_conversations(list(files), layout, tally=tally, key=key))
+    read = partial(_read_files, list(files), layout, key)
+    return Source(label, digest, read, tuple(files), layout)
+
+
+def _read_files(files: list[Path], layout: str, key: str, tally: Tally) -> Iterator[Document]:
+    return read_conversations(files, layout, tally=tally, key=key)
 
 
 def sample_source(split: str) -> Source:
@@ -158,76 +169,109 @@ def _note_tally(source: Source, store: TokenStore, notes: list[str]) -> None:
     notes += [f"{source.label}: {line}" for line in Tally.from_dict(store.meta["tally"]).lines()]
 
 
-def _store(source: Source, tokenizer: Any, cache: Path, progress: Progress | None, notes: list[str]) -> TokenStore:
-    """The store of a whole source."""
-    name = store_name(tokenizer, source=source.digest, part="all")
-    with locked(cache, name):
-        store = open_verified(cache / name)
-        if store is None:
-            tally = Tally()
-            pairs = (("all", document) for document in source.read(tally))
-            built = build_parts(
-                pairs, {"all": cache / name}, tokenizer, lambda: _meta(source, tally), progress=progress, required=["all"]
-            )
-            if built is None:
-                raise _nothing_left(source, tally)
-            store = built["all"]
-    _note_tally(source, store, notes)
-    return store
-
-
 def split_value(document: Document) -> int:
     """Where a conversation falls between 0 and 2^64: the digest of its id, or of its content when it has none."""
     digest = hashlib.sha256(f"id\n{document.id}".encode()).digest() if document.id is not None else document.digest()
     return int.from_bytes(digest[:8], "big")
 
 
-def _split_stores(
-    source: Source, share: float, tokenizer: Any, cache: Path, progress: Progress | None, notes: list[str]
-) -> tuple[TokenStore, TokenStore | None]:
-    """Training and evaluation stores of one source, in one pass. A small source holds out its lowest conversation at least."""
-    names = {part: store_name(tokenizer, source=source.digest, part=part, split=share) for part in ("train", "eval")}
-    targets = {part: cache / name for part, name in names.items()}
-    with locked(cache, names["train"]):
-        stores = {part: open_verified(target) for part, target in targets.items()}
-        if any(store is None for store in stores.values()):
-            built = _build_split(source, int(share * _SPLIT_UNIT), targets, tokenizer, progress)
-            stores = {part: built[part] for part in targets}
-    train, held_out = stores["train"], stores["eval"]
-    assert train is not None and held_out is not None
-    _note_tally(source, train, notes)
-    if not len(held_out):
-        return train, None
-    total = len(train) + len(held_out)
-    notes.append(f"{len(held_out):,} of {total:,} conversations held out for evaluation (eval_split={share:g})")
-    return train, held_out
+def part_of(threshold: int | None) -> Callable[[Document], str]:
+    """To which part a document belongs: "eval" below the threshold, else "train"; "all" without one."""
+    if threshold is None:
+        return lambda document: "all"
+    return lambda document: "eval" if split_value(document) < threshold else "train"
 
 
-def _build_split(
-    source: Source, threshold: int, targets: dict[str, Path], tokenizer: Any, progress: Progress | None
-) -> dict[str, TokenStore]:
-    for target in targets.values():  # one of the two may be whole: both are written again, together
-        stale = open_verified(target)
-        if stale is not None:
-            shutil.rmtree(target)
-    lowest, highest = _SPLIT_UNIT, -1
+class Cache:
+    """The folder of stores; builds those that are not there. Two processes may want the same: one builds, the other waits."""
 
-    def sides(tally: Tally) -> Iterator[tuple[str, Document]]:
-        nonlocal lowest, highest
-        for document in source.read(tally):
+    def __init__(self, folder: Path, tokenizer: Any, progress: Progress | None = None, workers: int | None = None) -> None:
+        self.folder, self.tokenizer, self.progress = folder, tokenizer, progress
+        by_name = isinstance(tokenizer, ConversationTokenizer)  # another kind cannot be made again in another process
+        self.workers = (workers or processors()) if by_name else 1
+
+    def store(self, source: Source, notes: list[str]) -> TokenStore:
+        """The store of a whole source."""
+        targets = {"all": self.folder / store_name(self.tokenizer, source=source.digest, part="all")}
+        with locked(self.folder, targets["all"].name):
+            store = open_verified(targets["all"])
+            if store is None:
+                built = self._in_pieces(source, None, targets)
+                if built is None:
+                    tally = Tally()
+                    built = self._in_one_pass(source, tally, part_of(None), targets, ("all",))
+                    if built is None:
+                        raise _nothing_left(source, tally)
+                store = built["all"]
+        _note_tally(source, store, notes)
+        return store
+
+    def split(self, source: Source, share: float, notes: list[str]) -> tuple[TokenStore, TokenStore | None]:
+        """Training and evaluation stores of one source. A small source holds out its lowest conversation at least."""
+        named = {part: store_name(self.tokenizer, source=source.digest, part=part, split=share) for part in ("train", "eval")}
+        targets = {part: self.folder / name for part, name in named.items()}
+        with locked(self.folder, named["train"]):
+            stores = {part: open_verified(target) for part, target in targets.items()}
+            if any(store is None for store in stores.values()):
+                built = self._split(source, int(share * _SPLIT_UNIT), targets)
+                stores = {part: built[part] for part in targets}
+        train, held_out = stores["train"], stores["eval"]
+        assert train is not None and held_out is not None
+        _note_tally(source, train, notes)
+        if not len(held_out):
+            return train, None
+        total = len(train) + len(held_out)
+        notes.append(f"{len(held_out):,} of {total:,} conversations held out for evaluation (eval_split={share:g})")
+        return train, held_out
+
+    def _split(self, source: Source, threshold: int, targets: dict[str, Path]) -> dict[str, TokenStore]:
+        for target in targets.values():  # one of the two may be whole: both are written again, together
+            shutil.rmtree(target, ignore_errors=True)
+        built = self._in_pieces(source, threshold, targets)
+        lowest, highest = _SPLIT_UNIT, -1
+
+        def side(document: Document) -> str:
+            nonlocal lowest, highest
             value = split_value(document)
             lowest, highest = min(lowest, value), max(highest, value)
-            yield ("eval" if value < threshold else "train"), document
+            return "eval" if value < threshold else "train"
 
-    required: tuple[str, ...] = ("train", "eval")
-    while True:
-        tally = Tally()
+        required: tuple[str, ...] = ("train", "eval")
+        while built is None:
+            tally = Tally()
+            built = self._in_one_pass(source, tally, side, targets, required)
+            if built is None:
+                if highest < 0:
+                    raise _nothing_left(source, tally)
+                # one side is empty: hold out exactly the lowest, or nothing when there is only one
+                threshold = lowest + 1 if lowest < highest else 0
+                required = ("train",)
+        return built
+
+    def _in_one_pass(
+        self,
+        source: Source,
+        tally: Tally,
+        side: Callable[[Document], str],
+        targets: dict[str, Path],
+        required: tuple[str, ...],
+    ) -> dict[str, TokenStore] | None:
+        pairs = ((side(document), document) for document in source.read(tally))
         extra = partial(_meta, source, tally)
-        built = build_parts(sides(tally), targets, tokenizer, extra, progress=progress, required=required)
-        if built is not None:
-            return built
-        if highest < 0:
-            raise _nothing_left(source, tally)
-        # one side is empty: hold out exactly the lowest, or nothing when there is only one
-        threshold = lowest + 1 if lowest < highest else 0
-        required = ("train",)
+        return build_parts(pairs, targets, self.tokenizer, extra, progress=self.progress, required=required)
+
+    def _in_pieces(self, source: Source, threshold: int | None, targets: dict[str, Path]) -> dict[str, TokenStore] | None:
+        """The same from pieces, for a large source. None: it is small, cannot be cut, or a part came out empty."""
+        if not source.files or total_bytes(source.files) < PIECES_FROM:
+            return None
+        pieces = plan(list(source.files), source.layout, PIECE_BYTES)
+        if pieces is None or len(pieces) < 2:
+            return None
+        folder = self.folder / f"{next(iter(targets.values())).name}.pieces"
+        job = Job(pieces, folder, self.tokenizer, threshold, part_of(threshold))
+        try:
+            tokenise(job, min(self.workers, len(pieces)), self.progress)
+            return join(job, targets, partial(_meta, source))
+        except OSError as error:
+            cause = f"the token store cannot be written ({error.strerror or error})"
+            raise DataError(cause, path=folder, fix="free some space or set data_cache_dir", exit_code=2) from None

@@ -13,13 +13,18 @@ import secrets
 import shutil
 import sys
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .conversation import Conversation, DataError, Document, TextDocument
 from .order import ORDER_VERSION
+
+if TYPE_CHECKING:
+    from .token_store import TokenStore
 
 STORE_FORMAT = 1  # raise it when the files or their meaning change: older stores are then built again
 
@@ -82,6 +87,44 @@ class StoreWriter:
         if len(self._buffers["tokens.u32"]) >= _FLUSH_ITEMS or len(self._buffers["offsets.u64"]) >= _FLUSH_ITEMS:
             self._flush()
 
+    def extend(self, store: TokenStore) -> None:
+        """Add all documents of a store that the same tokenizer made; nothing is encoded again."""
+        self._flush()
+        codes = np.arange(256, dtype=np.uint8)
+        for code, weight in enumerate(store.meta["weights"][1:], start=1):
+            codes[code] = self._code(weight)
+        self._copy(store, "tokens.u32")
+        self._copy(store, "mask.u8", lambda block: codes[block])
+        self._copy(store, "offsets.u64", lambda block: block + np.uint64(self.tokens), skip=1)
+        self._copy(store, "digests.u64")
+        self.documents += len(store)
+        self.tokens += store.num_tokens
+        self.trained += store.num_trained
+        self.longest = max(self.longest, int(store.meta["longest"]))
+
+    def _copy(
+        self, store: TokenStore, name: str, change: Callable[[np.ndarray], np.ndarray] = lambda block: block, skip: int = 0
+    ) -> None:
+        """Append a file of `store` without its first `skip` items. Read, not mapped, so that it leaves memory again."""
+        dtype = np.dtype(FILES[name]).newbyteorder("<")
+        with (store.path / name).open("rb") as file:
+            file.seek(skip * dtype.itemsize)
+            while data := file.read(_FLUSH_ITEMS * dtype.itemsize):
+                data = change(np.frombuffer(data, dtype)).astype(dtype, copy=False).tobytes()
+                self._handles[name].write(data)
+                self._hashes[name].update(data)
+                self._bytes[name] += len(data)
+
+    def _code(self, weight: float) -> int:
+        """The mask value of a weight; a new one gets the next."""
+        code = self._codes.get(weight)
+        if code is None:
+            code = len(self._codes) + 1
+            if code >= TEXT:
+                raise DataError("more than 253 different weights in one data set", fix="round the weights")
+            self._codes[weight] = code
+        return code
+
     def _encode(self, document: Document) -> tuple[list[int], bytes]:
         """Ids and mask values of a document."""
         if isinstance(document, TextDocument):
@@ -103,13 +146,7 @@ class StoreWriter:
             start = mask.index(TRAINED, end)
             end = mask.find(CONTEXT, start)
             end = len(mask) if end < 0 else end
-            weight = 1.0 if message.weight is None else message.weight
-            code = self._codes.get(weight)
-            if code is None:
-                code = len(self._codes) + 1
-                if code >= TEXT:
-                    raise DataError("more than 253 different weights in one data set", fix="round the weights")
-                self._codes[weight] = code
+            code = self._code(1.0 if message.weight is None else message.weight)
             out[start:end] = bytes([code]) * (end - start)
         return bytes(out)
 

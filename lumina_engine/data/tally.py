@@ -72,6 +72,14 @@ class Tally:
         lost += [f"{n:,} of {self.read:,} conversations changed: {reason}" for reason, n in sorted(self.changed.items())]
         return lost + [f"{n:,} of {total:,} messages left out: {reason}" for reason, n in sorted(self.left_out.items())]
 
+    def add(self, other: Tally) -> None:
+        """Add the counts of another tally."""
+        self.read += other.read
+        self.dropped.update(other.dropped)
+        self.changed.update(other.changed)
+        self.used += other.used
+        self.left_out.update(other.left_out)
+
     def to_dict(self) -> dict[str, Any]:
         """The counts, for JSON; `Tally.from_dict` reads them back."""
         return {

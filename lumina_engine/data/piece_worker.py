@@ -1,0 +1,48 @@
+"""A process that tokenises pieces: `python -m lumina_engine.data.piece_worker`.
+
+Standard input: first what all pieces share (`tokenizer`, `digest`, `threshold`), then one piece a line. Standard output: a line
+of figures now and then, one when a piece is done, one when it failed. It ends with its input, so it never outlives its parent.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from .conversation import DataError
+from .pieces import Piece, build_piece
+from .store import part_of
+from .tokenizer import ConversationTokenizer
+
+
+def main() -> int:
+    """Work until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    shared = json.loads(sys.stdin.readline())
+    tokenizer = ConversationTokenizer(shared["tokenizer"])
+    if tokenizer.digest != shared["digest"]:
+        _say(error=DataError(f"tokenizer {tokenizer.name} changed", fix="start again").to_dict())
+        return 1
+    side = part_of(shared["threshold"])
+    for line in sys.stdin:
+        task = json.loads(line)
+        targets = {part: Path(target) for part, target in task["targets"].items()}
+        try:
+            build_piece(Piece(**task["piece"]), targets, tokenizer, side, lambda d, t: _say(documents=d, tokens=t))
+        except DataError as error:
+            _say(error=error.to_dict())
+        else:
+            _say(done=True)
+    return 0
+
+
+def _say(**line: Any) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""Tokenising a large data set with several processes, so that nothing that is done is lost when one or all are killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from .conversation import DataError, Document
+from .pieces import Piece, build_piece
+from .store_writer import StoreWriter
+from .tally import Tally
+from .token_store import Progress, TokenStore
+
+_TRIES = 3  # workers that may die over one piece
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to tokenise, and where the stores of the pieces go meanwhile.
+
+    Args:
+        pieces: in the order of the store.
+        folder: of the pieces' stores; removed by `join`.
+        tokenizer: built again by name in each process.
+        threshold: of the split into training and evaluation; None: one part, "all".
+        part_of: the part of a document, as the workers decide it from `threshold`.
+    """
+
+    pieces: list[Piece]
+    folder: Path
+    tokenizer: Any
+    threshold: int | None
+    part_of: Callable[[Document], str]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the stores that come out."""
+        return ("all",) if self.threshold is None else ("train", "eval")
+
+    def targets(self, number: int) -> dict[str, Path]:
+        """Where the stores of a piece go."""
+        return {part: self.folder / f"piece-{number:06d}-{part}" for part in self.parts}
+
+
+def tokenise(job: Job, workers: int, progress: Progress | None = None) -> None:
+    """Build the stores of all pieces, those that are whole already excepted.
+
+    Raises:
+        DataError: the fault of the first piece that has one, or that a piece killed its worker three times.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    for stale in job.folder.glob("*.tmp-*"):  # of workers that were killed; the caller holds the lock
+        shutil.rmtree(stale, ignore_errors=True)
+    counts = _Counts(progress)
+    if workers < 2 or len(job.pieces) < 2:
+        for number, piece in enumerate(job.pieces):
+            build_piece(piece, job.targets(number), job.tokenizer, job.part_of, counts.of(number))
+        return
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in range(len(job.pieces)):
+        waiting.put(number)
+    faults: dict[int, BaseException] = {}
+    threads = [threading.Thread(target=_drive, args=(job, waiting, faults, counts)) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        for thread in threads:
+            thread.join()
+    except BaseException:
+        faults.setdefault(len(job.pieces), KeyboardInterrupt())  # the threads see it and end their workers
+        for thread in threads:
+            thread.join()
+        raise
+    if faults:
+        raise faults[min(faults)]
+
+
+def join(job: Job, targets: Mapping[str, Path], extra: Callable[[Tally], Mapping[str, Any]]) -> dict[str, TokenStore] | None:
+    """The stores of the pieces as one for each part, in order. None, and nothing written, when a part holds no document."""
+    stores = {part: [TokenStore(job.targets(n)[part]) for n in range(len(job.pieces))] for part in job.parts}
+    if not all(any(map(len, pieces)) for pieces in stores.values()):
+        return None
+    tally = Tally()
+    for store in stores[job.parts[0]]:  # each part of a piece tells the counts of the whole piece
+        tally.add(Tally.from_dict(store.meta["tally"]))
+    writers: list[StoreWriter] = []
+    try:
+        for part, target in targets.items():
+            writers.append(StoreWriter(target, job.tokenizer))
+            for store in stores[part]:
+                writers[-1].extend(store)
+        joined = [TokenStore(writer.publish(extra(tally))) for writer in writers]
+    finally:
+        for writer in writers:
+            writer.discard()
+    shutil.rmtree(job.folder, ignore_errors=True)
+    return dict(zip(targets, joined, strict=True))
+
+
+class _Counts:
+    """Documents and tokens of all pieces together, for the progress line."""
+
+    def __init__(self, progress: Progress | None) -> None:
+        self._progress, self._lock = progress, threading.Lock()
+        self._latest: dict[int, tuple[int, int]] = {}
+
+    def of(self, number: int) -> Progress:
+        """What piece `number` reports to."""
+
+        def told(documents: int, tokens: int) -> None:
+            with self._lock:
+                self._latest[number] = (documents, tokens)
+                if self._progress is not None:
+                    self._progress(sum(d for d, _ in self._latest.values()), sum(t for _, t in self._latest.values()))
+
+        return told
+
+
+def _drive(job: Job, waiting: queue.SimpleQueue[int], faults: dict[int, BaseException], counts: _Counts) -> None:
+    """Keep one worker busy until no piece waits, or one failed."""
+    worker: _Worker | None = None
+    try:
+        while not faults:
+            try:
+                number = waiting.get_nowait()
+            except queue.Empty:
+                return
+            for attempt in range(_TRIES):
+                if worker is None:
+                    worker = _Worker(job)
+                if worker.build(job.pieces[number], job.targets(number), counts.of(number), faults):
+                    break
+                worker.close()
+                worker = None
+                if faults:
+                    return
+                if attempt == _TRIES - 1:
+                    piece = job.pieces[number]
+                    raise DataError(
+                        f"the process that tokenises bytes {piece.start:,} on was killed {_TRIES} times",
+                        path=piece.path,
+                        fix="look for out-of-memory in the system's log, or give fewer workers",
+                    )
+    except BaseException as error:  # told to the thread that waits
+        faults[number] = error
+    finally:
+        if worker is not None:
+            worker.close()
+
+
+class _Worker:
+    """One process of `piece_worker`."""
+
+    def __init__(self, job: Job) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "lumina_engine.data.piece_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+        tokenizer = job.tokenizer
+        self._tell({"tokenizer": tokenizer.name, "digest": tokenizer.digest, "threshold": job.threshold})
+
+    def _tell(self, line: Mapping[str, Any]) -> bool:
+        stdin = _there(self._process.stdin)
+        try:
+            stdin.write(json.dumps(line) + "\n")
+            stdin.flush()
+        except OSError:  # it died
+            return False
+        return True
+
+    def build(self, piece: Piece, targets: Mapping[str, Path], progress: Progress, faults: Mapping[int, object]) -> bool:
+        """Whether the piece is done; False when the process died, or another piece failed. Raises `DataError`."""
+        named = {part: str(target) for part, target in targets.items()}
+        if not self._tell({"piece": piece.to_dict(), "targets": named}):
+            return False
+        for line in _there(self._process.stdout):
+            said = json.loads(line)
+            if "error" in said:
+                raise DataError(**said["error"])
+            if "done" in said:
+                return True
+            progress(said["documents"], said["tokens"])
+            if faults:
+                return False
+        return False
+
+    def close(self) -> None:
+        """End the process, whatever it does: its piece is written again from its start."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            try:
+                _there(pipe).close()
+            except OSError:  # what it was not told any more
+                pass
+
+
+def _there(pipe: IO[str] | None) -> IO[str]:
+    assert pipe is not None
+    return pipe

@@ -1,0 +1,219 @@
+"""C36, C43: a data set tokenised in pieces is the one tokenised in one pass, whoever is killed on the way."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given
+from hypothesis import settings as examples
+from hypothesis import strategies as st
+
+from lumina_engine.data import prepare, store
+from lumina_engine.data.conversation import DataError
+from lumina_engine.data.formats import read_conversations
+from lumina_engine.data.pieces import plan
+from lumina_engine.data.store import file_source, open_data
+from lumina_engine.data.tally import Tally
+from lumina_engine.data.tokenizer import ConversationTokenizer
+from tests.waiting import until
+
+
+def talk(n, weight=None):
+    answer = {"role": "assistant", "content": "a" * (n % 37) + "."}
+    if weight is not None:
+        answer["weight"] = weight
+    return {"messages": [{"role": "user", "content": f"question {n} é🫠"}, answer]}
+
+
+@pytest.fixture
+def in_pieces(monkeypatch):
+    """Pieces of a chosen size, whatever the size of the data."""
+
+    def choose(size):
+        monkeypatch.setattr(store, "PIECES_FROM", 0 if size else 1 << 60)
+        monkeypatch.setattr(store, "PIECE_BYTES", size or 1)
+
+    return choose
+
+
+def built(write, in_pieces, settings, tokenizer, size, name, content, workers=1, **options):
+    in_pieces(size)
+    path = write(name, content)
+    cache = path.parent / f"cache-{size}-{workers}"
+    data = open_data(settings(train_data_path=str(path), data_cache_dir=str(cache), **options), tokenizer, workers=workers)
+    return data
+
+
+def same(one, other):
+    assert one.train.fingerprint == other.train.fingerprint
+    assert np.array_equal(one.train.digests, other.train.digests)
+    assert one.notes == other.notes
+    for key in ("documents", "tokens", "trained_tokens", "longest", "weights", "tally"):
+        assert one.train.meta[key] == other.train.meta[key], key
+    assert (one.eval is None) == (other.eval is None)
+    if one.eval is not None:
+        assert one.eval.fingerprint == other.eval.fingerprint
+
+
+@pytest.mark.parametrize("size", [211, 997, 5000])
+@pytest.mark.parametrize("split", [0.0, 0.3])
+def test_c036_pieces_of_any_size_give_the_same_store(write, in_pieces, settings, tokenizer, size, split):
+    rows = [talk(n, weight=(None, 0.5, 2.0, 0.25)[n % 4] if n > 20 else None) for n in range(40)]
+    lines = [json.dumps(row, ensure_ascii=n % 2 == 0) for n, row in enumerate(rows)]
+    text = "\ufeff" + "\r\n\n".join(lines[:25]) + "\n" + "\n".join(lines[25:])  # no line end at the end
+    whole = built(write, in_pieces, settings, tokenizer, 0, "x.jsonl", text, eval_split=split)
+    same(whole, built(write, in_pieces, settings, tokenizer, size, "x.jsonl", text, eval_split=split))
+    assert not list(Path(whole.train.path).parent.glob("*.pieces"))
+
+
+@examples(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 400), min_size=1, max_size=30), st.integers(1, 500), st.booleans())
+def test_c036_every_line_is_in_one_piece(tmp_path_factory, lengths, size, ends):
+    path = tmp_path_factory.mktemp("p") / "x.jsonl"
+    lines = [json.dumps({"text": f"{n} " + "x" * length}) for n, length in enumerate(lengths)]
+    path.write_text("\n".join(lines) + ("\n" if ends else ""))
+    pieces = plan([path], "text", size)
+    found = [document.text for piece in pieces for document in piece.read(Tally())]
+    assert found == [json.loads(line)["text"] for line in lines]
+    assert pieces[-1].stop in (None, path.stat().st_size) and pieces[0].start == 0
+
+
+def test_c036_two_processes_give_the_same_store(write, in_pieces, settings):
+    tokenizer = ConversationTokenizer("lumina-1k")
+    files = {"a.jsonl": [talk(n) for n in range(200)], "b.json": [{"instruction": "i", "output": "o"}]}
+    folder = write("d/a.jsonl", files["a.jsonl"]).parent
+    write("d/b.json", files["b.json"])
+    stores = []
+    for size, workers in ((0, 1), (3000, 1), (3000, 2)):
+        in_pieces(size)
+        cache = folder.parent / f"cache-{size}-{workers}"
+        config = settings(train_data_path=str(folder), data_cache_dir=str(cache), eval_split=0.2)
+        stores.append(open_data(config, tokenizer, workers=workers))
+    same(stores[0], stores[1])
+    same(stores[0], stores[2])
+
+
+SCRIPT = """
+import sys
+from types import SimpleNamespace
+from lumina_engine.data import store
+from lumina_engine.data.tokenizer import ConversationTokenizer
+
+store.PIECES_FROM, store.PIECE_BYTES = 0, 20_000
+config = SimpleNamespace(seq_length=64, train_data_path=sys.argv[1], data_cache_dir=sys.argv[2], eval_split=0.0)
+print(store.open_data(config, ConversationTokenizer("lumina-1k"), workers=2).train.fingerprint)
+"""
+
+
+def _pieces(cache):
+    """Whole pieces so far, with what tells one writing from another."""
+    return {meta.parent.name: meta.stat().st_ino for meta in cache.glob("*.pieces/piece-*-all/meta.json")}
+
+
+def _killed_at(command, cache, pieces):
+    """Run it until so many pieces are whole, then SIGKILL; its workers end by themselves."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    until(lambda: len(_pieces(cache)) >= pieces or process.poll() is not None)
+    assert process.poll() is None, "it was done before it could be killed"
+    children = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    assert children
+    until(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children))
+
+
+def test_c036_killed_five_times_it_goes_on_where_it_was(write, tmp_path):
+    """SIGKILL as soon as some more pieces are there. Pieces that were whole are not made again, no process is left behind."""
+    path = write("x.jsonl", [talk(n) for n in range(8000)])
+    cache = tmp_path / "cache"
+    command = [sys.executable, "-c", SCRIPT, str(path), str(cache)]
+    made: dict[str, int] = {}
+    for kill in range(5):
+        _killed_at(command, cache, len(made) + 2 + kill)
+        now = _pieces(cache)
+        assert made.items() <= now.items(), "a whole piece was made again"
+        made = now
+    assert len(made) >= 10
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    again = subprocess.run([*command[:-1], str(tmp_path / "other")], capture_output=True, text=True, check=True)
+    assert done.stdout == again.stdout and len(done.stdout) > 60
+    assert not list(cache.glob("*.pieces"))
+
+
+def test_c036_a_killed_worker_costs_its_piece_only(write, in_pieces, settings, monkeypatch):
+    tokenizer = ConversationTokenizer("lumina-1k")
+    rows = [talk(n) for n in range(4000)]
+    whole = built(write, in_pieces, settings, tokenizer, 0, "x.jsonl", rows)
+    killed = []
+
+    class Mortal(prepare._Worker):
+        def build(self, piece, *more):
+            if piece.start and len(killed) < 2:
+                killed.append(piece.start)
+                self._process.send_signal(signal.SIGKILL)
+                self._process.wait()
+            return super().build(piece, *more)
+
+    monkeypatch.setattr(prepare, "_Worker", Mortal)
+    same(whole, built(write, in_pieces, settings, tokenizer, 40_000, "x.jsonl", rows, workers=2))
+    assert len(killed) == 2
+
+
+def test_c036_a_piece_that_kills_every_worker_ends_it_with_a_reason(write, in_pieces, settings, monkeypatch):
+    class Doomed(prepare._Worker):
+        def build(self, piece, *more):
+            if piece.start == 80_000:
+                self._process.kill()
+                self._process.wait()
+            return super().build(piece, *more)
+
+    monkeypatch.setattr(prepare, "_Worker", Doomed)
+    tokenizer = ConversationTokenizer("lumina-1k")
+    with pytest.raises(DataError, match="bytes 80,000 on was killed 3 times") as caught:
+        built(write, in_pieces, settings, tokenizer, 40_000, "x.jsonl", [talk(n) for n in range(4000)], workers=2)
+    assert caught.value.path.endswith("x.jsonl")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_c036_a_malformed_record_is_named_by_its_line_in_the_file(write, in_pieces, settings, workers):
+    lines = [json.dumps(talk(n)) for n in range(300)]
+    lines[250], lines[280] = "{", "["
+    text = "\n".join([*lines[:100], "", *lines[100:]]) + "\n"
+    with pytest.raises(DataError, match=r"x\.jsonl:252: not valid JSON"):
+        built(write, in_pieces, settings, ConversationTokenizer("lumina-1k"), 2000, "x.jsonl", text, workers=workers)
+
+
+def test_c036_what_cannot_be_read_apart_is_read_in_one_pass(write, settings):
+    row = {"message_id": "a", "parent_id": None, "role": "prompter", "text": "q"}
+    trees = write("t.jsonl", [row, {**row, "message_id": "b", "parent_id": "a", "role": "assistant"}])
+    assert plan([write("m.jsonl", [talk(1)]), trees], size=10) is None
+    assert [p.stop for p in plan([write("l.json", [talk(1), talk(2)])], size=10)] == [None]
+    config = settings(train_data_path=str(trees))
+    assert file_source(str(trees), config, "k").files == (trees,)
+    assert len(list(read_conversations(trees))) == 1
+
+
+def test_c036_an_empty_side_of_a_split_holds_out_the_lowest(write, in_pieces, settings, tokenizer):
+    rows = [talk(n) for n in range(12)]
+    for share in (1e-9, 1 - 1e-9):
+        whole = built(write, in_pieces, settings, tokenizer, 0, "x.jsonl", rows, eval_split=share)
+        same(whole, built(write, in_pieces, settings, tokenizer, 200, "x.jsonl", rows, eval_split=share))
+        for cache in Path(whole.train.path).parent.parent.glob("cache-*"):
+            cache.rename(cache.with_name(f"old-{share}-{cache.name}"))
+
+
+def test_c036_progress_counts_all_pieces(write, in_pieces, settings):
+    tokenizer = ConversationTokenizer("lumina-1k")
+    in_pieces(20_000)
+    path = write("x.jsonl", [talk(n) for n in range(3000)])
+    seen: list[tuple[int, int]] = []
+    config = settings(train_data_path=str(path), data_cache_dir=str(path.parent / "c"))
+    data = open_data(config, tokenizer, lambda documents, tokens: seen.append((documents, tokens)), workers=2)
+    assert seen[-1] == (3000, data.train.num_tokens) and seen == sorted(seen)
