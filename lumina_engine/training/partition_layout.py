@@ -1,4 +1,4 @@
-"""What lies where in the flat partitions of ZeRO: a digest that is saved with each, so that no state is read into another order.
+"""What lies where in the flat partitions of ZeRO: a digest saved with each, so that no state is read into another order.
 
 Settings of DeepSpeed may reorder the parameters of a group or group them otherwise (`round_robin_gradients`,
 `parameter_alignment`, sub-groups). The number of values stays the same then, and only the layout tells.
@@ -15,7 +15,7 @@ from .memory import whole_shape
 
 
 def layout_digests(zero: Any, stage: int, names: dict[torch.Tensor, str]) -> list[torch.Tensor]:
-    """For each partition of DeepSpeed's optimizer the SHA-256 of names, shapes and offsets in its order, as 32 bytes (uint8)."""
+    """For each partition of DeepSpeed's optimizer the SHA-256 of names, shapes and offsets in its order: 32 bytes (uint8)."""
     if stage == 3:
         groups = [[(names[p], tuple(whole_shape(p)), 0) for p in group] for group in zero.fp16_groups]
     else:
