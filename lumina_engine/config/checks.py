@@ -11,6 +11,7 @@ from lumina_engine.config.deepspeed import check_overrides
 from lumina_engine.config.expert_checks import expert_parallel
 from lumina_engine.config.finding import ConfigError, Finding, error, finding
 from lumina_engine.config.machine import Machine, gb_text
+from lumina_engine.config.node_checks import nodes
 from lumina_engine.config.offload_checks import offload, offload_machine
 from lumina_engine.config.resolve import expert_ranks_findings, fp16_findings, resolved_precision, world_size
 from lumina_engine.config.schema import Config, infos_of
@@ -26,10 +27,6 @@ NOT_YET: dict[str, tuple[object, ...] | None] = {
     "task_data_paths": None,
     "task_temperature": None,
     "task_max_epochs": None,
-    "launcher": ("auto", "torchrun", "none"),
-    "num_nodes": None,
-    "node_rank": None,
-    "hostfile": None,
     "checkpoint_compression": None,
     "trackers": None,
     "alert_command": None,
@@ -83,6 +80,7 @@ _RULES: tuple[Rule, ...] = (
     training_checks.compile_rules,
     offload,
     switched_off,
+    nodes,
 )
 
 

@@ -112,7 +112,12 @@ class RunKeys(Section):
         read_by="commands/train.py",
     )
     launcher: Literal["auto", "deepspeed", "torchrun", "srun", "none"] = key(
-        "auto", "How ranks are started. auto is torchrun on one node, none for one rank.", resume=True, read_by=_LAUNCH
+        "auto",
+        "How ranks start: none by Lumina on this machine, deepspeed by an agent on each machine of the hostfile (ssh), srun by "
+        "one on each machine of the Slurm job, torchrun by hand on each machine. auto is none on one machine, deepspeed with "
+        "a hostfile, torchrun with node_rank.",
+        resume=True,
+        read_by=_LAUNCH,
     )
     num_gpus: int | Literal["auto"] = key(
         "auto",
@@ -125,13 +130,28 @@ class RunKeys(Section):
     )
     num_nodes: int = key(1, "Machines.", unit="nodes", minimum=1, maximum=100_000, resume=True, read_by=_LAUNCH)
     node_rank: int | None = key(
-        None, "Number of this machine when each is started by hand.", minimum=0, maximum=100_000, resume=True, read_by=_LAUNCH
+        None,
+        "Number of this machine when each is started by hand; 0 has the run.",
+        minimum=0,
+        maximum=100_000,
+        resume=True,
+        read_by=_LAUNCH,
     )
     hostfile: str | None = key(
-        None, "File that lists the machines.", pattern=r".+", form="a path", resume=True, read_by=_LAUNCH
+        None,
+        "File of lines `host slots=N`: the machines, this one among them.",
+        pattern=r".+",
+        form="a path",
+        resume=True,
+        read_by=_LAUNCH,
     )
     master_addr: str = key(
-        "auto", "Name or address of the first machine.", pattern=_HOST, form=_HOST_FORM, resume=True, read_by=_LAUNCH
+        "auto",
+        "Address of the first machine, where ranks meet. auto: loopback for one machine, else found on the way to the second.",
+        pattern=_HOST,
+        form=_HOST_FORM,
+        resume=True,
+        read_by=_LAUNCH,
     )
     master_port: int = key(29_500, "Port of the first machine.", minimum=1, maximum=65_535, resume=True, read_by=_LAUNCH)
     max_restarts: int = key(

@@ -203,7 +203,7 @@ def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: in
         "zero_stage": choice.stage,
         "precision": resolved_precision(config, machine),
         "num_gpus": max(1, ranks // config.num_nodes) if config.num_gpus == "auto" else config.num_gpus,
-        "launcher": _launcher(config, ranks),
+        "launcher": _launcher(config),
         "communication_backend": _backend(config, machine),
         "master_addr": "127.0.0.1" if config.master_addr == "auto" and config.num_nodes == 1 else config.master_addr,
     }
@@ -216,10 +216,13 @@ def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: in
 _MODEL_AUTO = ("vocab_size", "head_dim", "intermediate_size", "dense_intermediate_size", "router_normalize")
 
 
-def _launcher(config: Config, ranks: int) -> str:
+def _launcher(config: Config) -> str:
+    """Lumina starts the ranks of one machine itself; others are reached by hostfile, or started by hand."""
     if config.launcher != "auto":
         return config.launcher
-    return "none" if ranks == 1 else "torchrun"
+    if config.num_nodes == 1:
+        return "none"
+    return "torchrun" if config.node_rank is not None else "deepspeed"
 
 
 def _backend(config: Config, machine: Machine) -> str:

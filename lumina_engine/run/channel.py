@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .place import read_place
+from .policy import HOST_LOST
 from .process import Process, process
 from .rank import MESSAGE_LIMIT, Command
 from .socket import HELLO_TIME, bind_socket, peer, unbind
@@ -28,6 +29,7 @@ class RankState:
 
     `steps` counts those finished since this start; `p99` is the 99th percentile of each section's durations and `work` the
     median forward time of a step, in seconds, as the rank measured them.
+    Of a rank on another machine `process` is the one here that passes its words on, `host` and `pid` are its own.
     """
 
     process: Process
@@ -41,6 +43,8 @@ class RankState:
     p99: dict[str, float] = field(default_factory=dict)
     work: float | None = None
     place: int | None = None  # descriptor of what the rank says at every change (see place.py); None for one far away
+    host: str | None = None
+    pid: int = 0
 
     def beat(self, content: dict[str, Any]) -> None:
         """Take over a heartbeat; what is malformed in it is left out."""
@@ -77,6 +81,12 @@ class End:
     code: int | None
     reason: str | None
     at: float
+    host: str | None = None
+
+    @property
+    def who(self) -> str:
+        """The rank, and its machine if that is another one."""
+        return f"rank {self.rank}" + (f" on {self.host}" if self.host else "")
 
 
 class RankServer:
@@ -141,12 +151,13 @@ class RankServer:
         return self._connection(0) is not None
 
     def shown(self) -> list[dict[str, Any]]:
-        """The ranks for a viewer: rank, pid, step, section, seconds in it, whether it is there, its exit code if it has one."""
+        """The ranks for a viewer: rank, host (None: here), pid there, step, section, seconds in it, connected, exit code."""
         now = time.monotonic()
         return [
             {
                 "rank": rank,
-                "pid": state.process.pid,
+                "host": state.host,
+                "pid": state.pid,
                 "step": state.step,
                 "section": state.section,
                 "age_s": now - state.at,
@@ -250,11 +261,12 @@ class RankServer:
             state.exit_code = content["code"]
             state.exit_reason = str(content["reason"])[:1000] if content.get("reason") else None
             if state.exit_code != 0:
-                self._failed(End(rank, state.exit_code, state.exit_reason, time.monotonic()))
+                self._failed(End(rank, state.exit_code, state.exit_reason, time.monotonic(), state.host))
         return True
 
     def _failed(self, end: End) -> None:
-        self.failure = self.failure or end
+        if self.failure is None or end.code == HOST_LOST:  # a lost machine is the cause, also if others fell first
+            self.failure = end
 
     def _greet(self, connection: socket.socket, content: dict[str, Any]) -> bool:
         rank = content.get("rank")
@@ -273,7 +285,10 @@ class RankServer:
         self._connections[connection] = rank
         if rank in self.ranks:
             self.ranks[rank].forget()
-        self.ranks[rank] = RankState(found, at=time.monotonic())
+        host, there = content.get("host"), content.get("pid")
+        state = RankState(found, at=time.monotonic(), pid=there if isinstance(there, int) else pid)
+        state.host = host[:253] if isinstance(host, str) else None
+        self.ranks[rank] = state
         while rank == 0 and self._waiting and self._deliver(connection, self._waiting[0]):
             self._waiting.popleft()
         return True
@@ -284,6 +299,6 @@ class RankServer:
         if rank is not None:
             self.ranks[rank].connected = False
             if self.ranks[rank].exit_code is None:
-                self._failed(End(rank, None, None, time.monotonic()))
+                self._failed(End(rank, None, None, time.monotonic(), self.ranks[rank].host))
         self._selector.unregister(connection)
         connection.close()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import select
 import socket
 import subprocess
@@ -19,15 +18,19 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import slurm
 from .directory import RunDirectory, RunError, RunInfo
+from .hostfile import HOST_PATTERN, Host, choose, read_hostfile
+from .hosts import WORKER, hosts_argv
+from .interface import address_towards
+from .launchers import torchrun_argv
 from .output import last_lines
 
 if TYPE_CHECKING:
     from ..config.schema import Config
 
-WORKER = "lumina_engine.training.worker"
 START_TIME = 60.0  # s until the supervisor must have reported
-_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}")
+LOST_TIME = 60.0  # s of silence after which a machine is lost where hang_timeout_s is 0
 _VERSIONS = ("lumina", "torch", "deepspeed", "numpy", "msgspec")
 _OWN = (
     "LUMINA_RUN_DIR",
@@ -44,35 +47,58 @@ _RANK_KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RAN
 
 
 def rank_argv(config: Config, run_dir: str | os.PathLike[str], world: int) -> list[str]:
-    """The command that runs all local ranks, as a list; no shell ever sees it.
+    """The command that runs the ranks, as a list; no shell ever sees it.
 
-    One rank is the worker itself. More on this host are started by torchrun, which ends them all when one fails and never
-    restarts them itself: that is the supervisor's business.
+    One rank is the worker itself. More are started by hosts.py, on this machine or with agents on the others, or by torchrun;
+    both end them all when one fails and never restart them: that is the supervisor's business.
 
     Raises:
-        RunError: a launcher that cannot start this, or a host name that is none (exit code 2).
+        RunError: a launcher that cannot start this, a host name that is none, machines that are not listed (exit code 2).
     """
-    launcher = config.launcher if config.launcher != "auto" else ("none" if world == 1 else "torchrun")
+    nodes = config.num_nodes
+    ranks = max(1, world // nodes)
     worker = ["-m", WORKER, os.fspath(run_dir)]
-    if launcher == "none":
-        if world != 1:
-            raise RunError(f"launcher=none starts one rank, not {world}: set launcher=auto")
-        return [sys.executable, *worker]
-    if launcher != "torchrun":
-        raise RunError(f"launcher={launcher} is not available yet: set launcher=auto")
-    address = "127.0.0.1" if config.master_addr == "auto" else config.master_addr
-    if not _HOST.fullmatch(address):
-        raise RunError(f"master_addr={address!r} is no host name: use letters, digits, '.' and '-'")
-    options = {
-        "nnodes": "1",
-        "nproc-per-node": str(world),
-        "master-addr": address,
-        "master-port": str(free_port(config.master_port)),
-        "max-restarts": "0",
-        "signals-to-handle": "SIGTERM",  # HUP, INT and QUIT are not for the launcher to pass on
-    }
-    flags = [f"--{name}={value}" for name, value in options.items()]
-    return [sys.executable, "-m", "torch.distributed.run", *flags, *worker]
+    if nodes == 1 and config.launcher != "torchrun":
+        if world == 1:
+            return [sys.executable, *worker]
+        return hosts_argv(run_dir, ["localhost"], ranks, address=_own_address(config), port=free_port(config.master_port))
+    if config.launcher == "torchrun" or (config.launcher == "auto" and config.node_rank is not None):
+        address = _own_address(config) if nodes == 1 else config.master_addr
+        port = free_port(config.master_port) if nodes == 1 else config.master_port
+        place = {"nodes": nodes, "ranks": ranks, "node_rank": config.node_rank or 0}
+        return torchrun_argv(worker, **place, address=address, port=port)
+    hosts = [host.name for host in machines(config, ranks)]
+    by = "srun" if config.launcher == "srun" else "ssh"
+    timeout = config.hang_timeout_s or LOST_TIME
+    address = _meeting_place(hosts) if config.master_addr == "auto" else config.master_addr
+    return hosts_argv(run_dir, hosts, ranks, by=by, address=address, port=config.master_port, timeout=timeout)
+
+
+def _own_address(config: Config) -> str:
+    """Where the ranks of one machine meet: on loopback, unless the user has chosen."""
+    return "127.0.0.1" if config.master_addr == "auto" else config.master_addr
+
+
+def machines(config: Config, ranks: int) -> list[Host]:
+    """The machines of a run over several: those of the Slurm job around us, or those of the hostfile.
+
+    Raises:
+        RunError: there is no such list, or it does not give what the configuration asks for (exit code 2).
+    """
+    if config.launcher == "srun":
+        return choose(slurm.hosts(), config.num_nodes, ranks, "the Slurm job", slurm.is_here)
+    if config.hostfile is None:
+        raise RunError(
+            f"num_nodes = {config.num_nodes} needs a list of machines: set hostfile, or launcher=srun in a Slurm job, or start "
+            "each machine by hand with node_rank"
+        )
+    return choose(read_hostfile(config.hostfile), config.num_nodes, ranks, config.hostfile)
+
+
+def _meeting_place(hosts: Sequence[str]) -> str:
+    """This machine's address on the way to the second one: its name may mean another address elsewhere."""
+    found = address_towards(hosts[1])
+    return found if found is not None and HOST_PATTERN.fullmatch(found) else hosts[0]
 
 
 def free_port(preferred: int) -> int:

@@ -16,6 +16,7 @@ FINISHED, CRASHED, USAGE, REFUSED, PREEMPTED, NO_PROGRESS, INTERRUPTED = 0, 1, 2
 # Between a rank and its supervisor only; the run goes on.
 OUT_OF_MEMORY = 91  # a smaller micro batch is left: start again with it
 AGAIN = 92  # a checkpoint is taken and the configuration changed: start again from it
+HOST_LOST = 94  # a machine of the run is gone: the same start would miss it too
 MAX_PAUSE = 60.0  # s between two starts
 
 _FINAL = {  # exit code of the worker -> state of the run; any other code is a crash

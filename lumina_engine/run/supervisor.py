@@ -389,7 +389,7 @@ class Supervisor:
         if failure is None or self.killed or now - failure.at < self.settings.survivors_s:
             return
         if failure.code is None or policy.final_state(failure.code) is None:
-            self._kill(f"rank {failure.rank} has died and the others do not leave")
+            self._kill(f"{failure.who} has died and the others do not leave")
 
     def _judge(self, now: float) -> None:
         """The worker and everything it started are gone: what now?"""
@@ -408,7 +408,7 @@ class Supervisor:
             # a launcher turns its ranks' codes into 1, and ends the others when one has died
             code, reason = policy.CRASHED if failure.code is None else failure.code, failure.reason
             if failure.code is None:
-                reason = f"rank {failure.rank} died without a word"
+                reason = f"{failure.who} died without a word"
         if self._killed_for_memory(code):
             code, reason = policy.OUT_OF_MEMORY, "the kernel killed a rank for want of memory"
         state = policy.final_state(code)
@@ -419,6 +419,9 @@ class Supervisor:
             return
         if code == policy.AGAIN:
             self._start_again(reason, now)
+            return
+        if code == policy.HOST_LOST and self.intent is None:
+            self._finish("failed", policy.CRASHED, reason)  # nobody but a person knows which machines are left
             return
         reason = reason or policy.cause(code, output.end_of(self.run.log_path))
         if self.intent == "preempt":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 from datetime import timedelta
 from typing import Any
 
@@ -43,7 +44,8 @@ class Comm:
             # a store in memory: a run of one process opens no port
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
-            dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+            store = _own_store(rank, world_size, timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         return cls(rank, world_size, local_rank, device)
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -81,3 +83,28 @@ class Comm:
         if self.world_size == 1:
             return value
         return self.all_gather(value if self.rank == 0 else None)[0]
+
+
+def _own_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store | None:
+    """The ranks' store at MASTER_ADDR and MASTER_PORT; None where torchrun has made one already.
+
+    torch's own set-up listens on every interface of the machine. This listens on the one address where the ranks meet: on
+    loopback for one machine.
+    """
+    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if address is None or port is None or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    if rank > 0:
+        return dist.TCPStore(address, int(port), world_size, is_master=False, timeout=timeout)
+    family, _, _, _, place = socket.getaddrinfo(address, int(port), type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(place)
+    except OSError as error:
+        listener.close()
+        raise ConnectionError(
+            f"rank 0 cannot listen on {address}:{port}: {error.strerror}: set master_addr, master_port"
+        ) from error
+    listener.listen(world_size + 16)
+    return dist.TCPStore(address, int(port), world_size, is_master=True, timeout=timeout, master_listen_fd=listener.detach())

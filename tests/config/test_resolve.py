@@ -81,9 +81,9 @@ def test_r25_auto_precision() -> None:
 
 def test_c058_backend_and_launcher() -> None:
     config = resolve(Config(num_gpus=2, communication_backend="nccl"), LAPTOP, tokenizer_vocab=100_277)
-    assert (config.communication_backend, config.launcher, config.num_gpus) == ("gloo", "torchrun", 2)
+    assert (config.communication_backend, config.launcher, config.num_gpus) == ("gloo", "none", 2)
     config = resolve(Config(), gpus(4), tokenizer_vocab=100_277)
-    assert (config.communication_backend, config.launcher, config.num_gpus) == ("nccl", "torchrun", 4)
+    assert (config.communication_backend, config.launcher, config.num_gpus) == ("nccl", "none", 4)
 
 
 def test_r07_vocabulary_smaller_than_the_tokenizer() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import selectors
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from lumina_engine.run import rank as module
 from lumina_engine.run.channel import RankServer
 from lumina_engine.run.directory import RunError
+from lumina_engine.run.policy import HOST_LOST
 from lumina_engine.run.rank import Command, NullChannel, RankChannel
 from tests.waiting import until
 
@@ -197,3 +199,21 @@ def test_the_channel_is_standard_library_only() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["lumina_engine"]
+
+
+def test_a_lost_machine_is_the_cause_whoever_fell_first(server: Server) -> None:
+    zero = RankChannel(str(server.ranks.path), "secret", 0)
+    until(lambda: server.ranks.connected)
+    zero.leave(1, "RuntimeError: connection closed by peer")
+    until(lambda: server.ranks.failure)
+    relay = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    relay.connect(str(server.ranks.path))
+    hello = {"op": "hello", "nonce": "secret", "rank": 1, "host": "node-b", "pid": 77}
+    relay.send(json.dumps(hello).encode())
+    until(lambda: 1 in server.ranks.ranks)
+    shown = {item["rank"]: (item["host"], item["pid"]) for item in server.ranks.shown()}
+    assert shown == {0: (None, os.getpid()), 1: ("node-b", 77)}
+    relay.send(json.dumps({"op": "exit", "code": HOST_LOST, "reason": "node-b is gone"}).encode())
+    failure = until(lambda: server.ranks.failure and server.ranks.failure.code == HOST_LOST and server.ranks.failure)
+    assert (failure.who, failure.reason) == ("rank 1 on node-b", "node-b is gone")
+    relay.close()

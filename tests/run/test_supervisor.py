@@ -17,6 +17,7 @@ from lumina_engine.monitoring.log import last_records, read_records
 from lumina_engine.run import launch
 from lumina_engine.run.client import RunClient, send_command
 from lumina_engine.run.directory import RunError
+from lumina_engine.run.policy import HOST_LOST
 from lumina_engine.run.process import marked
 from tests.waiting import until
 
@@ -131,11 +132,12 @@ def test_ft_a_crash_then_success(runs: Runs) -> None:
         (["polite", "kill"], 1, "rank 1 died without a word"),
         (["stuck", "kill"], 1, "rank 1 died without a word"),
         ([0, 0], 0, ""),
+        ([HOST_LOST, "polite"], 1, "rank 0 says 94"),
     ],
 )
 def test_ft09_the_first_rank_to_fail_tells_why(runs: Runs, ranks: list[str | int], code: int, words: str) -> None:
     run = runs.make(ranks=ranks)
-    settings = {"max_restarts": 0, "survivors_s": 0.1}
+    settings = {"max_restarts": 3 if HOST_LOST in ranks else 0, "survivors_s": 0.1}
     launch.start(run, [sys.executable, LAUNCHER_OF_TWO, str(run.path)], world=2, settings=settings)
     assert launch.wait(run, 20) == code
     assert words in (run.info().reason or "") and marked(run.identity()["nonce"]) == []

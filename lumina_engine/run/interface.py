@@ -1,0 +1,32 @@
+"""Network interfaces by the way that a connection takes. Nothing is sent."""
+
+from __future__ import annotations
+
+import socket
+
+
+def address_towards(host: str) -> str | None:
+    """The address of this machine that a connection to `host` comes from; None if there is no way to it."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # a datagram socket: only the route is looked up
+            return str(probe.getsockname()[0])
+    except OSError:
+        return None
+
+
+def interface_of(address: str) -> str | None:
+    """The interface that has this address."""
+    import psutil
+
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in entries):
+            return name
+    return None
+
+
+def interface_towards(host: str) -> str | None:
+    """The interface on the way to `host`; None where nobody knows."""
+    address = address_towards(host)
+    return None if address is None else interface_of(address)
