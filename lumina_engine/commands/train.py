@@ -127,6 +127,8 @@ def fix_paths(config: Config) -> None:
         absolute = [os.path.abspath(Path(entry).expanduser()) for entry in ([given] if isinstance(given, str) else given)]  # noqa: PTH100
         setattr(config, key, absolute[0] if isinstance(given, str) else absolute)
     config.data_cache_dir = os.path.abspath(Path(config.data_cache_dir).expanduser())  # noqa: PTH100
+    if config.hostfile is not None:
+        config.hostfile = os.path.abspath(Path(config.hostfile).expanduser())  # noqa: PTH100
     if config.backup_path is not None:
         config.backup_path = os.path.abspath(Path(config.backup_path).expanduser())  # noqa: PTH100
 

@@ -1,4 +1,4 @@
-"""The ranks of a run on its machines: `python -m lumina_engine.run.hosts RUN_DIR …`, a child of the supervisor.
+"""The ranks of a run on its machines: `python -m lumina_engine.run.hosts … -- COMMAND`, a child of the supervisor.
 
 It starts this machine's ranks itself and, over ssh or srun, one agent (node.py) on each other machine. For each rank there it
 holds a connection to the supervisor, so that the supervisor sees all ranks alike. A machine whose line ends, or is silent for
@@ -19,11 +19,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from .hostfile import check_host
 from .interface import interface_of
-from .launchers import REMOTE, agent_words, carried
+from .launchers import REMOTE, agent_words, carried, check_words
 from .line import Line
 from .local_ranks import LocalRanks, rank_variables
 from .node import ALIVE_TIME, socket_variables
@@ -34,7 +35,6 @@ from .signals import SignalQueue
 
 START_TIME = 60.0  # s until every agent must have answered
 LEAVE_TIME = 30.0  # s that the other ranks get to leave after one has failed
-WORKER = "lumina_engine.training.worker"
 
 
 class Remote:
@@ -97,10 +97,7 @@ class Hosts:
             remote.line.send(op="start", **self._order(node, first))
         variables = rank_variables(0, options.ranks, self.world, 0, options.address, options.port)
         own = {**self.environment, **self._interface()}
-        self.local = LocalRanks(self.selector, self._worker(), variables, own, self._ended)
-
-    def _worker(self) -> list[str]:
-        return [sys.executable, "-m", self.options.module, self.options.folder]
+        self.local = LocalRanks(self.selector, options.command, variables, own, self._ended)
 
     def _interface(self) -> dict[str, str]:
         """Ranks of one machine meet on loopback only; with others, on the interface that leads to them."""
@@ -122,9 +119,9 @@ class Hosts:
     def _order(self, node: int, first: int) -> dict[str, Any]:
         options = self.options
         return {
-            "argv": self._worker(),
+            "argv": options.command,
             "environment": carried(self.environment),
-            "folder": options.folder,
+            "folder": str(Path.cwd()),  # the run's folder, at the same path on every machine
             "first": first,
             "count": options.ranks,
             "world": self.world,
@@ -306,7 +303,7 @@ class Hosts:
 
 
 def hosts_argv(
-    folder: str | os.PathLike[str],
+    command: Sequence[str],
     hosts: Sequence[str],
     ranks: int,
     *,
@@ -314,35 +311,33 @@ def hosts_argv(
     address: str = "127.0.0.1",
     port: int = 29_500,
     timeout: float = 60.0,
-    module: str = WORKER,
 ) -> list[str]:
     """The command of this program.
 
     Args:
-        folder: the run's folder, at the same path on every machine.
+        command: of every rank.
         hosts: names of the machines, this one first. ranks: ranks on each.
         by: ssh or srun. timeout: seconds of silence after which a machine is lost.
 
     Raises:
-        RunError: a name that is no host name (exit code 2).
+        RunError: a name that is no host name, a word that cannot go over (exit code 2).
     """
-    words = [sys.executable, "-m", "lumina_engine.run.hosts", os.fspath(folder), f"--ranks={ranks}", f"--by={by}"]
+    words = [sys.executable, "-m", "lumina_engine.run.hosts", f"--ranks={ranks}", f"--by={by}"]
     words += [f"--host={check_host(name, 'hosts')}" for name in hosts]
     words += [f"--address={check_host(address, 'master_addr')}", f"--port={port}", f"--timeout={timeout:g}"]
-    return words if module == WORKER else [*words, f"--module={module}"]
+    return [*words, "--", *check_words(command)]
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The words of `hosts_argv`."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("folder")
     parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--by", choices=sorted(REMOTE), default="ssh")
     parser.add_argument("--host", action="append", required=True)
     parser.add_argument("--address", required=True)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--timeout", type=float, required=True)
-    parser.add_argument("--module", default=WORKER)
+    parser.add_argument("command", nargs="+")
     return parser.parse_args(list(argv))
 
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from . import slurm
 from .directory import RunDirectory, RunError, RunInfo
 from .hostfile import HOST_PATTERN, Host, choose, read_hostfile
-from .hosts import WORKER, hosts_argv
+from .hosts import hosts_argv
 from .interface import address_towards
 from .launchers import torchrun_argv
 from .output import last_lines
@@ -29,6 +29,7 @@ from .output import last_lines
 if TYPE_CHECKING:
     from ..config.schema import Config
 
+WORKER = "lumina_engine.training.worker"
 START_TIME = 60.0  # s until the supervisor must have reported
 LOST_TIME = 60.0  # s of silence after which a machine is lost where hang_timeout_s is 0
 _VERSIONS = ("lumina", "torch", "deepspeed", "numpy", "msgspec")
@@ -58,10 +59,11 @@ def rank_argv(config: Config, run_dir: str | os.PathLike[str], world: int) -> li
     nodes = config.num_nodes
     ranks = max(1, world // nodes)
     worker = ["-m", WORKER, os.fspath(run_dir)]
+    command = [sys.executable, *worker]
     if nodes == 1 and config.launcher != "torchrun":
         if world == 1:
-            return [sys.executable, *worker]
-        return hosts_argv(run_dir, ["localhost"], ranks, address=_own_address(config), port=free_port(config.master_port))
+            return command
+        return hosts_argv(command, ["localhost"], ranks, address=_own_address(config), port=free_port(config.master_port))
     if config.launcher == "torchrun" or (config.launcher == "auto" and config.node_rank is not None):
         address = _own_address(config) if nodes == 1 else config.master_addr
         port = free_port(config.master_port) if nodes == 1 else config.master_port
@@ -71,7 +73,7 @@ def rank_argv(config: Config, run_dir: str | os.PathLike[str], world: int) -> li
     by = "srun" if config.launcher == "srun" else "ssh"
     timeout = config.hang_timeout_s or LOST_TIME
     address = _meeting_place(hosts) if config.master_addr == "auto" else config.master_addr
-    return hosts_argv(run_dir, hosts, ranks, by=by, address=address, port=config.master_port, timeout=timeout)
+    return hosts_argv(command, hosts, ranks, by=by, address=address, port=config.master_port, timeout=timeout)
 
 
 def _own_address(config: Config) -> str:

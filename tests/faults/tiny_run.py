@@ -54,7 +54,7 @@ def prepare(root: Path, name: str, faults: Sequence[Fault] = (), world: int = 1,
 def start(run: RunDirectory, *, world: int = 1, resume: bool = False, **settings: Any) -> RunDirectory:
     """Start it under the real supervisor with the faulty worker in the worker's place. `settings` as of `launch.start`."""
     argv = launch.rank_argv(Config.load(run.config_path), run.path, world)
-    place = argv.index(launch.WORKER)  # python -m WORKER RUN, also below torchrun
+    place = argv.index(launch.WORKER)  # python -m WORKER RUN, also below hosts or torchrun
     argv[place - 1 : place + 1] = [str(WORKER)]
     if world == 1:
         argv[0] = sys.executable

@@ -21,34 +21,66 @@ from lumina_engine.run.process import boot_id, descendants, myself, process, wai
 
 
 def config(**changes: Any) -> Any:
-    return SimpleNamespace(**{"launcher": "auto", "master_addr": "auto", "master_port": 29_500, **changes})
+    one = {"launcher": "auto", "master_addr": "auto", "master_port": 29_500, "num_nodes": 1, "node_rank": None}
+    return SimpleNamespace(**{**one, "hostfile": None, "hang_timeout_s": 60.0, **changes})
 
 
 def test_c060_one_rank_is_the_worker_itself() -> None:
     assert launch.rank_argv(config(), "/runs/a b", 1) == [sys.executable, "-m", "lumina_engine.training.worker", "/runs/a b"]
 
 
-def test_c060_more_ranks_are_started_by_torchrun() -> None:
+def test_c060_more_ranks_are_started_here_and_meet_on_loopback() -> None:
     argv = launch.rank_argv(config(), "/runs/$(touch x)", 4)
+    assert argv[:3] == [sys.executable, "-m", "lumina_engine.run.hosts"]
+    assert argv[-5:] == ["--", *launch.rank_argv(config(), "/runs/$(touch x)", 1)], "one element, no shell"
+    assert {"--ranks=4", "--host=localhost", "--address=127.0.0.1"} <= set(argv)
+
+
+def test_c060_torchrun_where_it_is_asked_for() -> None:
+    argv = launch.rank_argv(config(launcher="torchrun"), "/runs/$(touch x)", 4)
     assert argv[:3] == [sys.executable, "-m", "torch.distributed.run"]
     assert argv[-3:] == ["-m", "lumina_engine.training.worker", "/runs/$(touch x)"], "one element, no shell"
-    assert {"--nproc-per-node=4", "--nnodes=1", "--master-addr=127.0.0.1", "--max-restarts=0"} <= set(argv)
+    assert {"--nproc-per-node=4", "--nnodes=1", "--node-rank=0", "--master-addr=127.0.0.1", "--max-restarts=0"} <= set(argv)
+
+
+def test_c061_torchrun_on_each_machine() -> None:
+    by_hand = config(num_nodes=3, node_rank=2, master_addr="10.0.0.1", master_port=31_000)
+    argv = launch.rank_argv(by_hand, "/r", 12)
+    assert {"--nproc-per-node=4", "--nnodes=3", "--node-rank=2", "--master-addr=10.0.0.1", "--master-port=31000"} <= set(argv)
+
+
+def test_c061_machines_of_a_hostfile(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("node-b slots=4\nlocalhost slots=2\nnode-c\n")
+    several = config(num_nodes=2, hostfile=str(tmp_path / "hosts"), master_addr="10.0.0.1", hang_timeout_s=7.0)
+    argv = launch.rank_argv(several, "/r", 4)
+    assert [word for word in argv if word.startswith("--host=")] == ["--host=localhost", "--host=node-b"], "this one first"
+    assert {"--ranks=2", "--by=ssh", "--address=10.0.0.1", "--port=29500", "--timeout=7"} <= set(argv)
+
+
+def test_c061_machines_of_a_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("JOB_ID", "7"), ("JOB_NODELIST", "gpu[08-10]")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURMD_NODENAME", "gpu09")
+    argv = launch.rank_argv(config(num_nodes=3, launcher="srun", master_addr="gpu09"), "/r", 3)
+    assert [word for word in argv if word.startswith("--host=")] == ["--host=gpu09", "--host=gpu08", "--host=gpu10"]
+    assert "--by=srun" in argv
 
 
 def test_c060_torchrun_knows_the_options() -> None:
     found = importlib.util.find_spec("torch")
     assert found is not None and found.origin is not None
     source = (Path(found.origin).parent / "distributed" / "run.py").read_text()
-    for word in launch.rank_argv(config(), "/r", 2)[3:-3]:
+    for word in launch.rank_argv(config(launcher="torchrun"), "/r", 2)[3:-3]:
         assert f'"{word.partition("=")[0]}"' in source, word
 
 
 @pytest.mark.parametrize(
     ("changes", "world", "word"),
     [
-        ({"launcher": "none"}, 2, "launcher=none starts one rank"),
-        ({"launcher": "srun"}, 1, "launcher=srun is not available yet"),
-        ({"launcher": "deepspeed"}, 2, "launcher=deepspeed is not available yet"),
+        ({"launcher": "srun", "num_nodes": 2}, 2, "works inside a Slurm job"),
+        ({"num_nodes": 2}, 2, "needs a list of machines"),
+        ({"launcher": "torchrun", "master_addr": "-oProxyCommand=x"}, 2, "is no host name"),
+        ({"num_nodes": 2, "node_rank": 0, "master_addr": "a$(touch x)"}, 2, "is no host name"),
         ({"master_addr": "-oProxyCommand=x"}, 2, "is no host name"),
         ({"master_addr": "a;touch x"}, 2, "is no host name"),
         ({"master_addr": "a\n"}, 2, "is no host name"),
