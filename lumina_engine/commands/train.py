@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import common
+from . import common, machines
 
 if TYPE_CHECKING:
     from ..config.schema import Config
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="show findings, budget, command and deepspeed.json; start nothing"
     )
+    machines.add_arguments(parser)
     common.add_json(parser)
 
 
@@ -45,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
     existing = RunDirectory(root / name) if name and (root / name).exists() else None
     if args.accept_data_change and not args.resume:
         raise common.UserError("--accept-data-change is for a run that goes on: add --resume")
+    if args.check or args.slurm or _override(args.overrides, "node_rank") not in (None, "null", "0"):
+        return _elsewhere(args, _plan(args, name), root, name)
     if existing is not None and args.resume:
         return _resume(args, existing)
     plan = _plan(args, name)
@@ -55,6 +58,19 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _show(args, plan)
     return _start(args, plan, root, existing)
+
+
+def _elsewhere(args: argparse.Namespace, plan: Plan, root: Path, name: str | None) -> int:
+    """What starts no run here: a look at the machines, a batch script, or this machine's part of a run that another has."""
+    from ..run.directory import RunDirectory
+
+    if args.check:
+        return machines.check(args, plan.config, plan.world, root)
+    if args.slurm:
+        return machines.slurm_script(args, plan.config, plan.world // plan.config.num_nodes, len(plan.machine.devices), root)
+    if name is None:
+        raise common.UserError("a machine that joins a run must know its name: add the --run NAME of node_rank=0")
+    return machines.join(RunDirectory(root / name), plan.config, plan.world, resume=args.resume)
 
 
 def _override(overrides: list[str], key: str) -> str | None:
@@ -162,6 +178,7 @@ def _start(args: argparse.Namespace, plan: Plan, root: Path, existing: Any) -> i
     for finding in plan.findings:
         if finding.severity == "warning":
             print(common.safe(finding.line()), file=sys.stderr)
+    machines.require(plan.config, plan.world, root)
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     require_free_space(root, _first_checkpoint_bytes(plan))
     _require_cache_space(plan.config)
@@ -252,6 +269,7 @@ def _resume(args: argparse.Namespace, directory: Any) -> int:
     plan = _checked(config, None)
     if args.dry_run:
         return _show(args, plan)
+    machines.require(plan.config, plan.world, directory.path.parent)
     _save_config(directory, plan.config)
     _launch(directory, plan, resume=True, accept_data_change=args.accept_data_change)
     return _after_start(args, directory)

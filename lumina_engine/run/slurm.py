@@ -77,7 +77,16 @@ def _numbers(inside: str, text: str) -> list[str]:
     return out
 
 
-def script(command: Sequence[str], *, name: str, nodes: int, gpus: int, folder: Path, options: Sequence[str] = ()) -> str:
+def script(
+    command: Sequence[str],
+    *,
+    name: str,
+    nodes: int,
+    gpus: int,
+    folder: Path,
+    options: Sequence[str] = (),
+    package: Path | None = None,
+) -> str:
     """A batch script that runs `command` (lumina-engine train …) in a job of its own.
 
     Slurm sends USR1 to the batch shell (`B:`) before the limit and TERM at it; the shell passes both on, since only its child
@@ -88,6 +97,7 @@ def script(command: Sequence[str], *, name: str, nodes: int, gpus: int, folder: 
         gpus: GPUs of each machine, 0 for none.
         folder: where the job works, the same on all machines.
         options: more lines for sbatch (`--time=1:00:00`).
+        package: where Lumina lies, if it is used from a source tree.
 
     Raises:
         RunError: a NUL or a line break somewhere (exit code 2).
@@ -104,11 +114,12 @@ def script(command: Sequence[str], *, name: str, nodes: int, gpus: int, folder: 
         f"--chdir={folder}",
         *options,
     ]
-    for word in (*lines, *command):
+    for word in (*lines, *command, str(package)):
         if any(character in word for character in "\0\n\r"):
             raise RunError(f"{word!r} holds a NUL or a line break: it cannot stand in a batch script")
     head = "\n".join(f"#SBATCH {_directive(line)}" for line in lines)
-    return _SCRIPT.format(head=head, command=shlex.join(command))
+    path = [] if package is None else ["env", f"PYTHONPATH={package}"]
+    return _SCRIPT.format(head=head, command=shlex.join([*path, *command]))
 
 
 def _directive(line: str) -> str:
