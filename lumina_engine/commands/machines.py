@@ -81,8 +81,9 @@ def _rows(config: Config, world: int, root: Path, *, meet: bool) -> Iterator[Row
     if config.num_nodes == 1 or by_hand(config):
         return
     names = [host.name for host in machines(config, max(1, world // config.num_nodes))]
-    argv = smoke_command(rank_argv(config, root, world), WORKER) if meet else None
-    yield from preflight(config, names, root, by="srun" if config.launcher == "srun" else "ssh", meet=argv)
+    argv = rank_argv(config, root, world)  # raises what the start would raise
+    by = "srun" if config.launcher == "srun" else "ssh"
+    yield from preflight(config, names, root, by=by, meet=smoke_command(argv, WORKER) if meet else None)
 
 
 def slurm_script(args: argparse.Namespace, config: Config, ranks: int, gpus: int, root: Path) -> int:

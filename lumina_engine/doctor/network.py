@@ -56,7 +56,7 @@ def loopback(system: System) -> Iterator[Result]:
 
 def launchers(system: System) -> Iterator[Result]:
     """What starts ranks on other machines. One machine needs none of it."""
-    advice = "runs over several nodes: install it, start each node with node_rank=, or use launcher=srun"
+    advice = "runs over several machines: install it, start each with node_rank=, or use launcher=srun"
     for name in ("ssh", "pdsh"):
         path = system.which(name)
         yield ok(path, part=name) if path else skipped("not found; one machine does without", advice, name)

@@ -165,7 +165,9 @@ class Hosts:
             for text in remote.line.noise:
                 print(f"{remote.name}: {text}", file=sys.stderr, flush=True)
             remote.line.noise.clear()
-            if remote.line.ended:
+            if remote.line.ended and not remote.left:
+                remote.done = True
+            elif remote.line.ended:
                 self._lose(remote, self._why_ended(remote))
             elif not remote.up and now - self.begun > START_TIME:
                 self._lose(remote, f"its agent did not start within {START_TIME:g} s")

@@ -23,7 +23,7 @@ from .directory import RunDirectory, RunError, RunInfo
 from .hostfile import HOST_PATTERN, Host, choose, read_hostfile
 from .hosts import hosts_argv
 from .interface import address_towards
-from .launchers import torchrun_argv
+from .launchers import carried, torchrun_argv
 from .output import last_lines
 
 if TYPE_CHECKING:
@@ -70,6 +70,7 @@ def rank_argv(config: Config, run_dir: str | os.PathLike[str], world: int) -> li
         place = {"nodes": nodes, "ranks": ranks, "node_rank": config.node_rank or 0}
         return torchrun_argv(worker, **place, address=address, port=port)
     hosts = [host.name for host in machines(config, ranks)]
+    carried()  # raises here, before anything is made, what could not go over
     by = "srun" if config.launcher == "srun" else "ssh"
     timeout = config.hang_timeout_s or LOST_TIME
     address = _meeting_place(hosts) if config.master_addr == "auto" else config.master_addr

@@ -50,7 +50,7 @@ class LocalRanks:
         self._selector = selector
         self._ended = ended
         self._children: dict[int, subprocess.Popen[bytes]] = {}
-        if len(variables) > 1 or int(variables[0]["WORLD_SIZE"]) > 1:
+        if len(variables) > 1:
             environment = {"OMP_NUM_THREADS": "1", **environment}  # as torchrun does: several ranks share the cores
         for own in variables:
             child = subprocess.Popen(

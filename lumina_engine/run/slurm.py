@@ -137,12 +137,12 @@ _SCRIPT = """\
 run=$!
 trap 'kill -USR1 "$run" 2>/dev/null' USR1
 trap 'kill -TERM "$run" 2>/dev/null' TERM
-# a trapped signal ends `wait`: wait again until the run itself has ended
-while :; do
+# a trapped signal ends `wait` with a code of its own: only the last one, when the run has ended, has the run's
+while kill -0 "$run" 2>/dev/null; do
     wait "$run"
-    code=$?
-    kill -0 "$run" 2>/dev/null || break
 done
+wait "$run"
+code=$?
 echo "lumina-engine train ended with $code"
 if [ "$code" -eq 75 ]; then
     scontrol requeue "$SLURM_JOB_ID"
