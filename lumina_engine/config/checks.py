@@ -160,9 +160,10 @@ def resume_findings(old: Config, new: Config, old_world: int, new_world: int) ->
     `old` has the values in force; an `auto` in `new` stands for them.
     """
     findings: list[Finding] = []
+    layout = STATE_LAYOUT - {"num_gpus"} if old_world == new_world else STATE_LAYOUT  # the same ranks on other machines
     for name, info in infos_of(Config).items():
         before, after = getattr(old, name), getattr(new, name)
-        if before != after and after != "auto" and (not info.resume_may_change or name in STATE_LAYOUT):
+        if before != after and after != "auto" and (not info.resume_may_change or name in layout):
             fix = f"leave it at {show(before)}, or start a new run"
             findings.append(error("resume", name, f"{name} = {show(after)}: cannot change in a resumed run", fix))
     was = old.batch_size * old.gradient_accumulation_steps * old_world

@@ -34,7 +34,10 @@ def _several(config: Config) -> Iterator[Finding]:
     by_hand = config.launcher == "torchrun" or (config.launcher == "auto" and config.node_rank is not None)
     if config.launcher == "none":
         message = f"launcher = none with num_nodes = {count}: it starts ranks on this machine only"
-        yield _finding("error", "launcher num_nodes", message, "set launcher=auto and hostfile, or launcher=srun")
+        yield _finding("error", "launcher num_nodes", message, "set launcher=deepspeed and hostfile, or launcher=srun")
+    if config.master_addr == "localhost" or config.master_addr.startswith("127."):
+        message = f"master_addr = {config.master_addr} with num_nodes = {count}: no other machine reaches it"
+        yield _finding("error", "master_addr num_nodes", message, "set master_addr to an address of this machine")
     elif by_hand:
         yield from _by_hand(config)
     elif config.launcher != "srun" and config.hostfile is None:

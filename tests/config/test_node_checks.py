@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lumina_engine.config.checks import check
+from lumina_engine.config.checks import check, resume_findings
 from lumina_engine.config.machine import GB, Machine
 from lumina_engine.config.resolve import resolve
 from lumina_engine.config.schema import Config
@@ -28,6 +28,7 @@ WRONG = [
     ({"num_nodes": 2, "node_rank": 1}, "cannot know where the first one is"),
     ({"num_nodes": 2, "node_rank": 1, "launcher": "srun"}, "one start serves all machines"),
     ({"node_rank": 1}, "there is no such machine"),
+    ({"num_nodes": 2, "hostfile": "hosts", "master_addr": "127.0.0.1"}, "no other machine reaches it"),
 ]
 
 
@@ -67,3 +68,8 @@ def test_c061_auto_is_what_the_other_keys_mean(keys: dict[str, Any], launcher: s
     config = resolve(Config(**keys), Machine([], 16 * GB, 2, None), tokenizer_vocab=1024)
     assert config.launcher == launcher
     assert config.master_addr == ("127.0.0.1" if launcher == "none" else "auto")
+
+
+def test_c061_a_resumed_run_may_move_its_ranks_to_other_machines() -> None:
+    old, new = Config(num_nodes=2, num_gpus=1), Config(num_nodes=1, num_gpus=2)
+    assert resume_findings(old, new, 2, 2) == []
