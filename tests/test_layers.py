@@ -16,6 +16,7 @@ FILES = sorted((ROOT / "lumina_engine").rglob("*.py")) + sorted((ROOT / "lumina_
 BANNED = {
     "lumina_tui": {"torch", "deepspeed", "plotext", "transformers", "safetensors"},
     "lumina_engine.config": {"torch", "deepspeed", "textual", "numpy", "msgspec", "psutil"},
+    "lumina_engine.secrets": {"torch", "deepspeed", "textual", "numpy", "msgspec", "pydantic", "yaml"},
     "lumina_engine.text": {"torch", "deepspeed", "textual", "numpy", "msgspec", "pydantic", "yaml"},
     "lumina_engine.checkpoint.commit": {"torch", "deepspeed", "textual", "numpy", "msgspec", "pydantic", "yaml"},
     "lumina_engine.monitoring": {"torch", "deepspeed", "textual"},
@@ -33,6 +34,7 @@ BANNED = {
 RANK = {
     "config": 0,
     "text": 0,
+    "secrets": -1,
     "commit": 1,
     "monitoring": 2,
     "run": 3,

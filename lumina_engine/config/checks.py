@@ -17,6 +17,7 @@ from lumina_engine.config.resolve import expert_ranks_findings, fp16_findings, r
 from lumina_engine.config.schema import Config, infos_of
 from lumina_engine.config.switched_off import switched_off
 from lumina_engine.config.training_checks import paths
+from lumina_engine.secrets import looks_secret
 
 # Keys whose feature does not exist yet, with the values that are allowed meanwhile (None: only the default).
 NOT_YET: dict[str, tuple[object, ...] | None] = {
@@ -64,8 +65,19 @@ def _not_yet(config: Config) -> Iterator[Finding]:
             yield error("not_yet", name, f"{name} = {show(value)}: not available yet", fix)
 
 
+def _secret(config: Config) -> Iterator[Finding]:
+    """No key holds a secret: config.yaml is copied, compared and shown. The value itself is not repeated."""
+    for name in infos_of(Config):
+        value = getattr(config, name)
+        texts = value if isinstance(value, list) else list(value.values()) if isinstance(value, dict) else [value]
+        if any(isinstance(text, str) and looks_secret(text) for text in texts):
+            message = f"{name} holds a key or token, and a run's configuration is stored in plain text"
+            yield error("secret", name, message, "keep it in the environment; Lumina itself needs none")
+
+
 _RULES: tuple[Rule, ...] = (
     _not_yet,
+    _secret,
     model_checks.attention,
     model_checks.shape,
     expert_parallel,

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import msgspec
 
+from ..secrets import Scrubber
 from . import record as rec
 from .log_sync import LogSync
 
@@ -29,6 +30,7 @@ _READ_LIMIT = 8 << 20  # bytes that one read_new() takes at most, so that a view
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})  # cost a record, never the run
 _ALERT_EVERY = 60.0  # s between two alerts about lost records: a nearly full disk must not add noise
 
+_NUMBERS = (rec.Step, rec.Eval, rec.Experts)  # records without text
 # record types that are values of one branch of the run; events for a person (alert, change, note) stay after a rewind
 _BRANCH_TYPES = (rec.Step, rec.Eval, rec.Experts, rec.Checkpoint)
 
@@ -130,6 +132,7 @@ class MetricLog:
         self.inc = inc
         self.lost = 0  # records lost since the last one that was stored
         self._warn = warn
+        self._scrubber = Scrubber()
         self._lock = threading.Lock()
         self._pending_alert: rec.Alert | None = None
         self._alert_at = -math.inf
@@ -193,6 +196,8 @@ class MetricLog:
             line = rec.encode(record)
         except (TypeError, ValueError) as error:
             return self._put(rec.Note(message=f"a record of type {_tag(record)} was left out: {error}"[:1000]))
+        if not isinstance(record, _NUMBERS):
+            line = self._scrubber.line(line)
         if len(line) <= MAX_LINE:
             return self._write(line)
         if isinstance(record, rec.Experts) and len(record.layers) > 1:

@@ -24,6 +24,7 @@ from typing import Any
 
 from ..monitoring import record as rec
 from ..monitoring.log import last_records
+from ..secrets import Scrubber
 from .process import Process, boot_id, myself, process, send_signal
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -404,7 +405,7 @@ def free_space(path: str | os.PathLike[str]) -> tuple[Path, int]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a JSON file (0600) so that it is there whole or not at all, also after a power cut."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    data = json.dumps(content, indent=1).encode() + b"\n"
+    data = Scrubber().line(json.dumps(content, indent=1).encode()) + b"\n"
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         with os.fdopen(descriptor, "wb") as file:

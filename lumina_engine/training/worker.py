@@ -30,6 +30,7 @@ from ..monitoring.log import MetricLog, read_records
 from ..run.directory import RunDirectory
 from ..run.policy import AGAIN, NO_PROGRESS, OUT_OF_MEMORY, REFUSED, USAGE
 from ..run.rank import NullChannel, RankChannel
+from ..secrets import ScrubbedStream, Scrubber
 from .comm import Comm
 from .cuda import optimize_cuda_settings
 from .memory import DoesNotFit, is_out_of_memory
@@ -361,6 +362,9 @@ def write_private(path: Path, text: str) -> None:
 
 
 def main() -> int:
+    scrubber = Scrubber()
+    sys.stdout = ScrubbedStream(sys.stdout, scrubber)  # type: ignore[assignment]
+    sys.stderr = ScrubbedStream(sys.stderr, scrubber)  # type: ignore[assignment]
     faulthandler.enable()
     faulthandler.register(signal.SIGQUIT, all_threads=True)
     channel = RankChannel.from_environment()

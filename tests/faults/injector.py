@@ -32,7 +32,8 @@ class Fault:
     """One fault. It strikes at the `count`-th report of (step, section) that fits, in incarnation `inc`, on rank `rank`.
 
     Attributes:
-        how: raise, exit, abort, segfault, kill, oom, sleep, deadlock, hold_gil, stop, slow, nan_loss, nan_gradient, signal.
+        how: raise, say_environment, exit, abort, segfault, kill, oom, sleep, deadlock, hold_gil, stop, slow, nan_loss,
+            nan_gradient, signal.
         step: the reported step; None fits every step.
         section: data, forward, backward, step, save, eval, …; None fits every section.
         rank: global rank; None fits every rank.
@@ -126,6 +127,13 @@ def _raise(fault: Fault, channel: FaultyChannel) -> None:
     raise InjectedError(f"injected at rank {channel.rank}")
 
 
+def _say_environment(fault: Fault, channel: FaultyChannel) -> None:
+    """Print the environment, and put it into an error, as a careless library may."""
+    everything = " ".join(os.environ.values())
+    print(everything, flush=True)
+    raise InjectedError(everything)
+
+
 def _exit(fault: Fault, channel: FaultyChannel) -> None:
     os._exit(int(fault.value if fault.value is not None else 3))
 
@@ -201,6 +209,7 @@ def _nan_gradient(fault: Fault, channel: FaultyChannel) -> None:
 
 _STRIKES: dict[str, Callable[[Fault, FaultyChannel], None]] = {
     "raise": _raise,
+    "say_environment": _say_environment,
     "exit": _exit,
     "abort": _abort,
     "segfault": _segfault,
