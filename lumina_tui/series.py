@@ -10,7 +10,7 @@ import bisect
 import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, count, repeat
 from operator import attrgetter, is_not
@@ -29,6 +29,7 @@ from .routing import RoutingHistory
 _GETTERS = {metric.name: attrgetter(metric.name) for metric in STEP_METRICS}
 _STEP, _TOKENS, _SKIPPED, _TIME = attrgetter("step"), attrgetter("tokens"), attrgetter("skipped"), attrgetter("t")
 _SEQ, _INC = attrgetter("seq"), attrgetter("inc")
+MAX_NAMES = 10_000  # series of one kind that are kept of a log
 _MANY = 16  # steps in a row that are worth a look at all of them together
 _MAX_TAILS = 16
 _TAIL_POINTS = 4096
@@ -86,6 +87,7 @@ class RunStore:
     seq: int = 0
     t: float = 0.0
     newest: str = ""  # what the newest record was, in words
+    refused_names: bool = False  # there were more names than MAX_NAMES
     preview: bool = False  # a part of the log stands for the whole: spikes may be missing
 
     version: int = 0
@@ -217,7 +219,9 @@ class RunStore:
         self._event(Event(record.step, "!" if record.failed else "C", text, record.t))
 
     def _take_experts(self, record: rec.Experts) -> None:
-        self.layers.update(layers_of(record))
+        self.layers.update(
+            {number: load for number, load in layers_of(record) if self._has_room(self.layers, number, record.t)}
+        )
         self.expert_version += 1
 
     def _take_hardware(self, record: rec.Hardware) -> None:
@@ -228,8 +232,20 @@ class RunStore:
         for device in record.devices:
             values[f"gpu{device.index}"] = device.utilisation
         for name, value in values.items():
+            if not self._has_room(self.usage, name, record.t):
+                continue
             self.usage.setdefault(name, deque(maxlen=512)).append(math.nan if value is None else value)
         self.hardware_version += 1
+
+    def _has_room(self, kept: Mapping[Any, object], name: object, t: float) -> bool:
+        """Whether a series of this name may be kept: a log that brings ever new ones costs no more memory, and one warning."""
+        if name in kept or len(kept) < MAX_NAMES:
+            return True
+        if not self.refused_names:
+            self.refused_names = True
+            message = f"the log names more than {MAX_NAMES:,} series: the others are not shown"
+            self._take(rec.Alert(severity="warning", code="too_many_names", message=message, t=t, seq=self.seq))
+        return False
 
     def _take_eval(self, record: rec.Eval) -> None:
         history = self.evals

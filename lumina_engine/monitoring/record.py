@@ -8,7 +8,7 @@ written as the strings "nan", "inf" and "-inf"; `decode` gives them back as floa
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, Union, get_args
 
 import msgspec
 
@@ -23,10 +23,14 @@ class RecordError(ValueError):
     """A line that is no record. The message says why; the caller knows file and byte offset."""
 
 
+# a longer number on a line makes it no record: the readers' columns hold 64 bits
+Int64 = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
 class _Record(msgspec.Struct, kw_only=True, omit_defaults=True, tag_field="type"):
-    seq: int = 0
+    seq: Int64 = 0
     t: float = 0.0
-    inc: int = 0
+    inc: Int64 = 0
 
 
 class Run(_Record, tag="run"):
@@ -34,10 +38,10 @@ class Run(_Record, tag="run"):
 
     state: str
     reason: str | None = None
-    exit_code: int | None = None
-    total_steps: int | None = None
-    total_tokens: int | None = None
-    world: int | None = None
+    exit_code: Int64 | None = None
+    total_steps: Int64 | None = None
+    total_tokens: Int64 | None = None
+    world: Int64 | None = None
     id: str | None = None  # the command that caused it
 
 
@@ -49,9 +53,9 @@ class Step(_Record, tag="step"):
     the one before.
     """
 
-    step: int
-    epoch: int = 0
-    tokens: int = 0  # non-padding tokens processed since step 1, over all ranks
+    step: Int64
+    epoch: Int64 = 0
+    tokens: Int64 = 0  # non-padding tokens processed since step 1, over all ranks
     loss: float | None = None  # language loss only
     aux_loss: float | None = None  # unweighted: 1.0 = balanced
     z_loss: float | None = None  # unweighted mean of logsumexp squared
@@ -60,8 +64,8 @@ class Step(_Record, tag="step"):
     step_time: float | None = None
     tokens_per_s: float | None = None  # non-padding tokens of the global batch / step_time
     mfu: float | None = None  # share of the device's peak, 0-1; left out where the peak is unknown
-    seq_length: int | None = None
-    batch: int | None = None  # rows in the global batch
+    seq_length: Int64 | None = None
+    batch: Int64 | None = None  # rows in the global batch
     skipped: bool = False  # the update was not applied (non-finite loss or gradient)
     data_time: float | None = None
     forward_time: float | None = None
@@ -72,12 +76,12 @@ class Step(_Record, tag="step"):
 class Eval(_Record, tag="eval"):
     """One evaluation. `tasks` maps a task name to its loss."""
 
-    step: int
+    step: Int64
     loss: float | None = None
     perplexity: float | None = None
     bits_per_byte: float | None = None
     accuracy: float | None = None
-    tokens: int | None = None
+    tokens: Int64 | None = None
     tasks: dict[str, float] | None = None
     seconds: float | None = None
 
@@ -85,12 +89,12 @@ class Eval(_Record, tag="eval"):
 class Experts(_Record, tag="experts"):
     """Routing since the previous `experts` record; lists have one entry per expert layer, first layer first."""
 
-    step: int
-    layers: list[int] = []  # index of each expert layer in the model (a line is split by layer when it grows too long)
+    step: Int64
+    layers: list[Int64] = []  # index of each expert layer in the model (a line is split by layer when it grows too long)
     load: list[list[float]] = []  # tokens per expert (choices, padding not counted)
     imbalance: list[float] = []  # max / mean
     entropy: list[float] = []  # of the load shares, divided by log E: 1.0 = balanced
-    dead: list[int] = []  # experts without a token
+    dead: list[Int64] = []  # experts without a token
     dropped: list[float] = []  # share of choices dropped by capacity
     bias_range: list[float] = []
     confidence: list[float] = []  # mean top score
@@ -99,11 +103,11 @@ class Experts(_Record, tag="experts"):
 class Device(msgspec.Struct, kw_only=True, omit_defaults=True):
     """One accelerator. Utilisation 0-100 %, memory in bytes, power in watts, temperature in °C, link in bytes/s."""
 
-    index: int
+    index: Int64
     name: str
     utilisation: float | None = None
-    memory_used: int | None = None
-    memory_total: int | None = None
+    memory_used: Int64 | None = None
+    memory_total: Int64 | None = None
     power: float | None = None
     power_limit: float | None = None
     temperature: float | None = None
@@ -116,12 +120,12 @@ class Hardware(_Record, tag="hardware"):
 
     devices: list[Device] = []
     cpu: float | None = None
-    cpu_count: int | None = None
-    memory_used: int | None = None
-    memory_total: int | None = None
-    rss: int | None = None
-    disk_free: int | None = None
-    disk_total: int | None = None
+    cpu_count: Int64 | None = None
+    memory_used: Int64 | None = None
+    memory_total: Int64 | None = None
+    rss: Int64 | None = None
+    disk_free: Int64 | None = None
+    disk_total: Int64 | None = None
     net_rx: float | None = None  # bytes/s
     net_tx: float | None = None
 
@@ -129,9 +133,9 @@ class Hardware(_Record, tag="hardware"):
 class Checkpoint(_Record, tag="checkpoint"):
     """A checkpoint was committed, or failed (then `failed` says why and nothing else changed)."""
 
-    step: int
+    step: Int64
     path: str | None = None
-    bytes: int | None = None
+    bytes: Int64 | None = None
     seconds: float | None = None
     blocking: float | None = None  # seconds for which training stood still
     verified: bool = False
@@ -145,14 +149,14 @@ class Alert(_Record, tag="alert"):
     code: str
     message: str
     recommendation: str | None = None
-    step: int | None = None
+    step: Int64 | None = None
 
 
 class Change(_Record, tag="change"):
     """Something was changed at run time. `by` is user, adaptive or recovery; `id` is the command's id."""
 
     what: str
-    step: int | None = None
+    step: Int64 | None = None
     before: Any = None
     after: Any = None
     by: str | None = None
@@ -167,9 +171,9 @@ class Rewind(_Record, tag="rewind"):
     [begin, end) of global row numbers.
     """
 
-    to_step: int
+    to_step: Int64
     reason: str | None = None
-    failed_step: int | None = None
+    failed_step: Int64 | None = None
     skip: list[tuple[int, int]] | None = None
 
 
@@ -180,24 +184,24 @@ class Resume(_Record, tag="resume"):
     keys, versions, data) to the values then and now; nothing is, in an exact resume.
     """
 
-    step: int
+    step: Int64
     path: str | None = None  # the checkpoint
-    tokens: int = 0
-    epoch: int = 0
-    index: int = 0  # the next row of the epoch
+    tokens: Int64 = 0
+    epoch: Int64 = 0
+    index: Int64 = 0  # the next row of the epoch
     lr: float | None = None  # of the next step
-    samples: list[int] = []  # the first samples of the next step
+    samples: list[Int64] = []  # the first samples of the next step
     rows_digest: str = ""  # of all its rows, of all ranks
     rng: list[str] = []  # digest of all generators of each rank
     data: str = ""  # fingerprint
     config: str = ""  # digest of the configuration in force
-    skipped_rows: int = 0  # left out by rollbacks so far
+    skipped_rows: Int64 = 0  # left out by rollbacks so far
     changed: dict[str, tuple[Any, Any]] = {}
 
 
 class Note(_Record, tag="note"):
     message: str
-    step: int | None = None
+    step: Int64 | None = None
     id: str | None = None
 
 
