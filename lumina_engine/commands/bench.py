@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_shape(add("train", text), "and steps=6, warmup=2, uniform_routing=0 (1: all experts get the same load)")
     text = "replies to random prompts by a model of random weights: tokens per second of prompt and of answer"
     _add_shape(add("generate", text), "and steps=5 (replies), warmup=1, prompt_tokens=128, new_tokens=64")
+    supervise = add("supervise", "what writing records costs a run, and whether viewers can slow it down (about a minute)")
+    supervise.add_argument("--json", action="store_true", help="a JSON object a line for each figure")
+    supervise.add_argument("--seconds", type=float, default=10.0, help="of each of the five runs (default 10)")
     tui = add("tui", "start-up, key delay, CPU, bytes and memory of `lumina` in a pseudo-terminal (about 12 minutes)")
     tui.add_argument("--json", action="store_true", help="a JSON object a line for each figure; the last line has all")
     tui.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, not what it costs")
@@ -54,7 +57,12 @@ def _add_shape(parser: argparse.ArgumentParser, own: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    actions: dict[str, Callable[[argparse.Namespace], int]] = {"train": _train, "generate": _generate, "tui": _tui}
+    actions: dict[str, Callable[[argparse.Namespace], int]] = {
+        "train": _train,
+        "generate": _generate,
+        "supervise": _supervise,
+        "tui": _tui,
+    }
     return actions[args.action](args)
 
 
@@ -184,6 +192,26 @@ def row(label: str, goal: float | None, value: float | None, unit: str, holds: b
     limit = "" if goal is None else f"<= {goal:,.3g}"
     word = {None: "", True: "ok", False: "MISSED"}[holds]
     return f"{label:<58} {shown:>9} {unit:<7} {limit:>9}  {word:<6} {note}".rstrip()
+
+
+def _supervise(args: argparse.Namespace) -> int:
+    import tempfile
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from ..bench.supervise import measure
+
+    if not 0.5 <= args.seconds <= 600:
+        raise UserError(f"--seconds {args.seconds:g}: from 0.5 to 600")
+    with tempfile.TemporaryDirectory(prefix="lumina-bench-") as folder:
+        for figure in measure(Path(folder), args.seconds):
+            if args.json:
+                print_json({**asdict(figure), "holds": figure.holds}, lines=True)
+                continue
+            bound = f"<= {figure.most:g}" if figure.most is not None else f">= {figure.least:g}" if figure.least else ""
+            word = {None: "", True: "ok", False: "MISSED"}[figure.holds]
+            print(f"{figure.row}  {figure.label:<52} {figure.value:>12,.4g} {figure.unit:<4} {bound:>8}  {word}", flush=True)
+    return 0
 
 
 def _tui(args: argparse.Namespace) -> int:
