@@ -363,8 +363,8 @@ def write_private(path: Path, text: str) -> None:
 
 def main() -> int:
     scrubber = Scrubber()
-    sys.stdout = ScrubbedStream(sys.stdout, scrubber)  # type: ignore[assignment]
-    sys.stderr = ScrubbedStream(sys.stderr, scrubber)  # type: ignore[assignment]
+    sys.stdout = ScrubbedStream(sys.stdout, scrubber)
+    sys.stderr = ScrubbedStream(sys.stderr, scrubber)
     faulthandler.enable()
     faulthandler.register(signal.SIGQUIT, all_threads=True)
     channel = RankChannel.from_environment()
