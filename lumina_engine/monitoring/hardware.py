@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -19,6 +18,7 @@ import psutil
 
 from . import cgroup as cgroup_memory
 from . import record as rec
+from .say import say
 
 if TYPE_CHECKING:
     from ..config.machine import Machine
@@ -308,7 +308,7 @@ class HardwareThread:
             except (OSError, psutil.Error) as error:
                 if not self._told:
                     self._told = True
-                    print(f"lumina: the machine cannot be measured: {error}", file=sys.stderr, flush=True)
+                    say(f"lumina: the machine cannot be measured: {error}")
             else:
                 self._emit(record)
             self._stop.wait(self._interval)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +21,7 @@ import msgspec
 from ..secrets import Scrubber
 from . import record as rec
 from .log_sync import LogSync
+from .say import say
 
 MAX_LINE = 65_536  # bytes of one line with its newline; a longer `experts` record is split by layer
 _BLOCK = 65_536  # bytes read at once
@@ -103,10 +103,6 @@ def whole_length(path: str | os.PathLike[str]) -> int:
         os.close(descriptor)
 
 
-def _to_stderr(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 class MetricLog:
     """The writer. `emit` is safe from several threads of one process.
 
@@ -126,7 +122,7 @@ class MetricLog:
         inc: int,
         *,
         sync_interval: float = 2.0,
-        warn: Callable[[str], None] = _to_stderr,
+        warn: Callable[[str], None] = say,
     ) -> None:
         self.path = Path(path)
         self.inc = inc

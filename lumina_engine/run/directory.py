@@ -287,7 +287,7 @@ class RunDirectory:
         if content.get("pid") is None:
             return (state, None, None) if (age or 0.0) < _START_TIME else ("failed", "it never started", None)
         last = _last(self.metrics_path, "run")
-        if isinstance(last, rec.Run) and last.state in rec.FINAL_STATES and last.inc == content.get("inc"):
+        if isinstance(last, rec.Run) and last.state in rec.FINAL_STATES and last.inc >= (_number(content, "inc") or 0):
             return last.state, last.reason, last.exit_code  # run.json could not be written (full disk)
         return "crashed", "its supervisor was killed, or the machine went down", None
 

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
-import sys
 from pathlib import Path
-
-
-def say(text: str) -> None:
-    """A line of Lumina's own in engine.log, which is this process's stderr. A full disk costs the line, not the run."""
-    with contextlib.suppress(OSError):
-        print(f"lumina: {text}", file=sys.stderr, flush=True)
 
 
 def end_of(path: Path, size: int = 16_384) -> str:

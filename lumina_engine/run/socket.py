@@ -33,8 +33,8 @@ from typing import Any
 
 import msgspec
 
+from ..monitoring.say import say
 from .directory import RunError
-from .output import say
 from .requests import ID_PATTERN
 from .tail import Chunk
 
@@ -301,7 +301,7 @@ class ViewerServer:
         except (RunError, OSError) as error:
             if str(error) != self._complaint:
                 self._complaint = str(error)
-                say(f"viewers cannot connect: {error}")
+                say(f"lumina: viewers cannot connect: {error}")
 
     def close(self, reason: str) -> None:
         """Say bye to all and go."""

@@ -22,6 +22,7 @@ from typing import Any
 from ..monitoring import record as rec
 from ..monitoring.cgroup import oom_kills
 from ..monitoring.log import MetricLog, last_records
+from ..monitoring.say import say
 from . import output, policy
 from .channel import RankServer
 from .directory import RunDirectory, RunError
@@ -254,7 +255,7 @@ class Supervisor:
         try:
             self.run.update_identity(**changes)
         except (OSError, RunError) as error:
-            output.say(f"run.json cannot be updated: {error}")
+            say(f"lumina: run.json cannot be updated: {error}")
 
     def _record(self, record: rec.Record) -> None:
         """Write a record. Only while no rank 0 lives: the log has one writer at a time."""
@@ -316,7 +317,7 @@ class Supervisor:
 
     def _kill(self, reason: str) -> None:
         if self.child is not None:
-            output.say(f"{reason}: the run's processes are killed")
+            say(f"lumina: {reason}: the run's processes are killed")
             self.killed = self.pressed = True
             send_all(self._tree(), signal.SIGKILL)
 
@@ -432,7 +433,7 @@ class Supervisor:
         elif self.intent is not None:
             code = policy.INTERRUPTED if self.intent == "interrupt" else policy.CRASHED
             how = "it did not stop and was killed" if self.killed else reason
-            self._finish("failed", code, f"{how}; the newest checkpoint is whole")
+            self._finish(policy.final_state(code) or "failed", code, f"{how}; the newest checkpoint is whole")
         else:
             self._crashed(code, reason, now)
 

@@ -15,8 +15,8 @@ import signal
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+from ..monitoring.say import say
 from .channel import RankState
-from .output import say
 from .process import Process, send_all, send_signal
 from .sections import FIRST_STEPS
 
@@ -124,10 +124,10 @@ class Watchdog:
         return None
 
     def _begin_end(self, now: float, ranks: Mapping[int, RankState]) -> None:
-        say(f"{self.found}: hung; stacks of all ranks follow, then they are ended")
+        say(f"lumina: {self.found}: hung; stacks of all ranks follow, then they are ended")
         for rank, state in ranks.items():
             if state.process.stopped:
-                say(f"rank {rank} is stopped by a signal: it prints no stack")
+                say(f"lumina: rank {rank} is stopped by a signal: it prints no stack")
             send_signal(state.process, signal.SIGQUIT)
         end = now + STACKS_TIME
         self._due = [(end, self._terminate), (end + self.limits.grace, self._kill)]
@@ -136,6 +136,6 @@ class Watchdog:
         send_all(self._tree(), signal.SIGTERM)
 
     def _kill(self) -> None:
-        say("the hung ranks did not leave: they are killed")
+        say("lumina: the hung ranks did not leave: they are killed")
         for number in (signal.SIGCONT, signal.SIGKILL):
             send_all(self._tree(), number)

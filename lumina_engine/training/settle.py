@@ -8,6 +8,7 @@ from typing import Any
 from ..config.micro_batch import smaller, split
 from ..config.schema import Config
 from ..monitoring import record as rec
+from ..monitoring.say import say
 from .batch_size import Tries, fit
 from .comm import Comm
 from .memory import WAYS_OUT
@@ -61,7 +62,7 @@ class Settler:
             return config
         found, lines = tune_precision(config, self.comm, lambda name: self.report(0, "dry run"))
         for line in lines:
-            print(f"lumina: {line}", flush=True)  # engine.log
+            say(f"lumina: {line}")
             self.emit(rec.Note(message=line))
         if found == config.precision:
             return config

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from lumina_engine.data import batch
 from lumina_engine.run.rank import Command, NullChannel
 
 PLAN = "faults.json"
@@ -33,7 +34,7 @@ class Fault:
 
     Attributes:
         how: raise, say_environment, exit, abort, segfault, kill, oom, sleep, deadlock, hold_gil, stop, slow, nan_loss,
-            nan_gradient, signal.
+            nan_gradient, signal, loader (the threads that make rows fail from now on).
         step: the reported step; None fits every step.
         section: data, forward, backward, step, save, eval, …; None fits every section.
         rank: global rank; None fits every rank.
@@ -183,6 +184,13 @@ def _signal(fault: Fault, channel: FaultyChannel) -> None:
     os.kill(target, int(fault.value if fault.value is not None else signal.SIGTERM))
 
 
+def _loader(fault: Fault, channel: FaultyChannel) -> None:
+    def broken(*_: Any) -> Any:
+        raise OSError(f"injected in {threading.current_thread().name}")
+
+    batch.make_batch = broken  # type: ignore[assignment]
+
+
 def _poison(fault: Fault) -> float:
     return float("nan") if fault.value is None else fault.value
 
@@ -221,6 +229,7 @@ _STRIKES: dict[str, Callable[[Fault, FaultyChannel], None]] = {
     "stop": _stop,
     "slow": _slow,
     "signal": _signal,
+    "loader": _loader,
     "nan_loss": _nan_loss,
     "nan_gradient": _nan_gradient,
 }

@@ -26,7 +26,8 @@ from .injector import Fault, fired
 from .tiny_run import ends, final_manifest, prepare, start, steps
 
 PHASES = ("data", "forward", "backward", "step", "save", "eval")
-LONG = 80  # steps: room for ten stops
+LONG: dict[str, Any] = {"max_steps": 80, "num_epochs": 6}  # room for ten stops
+ENDLESS: dict[str, Any] = {"max_steps": 100_000, "num_epochs": 10_000}
 RESUME = {"resume": True, "restart_pause_s": 0.01}
 
 
@@ -41,7 +42,7 @@ def whole(run: RunDirectory) -> tuple[dict[int, float], dict[str, Any]]:
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, float], dict[str, Any]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        run = start(prepare(tmp_path_factory.mktemp("unbroken"), "unbroken", max_steps=LONG))
+        run = start(prepare(tmp_path_factory.mktemp("unbroken"), "unbroken", **LONG))
         assert wait(run, 120) == 0, run.log_path.read_text()[-2000:]
     return whole(run)
 
@@ -80,7 +81,7 @@ def test_ft01_term_at_ten_phases_of_a_run(
         )
         for inc, phase in enumerate(phases, start=1)
     ]
-    run = tiny_runs.make(faults=plan, max_steps=LONG)
+    run = tiny_runs.make(faults=plan, **LONG)
     slowest = 0.0
     for inc in range(1, len(plan) + 1):
         start(run, **(RESUME if inc > 1 else {}))
@@ -98,7 +99,7 @@ def test_ft01_term_at_ten_phases_of_a_run(
 
 
 def test_ft02_each_signal_does_what_the_table_says(tiny_runs: TinyRuns, unbroken: Any) -> None:
-    run = tiny_runs.running(max_steps=100_000, save_interval=0, eval_interval=0, log_interval=1)
+    run = tiny_runs.running(**ENDLESS, save_interval=0, eval_interval=0, log_interval=1)
     reached(run, 5)
     (rank,) = ranks(run)
     for number in (signal.SIGHUP, signal.SIGPIPE, signal.SIGQUIT):
@@ -125,7 +126,7 @@ def test_ft02_each_signal_does_what_the_table_says(tiny_runs: TinyRuns, unbroken
 
 
 def test_ft02_a_second_term_kills_and_the_newest_checkpoint_counts(tiny_runs: TinyRuns, unbroken: Any) -> None:
-    run = tiny_runs.running(faults=[Fault("sleep", 10, "backward")], max_steps=LONG)
+    run = tiny_runs.running(faults=[Fault("sleep", 10, "backward")], **LONG)
     until(lambda: fired(run.path), "the fault", 60)
     (rank,) = ranks(run)
     until(lambda: run.signal(signal.SIGTERM) is False or not rank.alive, "the kill")
@@ -138,7 +139,7 @@ def test_ft02_a_second_term_kills_and_the_newest_checkpoint_counts(tiny_runs: Ti
 def test_ps07_a_killed_supervisor_takes_a_real_rank_along_and_the_restart_is_exact(
     tiny_runs: TinyRuns, unbroken: Any, fault_random: random.Random
 ) -> None:
-    run = tiny_runs.running(max_steps=LONG, log_interval=1, faults=[Fault("slow", None, "data", value=0.02, times=None)])
+    run = tiny_runs.running(**LONG, log_interval=1, faults=[Fault("slow", None, "data", value=0.02, times=None)])
     reached(run, fault_random.randint(9, 30))
     (rank,) = ranks(run)
     assert run.signal(signal.SIGKILL)
@@ -151,7 +152,7 @@ def test_ps07_a_killed_supervisor_takes_a_real_rank_along_and_the_restart_is_exa
 
 
 def test_ps14_a_stop_in_a_save_lets_it_finish(tiny_runs: TinyRuns) -> None:
-    run = tiny_runs.running(faults=[Fault("slow", 4, "save", value=1.0)], max_steps=100_000, eval_interval=0)
+    run = tiny_runs.running(faults=[Fault("slow", 4, "save", value=1.0)], **ENDLESS, eval_interval=0)
     until(lambda: fired(run.path), "the save", 60)
     assert send_command(run, "stop")["ok"]
     assert wait(run, 60) == 0
@@ -188,6 +189,20 @@ def test_ft08_the_same_step_each_time_ends_with_93(tiny_runs: TinyRuns) -> None:
     assert [state for _, state, _ in ends(run)].count("crashed") == 4
     assert "3 restarts without a newer checkpoint; last cause: the worker ended with exit code 3" in (run.info().reason or "")
     assert run.newest_step() == 4
+
+
+def test_ft10_a_loader_that_fails_is_named_and_its_rank_started_again(tiny_runs: TinyRuns) -> None:
+    """Rows are made by threads of the rank: there is no process that could be killed beside it."""
+    run = tiny_runs.running(faults=[Fault("loader", 6, "data")], max_steps=20, num_workers=2)
+    until(lambda: ranks(run) and (run.info().step or 0) >= 1, "the first step", 60)
+    (rank,) = ranks(run)
+    assert descendants(rank.pid) == []
+    until(lambda: fired(run.path), "the fault", 60)
+    crashed = until(
+        lambda: [r for r in read_records(run.metrics_path) if isinstance(r, rec.Run) and r.state == "crashed"], "an end", 10
+    )
+    assert "OSError: injected in lumina-data" in (crashed[0].reason or "")
+    assert wait(run, 120) == 0 and sorted(steps(run)) == list(range(1, 21))
 
 
 @pytest.mark.nightly

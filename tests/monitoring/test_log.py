@@ -362,6 +362,14 @@ log.close()
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 4000
 
 
+def test_ck07_a_warning_that_cannot_be_printed_either_costs_nothing() -> None:
+    """engine.log lies on the disk that is full: standard error is /dev/full."""
+    script = "from lumina_engine.monitoring.say import say; say('full'); print('on')"
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=full, text=True)
+    assert done.stdout == "on\n"
+
+
 def test_other_errors_are_not_swallowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Disk(monkeypatch)
     log = MetricLog(tmp_path / "m", 1, sync_interval=0)

@@ -1,8 +1,8 @@
 """A worker without torch: writes records, beats, obeys commands. What it does is set by plan.json in the run's folder.
 
 Keys: steps, pace (s per step), crash (incarnation -> how), crash_after (steps), crash_early (before it says that it runs),
-checkpoint_every, unverified (checkpoints), grandchild, flood, code, deaf, deaf_in (incarnation). It is run by path,
-not as a module.
+checkpoint_every, unverified (checkpoints), grandchild, flood, close_output, code, deaf, deaf_in (incarnation). It is run
+by path, not as a module.
 """
 
 from __future__ import annotations
@@ -106,6 +106,9 @@ class Worker:
             step += 1
             self.channel.report(step, "step")
             self.log.emit(rec.Step(step=step, loss=1.0 / step, tokens=step * 8, tokens_per_s=8.0, lr=1e-3))
+            if plan.get("close_output") and step == start + 3:
+                os.close(1)
+                os.close(2)
             if plan.get("flood"):
                 os.write(1, b"x" * 65_536)
             if plan.get("checkpoint_every") and step % plan["checkpoint_every"] == 0:

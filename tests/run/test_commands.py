@@ -115,6 +115,15 @@ def test_ps15_a_deaf_worker_and_its_setsid_grandchild_end_by_stop(runs: Runs) ->
     bystander.wait()
 
 
+def test_ft02_int_to_a_deaf_worker_ends_with_130_and_finished_as_any_int(runs: Runs) -> None:
+    run = runs.running(settings={"preempt_grace_s": 0.2}, deaf=True, pace=0)
+    until(lambda: [rank for rank in ranks_of(run) if rank["step"]], "a heartbeat")
+    os.kill(worker(run).pid, signal.SIGSTOP)
+    assert run.signal(signal.SIGINT)
+    assert launch.wait(run, 20) == 130
+    assert run.info().state == "finished" and "was killed" in (run.info().reason or "")
+
+
 def test_stop_between_two_starts(runs: Runs) -> None:
     run = runs.start(runs.make(crash={"*": "1"}), restart_pause_s=1000)
     until(lambda: run.info().state == "crashed" and run.alive)
@@ -252,6 +261,12 @@ def test_ps16_a_flood_on_stdout_is_capped(runs: Runs) -> None:
     until(lambda: step(run) > at + 50)
     assert run.log_path.stat().st_size < 200 << 20
     assert send_command(run, "stop")["ok"] and launch.wait(run, 20) == 0
+
+
+def test_ps16_a_worker_without_output_goes_on(runs: Runs) -> None:
+    run = runs.running(close_output=True)
+    until(lambda: step(run) > 50, "steps without stdout and stderr")
+    assert send_command(run, "stop")["ok"] and launch.wait(run, 20) == 0 and run.info().inc == 1
 
 
 def test_ck07_a_full_disk_stops_neither_run_nor_supervisor(runs: Runs) -> None:

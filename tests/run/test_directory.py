@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -28,18 +29,22 @@ def make(root: Path, name: str = "r", **identity: Any) -> RunDirectory:
     return run
 
 
-def owned_elsewhere(run: RunDirectory) -> subprocess.Popen[bytes]:
+def owned_elsewhere(run: RunDirectory, *more: str) -> subprocess.Popen[bytes]:
     """Another process that owns the run, and has said so in run.json."""
     script = """
 import sys
+from lumina_engine.run import directory
 from lumina_engine.run.directory import RunDirectory
 from lumina_engine.run.process import boot_id, myself
+if "flock" in sys.argv:
+    import fcntl, types
+    directory.fcntl = types.SimpleNamespace(**{**vars(fcntl), "lockf": fcntl.flock})
 run = RunDirectory(sys.argv[1])
 lock = run.lock()
 me = myself()
 run.update_identity(pid=me.pid, start_time=me.start, boot_id=boot_id(), state="running", inc=1)
 print("ready", flush=True)
-if len(sys.argv) > 2:
+if "fork" in sys.argv:
     import os, signal
     if os.fork() == 0:
         signal.pause()
@@ -47,7 +52,7 @@ if len(sys.argv) > 2:
 sys.stdin.read()
 """
     return subprocess.Popen(
-        [sys.executable, "-c", script, str(run.path), *(["fork"] if run.name == "forks" else [])],
+        [sys.executable, "-c", script, str(run.path), *(["fork"] if run.name == "forks" else []), *more],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
@@ -216,6 +221,33 @@ def test_ps09_owner_dead_and_its_forked_child_alive_is_dead(tmp_path: Path) -> N
         child.stdout.close()
 
 
+def test_ps09_flock_would_take_the_forked_child_for_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mutation that the row names: with it the check above is red."""
+
+    def held(descriptor: int) -> int:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return -1
+        return 0
+
+    monkeypatch.setattr(module, "_lock_owner", held)
+    run = make(tmp_path, "forks")
+    child = owned_elsewhere(run, "flock")
+    assert (say(child), say(child)) == ("ready", "forked")
+    forked = [int(pid) for pid in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()]
+    child.kill()
+    child.wait()
+    try:
+        assert run.alive, "flock is kept by the child: the dead run seems alive"
+    finally:
+        os.kill(forked[0], signal.SIGKILL)
+        assert child.stdin is not None and child.stdout is not None
+        child.stdin.close()
+        child.stdout.close()
+    until(lambda: not run.alive, "the child's end")
+
+
 def test_probing_in_the_owner_does_not_drop_its_lock(tmp_path: Path) -> None:
     run = make(tmp_path)
     lock = run.lock()
@@ -296,3 +328,11 @@ def test_a_long_path_works(tmp_path: Path) -> None:
 def test_waiting_helper_has_a_deadline() -> None:
     with pytest.raises(AssertionError, match="in vain"):
         until(lambda: False, "nothing", deadline=0.01)
+
+
+def test_ck07_the_end_of_a_later_start_counts_although_run_json_knows_only_the_first(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.update_identity(pid=2**22 + 1, start_time=1, boot_id=boot_id(), state="running", inc=1)
+    with MetricLog(run.metrics_path, 2, sync_interval=0) as log:
+        log.emit(rec.Run(state="finished", exit_code=0))
+    assert (run.info().state, run.info().exit_code) == ("finished", 0), "a full disk kept run.json as it was"
