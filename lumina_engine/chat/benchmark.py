@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..monitoring.hardware import process_memory
 from .events import Token
 from .generate import generate
 from .modes import DEFAULT_MODE, MODES
@@ -49,8 +49,7 @@ def _figures(
     decode = [(numbers["new_tokens"] - 1) / reply["decode_s"] for reply in replies]
     prefill = [numbers["prompt_tokens"] / reply["prefill_s"] for reply in replies]
     rate = statistics.median(decode)
-    on_cpu = device.type == "cpu"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if on_cpu else torch.cuda.max_memory_allocated(device)
+    peak = process_memory("VmHWM") if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
     return {
         "tokens_per_s": rate,
         "tokens_per_s_min": min(decode),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -29,6 +30,10 @@ SHAPE = {
     "use_deepspeed": False,
     "tokenizer": "lumina-1k",
 }
+
+
+# what a reply depends on beside the model
+_ANSWERING = ("precision", "tokenizer", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,6 +114,12 @@ def _train(args: argparse.Namespace) -> int:
     from ..training.benchmark import measure
 
     config, numbers = _config(args, SHAPE, {"steps": 6, "warmup": 2, "uniform_routing": 0})
+    ranks, started = config.num_gpus, int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks != "auto" and ranks * config.num_nodes != started:
+        raise UserError(
+            f"num_gpus = {ranks}: bench train measures the ranks that it was started on, here {started}; start it as "
+            f"torchrun --nproc-per-node {ranks} -m lumina_engine.cli bench train"
+        )
     uniform = bool(numbers["uniform_routing"])
 
     def each(step: dict[str, Any]) -> str:
@@ -122,10 +133,18 @@ def _train(args: argparse.Namespace) -> int:
 
 def _generate(args: argparse.Namespace) -> int:
     from ..chat.benchmark import measure
+    from ..config.keys_model import ExpertKeys, ModelKeys
     from ..config.resolve import resolved_precision
     from ..monitoring.hardware import detect
 
     config, numbers = _config(args, SHAPE, {"steps": 5, "warmup": 1, "prompt_tokens": 128, "new_tokens": 64})
+    given = [word.partition("=")[0].strip().replace("-", "_") for word in args.overrides]
+    if idle := [
+        name for name in given if name not in (*numbers, *_ANSWERING, *ModelKeys.model_fields, *ExpertKeys.model_fields)
+    ]:
+        raise UserError(
+            f"{idle[0]} has no effect on answers: give keys of the model, {', '.join(_ANSWERING)} or {', '.join(numbers)}"
+        )
     if numbers["new_tokens"] < 2 or numbers["prompt_tokens"] + numbers["new_tokens"] > config.seq_length:
         total = numbers["prompt_tokens"] + max(2, numbers["new_tokens"])
         raise UserError(

@@ -120,6 +120,9 @@ def precision(config: Config) -> Iterator[Finding]:
     if config.dynamic_precision and config.precision == "fp32":
         message = "dynamic_precision = true has no effect with precision = fp32: there is nothing wider"
         yield finding("info", "dynamic_fp32", "dynamic_precision precision", message, "set dynamic_precision=false")
+    if config.auto_tune_precision and config.nvme_offload_parameters:
+        message = "auto_tune_precision compares with fp32, and with nvme_offload_parameters DeepSpeed swaps 16-bit weights only"
+        yield error("auto_tune_nvme", "auto_tune_precision nvme_offload_parameters", message, "set auto_tune_precision=false")
     if config.auto_tune_precision and config.precision != "auto":
         message = f"precision = {config.precision} is only where auto_tune_precision starts: what is measured decides"
         yield finding("info", "auto_tune", "auto_tune_precision precision", message, "set precision=auto")

@@ -60,12 +60,12 @@ class Batch:
         """Tokens that carry loss."""
         return int((self.labels_BS >= 0).sum())
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`."""
         return replace(
             self,
             **{
-                name: value.to(device, non_blocking=non_blocking)
+                name: value.to(device)
                 for name in ("input_ids_BS", "labels_BS", "document_ids_BS", "position_ids_BS", "weights_BS")
                 if (value := getattr(self, name)) is not None
             },

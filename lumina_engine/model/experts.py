@@ -63,11 +63,11 @@ class _ExpertsLoop(torch.autograd.Function):
         kept: list[Tensor] = []
         with torch.autocast(x_TD.device.type, enabled=False):
             for e, start, end in segments:
-                token_R, gate_R1 = _rows(token_N[start:end], gates_N[start:end], filled)
-                gate_up = product(x_TD.index_select(0, token_R), w13[e])
+                token_R, gate_R1 = token_N[start:end], gates_N[start:end, None]
+                gate_up = product(_rows(x_TD, token_R, filled), w13[e])
                 gate, up = gate_up.chunk(2, dim=-1)
                 y_RD = product(F.silu(gate).mul_(up), w2[e])
-                out_TD.index_add_(0, token_R, y_RD * gate_R1.to(y_RD.dtype))
+                out_TD.index_add_(0, token_R, y_RD[: end - start] * gate_R1.to(y_RD.dtype))
                 kept += (gate_up, y_RD) if keeps else (gate_up,)
         ctx.save_for_backward(x_TD, gates_N, w13, w2, token_N, *kept)
         ctx.segments, ctx.keeps, ctx.filled = segments, keeps, filled
@@ -84,8 +84,8 @@ class _ExpertsLoop(torch.autograd.Function):
         with torch.autocast(grad_TD.device.type, enabled=False):
             for number, (e, start, end) in enumerate(ctx.segments):
                 gate_up, *results = kept[each * number : each * (number + 1)]
-                token_R, gate_R1 = _rows(token_N[start:end], gates_N[start:end], ctx.filled)
-                grad_RD = grad_TD.index_select(0, token_R)
+                token_R, grad_RD = token_N[start:end], _rows(grad_TD, token_N[start:end], ctx.filled)
+                gate_R1 = F.pad(gates_N[start:end, None], (0, 0, 0, len(grad_RD) - len(token_R)))
                 gate, up = gate_up.chunk(2, dim=-1)
                 silu_RH = F.silu(gate)
                 act_RH = silu_RH * up
@@ -100,18 +100,22 @@ class _ExpertsLoop(torch.autograd.Function):
                     grad_act.mul_(gate_R1)
                 torch.mm(gated_RD.t(), act_RH, out=grad_w2[e])
                 grad_gate_up = gated_silu_backward(grad_act, gate_up, silu_RH)
-                torch.mm(grad_gate_up.t(), x_TD.index_select(0, token_R), out=grad_w13[e])
-                grad_x.index_add_(0, token_R, product(grad_gate_up, w13[e].t()))
+                torch.mm(grad_gate_up.t(), _rows(x_TD, token_R, ctx.filled), out=grad_w13[e])
+                grad_x.index_add_(0, token_R, product(grad_gate_up, w13[e].t())[: end - start])
         return grad_x, grad_gates, grad_w13, grad_w2, None, None, None, None
 
 
-def _rows(token_N: Tensor, gates_N: Tensor, filled: bool) -> tuple[Tensor, Tensor]:
-    """Tokens (R) and gates (R, 1) of one expert. Filler is token 0 with the gate 0, so it adds nothing anywhere."""
-    multiple = min(_MULTIPLE, 1 << (len(token_N) // _FILLER).bit_length() >> 1) if filled else 1
-    filler = -len(token_N) % max(multiple, 1)
-    if filler:
-        token_N, gates_N = F.pad(token_N, (0, filler)), F.pad(gates_N, (0, filler))
-    return token_N, gates_N[:, None]
+def _rows(x_TD: Tensor, token_N: Tensor, filled: bool) -> Tensor:
+    """Rows of the tokens of one expert, then filler of zeros, so that it is finite whatever the expert does with tokens."""
+    count = len(token_N)
+    multiple = min(_MULTIPLE, 1 << (count // _FILLER).bit_length() >> 1) if filled else 1
+    filler = -count % max(multiple, 1)
+    if not filler:
+        return x_TD.index_select(0, token_N)
+    rows_RD = x_TD.new_empty(count + filler, x_TD.shape[1])
+    torch.index_select(x_TD, 0, token_N, out=rows_RD[:count])
+    rows_RD[count:].zero_()
+    return rows_RD
 
 
 def _idle_zeroed(weight: Tensor, segments: list[tuple[int, int, int]]) -> Tensor:
@@ -180,3 +184,18 @@ def experts_grouped(
     y_ND = run(down, run(up, x_TD)).masked_fill(unserved_N1, 0)
     gates_N1 = gates_TK.reshape(-1, 1).index_select(0, choice_N).to(y_ND.dtype)
     return _Gather.apply(y_ND * gates_N1, choice_N, inverse_N, top_k)
+
+
+def grouped_works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the grouped products run here, forward and backward, on a tiny problem: kernels exist for some devices only."""
+    try:
+        with torch.enable_grad():
+            x_TD = torch.ones(4, 16, device=device, dtype=dtype, requires_grad=True)
+            w13 = torch.ones(2, 32, 16, device=device, dtype=dtype, requires_grad=True)
+            w2 = torch.ones(2, 16, 16, device=device, dtype=dtype, requires_grad=True)
+            ends_E = torch.tensor([1, 4], device=device)
+            gates_TK = torch.ones(4, 1, device=device)
+            experts_grouped(x_TD, gates_TK, torch.arange(4, device=device), ends_E, w13, w2).sum().backward()
+    except (RuntimeError, NotImplementedError, AttributeError):  # no kernel, or a torch without it
+        return False
+    return True

@@ -10,6 +10,7 @@ D hidden size, H expert width, L expert layers.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumina_engine.model.exchange import ExpertGroup, experts_elsewhere
-from lumina_engine.model.experts import experts_grouped, experts_loop
+from lumina_engine.model.experts import experts_grouped, experts_loop, grouped_works
 from lumina_engine.model.layers import SwiGLU, runner
 
 if TYPE_CHECKING:
@@ -208,6 +209,7 @@ class MoE(nn.Module):
         self.w2 = nn.Parameter(torch.empty(self.num_experts, hidden, width))
         self.shared = SwiGLU(hidden, config.num_shared_experts * width) if config.num_shared_experts else None
         self.group: ExpertGroup | None = None
+        self._grouped_works: dict[torch.dtype, bool] = {}  # what this device was found to do
 
     def spread(self, group: ExpertGroup) -> None:
         """Keep only the experts that belong to this rank of `group`; a second call changes nothing.
@@ -256,6 +258,19 @@ class MoE(nn.Module):
         sums = self.router.statistics(logits_TE, scores_TE, valid_T)
         return out_TD.view(x_BSD.shape), LayerStats(plan.counts_E.float(), sums[0], sums[1], dropped, sums[2])
 
+    def _kernel(self, x_TD: Tensor) -> Callable[..., Tensor]:
+        """The grouped products where the device can do them, found out by trying once; else the loop.
+
+        On a CPU both are equally fast, and the loop skips what capacity dropped. Only bf16 can be compiled (torch 2.13).
+        """
+        if x_TD.device.type == "cpu" or x_TD.shape[1] % 8:  # grouped_mm wants rows of whole 16 bytes
+            return experts_loop
+        if torch.compiler.is_compiling():
+            return experts_grouped if x_TD.dtype == torch.bfloat16 else experts_loop
+        if x_TD.dtype not in self._grouped_works:
+            self._grouped_works[x_TD.dtype] = grouped_works(x_TD.device, x_TD.dtype)
+        return experts_grouped if self._grouped_works[x_TD.dtype] else experts_loop
+
     def _experts(self, x_TD: Tensor, gates_TK: Tensor, plan: Dispatch, recompute: bool) -> Tensor:
         device = x_TD.device.type
         w13: Tensor = self.w13
@@ -263,8 +278,7 @@ class MoE(nn.Module):
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x_TD, w13, w2 = x_TD.to(dtype), w13.to(dtype), w2.to(dtype)
-        # grouped_mm wants rows of whole 16 bytes. On a CPU both are equally fast, and the loop skips what capacity dropped.
-        compute = experts_loop if device == "cpu" or x_TD.shape[1] % 8 else experts_grouped
+        compute = self._kernel(x_TD)
         if self.group is None:
             return compute(x_TD, gates_TK, plan.choice_N, plan.ends_E, w13, w2, recompute)
 

@@ -191,11 +191,13 @@ class DeepSeekTransformer(nn.Module):
         """Logits (B, S, V); with `labels` the mean loss; with `return_aux` a `ModelOutput`.
 
         `input_ids` (B, S). `attention_mask` (B, S): 0 marks padding, on either side; behind a cache it covers the new tokens.
-        `document_ids` (B, S): tokens attend within their document, 0 is padding. `position_ids` (B, S) default to counting the
-        real tokens of each document from 0, behind a cache onwards. `labels` (B, S) lie on their own token, -100 carries no
-        loss; `weights` (B, S) multiply them (the mean is then the weighted mean). `logits_to_keep` > 0 gives the logits of that
-        many last positions only. Evaluation mode never drops a token for capacity. `routes`, a list, receives what the routers
-        chose, an entry per expert layer, first layer first; not together with full checkpointing, which runs layers twice.
+        `document_ids` (B, S): tokens attend within their document, 0 is padding. Tokens of a document follow each other: an id
+        that comes back names another document. With a cache a row is one document, and only 0 counts. `position_ids` (B, S)
+        default to counting the real tokens of each document from 0, behind a cache onwards. `labels` (B, S) lie on their own
+        token, -100 carries no loss; `weights` (B, S) multiply them (the mean is then the weighted mean). `logits_to_keep` > 0
+        gives the logits of that many last positions only. Evaluation mode never drops a token for capacity. `routes`, a list,
+        receives what the routers chose, an entry per expert layer, first layer first; not together with full checkpointing,
+        which runs layers twice.
         """
         if document_ids is None and attention_mask is not None:
             document_ids = attention_mask[:, -input_ids.shape[1] :].long()
@@ -309,10 +311,19 @@ class DeepSeekTransformer(nn.Module):
         """Bytes of plain AdamW training at a shape (default: one row of the full length) in the precision of the weights.
 
         Parameters, gradients, optimizer, buffers, activations (with the loss); `total` is the peak, at which not all of these
-        are there at once, but temporaries are; `kv_cache_per_token` is for chat.
+        are there at once, but temporaries are; `kv_cache_per_token` is for chat. Of a model whose experts are spread over ranks
+        these are the bytes of one rank.
+
+        Raises:
+            ValueError: the weights have a type that nothing here trains in.
         """
-        precision = _PRECISIONS[self.embedding.weight.dtype]
-        layout = Layout(batch_size, seq_length or self.config.seq_length, precision, use_deepspeed=False)
+        dtype = self.embedding.weight.dtype
+        if dtype not in _PRECISIONS:
+            known = ", ".join(str(name) for name in _PRECISIONS)
+            raise ValueError(f"get_memory_footprint: the weights are {dtype}, and training is known in {known}")
+        world = 1 if self.expert_group is None else self.expert_group.size
+        length = seq_length or self.config.seq_length
+        layout = Layout(batch_size, length, _PRECISIONS[dtype], world=world, use_deepspeed=False)
         memory = training_memory(self.config, layout)
         parts = {
             "parameters": memory.weights,

@@ -166,6 +166,12 @@ def detect(path: str | os.PathLike[str] = ".", nvml: Nvml | None = None) -> Mach
     )
 
 
+def process_memory(name: str) -> int:
+    """Bytes of this process by /proc: VmHWM, the peak of resident memory (getrusage would tell a large parent's), or VmPeak."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
 def memory_limit(cgroup: Path = _CGROUP) -> int:
     """Bytes of memory that this process may use: the machine's, or its cgroup's limit if that is lower."""
     total = int(psutil.virtual_memory().total)

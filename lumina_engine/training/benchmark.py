@@ -32,7 +32,10 @@ PARTS = ("data", "forward", "backward", "optimizer", "telemetry")
 
 
 class RandomStore:
-    """A token store in memory: `rows` plain documents of `length` random ids; every row is full and every token trained."""
+    """A token store in memory: `rows` plain documents of `length` random ids.
+
+    Every row is full, and all of its tokens but the first are trained.
+    """
 
     def __init__(self, rows: int, length: int, vocabulary: int, seed: int) -> None:
         count = rows * length

@@ -9,7 +9,6 @@ import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -19,7 +18,7 @@ from ..config.curriculum import Curriculum
 from ..config.micro_batch import smaller
 from ..data.batch import Batch
 from ..model.moe import uniform_routing
-from ..monitoring.hardware import memory_limit
+from ..monitoring.hardware import memory_limit, process_memory
 
 # mallopt(3) of the GNU C library, and the variables with which a user sets the same
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -44,7 +43,7 @@ def memory_stats(model: Any, optimizer_tensors: dict[str, torch.Tensor], device:
             "free": free,
         }
     else:
-        peak = max(process.rss, _status("VmHWM"))  # the kernel updates the peak with a delay
+        peak = max(process.rss, process_memory("VmHWM"))  # the kernel updates the peak with a delay
         on_device = {
             "allocated": process.rss,
             "reserved": process.rss,
@@ -72,12 +71,6 @@ def whole_numel(parameter: torch.Tensor) -> int:
 def whole_shape(parameter: torch.Tensor) -> torch.Size:
     """Shape of the whole parameter, also where ZeRO-3 keeps only a part of it here."""
     return getattr(parameter, "ds_shape", parameter.shape)
-
-
-def _status(name: str) -> int:
-    """Bytes of this process by /proc: VmHWM, the peak of resident memory (getrusage would tell a large parent's), or VmPeak."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 # How a RuntimeError says it: the allocator of the CPU, C++ itself, and threads that get no stack.
@@ -130,11 +123,11 @@ def peaks(device: torch.device, local_ranks: int = 1) -> list[Peak]:
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
         return [Peak("device memory", torch.cuda.max_memory_reserved(device), total)]
-    resident = max(_status("VmHWM"), psutil.Process().memory_info().rss)
+    resident = max(process_memory("VmHWM"), psutil.Process().memory_info().rss)
     found = [Peak("resident memory", resident, memory_limit() // local_ranks)]
     address_space, _ = resource.getrlimit(resource.RLIMIT_AS)
     if address_space != resource.RLIM_INFINITY:
-        found.append(Peak("address space", _status("VmPeak"), address_space))
+        found.append(Peak("address space", process_memory("VmPeak"), address_space))
     return found
 
 

@@ -54,19 +54,19 @@ class Objective:
     z_weight: float
     top_k: int
     loss_sum: torch.Tensor = field(init=False)
-    balance: torch.Tensor = field(init=False)
     z: torch.Tensor = field(init=False)
+    _prob_sum_LE: torch.Tensor = field(init=False)  # of this rank
     _counts_LE: torch.Tensor | None = field(init=False, default=None)
     _tokens: torch.Tensor | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         zero = torch.zeros((), dtype=torch.float64, device=self.comm.device)
-        self.loss_sum, self.balance, self.z = zero.clone(), zero.clone(), zero.clone()
+        self.loss_sum, self.z, self._prob_sum_LE = zero.clone(), zero.clone(), zero.clone()
 
     def add(self, output: Any, tokens: int) -> torch.Tensor:
         """The scalar to call `backward` on for one micro batch with `tokens` tokens on this rank."""
         self.loss_sum += output.loss_sum.detach()
-        loss = output.loss_sum / max(self.totals.labels, 1.0)
+        loss = output.loss_sum / (self.totals.labels or 1.0)
         router = output.router
         if router is None:
             return loss
@@ -74,7 +74,7 @@ class Objective:
         all_tokens = counts_LE.new_tensor(float(self.totals.tokens))
         balance = balance_loss(router.prob_sum_LE, counts_LE, seen, all_tokens, self.top_k)
         z = z_loss(router.z_sum_L, all_tokens)
-        self.balance += balance.detach()
+        self._prob_sum_LE = self._prob_sum_LE + router.prob_sum_LE.detach().double()
         self.z += z.detach()
         return loss + self.balance_weight * balance + self.z_weight * z
 
@@ -94,6 +94,15 @@ class Objective:
         return self._counts_LE
 
     def reduce(self) -> tuple[float, float, float]:
-        """(language loss in nats per trained token, balance loss, z-loss) of the global batch, on every rank."""
-        sums = self.comm.sum(torch.stack([self.loss_sum, self.balance, self.z])).tolist()
-        return sums[0] / max(self.totals.labels, 1.0), sums[1], sums[2]
+        """(language loss in nats per trained token, balance loss, z-loss) of the global batch, on every rank.
+
+        Here all choices are known, so this balance loss does not depend on accumulation; 1 means balanced.
+        """
+        shape = self._prob_sum_LE.shape
+        sums = self.comm.sum(torch.cat([torch.stack([self.loss_sum, self.z]), self._prob_sum_LE.reshape(-1)]))
+        loss_sum, z = sums[:2].tolist()
+        balance = 0.0
+        if self._counts_LE is not None and self._tokens is not None:
+            counts_LE, tokens = self._counts_LE.double(), self._tokens.double()
+            balance = float(balance_loss(sums[2:].view(shape), counts_LE, tokens, tokens, self.top_k))
+        return loss_sum / (self.totals.labels or 1.0), balance, z

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.manager import Loaded, Payload, capture_rng, restore_rng
-from .engine import StateMismatch
+from .engine import StateMismatch, parameter_groups
 from .memory import whole_numel
 from .progress import Progress
 from .rollback import Recovery
@@ -122,7 +122,7 @@ def _expert_parallel_size(trainer: EnhancedConversationTrainer) -> int:
 def setup_report(trainer: EnhancedConversationTrainer) -> dict[str, Any]:
     """How this rank is set up; every value is read from the live objects."""
     config, comm = trainer.config, trainer.comm
-    groups = trainer.engine.optimizer.param_groups  # type: ignore[attr-defined]
+    groups = parameter_groups(trainer.model, config.weight_decay)  # as given to the optimizer, which under ZeRO has parts only
     report: dict[str, Any] = {
         "device": str(comm.device),
         "rank": f"{comm.rank} of {comm.world_size}",
@@ -134,7 +134,7 @@ def setup_report(trainer: EnhancedConversationTrainer) -> dict[str, Any]:
         "parameters": sum(whole_numel(p) for p in trainer.model.parameters()),
         "expert_parallel_size": _expert_parallel_size(trainer),
         "parameter_groups": [
-            {"parameters": sum(p.numel() for p in g["params"]), "weight_decay": g["weight_decay"]} for g in groups
+            {"parameters": sum(whole_numel(p) for p in g["params"]), "weight_decay": g["weight_decay"]} for g in groups
         ],
         "threads": torch.get_num_threads(),
         "versions": versions(),

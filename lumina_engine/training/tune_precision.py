@@ -23,7 +23,6 @@ from .comm import Comm
 from .expert_parallel import build_model
 from .ladder import native_bf16
 from .memory import peaks
-from .precision import Precision
 from .setup import seed_all
 from .trial import leave, local_ranks, run_trial, trial_main
 
@@ -72,21 +71,13 @@ def modes(device: torch.device) -> list[str]:
         found += ["bf16", "mixed_bf16"]
     if device.type == "cuda":
         found += ["fp16", "mixed_fp16"]
-    return [name for name in found if _trains(name)]
+    return found
 
 
 def in_precision(config: Config, name: str) -> Config:
     """`config` in another precision. DeepSpeed takes short weights from ZeRO stage 1 on, so stage 0 becomes 1."""
     short = config.use_deepspeed and config.zero_stage == 0 and name in ("bf16", "fp16")
     return config.model_copy(update={"precision": name, **({"zero_stage": 1} if short else {})})
-
-
-def _trains(name: str) -> bool:
-    try:
-        Precision.from_name(name)
-    except ValueError:
-        return False
-    return True
 
 
 def choose(rows: list[Row]) -> tuple[str, str]:

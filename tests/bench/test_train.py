@@ -99,7 +99,7 @@ def test_c148_a_wrong_key_is_named_with_its_nearest(word, said):
 
 
 def test_c148_bench_generate_counts_prompt_and_answer():
-    words = [f"{name}={value}" for name, value in TINY.items()]
+    words = [f"{name}={value}" for name, value in TINY.items() if name != "batch_size"]
     done = run("generate", "--json", *words, "steps=2", "warmup=1", "prompt_tokens=12", "new_tokens=8")
     assert done.returncode == 0, done.stderr
     *lines, last = [json.loads(line) for line in done.stdout.splitlines()]
@@ -107,3 +107,39 @@ def test_c148_bench_generate_counts_prompt_and_answer():
     assert last["tokens_per_s_min"] <= last["tokens_per_s"] <= last["tokens_per_s_max"]
     assert last["prefill_tokens_per_s"] == pytest.approx(12 / last["first_token_s"], rel=0.5)
     assert run("generate", "prompt_tokens=30", "new_tokens=8", *words).returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "num_gpus=2"], "torchrun --nproc-per-node 2"),
+        (["generate", "learning_rate=0.1"], "learning_rate has no effect on answers"),
+    ],
+)
+def test_c148_what_a_bench_would_not_do_is_refused(words, said, capsys):
+    from lumina_engine.cli import main
+
+    assert main(["bench", *words]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_c148_memory_of_bench_generate_is_that_of_its_own_process(monkeypatch):
+    """getrusage would tell that of a larger parent, from which this process was forked."""
+    from lumina_engine.chat import benchmark
+    from lumina_engine.config.schema import Config
+
+    config = Config(
+        vocab_size=1024,
+        hidden_size=64,
+        num_layers=1,
+        num_heads=2,
+        num_kv_heads=1,
+        intermediate_size=64,
+        seq_length=64,
+        tokenizer="lumina-1k",
+    )
+    monkeypatch.setattr("lumina_engine.chat.benchmark.process_memory", lambda name: 1 << 45)
+    figures = benchmark.measure(
+        config, {"steps": 1, "warmup": 0, "prompt_tokens": 4, "new_tokens": 2}, "fp32", lambda reply: None
+    )
+    assert figures["peak_memory_bytes"] == 1 << 45

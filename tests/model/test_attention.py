@@ -307,21 +307,33 @@ def test_cache_refuses_what_does_not_fit(tiny):
 
 
 def test_c006_qk_norm_by_hand(tiny):
-    """With qk_norm queries and keys are normalised per head before the rotation."""
+    """With qk_norm queries and keys are normalised per head before the rotation: written out for two tokens."""
     model = tiny(qk_norm=True, num_layers=1, use_moe=False).eval()
     block = model.blocks[0]
-    seen = {}
-    block.attention.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
-    block.attention.register_forward_hook(lambda module, args, out: seen.update(out=out))
-    model(ids(1, 1))
     attention = block.attention
-    # a single token attends to itself only: the output is its value, whatever queries and keys are
-    value = (
-        F.linear(block.attention_norm(seen["x"]), attention.qkv.weight)[..., -2 * 16 :]
-        .view(1, 1, 2, 16)
-        .repeat_interleave(2, 2)
-        .flatten(2)
-    )
-    torch.testing.assert_close(seen["out"], F.linear(value, attention.out.weight), atol=1e-5, rtol=1e-5)
-    query = attention.q_norm(torch.full((1, 1, 1, 16), 3.0))
-    torch.testing.assert_close(query[0, 0, 0], attention.q_norm.weight, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        attention.q_norm.weight.uniform_(0.5, 2.0)
+        attention.k_norm.weight.uniform_(0.5, 2.0)
+        attention.qkv.weight.mul_(20)  # scores that tell
+    seen = {}
+    attention.register_forward_pre_hook(lambda module, args: seen.update(x=args[0]))
+    attention.register_forward_hook(lambda module, args, out: seen.update(out=out))
+    model(ids(1, 2))
+    projected_SNd = F.linear(block.attention_norm(seen["x"]), attention.qkv.weight)[0].view(2, 4 + 2 + 2, 16)
+
+    def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x / (x.square().mean(-1, keepdim=True) + model.config.norm_eps).sqrt() * weight
+
+    query = normed(projected_SNd[:, :4], attention.q_norm.weight)
+    key = normed(projected_SNd[:, 4:6], attention.k_norm.weight).repeat_interleave(2, 1)
+    value = projected_SNd[:, 6:].repeat_interleave(2, 1)
+    angle = torch.arange(2)[:, None, None] * model.config.rope_theta ** (-torch.arange(0, 16, 2) / 16)
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, -1)
+        return torch.cat((first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()), -1)
+
+    scores_HST = torch.einsum("shd,thd->hst", turned(query), turned(key)) / 4
+    scores_HST = scores_HST.masked_fill(torch.ones(2, 2).triu(1).bool(), -torch.inf)
+    out = torch.einsum("hst,thd->shd", scores_HST.softmax(-1), value).reshape(1, 2, -1)
+    torch.testing.assert_close(seen["out"], F.linear(out, attention.out.weight), atol=1e-4, rtol=1e-4)

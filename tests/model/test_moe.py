@@ -359,3 +359,40 @@ def test_c015_router_stays_fp32(tiny):
     torch.testing.assert_close(model.half().float().router_bias_LE[0, 0], torch.tensor(-0.003), atol=1e-7, rtol=0)
     stats = model.bfloat16()(torch.randint(0, 256, (1, 8)), return_aux=True).router
     assert {tensor.dtype for tensor in stats} == {torch.float32}
+
+
+def test_c017_filler_of_an_expert_touches_no_token():
+    """Rows are filled up to a round number; an expert whose result overflows for token 0 must not reach it that way."""
+    x_TD = torch.zeros(40, 8)
+    x_TD[0] = 1.0
+    w13, w2 = torch.ones(2, 8, 8), torch.ones(2, 8, 4)
+    w13[1] = 1e30  # token 0 never chose this expert, and would be infinite in it
+    x_TD.requires_grad_(True)
+    choice_N, gates_TK = torch.arange(40), torch.ones(40, 1)
+    out_TD = experts_loop(x_TD, gates_TK, choice_N, torch.tensor([5, 40]), w13, w2)
+    out_TD.sum().backward()
+    assert out_TD.isfinite().all() and x_TD.grad is not None and x_TD.grad[0].isfinite().all()
+
+
+def test_c019_the_grouped_products_are_taken_where_a_try_succeeds(monkeypatch, tiny):
+    """The device is asked by running, once for each type; compiled, only bf16 can be traced."""
+    from lumina_engine.model import experts, moe
+
+    cpu = torch.device("cpu")
+    assert experts.grouped_works(cpu, torch.float32) and experts.grouped_works(cpu, torch.bfloat16)
+    layer = next(iter(tiny().expert_layers))
+    meta = torch.empty(4, 64, device="meta")
+    tries = []
+    monkeypatch.setattr(moe, "grouped_works", lambda device, dtype: tries.append(dtype) or dtype != torch.float32)
+    assert layer._kernel(torch.empty(4, 64)) is experts_loop and not tries
+    assert [layer._kernel(meta) for _ in range(2)] == [experts_loop] * 2
+    assert layer._kernel(meta.bfloat16()) is experts_grouped and tries == [torch.float32, torch.bfloat16]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert layer._kernel(meta.half()) is experts_loop and layer._kernel(meta.bfloat16()) is experts_grouped
+    assert len(tries) == 2
+
+    def no_kernel(*args, **kwargs):
+        raise NotImplementedError("no kernel for this device")
+
+    monkeypatch.setattr(experts.F, "grouped_mm", no_kernel)
+    assert not experts.grouped_works(cpu, torch.float32)

@@ -368,3 +368,13 @@ def test_state_dict_round_trip_on_meta(tiny):
         other = DeepSeekTransformer(DeepSeekConfig.from_dict(model.config.to_dict()))
     other.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
     assert torch.equal(other.eval()(tokens), model(tokens))
+
+
+def test_c008_footprint_of_spread_experts_is_that_of_one_rank(tiny):
+    from lumina_engine.model.exchange import ExpertGroup
+
+    model = tiny(num_experts=4, expert_parallel_size=2)
+    model.spread_experts(ExpertGroup(None, 0, 2, None, 1))
+    assert model.get_memory_footprint()["parameters"] == 4 * sum(p.numel() for p in model.parameters())
+    with pytest.raises(ValueError, match="float64"):
+        model.double().get_memory_footprint()

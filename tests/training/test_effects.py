@@ -1,11 +1,13 @@
 """C53, R36: each key that exists changes something that can be seen in what really runs; a key without a row here fails.
 
 `SEEN` rows change a key in a tiny run and name the aspects of `observed.observe` that must differ. `LAUNCHED` rows do the same
-with what is started. `ELSEWHERE` names the test that changes a key where ranks, processes or clocks are needed.
+with what is started. `ELSEWHERE` names the test that changes a key where ranks, processes or clocks are needed. What DeepSpeed
+is given for communication is read back from its live optimizer too.
 """
 
 from __future__ import annotations
 
+import ast
 import logging
 import re
 from pathlib import Path
@@ -17,6 +19,7 @@ from lumina_engine.config.checks import NOT_YET, check
 from lumina_engine.config.resolve import resolve
 from lumina_engine.config.schema import Config, fields_info
 from lumina_engine.run.directory import RunDirectory
+from lumina_engine.run.policy import Settings
 from lumina_engine.run.rank import NullChannel
 from lumina_engine.training.worker import Worker
 
@@ -136,36 +139,38 @@ LAUNCHED: dict[str, tuple[dict[str, Any], Any, str]] = {
     "master_port": ({"num_gpus": 2}, 31_234, "argv"),
 }
 ELSEWHERE = {
-    "compile": "training/test_compiling.py",
-    "expert_parallel_size": "parity/test_expert_parallel.py",
-    "overlap_alltoall": "parity/test_expert_parallel.py",
-    "auto_tune_precision": "training/test_precision.py",
-    "dynamic_precision": "training/test_precision.py",
-    "dynamic_batching": "training/test_batch_size.py",
-    "target_memory_usage": "training/test_batch_size.py",
-    "min_batch_size": "training/test_batch_size.py",
-    "max_batch_size": "training/test_batch_size.py",
-    "num_workers": "data/test_rows.py",
-    "prefetch_batches": "data/test_rows.py",
-    "communication_backend": "config/test_resolve.py",
-    "experiment_name": "training/test_budget_run.py",
-    "num_nodes": "run/test_launch.py",
-    "node_rank": "run/test_launch.py",
-    "hostfile": "run/test_launch.py",
-    "max_restarts": "run/test_supervisor.py",
-    "preempt_grace_s": "run/test_commands.py",
-    "engine_log_mb": "run/test_commands.py",
-    "async_save": "checkpoint/test_faults.py",
-    "enable_emergency_save": "checkpoint/test_manager.py",
-    "max_nonfinite_in_row": "faults/test_ft_guard.py",
-    "max_rollbacks": "faults/test_ft_guard.py",
-    "spike_sigma": "training/test_guard.py",
-    "spike_window": "training/test_guard.py",
-    "spike_recover_steps": "training/test_guard.py",
-    "spike_policy": "faults/test_ft_guard.py",
+    "compile": "training/test_compiling.py::test_c013_compiled_losses_equal_eager_and_the_first_state_is_compiling",
+    "expert_parallel_size": "parity/test_expert_parallel.py::test_c020_four_ranks_in_two_groups_equal_all_experts_on_each",
+    "overlap_alltoall": "parity/test_expert_parallel.py::test_c021_overlap_gives_the_same_losses_by_twice_the_transfers",
+    "auto_tune_precision": "training/test_precision.py::test_c071_the_start_measures_says_why_and_leaves_training_as_it_was",
+    "dynamic_precision": "training/test_precision.py::test_forced_overflows_walk_the_ladder_in_place",
+    "dynamic_batching": "training/test_batch_size.py::test_r42_out_of_memory_in_a_step_goes_on_with_half_the_micro_batch",
+    "target_memory_usage": "training/test_batch_size.py::test_c075_the_largest_batch_under_a_memory_cap_is_found",
+    "min_batch_size": "training/test_batch_size.py::test_c075_the_largest_divisor_that_fits",
+    "max_batch_size": "training/test_batch_size.py::test_c075_the_largest_divisor_that_fits",
+    "num_workers": "data/test_rows.py::test_c037_workers_give_the_same_batches",
+    "prefetch_batches": "data/test_rows.py::test_position_counts_rows_not_prefetched_steps",
+    "communication_backend": "config/test_resolve.py::test_c058_backend_and_launcher",
+    "experiment_name": "training/test_budget_run.py::test_c139_c113_a_run_weighs_and_takes_what_its_budget_says",
+    "num_nodes": "run/test_launch.py::test_c061_torchrun_on_each_machine",
+    "node_rank": "run/test_launch.py::test_c061_torchrun_on_each_machine",
+    "hostfile": "run/test_launch.py::test_c061_machines_of_a_hostfile",
+    "hang_timeout_s": "faults/test_ft_hang.py::test_ft07_a_hang_is_found_named_and_restarted_exactly",
+    "hang_factor": "faults/test_ft_hang.py::test_ft07_a_hang_is_found_named_and_restarted_exactly",
+    "max_restarts": "run/test_supervisor.py::test_r42_out_of_memory_with_restarts_switched_off_ends_the_run",
+    "preempt_grace_s": "run/test_commands.py::test_ps15_a_deaf_worker_and_its_setsid_grandchild_end_by_stop",
+    "engine_log_mb": "run/test_commands.py::test_ps16_a_flood_on_stdout_is_capped",
+    "async_save": "checkpoint/test_faults.py::test_ck16_async_save_false_blocks",
+    "enable_emergency_save": "checkpoint/test_manager.py::test_c084_emergency_save_of_plain_objects_can_be_switched_off",
+    "max_nonfinite_in_row": "training/test_precision.py::test_forced_overflows_walk_the_ladder_in_place",
+    "max_rollbacks": "faults/test_ft_guard.py::test_ft05_endless_nan_ends_with_93_after_the_limit",
+    "spike_sigma": "training/test_guard.py::test_ft06_a_value_beyond_the_bound_is_refused_and_one_inside_is_not",
+    "spike_window": "training/test_guard.py::test_ft06_a_value_beyond_the_bound_is_refused_and_one_inside_is_not",
+    "spike_recover_steps": "training/test_guard.py::test_ft06_a_new_level_is_not_left_out_for_ever",
+    "spike_policy": "faults/test_ft_guard.py::test_ft06_a_spike_goes_back_where_the_policy_says_so",
 }
 # tested below
-HERE = {"deepspeed_log_level", "hardware_interval_s"}
+HERE = {"deepspeed_log_level", "hardware_interval_s", "startup_timeout_s"}
 # Off and advise are accepted and do nothing: there is no controller yet, and what would act is refused.
 NOTHING = {"adaptive": "act", "expert_growth": "act"}
 EXISTING = [info.name for info in fields_info() if NOT_YET.get(info.name, ()) is not None]
@@ -242,10 +247,55 @@ def test_c053_changing_a_key_changes_what_is_started(name: str, tmp_path: Path) 
     assert found[0] != found[1]
 
 
+def named(node: ast.AST) -> set[str]:
+    """Names, attributes, keywords and words of strings below a node."""
+    found: set[str] = set()
+    for below in ast.walk(node):
+        if isinstance(below, ast.Constant) and isinstance(below.value, str):
+            found |= set(re.findall(r"\w+", below.value))
+        found |= {getattr(below, part) for part in ("id", "attr", "arg") if isinstance(getattr(below, part, None), str)}
+    return found
+
+
 @pytest.mark.parametrize("name", ELSEWHERE)
 def test_c053_the_test_elsewhere_changes_the_key(name: str) -> None:
-    text = (Path(__file__).parents[1] / ELSEWHERE[name]).read_text()
-    assert re.search(rf"\b{name}\b\W{{1,4}}\S", text) and "def test_" in text
+    """The key is in the code of the test that is named, or in what that test uses of its module."""
+    file, _, test = ELSEWHERE[name].partition("::")
+    tree = ast.parse((Path(__file__).parents[1] / file).read_text())
+    parts = {node.name: named(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for node in tree.body:
+        for target in [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", []):
+            if isinstance(target, ast.Name):
+                parts[target.id] = named(node)
+    assert test in parts and test.startswith("test_"), f"{file} has no {test}"
+    used, reached = set(parts[test]), {test}
+    while more := (used & set(parts)) - reached:
+        reached |= more
+        used |= set().union(*(parts[part] for part in more))
+    assert name in used, f"{test} does not name {name}"
+
+
+COMMUNICATION: dict[str, tuple[int, Any, str]] = {
+    "overlap_comm": (2, False, "overlap_comm"),
+    "contiguous_gradients": (2, False, "contiguous_gradients"),
+    "allgather_bucket_size": (2, 123_456, "allgather_bucket_size"),
+    "reduce_bucket_size": (2, 234_567, "reduce_bucket_size"),
+    "stage3_prefetch_bucket_size": (3, 456_789, "_prefetch_bucket_sz"),
+    "stage3_param_persistence_threshold": (3, 345, "param_numel_persistence_threshold"),
+}
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_c063_the_live_optimizer_has_the_communication_keys(stage: int, tmp_path: Path) -> None:
+    from .test_trainer import STAGE_3, setup
+
+    wanted = {name: value for name, (at, value, _) in COMMUNICATION.items() if at == stage}
+    at = STAGE_3 if stage == 3 else {"zero_stage": stage}
+    trainer, _, _ = setup(tmp_path, use_deepspeed=True, **at, **wanted)
+    zero = trainer.engine.optimizer  # type: ignore[attr-defined]
+    for name, value in wanted.items():
+        holder = getattr(zero, "parameter_offload", zero) if name.startswith("stage3") else zero
+        assert getattr(holder, COMMUNICATION[name][2]) == value, name
 
 
 def test_c062_the_log_level_is_that_of_deepspeeds_logger(tmp_path: Path) -> None:
@@ -260,6 +310,12 @@ def test_c062_the_log_level_is_that_of_deepspeeds_logger(tmp_path: Path) -> None
             assert logger.level == getattr(logging, level.upper())
     finally:
         logger.setLevel(before)
+
+
+def test_ft07_the_watchdog_waits_for_a_start_as_long_as_told() -> None:
+    """What the supervisor makes its `Limits` from; `run/test_watchdog.py` has what they do."""
+    for seconds in (7.0, 90.0):
+        assert Settings.of(Settings.of_config(Config(startup_timeout_s=seconds))).startup_timeout_s == seconds
 
 
 def test_c053_the_hardware_is_looked_at_as_often_as_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,8 +26,9 @@ from lumina_engine.training.engine import StateMismatch
 from lumina_engine.training.memory import dry_run
 from lumina_engine.training.state import payload
 from lumina_engine.training.trainer import EnhancedConversationTrainer
+from tests.parity.rows import Records
 
-from .losses import TINY, Records
+from .tiny import TINY
 
 CHATS = [
     ("What is the capital of the moon?", "There is none, but the craters have lovely names."),
@@ -236,8 +237,15 @@ def test_c067_memory_stats_are_measured(tmp_path: Path) -> None:
     assert stats["host"]["rss"] > 8 * parameters and stats["device"]["peak"] >= stats["device"]["allocated"] > 0
 
 
-def test_c062_debug_training_setup_tells_the_truth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trainer, dataset, _ = setup(tmp_path, batch_size=2, gradient_accumulation_steps=3)
+# at stage 3 DeepSpeed would put its own function in place of torch's linear, for the whole process
+STAGE_3 = {"zero_stage": 3, "deepspeed_overrides": {"zero_optimization": {"memory_efficient_linear": False}}}
+
+
+@pytest.mark.parametrize("engine", [{}, {"use_deepspeed": True, "zero_stage": 1}, {"use_deepspeed": True, **STAGE_3}])
+def test_c062_debug_training_setup_tells_the_truth(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], engine: dict[str, Any]
+) -> None:
+    trainer, dataset, _ = setup(tmp_path, batch_size=2, gradient_accumulation_steps=3, **engine)
     trainer.prepare(dataset)
     report = trainer.debug_training_setup()
     assert "2 micro x 3 accumulation x 1 ranks = 6 rows" in report["batch"]
