@@ -1,0 +1,35 @@
+"""A rollback in a real run that is killed before any checkpoint knows of it: the log does (RS08, RS10)."""
+
+from __future__ import annotations
+
+from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.log import read_records
+from lumina_engine.run.launch import wait
+
+from .conftest import TinyRuns
+from .injector import Fault
+from .tiny_run import final_manifest, steps
+
+POISON = [Fault("nan_loss", step, "forward") for step in (13, 14, 15)]
+
+
+def test_rs08_killed_between_a_rollback_and_the_next_save_equals_unbroken(tiny_runs: TinyRuns) -> None:
+    whole = tiny_runs.running("whole", POISON, max_steps=20)
+    assert wait(whole, 120) == 0, whole.log_path.read_text()[-2000:]
+    killed = tiny_runs.running("killed", [*POISON, Fault("kill", 10, "data", count=2)], max_steps=20)
+    assert wait(killed, 120) == 0, killed.log_path.read_text()[-2000:]
+    went = [
+        [(r.to_step, r.failed_step) for r in read_records(run.metrics_path) if isinstance(r, rec.Rewind)]
+        for run in (whole, killed)
+    ]
+    assert went == [[(8, 15)], [(8, 15), (8, None)]]
+    want, got = steps(whole), steps(killed)
+    assert sorted(got) == sorted(want) == list(range(1, 21))
+    for step in want:
+        for name in ("loss", "grad_norm", "lr", "tokens", "epoch"):
+            assert getattr(got[step], name) == getattr(want[step], name), (step, name)
+    records = list(read_records(killed.metrics_path))
+    assert [r.seq for r in records] == list(range(1, len(records) + 1))  # RS10
+    proof = next(r for r in records if isinstance(r, rec.Resume))
+    assert proof.step == 8 and proof.skipped_rows == (15 - 8) * 4 and proof.changed == {}
+    assert final_manifest(whole)["tokens"] == final_manifest(killed)["tokens"]
