@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 WORKER = "lumina_engine.training.worker"
 START_TIME = 60.0  # s until the supervisor must have reported
-LOST_TIME = 60.0  # s of silence after which a machine is lost where hang_timeout_s is 0
+LOST_TIME = 30.0  # s of silence after which a machine is lost where hang_timeout_s is 0
+LEAST_LOST_TIME = 3.0  # s
 _VERSIONS = ("lumina", "torch", "deepspeed", "numpy", "msgspec")
 _OWN = (
     "LUMINA_RUN_DIR",
@@ -72,7 +73,8 @@ def rank_argv(config: Config, run_dir: str | os.PathLike[str], world: int) -> li
     hosts = [host.name for host in machines(config, ranks)]
     carried()  # raises here, before anything is made, what could not go over
     by = "srun" if config.launcher == "srun" else "ssh"
-    timeout = config.hang_timeout_s or LOST_TIME
+    # half of what counts as hung: the ranks that wait for a lost machine are not to be started again, with it
+    timeout = max(LEAST_LOST_TIME, config.hang_timeout_s / 2) if config.hang_timeout_s else LOST_TIME
     address = _meeting_place(hosts) if config.master_addr == "auto" else config.master_addr
     return hosts_argv(command, hosts, ranks, by=by, address=address, port=config.master_port, timeout=timeout)
 

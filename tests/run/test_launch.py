@@ -54,7 +54,7 @@ def test_c061_machines_of_a_hostfile(tmp_path: Path) -> None:
     several = config(num_nodes=2, hostfile=str(tmp_path / "hosts"), master_addr="10.0.0.1", hang_timeout_s=7.0)
     argv = launch.rank_argv(several, "/r", 4)
     assert [word for word in argv if word.startswith("--host=")] == ["--host=localhost", "--host=node-b"], "this one first"
-    assert {"--ranks=2", "--by=ssh", "--address=10.0.0.1", "--port=29500", "--timeout=7"} <= set(argv)
+    assert {"--ranks=2", "--by=ssh", "--address=10.0.0.1", "--port=29500", "--timeout=3.5"} <= set(argv)
 
 
 def test_c061_machines_of_a_slurm_job(monkeypatch: pytest.MonkeyPatch) -> None:
