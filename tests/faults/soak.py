@@ -24,6 +24,8 @@ from typing import Any
 
 import numpy as np
 import psutil
+import torch
+from safetensors.torch import load_file
 
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import LogReader, read_records
@@ -48,7 +50,7 @@ KEYS: dict[str, Any] = {
 }
 PACE_S = 0.01  # added to each step: at most 100 a second
 CLIENTS = 8
-SAVE_S, VIEWER_S, KILL_S, LOOK_S = 5.0, 10.0, 60.0, 2.0
+SAVE_S, VIEWER_S, KILL_S, LOOK_S = 5.0, 10.0, 60.0, 2.0  # between two saves, viewers, kills, looks
 
 
 class Soak:
@@ -221,12 +223,21 @@ class Soak:
         if wait(other, self.seconds * 2 + 120) != 0:
             self.wrong.append(f"the replay ended with {other.info().reason}")
             return False
-        return tensor_files(self.run) == tensor_files(other)
+        mine, others = tensors(self.run), tensors(other)
+        return mine.keys() == others.keys() and all(torch.equal(mine[name], others[name]) for name in mine)
 
 
-def tensor_files(run: RunDirectory) -> dict[str, Any]:
-    """The digests of all tensor files of the newest checkpoint."""
-    return {e["path"]: e["chunks"] for e in final_manifest(run)["files"] if e["path"].endswith(".safetensors")}
+def tensors(run: RunDirectory) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint: weights, optimizer, generators.
+
+    Without the routing counts since the last `experts` record: a run that reaches its end has just written that record, one
+    that is stopped has not.
+    """
+    manifest = final_manifest(run)
+    folder = run.checkpoints / f"step-{manifest['step']:06d}"
+    files = [entry["path"] for entry in manifest["files"] if entry["path"].endswith(".safetensors")]
+    found = {f"{file}:{name}": value for file in files for name, value in load_file(folder / file).items()}
+    return {name: value for name, value in found.items() if ":routing." not in name}
 
 
 def read_all(run: RunDirectory) -> tuple[list[int], int]:
