@@ -153,17 +153,20 @@ def test_r37_number_where_text_is_meant_asks_for_quotes(write) -> None:
         ("seed: " + "9" * 5000 + "\n", "is not a number"),
     ],
 )
+@pytest.mark.row("SE07")
 def test_s05_bad_yaml_is_one_line_with_the_place(text: str, words: str, write) -> None:
     found = lines_of(write(text))
     assert len(found) == 1 and words in found[0] and "\n" not in found[0], found
 
 
+@pytest.mark.row("SE07")
 def test_s05_alias_bomb_is_small(write) -> None:
     levels = "\n".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 4)}]" for i in range(1, 5))
     found = lines_of(write(f"a0: &a0 [{', '.join('x' * 2000)}]\n{levels}\n"))
     assert "too large" in found[0] or "aliases" in found[0]
 
 
+@pytest.mark.row("SE07")
 def test_s05_files_that_are_none(tmp_path: Path, write) -> None:
     assert "larger than 1 MiB" in lines_of(write("#" + "x" * (1 << 20)))[0]
     assert ":2: is not UTF-8" in lines_of(write(b"seed: 1\nexperiment_name: \xff\n"))[0]

@@ -501,6 +501,7 @@ def test_svg_of_several_metrics_stands_below_each_other(run):
 
 
 @pytest.mark.slow
+@pytest.mark.row("MX04")
 def test_a_million_steps_in_bounded_memory(run):
     line = '{{"type":"step","seq":{0},"inc":1,"step":{0},"tokens":{0},"loss":1.5,"lr":0.1,"step_time":0.1,"grad_norm":0.5}}\n'
     with run.metrics_path.open("w") as file:

@@ -216,6 +216,7 @@ def cached_run(root: Path) -> tuple[RunDirectory, Path]:
     return engine.run, columns.cache_path(engine.run.metrics_path)
 
 
+@pytest.mark.row("MX04")
 def test_ps06_a_damaged_cache_is_ignored_and_written_anew(tmp_path):
     run, path = cached_run(tmp_path)
     good = path.read_bytes()

@@ -284,6 +284,7 @@ def test_mx10_a_killed_supervisor_changes_no_file_and_is_seen(tmp_path):
     assert runs.refresh()[0].state == "crashed" and not runs.look_at_living()
 
 
+@pytest.mark.row("MX05")
 async def test_c127_two_hundred_runs_read_only_what_is_seen(tmp_path, reads):
     finished_runs(tmp_path, 180, steps=2)
     async with contextlib.AsyncExitStack() as stack:
