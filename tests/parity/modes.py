@@ -22,10 +22,11 @@ from tests.parity.plain_loop import plain_losses
 from tests.parity.rows import ROWS, config_of, store_of
 
 PROGRAM = Path(__file__).with_name("rows.py")
-BOUNDS = {"fp32": 1e-5, "bf16": 2e-2}  # largest relative difference of a loss, in 20 steps
+BOUNDS = {"fp32": 1e-5, "bf16": 2e-2, "mixed_bf16": 2e-2}  # largest relative difference of a loss, in 20 steps
 # Offload to disk wants tensors of at least 1 MiB, or DeepSpeed never swaps them; and the gradient of this head does not begin
 # on a multiple of 512 bytes within its parameter group, which is where DeepSpeed 0.19 corrupts it.
 NVME_SHAPE = {"vocab_size": 16_384, "hidden_size": 65, "head_dim": 34, "tie_word_embeddings": False}
+BIAS_RATE = 0.01
 REFUSED = "refused: DeepSpeed runs a phantom optimizer step with bf16 at stage 0"
 
 
@@ -65,7 +66,21 @@ class Mode:
 
 def modes() -> list[Mode]:
     """All rows: stages and the plain engine, 1 and 2 ranks, precisions, accumulation, checkpointing; then offload."""
-    return [Mode(*row) for row in product((None, 0, 1, 2, 3), (1, 2), BOUNDS, (1, 4), (False, True))] + cpu_offload()
+    grid = product((None, 0, 1, 2, 3), (1, 2), ("fp32", "bf16"), (1, 4), (False, True))
+    return [*(Mode(*row) for row in grid), *mixed(), *cpu_offload()]
+
+
+def mixed() -> list[Mode]:
+    """Rows of fp32 weights under autocast, each engine on 1 and 2 ranks; accumulation and checkpointing take turns."""
+    return [
+        Mode(stage, ranks, "mixed_bf16", 4 if ranks == 1 else 1, ranks == 2) for stage in (None, 0, 1, 2, 3) for ranks in (1, 2)
+    ]
+
+
+def biased() -> list[Mode]:
+    """Rows with the router balanced by its bias (reference of their own), each engine on 1 and 2 ranks."""
+    more = (("router_bias_rate", BIAS_RATE),)
+    return [Mode(stage, ranks, "fp32", 4, False, "bias", more) for stage in (None, 0, 1, 2, 3) for ranks in (1, 2)]
 
 
 def cpu_offload() -> list[Mode]:
@@ -166,11 +181,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = write_data(Path(folder))
         disk = [] if async_io_problem() else nvme_offload(Path(folder) / "nvme")
-        wanted = modes() + disk
+        wanted = modes() + biased() + disk
         small, large = references(data), references(data, **NVME_SHAPE)
+        moved = references(data, router_bias_rate=BIAS_RATE)
         found = results(data, 1, wanted) | results(data, 2, wanted)
-    reference = {mode: (large if mode in disk else small)[mode.accumulation] for mode in wanted}
-    rows = [(m, None if m.refused else worst(found[m.name]["losses"], reference[m])) for m in wanted]
+    of = {mode: large if mode in disk else moved if mode.label == "bias" else small for mode in wanted}
+    rows = [(m, None if m.refused else worst(found[m.name]["losses"], of[m][m.accumulation])) for m in wanted]
     if len(sys.argv) > 1:
         Path(sys.argv[1]).write_text(table(rows))
     else:

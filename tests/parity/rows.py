@@ -2,7 +2,8 @@
 
     python rows.py DATA.jsonl '{"mode": {config overrides}, …}'      also under torch.distributed.run
 
-Prints `ROWS {"mode": {"losses": […], "where": {…}}}`; `where` is what the live optimizer says of where its state is kept.
+Prints `ROWS {"mode": {"losses": […], "bias": […], "where": {…}}}`; `bias` are the routers' at the end, `where` is what the live
+optimizer says of where its state is kept.
 """
 
 from __future__ import annotations
@@ -104,7 +105,15 @@ def main() -> None:
     for mode, overrides in modes.items():
         trainer, records = train(data, overrides, comm)
         where = comm.all_gather(where_kept(trainer)) if overrides.get("use_deepspeed", True) else []
-        out[mode] = {"losses": [r.loss for r in records if isinstance(r, Step)], "where": where}
+        steps = [r for r in records if isinstance(r, Step)]
+        out[mode] = {
+            "losses": [r.loss for r in steps],
+            "aux_loss": [r.aux_loss for r in steps],
+            "grad_norm": [r.grad_norm for r in steps],
+            "tokens": [r.tokens for r in steps],
+            "bias": trainer.model.router_bias_LE.tolist(),
+            "where": where,
+        }
     if comm.rank == 0:
         print("ROWS " + json.dumps(out), flush=True)
 

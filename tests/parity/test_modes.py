@@ -10,7 +10,22 @@ import pytest
 from lumina_engine.config.checks import check
 from lumina_engine.config.offload_checks import async_io_problem
 from lumina_engine.config.schema import Config
-from tests.parity.modes import BOUNDS, NVME_SHAPE, Mode, modes, nvme_offload, references, results, worst, write_data
+from tests.parity.modes import (
+    BIAS_RATE,
+    BOUNDS,
+    NVME_SHAPE,
+    Mode,
+    biased,
+    modes,
+    nvme_offload,
+    references,
+    results,
+    table,
+    worst,
+    write_data,
+)
+from tests.parity.plain_loop import plain_training
+from tests.parity.rows import ROWS, config_of, store_of
 
 RUN = [mode for mode in modes() if not mode.refused]
 
@@ -32,7 +47,20 @@ NO_AIO = async_io_problem()
 
 @pytest.fixture(scope="module")
 def found(data: Path) -> dict[str, dict[str, Any]]:
-    return results(data, 1, RUN) | results(data, 2, RUN)
+    wanted = RUN + biased()
+    return results(data, 1, wanted) | results(data, 2, wanted)
+
+
+@pytest.mark.timeout(900)
+def test_c054_the_table_of_all_modes(
+    found: dict[str, dict[str, Any]], reference: dict[int, list[float]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Writes it to `parity.md` in the folder of this session's temporary files."""
+    rows = [(m, None if m.refused else worst(found[m.name]["losses"], reference[m.accumulation])) for m in modes()]
+    path = tmp_path_factory.getbasetemp() / "parity.md"
+    path.write_text(table(rows))
+    print(path.read_text())
+    assert path.read_text().count("\n| ") == len(rows) + 1
 
 
 @pytest.mark.timeout(900)
@@ -41,6 +69,23 @@ def test_c054_losses_equal_plain_pytorch(
     mode: Mode, found: dict[str, dict[str, Any]], reference: dict[int, list[float]]
 ) -> None:
     assert worst(found[mode.name]["losses"], reference[mode.accumulation]) <= BOUNDS[mode.precision]
+
+
+@pytest.fixture(scope="module")
+def moved(data: Path) -> tuple[list[float], list[list[float]]]:
+    config = config_of(str(data), {"router_bias_rate": BIAS_RATE})
+    return plain_training(config, store_of(config), ROWS, 4)
+
+
+@pytest.mark.parametrize("mode", biased(), ids=lambda mode: mode.name)
+def test_c141_the_bias_moves_once_per_step_by_the_choices_of_all_ranks_and_parts(
+    mode: Mode, found: dict[str, dict[str, Any]], moved: tuple[list[float], list[list[float]]]
+) -> None:
+    losses, bias_LE = moved
+    assert worst(found[mode.name]["losses"], losses) <= BOUNDS["fp32"]
+    for got_E, want_E in zip(found[mode.name]["bias"], bias_LE, strict=True):
+        assert got_E == pytest.approx(want_E, abs=1e-6)
+    assert max(max(bias_E) for bias_E in bias_LE) > 2 * BIAS_RATE
 
 
 @pytest.mark.parametrize("mode", [mode for mode in modes() if mode.refused], ids=lambda mode: mode.name)
