@@ -19,6 +19,8 @@ _BYTES = {"fp32": (4, 4, 4), "bf16": (2, 2, 2), "fp16": (2, 2, 2), "mixed_bf16":
 _REUSED = 500_000_000
 # elements that DeepSpeed reduces at once at stage 0
 _STAGE0_BUCKET = 500_000_000
+# of the plain loop's conversions to fp32: 2**20 values on a CPU, 2**24 on a GPU (training/masters.py)
+_STRETCH = {True: 4 << 20, False: 64 << 20}
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +176,9 @@ def _whole(model: DeepSeekConfig, layout: Layout, counts: Counts) -> _State:
         optimizer=count * (12 if masters else 8),  # two moments in fp32; a master copy unless the weights are fp32
         held=gradients if layout.accumulates else 0,
         left=gradients,
-        update=gradients + max(buckets, count * 4 if masters else 0),
+        # DeepSpeed has all gradients in fp32 at once, the plain loop a stretch of them
+        update=gradients
+        + max(buckets, (count * 4 if layout.use_deepspeed else min(count * 4, _STRETCH[layout.on_cpu])) if masters else 0),
         buckets=0,
     )
 

@@ -22,7 +22,7 @@ _BLOCK = 256
 _BLOCK_SCORES = 1 << 24
 _NARROWEST = 64
 # Pairs of one block that are computed at once have this many scores, so that they stay in the cache.
-_CACHED_SCORES = (1 << 18) - 1
+_CACHED_SCORES = 1 << 19
 
 
 def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,8 +102,9 @@ def _slow_backward(query: Tensor, value: Tensor) -> bool:
 def block_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, window: int | None = None) -> Tensor:
     """Causal attention (S = T) over blocks of queries, each against the keys that its window reaches.
 
-    Batched matrix products in the dtype of the queries; the backward computes the scores again. The heads of a group are
-    stacked, so keys and values are not repeated, and the work follows the window.
+    Scores and softmax are float32 whatever the dtype of the queries is; the other batched products are in that dtype. The
+    backward computes the scores again. The heads of a group are stacked, so keys and values are not repeated, and the work
+    follows the window.
     """
     return _BlockAttention.apply(query, key, value, scale or query.shape[-1] ** -0.5, window or query.shape[2])
 
@@ -113,38 +114,41 @@ class _BlockAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int) -> Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.scale, ctx.window = scale, window
-        query_PGSd, key_PTd, value_PTe = _stacked(query, key, value, scale)
-        out = query.new_empty(*query_PGSd.shape[:3], value.shape[-1])
-        for pairs, rows, keys in _blocks(query_PGSd, window):
-            probs = _probabilities(query_PGSd[pairs, :, rows], key_PTd[pairs, keys], rows.start - keys.start, window)
-            out[pairs, :, rows] = torch.bmm(probs, value_PTe[pairs, keys]).view_as(out[pairs, :, rows])
+        with torch.autocast(query.device.type, enabled=False):
+            query32_PGSd, key32_PTd = _exact(query, key, scale)
+            value_PTe = value.flatten(0, 1).contiguous()
+            out = query.new_empty(*query32_PGSd.shape[:3], value.shape[-1])
+            for pairs, rows, keys in _blocks(query32_PGSd, window):
+                probs = _probabilities(query32_PGSd[pairs, :, rows], key32_PTd[pairs, keys], rows.start - keys.start, window)
+                out[pairs, :, rows] = torch.bmm(probs.to(value.dtype), value_PTe[pairs, keys]).view_as(out[pairs, :, rows])
         return out.view(*query.shape[:3], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value = ctx.saved_tensors
+        dtype = query.dtype
         with torch.autocast(grad.device.type, enabled=False):
-            query_PGSd, key_PTd, value_PTe = _stacked(query, key, value, ctx.scale)
+            query32_PGSd, key32_PTd = _exact(query, key, ctx.scale)
+            query_PGSd, key_PTd, value_PTe = query32_PGSd.to(dtype), key32_PTd.to(dtype), value.flatten(0, 1).contiguous()
             grad_PGSe = grad.reshape(*query_PGSd.shape[:3], -1)
             grad_q, grad_k, grad_v = torch.empty_like(query_PGSd), torch.zeros_like(key_PTd), torch.zeros_like(value_PTe)
             for pairs, rows, keys in _blocks(query_PGSd, ctx.window):
                 query_PRd, grad_PRe = query_PGSd[pairs, :, rows].flatten(1, 2), grad_PGSe[pairs, :, rows].flatten(1, 2)
-                key_PCd = key_PTd[pairs, keys]
-                probs = _probabilities(query_PGSd[pairs, :, rows], key_PCd, rows.start - keys.start, ctx.window)
-                grad_v[pairs, keys].baddbmm_(probs.transpose(1, 2), grad_PRe)
-                grad_p = torch.bmm(grad_PRe, value_PTe[pairs, keys].transpose(1, 2))
-                grad_s = torch.ops.aten._softmax_backward_data(grad_p, probs, -1, grad_p.dtype)
-                grad_q[pairs, :, rows] = torch.bmm(grad_s, key_PCd).view_as(grad_q[pairs, :, rows])
+                before = rows.start - keys.start
+                probs = _probabilities(query32_PGSd[pairs, :, rows], key32_PTd[pairs, keys], before, ctx.window)
+                grad_v[pairs, keys].baddbmm_(probs.to(dtype).transpose(1, 2), grad_PRe)
+                grad_p = torch.bmm(grad_PRe, value_PTe[pairs, keys].transpose(1, 2)).float()
+                grad_s = torch.ops.aten._softmax_backward_data(grad_p, probs, -1, grad_p.dtype).to(dtype)
+                grad_q[pairs, :, rows] = torch.bmm(grad_s, key_PTd[pairs, keys]).view_as(grad_q[pairs, :, rows])
                 grad_k[pairs, keys].baddbmm_(grad_s.transpose(1, 2), query_PRd)
         return grad_q.mul_(ctx.scale).view(query.shape), grad_k.view(key.shape), grad_v.view(value.shape), None, None
 
 
-def _stacked(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Scaled queries (P, G, S, d), keys (P, T, d), values (P, T, e), contiguous."""
-    pairs = key.shape[0] * key.shape[1]
-    queries = (query * scale).reshape(pairs, -1, *query.shape[2:])
-    return queries.contiguous(), key.flatten(0, 1).contiguous(), value.flatten(0, 1).contiguous()
+def _exact(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Scaled queries (P, G, S, d) and keys (P, T, d) in float32, contiguous: what scores are made of."""
+    queries = (query.float() * scale).reshape(key.shape[0] * key.shape[1], -1, *query.shape[2:])
+    return queries.contiguous(), key.float().flatten(0, 1).contiguous()
 
 
 def _blocks(query_PGSd: Tensor, window: int) -> list[tuple[slice, slice, slice]]:
@@ -156,7 +160,7 @@ def _blocks(query_PGSd: Tensor, window: int) -> list[tuple[slice, slice, slice]]
     for rows in query_blocks(pairs * groups, length, min(length, window + most), most):
         keys = slice(max(0, rows.start - window + 1), rows.stop)
         scores = groups * (rows.stop - rows.start) * (keys.stop - keys.start)
-        step = max(1, _CACHED_SCORES // scores)
+        step = -(-pairs // -(-pairs * scores // _CACHED_SCORES))  # parts of equal size
         found += [(slice(pair, pair + step), rows, keys) for pair in range(0, pairs, step)]
     return found
 

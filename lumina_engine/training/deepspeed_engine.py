@@ -53,7 +53,7 @@ class DeepSpeedEngine:
             model = model.to(device=comm.device, dtype=precision.weights)
         self.experts = SpreadExperts(model, comm)
         groups = expert_groups(parameter_groups(model, config.weight_decay), self.experts)
-        inner = adamw(groups, config)
+        inner = adamw(groups, config, torch.optim.AdamW)
         with expert_handling(model, self.experts):
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=inner, config=ds_config, dist_init_required=False

@@ -13,13 +13,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import nn
 
 from .comm import Comm
 from .loss_scale import LossScale
+from .masters import norm_of_short
 from .memory import whole_shape
 
 
@@ -88,9 +89,12 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def adamw(groups: Iterable[dict[str, Any]], config: Any) -> torch.optim.AdamW:
+_AdamW = TypeVar("_AdamW", bound=torch.optim.AdamW)
+
+
+def adamw(groups: Iterable[dict[str, Any]], config: Any, kind: type[_AdamW]) -> _AdamW:
     """AdamW, fused where the device has it (CPU and CUDA do)."""
-    return torch.optim.AdamW(
+    return kind(
         list(groups), lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2), eps=config.adam_eps, fused=True
     )
 
@@ -136,9 +140,12 @@ def load_named_state(
 
 
 def global_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
-    """The 2-norm of all gradients together."""
+    """The 2-norm of all gradients together, in fp32."""
     grads = [p.grad for p in parameters if p.grad is not None]
-    return torch.nn.utils.get_total_norm(grads) if grads else torch.zeros(())
+    if not grads:
+        return torch.zeros(())
+    short = grads[0].dtype != torch.float32
+    return norm_of_short(grads) if short else torch.nn.utils.get_total_norm(grads)
 
 
 def build_engine(model: nn.Module, config: Any, comm: Comm, ds_config: dict[str, Any] | None) -> Engine:

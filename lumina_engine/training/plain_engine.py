@@ -13,6 +13,7 @@ from .comm import Comm
 from .engine import Allows, StepResult, adamw, anything, load_named_state, named_state, parameter_groups
 from .expert_parallel import SpreadExperts
 from .loss_scale import LossScale
+from .masters import MasterAdamW
 from .precision import Precision
 
 
@@ -33,11 +34,16 @@ class PlainEngine:
         self.max_grad_norm = config.max_grad_norm
         groups = parameter_groups(self.module, config.weight_decay)
         self.masters: dict[nn.Parameter, nn.Parameter] = {}
-        if self.precision.weights != torch.float32:
+        self.optimizer: torch.optim.AdamW
+        if self.precision.weights == torch.float32:
+            self.optimizer = adamw(groups, config, torch.optim.AdamW)
+        else:
             self.masters = {p: nn.Parameter(p.detach().float().clone()) for p in self.parameters}
             groups = [{**group, "params": [self.masters[p] for p in group["params"]]} for group in groups]
             self.names = {self.masters[p]: name for p, name in self.names.items()}
-        self.optimizer = adamw(groups, config)
+            optimizer = adamw(groups, config, MasterAdamW)
+            optimizer.weights = {master: parameter for parameter, master in self.masters.items()}
+            self.optimizer = optimizer
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         with self.precision.context(self.comm.device):
@@ -62,32 +68,30 @@ class PlainEngine:
 
     def step(self, lr: float, allows: Allows = anything) -> StepResult:
         self._sum_over_ranks()
-        worked = [self.masters.get(p, p) for p in self.parameters]
-        for parameter, master in self.masters.items():
-            master.grad = None if parameter.grad is None else parameter.grad.float()
+        norm = self.experts.norm(*self.experts.split(self.parameters))
         if self.scale is not None:
-            for parameter in worked:
-                if parameter.grad is not None:
-                    parameter.grad.div_(self.scale.value)
-        norm = self.experts.norm(*([self.masters.get(p, p) for p in part] for part in self.experts.split(self.parameters)))
+            norm = norm / self.scale.value
         grad_norm = float(norm)
         allowed = math.isfinite(grad_norm) and allows(grad_norm)
         if allowed:
-            if self.max_grad_norm > 0:
-                # the fused kernel divides by it as it reads the gradients: clipping without a pass of its own
-                self.optimizer.grad_scale = ((norm + 1e-6) / self.max_grad_norm).clamp(min=1)  # type: ignore[attr-defined]
+            # The fused kernels divide by it as they read the gradients: clipping without a pass of its own.
+            self.optimizer.grad_scale = self._divisor(norm)  # type: ignore[attr-defined]
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()
-            with torch.no_grad():
-                for parameter, master in self.masters.items():
-                    parameter.copy_(master)
         self.discard()
         return StepResult.of(grad_norm, self.scale, allowed)
 
+    def _divisor(self, norm: torch.Tensor) -> torch.Tensor | None:
+        """What gradients are divided by for clipping and the loss scale; None if by one, which would only write them again."""
+        divisor = torch.ones_like(norm) if self.scale is None else torch.full_like(norm, self.scale.value)
+        if self.max_grad_norm > 0:
+            divisor *= ((norm + 1e-6) / self.max_grad_norm).clamp(min=1)
+        return None if float(divisor) == 1 else divisor
+
     def discard(self) -> None:
         """Forget the gradients gathered since the last step."""
-        for parameter in {*self.parameters, *self.masters.values()}:
+        for parameter in self.parameters:
             parameter.grad = None
 
     def model_tensors(self) -> dict[str, torch.Tensor]:

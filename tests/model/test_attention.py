@@ -85,6 +85,10 @@ def test_c006_documents_are_isolated(tiny, kind, length, fused):
     assert torch.isfinite(logits).all()
 
 
+# Queries, keys and values of two tokens: scores of the second query are 128 and 128.4.
+TWO_KEYS = ([[8, 1], [8, 1]], [[16, 0], [16, 0.4]], [[0, 0], [1, 0]])
+
+
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_c006_short_attention_in_bf16_equals_reference(kv_heads):
     """The products that replace SDPA's slow bf16 backward on CPU, in fp32 where they must agree closely."""
@@ -100,6 +104,20 @@ def test_c006_short_attention_in_bf16_equals_reference(kv_heads):
     out = fused_attention(*rounded, None, True)
     assert "BlockAttention" in type(out.grad_fn).__name__
     torch.testing.assert_close(out.float(), results[1][0], atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_c071_scores_and_softmax_are_fp32_in_bf16(autocast):
+    """128 and 128.4 are the same number in bf16, so that rounded scores would give both keys the same probability."""
+    query, key, value = (torch.tensor(rows, dtype=torch.bfloat16)[None, None] for rows in TWO_KEYS)
+    query.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = fused_attention(query, key, value, None, True, scale=1.0)
+    assert "BlockAttention" in type(out.grad_fn).__name__
+    second = torch.sigmoid(key[0, 0, 1, 1].float())
+    torch.testing.assert_close(out[0, 0, 1, 0].float(), second, atol=2e-3, rtol=0)
+    out[0, 0, 1, 0].backward()
+    torch.testing.assert_close(query.grad[0, 0, 1, 1].float(), second * (1 - second) * key[0, 0, 1, 1], atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)

@@ -14,6 +14,7 @@ from torch import nn
 from lumina_engine.config.schema import DeepSeekConfig
 from lumina_engine.model.transformer import DeepSeekTransformer
 from lumina_engine.monitoring import record as rec
+from lumina_engine.training import masters
 from lumina_engine.training.comm import Comm
 from lumina_engine.training.engine import parameter_groups
 from lumina_engine.training.plain_engine import PlainEngine
@@ -150,3 +151,34 @@ def test_deterministic_asks_for_deterministic_kernels() -> None:
         assert not torch.equal(one, torch.rand(3))  # dropout differs between ranks
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.05])
+def test_c071_masters_are_updated_as_if_all_gradients_were_fp32(clip: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stretch at a time (the last one shorter), over three steps: AdamW on fp32 copies, and weights rounded."""
+    monkeypatch.setattr(masters, "_STRETCH_CPU", 64)
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"out": nn.Linear(30, 7), "idle": nn.Linear(2, 2)})
+    engine = PlainEngine(model, settings(precision="bf16", max_grad_norm=clip), Comm())
+    copies = {n: nn.Parameter(p.detach().float()) for n, p in model.named_parameters() if "idle" not in n}
+    plain = torch.optim.AdamW(
+        [{"params": [copies["out.weight"]], "weight_decay": 0.2}, {"params": [copies["out.bias"]], "weight_decay": 0.0}],
+        betas=(0.8, 0.9),
+        eps=1e-3,
+        fused=True,
+    )
+    idle = {n: p.detach().clone() for n, p in model.named_parameters() if "idle" in n}
+    for lr in (0.1, 0.2, 0.05):
+        for name, copy in copies.items():
+            gradient = torch.randn(copy.shape).bfloat16()
+            model.get_parameter(name).grad, copy.grad = gradient, gradient.float()
+        norm = torch.nn.utils.get_total_norm([copy.grad for copy in copies.values()])
+        plain.grad_scale = ((norm + 1e-6) / clip).clamp(min=1) if clip else None
+        for group in plain.param_groups:
+            group["lr"] = lr
+        plain.step()
+        assert engine.step(lr).grad_norm == pytest.approx(float(norm), rel=1e-6)
+    for name, copy in copies.items():
+        torch.testing.assert_close(engine.masters[model.get_parameter(name)], copy, atol=1e-6, rtol=1e-6)
+        assert torch.equal(model.get_parameter(name), engine.masters[model.get_parameter(name)].bfloat16())
+    assert all(torch.equal(model.get_parameter(n), p) for n, p in idle.items())
