@@ -160,8 +160,18 @@ def _blocks(query_PGSd: Tensor, window: int) -> list[tuple[slice, slice, slice]]
     for rows in query_blocks(pairs * groups, length, min(length, window + most), most):
         keys = slice(max(0, rows.start - window + 1), rows.stop)
         scores = groups * (rows.stop - rows.start) * (keys.stop - keys.start)
-        step = -(-pairs // -(-pairs * scores // _CACHED_SCORES))  # parts of equal size
-        found += [(slice(pair, pair + step), rows, keys) for pair in range(0, pairs, step)]
+        found += [(part, rows, keys) for part in _recurring(pairs, max(1, _CACHED_SCORES // scores))]
+    return found
+
+
+def _recurring(count: int, most: int) -> list[slice]:
+    """Cuts a range into powers of two, at most `most` long: oneDNN generates code for every new number of products, which costs
+    more than they do, and documents come in any number."""
+    found, start = [], 0
+    while start < count:
+        size = 1 << (min(most, count - start).bit_length() - 1)
+        found.append(slice(start, start + size))
+        start += size
     return found
 
 

@@ -99,11 +99,11 @@ def measure(
         log = MetricLog(Path(folder) / "metrics.jsonl", 1) if comm.rank == 0 else None
         watch = _Stopwatch(log, each)
         trainer = EnhancedConversationTrainer(model, tokenizer, config, watch, comm=comm)
-        roofs = [_roofs(trainer)]
         with uniform_routing(trainer.model) if uniform else nullcontext():
             trainer.train(store)
         memory = memory_stats(trainer.model, trainer.engine.state_tensors(), comm.device)
-        roofs.append(_roofs(trainer))
+        # Behind the peak of memory, of which the factors would become a part. Twice: the machine may be slower just now.
+        roofs = [_roofs(trainer), _roofs(trainer)]
         if log is not None:
             log.close()
     if comm.rank != 0:

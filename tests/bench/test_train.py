@@ -6,14 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from lumina_engine.commands.bench import SHAPE
 from lumina_engine.config.counts import attention_pair_flops, training_flops_per_token
 from lumina_engine.config.schema import Config, DeepSeekConfig
-from lumina_engine.training import benchmark
-from lumina_engine.training.matmul_peak import step_products
+from lumina_engine.training import benchmark, matmul_peak
+from lumina_engine.training.matmul_peak import Product, step_products
+from lumina_engine.training.memory import memory_stats
 
 TINY = {
     "vocab_size": 1024,
@@ -63,6 +66,20 @@ def test_c148_uniform_routing_for_figures_that_depend_on_no_router():
     losses = [line["loss"] for line in seen]
     benchmark.measure(config, 2, 1, seen.append)
     assert losses != [line["loss"] for line in seen[3:]]
+
+
+def test_c148_roofs_are_measured_behind_the_peak_of_memory_and_by_the_fastest_library(monkeypatch):
+    order = []
+    monkeypatch.setattr(benchmark, "memory_stats", lambda *_: order.append("memory") or memory_stats(*_))
+    monkeypatch.setattr(benchmark, "_roofs", lambda _: order.append("roofs") or (1.0, 2.0))
+    benchmark.measure(Config(**{**SHAPE, **TINY, "deterministic": False}), 1, 0, lambda _: None)
+    assert order == ["memory", "roofs", "roofs"]
+    clock = [0.0]
+    monkeypatch.setattr(matmul_peak, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    for slow, fast in (("_mm", "model_product"), ("model_product", "_mm")):
+        monkeypatch.setattr(matmul_peak, slow, lambda *_: clock.append(clock.pop() + 4.0))
+        monkeypatch.setattr(matmul_peak, fast, lambda *_: clock.append(clock.pop() + 2.0))
+        assert matmul_peak.products_rate([Product(8, 8, 8, 3)], torch.device("cpu"), torch.float32) == 2 * 8**3 / 2
 
 
 def test_the_step_s_own_products_are_its_operations_but_for_attention_and_router():
