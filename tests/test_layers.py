@@ -101,7 +101,11 @@ def test_se06_forbidden_calls(path: Path) -> None:
             assert not {"pickle", "dill", "cloudpickle", "marshal", "shelve"} & set(names), where
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            assert called not in {"eval", "exec", "os.system", "os.popen", "torch.load"}, f"{where} {called}"
+            forbidden = {"eval", "exec", "os.system", "os.popen", "torch.load"}
+            if path.name == "pickles.py":  # the one importer, in a process of its own (S3)
+                forbidden -= {"torch.load"}
+                assert called != "torch.load" or any(word.arg == "weights_only" for word in node.keywords), where
+            assert called not in forbidden, f"{where} {called}"
             assert called not in {"yaml.load", "yaml.unsafe_load", "yaml.full_load"}, f"{where} {called}"
             if called.rpartition(".")[2] in {"extractall", "extract", "unpack_archive"}:
                 filters = [ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "filter"]

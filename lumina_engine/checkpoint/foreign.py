@@ -1,4 +1,4 @@
-"""Committed checkpoints to and from folders of other programs: `config.json` and safetensors, no pickle on the way.
+"""Committed checkpoints to and from folders of other programs: `config.json` and safetensors; pickles through pickles.py.
 
 A folder that is exported appears as a whole or not at all. What is imported is compared with the model that its `config.json`
 describes before a run is made.
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ from .files import (
 )
 from .keep import leased
 from .payload import MODEL, MODEL_CONFIG, TOKENIZER, Payload, read_json
+from .pickles import SUFFIXES, is_deepspeed, unpack_weights
 from .plain import architecture_diff
 from .resolve import resolve_checkpoint
 from .resume import check_ledger
@@ -42,7 +45,6 @@ FORMATS = ("hf", "safetensors")
 WEIGHTS, INDEX, SHAPE = "model.safetensors", "model.safetensors.index.json", "config.json"
 _TOKENIZER_ENTRY = "lumina_tokenizer"  # in an exported config.json: what the ids mean, by name and digest
 MAX_DESCRIPTION_BYTES = 16 << 20
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
 def export_checkpoint(reference: str | os.PathLike[str], out: str | os.PathLike[str], kind: str = "hf") -> dict[str, Any]:
@@ -200,10 +202,8 @@ def _files(path: Path) -> Iterable[str]:
         return sorted(set(names.values()))
     if (path / WEIGHTS).exists():
         return [WEIGHTS]
-    pickles = sorted(entry.name for entry in path.iterdir() if entry.suffix in _PICKLES)
-    why = (
-        f"{pickles[0]} is a pickle, which is never opened here; save the model as safetensors" if pickles else "nothing to read"
-    )
+    pickles = sorted(entry.name for entry in path.iterdir() if entry.suffix in SUFFIXES)
+    why = f"{pickles[0]} is a pickle: import that file itself, with --shape {path / SHAPE}" if pickles else "nothing to read"
     raise CheckpointError(f"{path} has no {WEIGHTS} and no {INDEX}: {why}")
 
 
@@ -237,10 +237,37 @@ def _tokenizer(path: Path, wanted: str | None, named: object, rows: int) -> dict
     return {"name": tokenizer.name, "digest": tokenizer.digest}
 
 
+@contextmanager
+def _without_pickles(source: Path, shape: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """A folder with config.json and safetensors of what is imported; pickles are unpacked into it by a process of their own."""
+    pickled = source.suffix in SUFFIXES and source.is_file()
+    if not pickled and not is_deepspeed(source):
+        if shape is not None:
+            raise CheckpointError(f"{source} has a {SHAPE} of its own: --shape is for .pt files and folders of DeepSpeed")
+        yield source
+        return
+    with tempfile.TemporaryDirectory(prefix="lumina-import-") as made:
+        folder = Path(made)
+        unpack_weights(source, folder)
+        if shape is not None:
+            (folder / SHAPE).write_bytes(_read_small(Path(shape).expanduser()))
+        if not (folder / SHAPE).exists():
+            raise CheckpointError(
+                f"{source} holds weights only, and shapes do not tell the number of heads: give --shape FILE ({SHAPE})"
+            )
+        yield folder
+
+
 def import_folder(
-    folder: str | os.PathLike[str], root: str | os.PathLike[str], run: str, tokenizer: str | None = None
+    folder: str | os.PathLike[str],
+    root: str | os.PathLike[str],
+    run: str,
+    tokenizer: str | None = None,
+    shape: str | os.PathLike[str] | None = None,
 ) -> dict[str, Any]:
-    """Commit a folder as step 0, and the best checkpoint, of a new run.
+    """Commit a folder, a `.pt` file or a folder of DeepSpeed as step 0, and the best checkpoint, of a new run.
+
+    `shape` names the config.json of weights that come without one.
 
     Returns:
         path, run, layout, parameters, tokenizer.
@@ -253,7 +280,8 @@ def import_folder(
     from .manager import CheckpointManager
 
     check_name(run)
-    payload = read_foreign(folder, tokenizer)
+    with _without_pickles(Path(folder).expanduser(), shape) as plain:
+        payload, described = read_foreign(plain, tokenizer), _described(plain)
     config = Config(**{**payload.model_config, "tokenizer": payload.tokenizer["name"], "experiment_name": run})
     made = RunDirectory.create(root, run)
     [result] = CheckpointManager(config, made).save(payload, best=True)
@@ -262,7 +290,6 @@ def import_folder(
     if result.path is None:
         raise CheckpointError(f"{folder}: {result.failed}")
     config.save(made.config_path)
-    described = _described(Path(folder).expanduser())
     parameters = sum(tensor.numel() for name, tensor in payload.model.items() if not name.endswith("router.bias"))
     return {
         "path": str(result.path),

@@ -369,11 +369,13 @@ class CheckpointManager:
     def load(self, path: str | Path, *, same_config: bool = True) -> Loaded:
         """Read a checkpoint for this rank, after comparing every digest of what this rank reads.
 
+        The run that saved it may have had another number of ranks; `Loaded.saved_state` puts their parts together.
+
         Args:
             same_config: refuse a checkpoint whose shapes, data or tokenizer settings differ from this configuration's.
 
         Raises:
-            CheckpointError: damaged, replaced, of another world size or configuration; on every rank alike.
+            CheckpointError: damaged, replaced, or of another configuration; on every rank alike.
         """
         loaded, error = None, None
         try:
@@ -389,7 +391,7 @@ class CheckpointManager:
         with leased(path) as folder:
             report = require(verify(path, select=belongs_to(self.comm.rank)))
             notes = check_ledger(report, self.run_id if path.parent in (self.checkpoints, self.emergency_dir) else None)
-            loaded = read_loaded(folder, report, self.comm.rank, self.comm.world_size)
+            loaded = read_loaded(folder, report, self.comm.rank)
         if same_config:
             check_config(loaded.config, self.config, path)
         loaded.notes.extend(notes)

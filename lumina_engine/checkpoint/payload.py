@@ -15,9 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
+from .compress import SUFFIX, compressed, plain_names, read_compressed
 from .files import CheckpointError, FileEntry, dump_json, load_json, read_file
+from .keep import leased
 from .tensors import first_non_finite, host_copy, pack, read_tensors, tensor_file, unpack
-from .verify import Report
+from .universal import SavedState, Shard
+from .verify import Report, require, verify
 
 MODEL, MODEL_CONFIG, TOKENIZER = "model/model.safetensors", "model/config.json", "model/tokenizer.json"
 TRAINER, CONFIG = "state/trainer.json", "state/config.json"
@@ -47,21 +50,31 @@ class Payload:
 
 @dataclass(slots=True)
 class Loaded(Payload):
-    """A verified checkpoint, read for one rank. `notes` are for the user; tensors are privately mapped from the files."""
+    """A verified checkpoint, read for one rank. `notes` are for the user; tensors are privately mapped from the files.
+
+    rank_state and rank_tensors are empty on a rank that the saving run did not have. `others` verifies and maps what the other
+    ranks saved.
+    """
 
     path: Path = Path()
     manifest: dict[str, Any] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     notes: list[str] = field(default_factory=list)
+    others: Callable[[], list[Shard]] = list
+
+    def saved_state(self) -> SavedState:
+        """The optimizer state for whatever ranks and stage go on with it."""
+        return SavedState(Shard(self.rank_tensors, self.rank_state.get("begins", {})), self.others, self.model)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedFile:
-    """A file to write: path in the checkpoint, size in bytes, and a function that yields its content."""
+    """A file to write: path in the checkpoint, size in bytes (at most, if not `exact`), a function that yields its content."""
 
     path: str
     size: int
     pieces: Callable[[], Iterable[Any]]
+    exact: bool = True
 
 
 def rank_files(rank: int) -> tuple[str, str]:
@@ -75,8 +88,12 @@ def required_files(world: int) -> set[str]:
     return {MODEL, MODEL_CONFIG, TOKENIZER, TRAINER, *own}
 
 
-def plan_files(payload: Payload, rank: int, world: int, config: dict[str, Any] | None, copy: bool) -> list[PlannedFile]:
+def plan_files(
+    payload: Payload, rank: int, world: int, config: dict[str, Any] | None, copy: bool, compression: str = "none"
+) -> list[PlannedFile]:
     """The files of this rank. With `copy` the tensors are copied to host memory now, so that training may go on.
+
+    `compression` (none, zstd) is of the rank's state; weights are never compressed.
 
     Raises:
         CheckpointError: a parameter is not finite, or a value has no form in a checkpoint.
@@ -97,8 +114,14 @@ def plan_files(payload: Payload, rank: int, world: int, config: dict[str, Any] |
             files.append(_json(CONFIG, pack(config, "config")))
     state, tensors = rank_files(rank)
     files.append(_json(state, pack({"rank": rank, "world": world, "state": payload.rank_state}, "rank_state")))
-    files.append(_tensors(tensors, payload.rank_tensors, copy))
+    own = _tensors(tensors, payload.rank_tensors, copy)
+    files.append(packed(own) if compression == "zstd" else own)
     return files
+
+
+def packed(file: PlannedFile) -> PlannedFile:
+    """The same file as it is written with `checkpoint_compression: zstd`."""
+    return PlannedFile(file.path + SUFFIX, file.size, compressed(file.pieces, file.size), exact=False)
 
 
 def _json(path: str, value: Any) -> PlannedFile:
@@ -111,7 +134,7 @@ def _tensors(path: str, tensors: dict[str, Tensor], copy: bool, metadata: dict[s
     return PlannedFile(path, size, pieces)
 
 
-def write_files(plan: Iterable[PlannedFile], write: Callable[[str, Iterable[Any], int], FileEntry]) -> list[FileEntry]:
+def write_files(plan: Iterable[PlannedFile], write: Callable[[str, Iterable[Any], int | None], FileEntry]) -> list[FileEntry]:
     """Write every planned file.
 
     Raises:
@@ -120,7 +143,7 @@ def write_files(plan: Iterable[PlannedFile], write: Callable[[str, Iterable[Any]
     entries = []
     for file in plan:
         try:
-            entries.append(write(file.path, file.pieces(), file.size))
+            entries.append(write(file.path, file.pieces(), file.size if file.exact else None))
         except OSError as error:
             raise CheckpointError(f"{file.path}: {error.strerror or error}") from error
     return entries
@@ -129,40 +152,61 @@ def write_files(plan: Iterable[PlannedFile], write: Callable[[str, Iterable[Any]
 def belongs_to(rank: int) -> Callable[[str], bool]:
     """Which files a rank reads, and therefore verifies."""
     own = {MODEL, MODEL_CONFIG, TOKENIZER, TRAINER, CONFIG, *rank_files(rank)}
-    return lambda path: path in own or path.startswith("model/")
+    return lambda path: path.removesuffix(SUFFIX) in own or path.startswith("model/")
 
 
-def read_loaded(folder: int, report: Report, rank: int, world: int) -> Loaded:
-    """Read a verified checkpoint for one rank.
+def read_loaded(folder: int, report: Report, rank: int) -> Loaded:
+    """Read a verified checkpoint for one rank of a run of any number of ranks.
 
     Raises:
-        CheckpointError: saved by another number of ranks, or a file that every checkpoint has is not listed.
+        CheckpointError: a file that every checkpoint of so many ranks has is not listed.
     """
-    saved_world = report.manifest.get("world")
-    if saved_world != world:
-        raise CheckpointError(
-            f"{report.path} was saved by {saved_world} ranks and this run has {world}; resume with num_gpus={saved_world} "
-            "(another number of ranks is not supported yet)"
-        )
+    world = report.manifest.get("world")
+    if not isinstance(world, int) or isinstance(world, bool) or not 1 <= world <= len(report.files):
+        raise CheckpointError(f"{report.path} was saved by {world!r} ranks, which its files are too few for")
     listed = {entry.path for entry in report.files}
-    missing = sorted(required_files(world) - listed)
+    missing = sorted(required_files(world) - plain_names(listed))
     if missing:
         raise CheckpointError(f"{report.path} does not hold {', '.join(missing)}: it was not written by a run")
     state, tensors = rank_files(rank)
-    trainer, own = read_json(folder, TRAINER), read_json(folder, state)
+    trainer, saved_here = read_json(folder, TRAINER), rank < world
     head: dict[str, Any] = {name: trainer[name] for name in ("step", "epoch", "tokens", "metrics", "flags", "global_state")}
     return Loaded(
         **head,
         model=read_tensors(folder, MODEL),
         model_config=read_json(folder, MODEL_CONFIG),
         tokenizer=read_json(folder, TOKENIZER),
-        rank_state=own["state"],
-        rank_tensors=read_tensors(folder, tensors),
+        rank_state=read_json(folder, state)["state"] if saved_here else {},
+        rank_tensors=read_state(folder, tensors, listed) if saved_here else {},
+        others=lambda: read_others(report.path, rank, world),
         path=report.path,
         manifest=report.manifest,
         config=read_json(folder, CONFIG) if CONFIG in listed else None,
         notes=[f"{name} is not part of the checkpoint and was not read" for name in report.strays],
     )
+
+
+def read_others(path: Path, rank: int, world: int) -> list[Shard]:
+    """What every rank but `rank` saved, after comparing its digests.
+
+    Raises:
+        CheckpointError: damaged, or gone.
+    """
+    ranks = [other for other in range(world) if other != rank]
+    wanted = {file for other in ranks for file in rank_files(other)}
+    with leased(path) as folder:
+        report = require(verify(path, select=lambda file: file.removesuffix(SUFFIX) in wanted))
+        listed = {entry.path for entry in report.files}
+        return [_read_shard(folder, *rank_files(other), listed) for other in ranks]
+
+
+def _read_shard(folder: int, state: str, tensors: str, listed: set[str]) -> Shard:
+    return Shard(read_state(folder, tensors, listed), read_json(folder, state)["state"].get("begins", {}))
+
+
+def read_state(folder: int, relpath: str, listed: set[str]) -> dict[str, Tensor]:
+    """The tensors of a rank, compressed or not."""
+    return read_tensors(folder, relpath) if relpath in listed else read_compressed(folder, relpath + SUFFIX)
 
 
 def read_json(folder: int, relpath: str) -> dict[str, Any]:

@@ -41,8 +41,8 @@ def explain_checkpoint(
     text = os.fspath(reference)
     if text.lower().endswith(_FOREIGN):
         raise CheckpointError(
-            f"{text} is not a checkpoint of Lumina, and pickle files are never opened here; "
-            "save its model as a Hugging Face folder (safetensors), then `lumina-engine checkpoint import FOLDER --run NAME`"
+            f"{text} is not a checkpoint of Lumina, and pickle files are never opened here: "
+            f"`lumina-engine checkpoint import {text} --run NAME` makes a run of it"
         )
     path = Path(text).expanduser()
     if path.is_dir():

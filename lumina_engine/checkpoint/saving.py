@@ -23,6 +23,7 @@ from .. import __version__
 from . import ledger
 from .backup import Backups
 from .commit import Staging, commit
+from .compress import plain_names
 from .files import CheckpointError, FileEntry, dump_json
 from .keep import drop_rewound, good_names, pointer, quarantine, retain, set_pointer
 from .payload import Payload, PlannedFile, plan_files, required_files, write_files
@@ -158,7 +159,8 @@ class Saver:
         error = None
         try:
             config = config_dict(self.config)
-            plan = plan_files(payload, rank, self.comm.world_size, config, copy=not inline)
+            packing = getattr(self.config, "checkpoint_compression", "none")
+            plan = plan_files(payload, rank, self.comm.world_size, config, copy=not inline, compression=packing)
             manifest = self._manifest(payload, config) if rank == 0 else {}
         except Exception as problem:  # any failure of one rank must reach the vote, or the others wait for ever
             error = why(problem)
@@ -210,7 +212,7 @@ class Saver:
         """Rank 0: commit, read back, pointers, retention. Never raises: the outcome says what happened."""
         notes: list[str] = []
         try:
-            missing = sorted(required_files(self.comm.world_size) - {entry.path for entry in entries})
+            missing = sorted(required_files(self.comm.world_size) - plain_names(entry.path for entry in entries))
             if missing:
                 raise CheckpointError(f"the ranks did not write {', '.join(missing)}")
             if self._sync_log is not None:

@@ -69,7 +69,12 @@ def read_tensors(folder: int, relpath: str) -> dict[str, Tensor]:
         if size == header.data_start:
             return {entry.name: torch.empty(entry.shape, dtype=_dtype(entry, relpath)) for entry in header.tensors}
         mapped = mmap.mmap(fd, size, access=mmap.ACCESS_COPY)
-    return {entry.name: _tensor(mapped, entry, header, relpath) for entry in header.tensors}
+    return tensors_of(mapped, header, relpath)
+
+
+def tensors_of(body: mmap.mmap | bytearray, header: Header, relpath: str) -> dict[str, Tensor]:
+    """The tensors of a whole safetensors file in memory, or mapped; they share it."""
+    return {entry.name: _tensor(body, entry, header, relpath) for entry in header.tensors}
 
 
 def _dtype(entry: TensorEntry, relpath: str) -> torch.dtype:
@@ -78,7 +83,7 @@ def _dtype(entry: TensorEntry, relpath: str) -> torch.dtype:
     return _BY_NAME[entry.dtype]
 
 
-def _tensor(mapped: mmap.mmap, entry: TensorEntry, header: Header, relpath: str) -> Tensor:
+def _tensor(mapped: mmap.mmap | bytearray, entry: TensorEntry, header: Header, relpath: str) -> Tensor:
     dtype, count = _dtype(entry, relpath), math.prod(entry.shape)
     if not count:
         return torch.empty(entry.shape, dtype=dtype)

@@ -49,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     supervise = add("supervise", "what writing records costs a run, and whether viewers can slow it down (about a minute)")
     supervise.add_argument("--json", action="store_true", help="a JSON object a line for each figure")
     supervise.add_argument("--seconds", type=float, default=10.0, help="of each of the five runs (default 10)")
+    text = "saves beside training, commit, digests, start to first resumed step (about 2 minutes)"
+    saving = add("checkpoint", text)
+    saving.add_argument("--json", action="store_true", help="a JSON object a line for each part; the last line has all")
+    saving.add_argument("--rounds", type=int, default=5, metavar="N", help="repetitions (default 5)")
     tui = add("tui", "start-up, key delay, CPU, bytes and memory of `lumina` in a pseudo-terminal (about 12 minutes)")
     tui.add_argument("--json", action="store_true", help="a JSON object a line for each figure; the last line has all")
     tui.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, not what it costs")
@@ -66,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         "train": _train,
         "generate": _generate,
         "supervise": _supervise,
+        "checkpoint": _checkpoint,
         "tui": _tui,
     }
     return actions[args.action](args)
@@ -157,6 +162,27 @@ def _generate(args: argparse.Namespace) -> int:
     with _output(args.json) as write:
         precision = resolved_precision(config, detect())
         write(measure(config, numbers, precision, lambda reply: write(reply, each)), describe_generate)
+    return 0
+
+
+def _checkpoint(args: argparse.Namespace) -> int:
+    from ..config.presets import ConfigPresets
+    from ..training.save_benchmark import GOALS, measure
+
+    if args.rounds < 1:
+        raise UserError("--rounds: 1 or more")
+
+    def lines(figures: dict[str, Any]) -> str:
+        units = {"_s": "s", "_share": "", "bytes": "bytes"}
+        unit = {name: next((unit for end, unit in units.items() if name.endswith(end)), "") for name in figures}
+        goals = {name: GOALS.get(name) for name in figures}
+        holds = {name: None if goal is None else figures[name] <= goal for name, goal in goals.items()}
+        return "\n".join(row(name, goals[name], figures[name], unit[name], holds[name], "") for name in figures)
+
+    with _output(args.json) as write:
+        found = measure(ConfigPresets.debug(), ["--preset", "debug"], args.rounds, lambda part: write(part, lines))
+        if args.json:
+            write(found, lines)
     return 0
 
 

@@ -13,7 +13,7 @@ from .common import UserError, add_json, print_json, safe, table
 if TYPE_CHECKING:
     from ..checkpoint.commit import Report
 
-HELP = "list, verify, export and import checkpoints"
+HELP = "list, verify, export, import and consolidate checkpoints"
 COLUMNS = ("name", "step", "bytes", "verified", "best", "suspect", "created")
 
 
@@ -32,17 +32,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     exporting.add_argument(
         "--format", choices=("hf", "safetensors"), default="hf", help="Hugging Face layout (default), or our own names"
     )
-    importing = actions.add_parser("import", help="commit a Hugging Face folder as the first checkpoint of a new run")
-    importing.add_argument("folder", metavar="FOLDER", help="config.json and safetensors")
+    importing = actions.add_parser("import", help="commit the model of another program as the first checkpoint of a new run")
+    importing.add_argument("folder", metavar="PATH", help="config.json and safetensors; a .pt file; a folder of DeepSpeed")
+    importing.add_argument("--shape", metavar="FILE", help="config.json of the model, for weights that come without one")
     importing.add_argument("--run", metavar="NAME", required=True, help="name of the new run")
     importing.add_argument("--tokenizer", metavar="NAME", help="what the ids mean, unless Lumina exported the folder")
-    for sub in (listing, checking, exporting, importing):
+    joining = actions.add_parser("consolidate", help="any number of ranks and any stage into the files of one rank")
+    joining.add_argument("target", metavar="PATH|RUN", help="a checkpoint, or a run (its best one)")
+    joining.add_argument("out", metavar="OUT", help="folder to make; the checkpoint is OUT/step-N")
+    for sub in (listing, checking, exporting, importing, joining):
         add_json(sub)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0 all good, 1 problems found, 2 nothing there to look at."""
-    actions = {"list": _list, "verify": _verify, "export": _export, "import": _import}
+    actions = {"list": _list, "verify": _verify, "export": _export, "import": _import, "consolidate": _consolidate}
     return actions[args.action](args)
 
 
@@ -57,11 +61,22 @@ def _export(args: argparse.Namespace) -> int:
     return 0
 
 
+def _consolidate(args: argparse.Namespace) -> int:
+    from ..checkpoint.consolidate import consolidate
+
+    done = consolidate(args.target, args.out)
+    if args.json:
+        print_json(done)
+    else:
+        print(safe(f"{done['path']}: step {done['step']} of {done['ranks']} ranks in one, {done['bytes'] / 1e6:.1f} MB"))
+    return 0
+
+
 def _import(args: argparse.Namespace) -> int:
     from ..checkpoint.foreign import import_folder
     from ..run.directory import runs_root
 
-    done = import_folder(args.folder, runs_root(), args.run, args.tokenizer)
+    done = import_folder(args.folder, runs_root(), args.run, args.tokenizer, args.shape)
     if args.json:
         print_json(done)
     else:

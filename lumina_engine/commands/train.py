@@ -286,6 +286,8 @@ def _changed(config: Config, args: argparse.Namespace) -> Config:
     wanted = merge(args.preset, Path(args.config) if args.config else None, list(args.overrides))
     given = [key for key, origin in wanted.origins.items() if origin != "default" and key != "experiment_name"]
     changes = {key: getattr(wanted.config, key) for key in given if getattr(wanted.config, key) != "auto"}
+    if "num_gpus" in changes and config.launcher in ("none", "torchrun"):  # what auto chose for one rank, and for several
+        changes.setdefault("launcher", "auto")
     new = Config(**(config.to_dict(sectioned=False) | changes))
     machine = detect()
     findings = resume_findings(config, new, world_size(config, machine), world_size(new, machine))

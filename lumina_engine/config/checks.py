@@ -28,7 +28,6 @@ NOT_YET: dict[str, tuple[object, ...] | None] = {
     "task_data_paths": None,
     "task_temperature": None,
     "task_max_epochs": None,
-    "checkpoint_compression": None,
     "trackers": None,
     "alert_command": None,
     "adaptive": ("off", "advise"),
@@ -151,31 +150,15 @@ def _fits(figures: dict, keep: int) -> Iterator[Finding]:
         yield error("disk", "keep_checkpoints", message, f"{ways} or name another --runs folder")
 
 
-# Keys that a resumed run may change one day: the optimizer state is stored in their layout, and nothing converts it yet.
-STATE_LAYOUT = frozenset(
-    {
-        "zero_stage",
-        "precision",
-        "use_deepspeed",
-        "num_gpus",
-        "expert_parallel_size",
-        "nvme_offload_optimizer",  # parameters become sub-groups of their own
-        "nvme_offload_parameters",
-        "deepspeed_overrides",  # some reorder the parameters (round_robin_gradients) or group them otherwise
-    }
-)
-
-
 def resume_findings(old: Config, new: Config, old_world: int, new_world: int) -> list[Finding]:
     """Why a run that was started with `old` cannot go on with `new`: keys that must not change, and the global batch.
 
     `old` has the values in force; an `auto` in `new` stands for them.
     """
     findings: list[Finding] = []
-    layout = STATE_LAYOUT - {"num_gpus"} if old_world == new_world else STATE_LAYOUT  # the same ranks on other machines
     for name, info in infos_of(Config).items():
         before, after = getattr(old, name), getattr(new, name)
-        if before != after and after != "auto" and (not info.resume_may_change or name in layout):
+        if before != after and after != "auto" and not info.resume_may_change:
             fix = f"leave it at {show(before)}, or start a new run"
             findings.append(error("resume", name, f"{name} = {show(after)}: cannot change in a resumed run", fix))
     was = old.batch_size * old.gradient_accumulation_steps * old_world

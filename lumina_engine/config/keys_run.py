@@ -21,7 +21,7 @@ _NAME_FORM = "at most 64 letters, digits, '.', '_' or '-', the first one a lette
 
 
 class DeepSpeedKeys(Section):
-    """ZeRO, offload, communication. What decides how optimizer state is stored cannot change on resume yet."""
+    """ZeRO, offload, communication. All of it may change on resume: optimizer state is saved by parameter."""
 
     section_name: ClassVar[str] = "deepspeed"
 

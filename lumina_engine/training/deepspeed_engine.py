@@ -16,12 +16,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.universal import SavedState
 from .comm import Comm
 from .deepspeed_experts import expert_groups, expert_handling
-from .engine import Allows, StateMismatch, StepResult, adamw, anything, load_named_state, named_state, parameter_groups
+from .engine import (
+    MOMENTS,
+    Allows,
+    StepResult,
+    adamw,
+    anything,
+    load_named_state,
+    named_state,
+    parameter_groups,
+    saved_moments,
+)
 from .expert_parallel import SpreadExperts
 from .loss_scale import LossScale
-from .partition_layout import layout_digests
+from .partitions import Piece, flat_pieces, split_pieces
 from .precision import Precision
 from .split_weights import gathered, scatter, split_weights
 from .swap_folder import swap_folder
@@ -147,44 +158,62 @@ class DeepSpeedEngine:
         else:
             zero._release_swap_buffers(index)
 
+    def _pieces(self, index: int) -> list[Piece]:
+        """Which parameters a partition is made of."""
+        zero = self.optimizer
+        if self.stage == 3:
+            return list(split_pieces(zero.fp16_groups[index], self.names))
+        return list(flat_pieces(zero.bit16_groups[index], self.names, self.experts.begins()))
+
     def state_tensors(self) -> dict[str, torch.Tensor]:
-        """Optimizer state of this rank as plain tensors: per parameter at stage 0, else per flat partition.
+        """Optimizer state of this rank as plain tensors by name of parameter; above stage 0 its parts of the flat partitions.
 
         What lies on disk is copied into memory, all of it.
         """
         if self.stage == 0:
             return dict(named_state(self.optimizer, self.names))
-        digests = layout_digests(self.optimizer, self.stage, self.names)
-        tensors = {f"layout.group-{index}": digest for index, digest in enumerate(digests)}
+        tensors: dict[str, torch.Tensor] = {}
         for index, partition in enumerate(self._partitions()):
             with self._in_memory(index):
-                mine = dict(named_state(self._base_optimizer(), {partition: f"group-{index}"}))
-                mine[f"master.group-{index}"] = partition.detach()
+                held = {f"optimizer.{key}": value for key, value in self._base_optimizer().state.get(partition, {}).items()}
                 on_disk = self.swaps and self.optimizer._swappable_optimizer_subgroup(index)
-                tensors |= {name: tensor.clone() if on_disk else tensor for name, tensor in mine.items()}
+                for piece in self._pieces(index):
+                    for kind, value in (held | {"master": partition.detach()}).items():
+                        mine = torch.as_tensor(value)
+                        mine = piece.of(mine) if mine.ndim else mine
+                        tensors[f"{kind}.{piece.name}"] = mine.clone() if on_disk else mine
         return tensors
 
-    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+    def state_begins(self) -> dict[str, int]:
         if self.stage == 0:
-            load_named_state(self.optimizer, self.names, tensors)
+            return self.experts.begins()
+        pieces = (piece for index in range(len(self._partitions())) for piece in self._pieces(index))
+        return {piece.name: piece.begin for piece in pieces if piece.begin}
+
+    def load_state(self, saved: SavedState) -> None:
+        if self.stage == 0:
+            self._load_whole_state(saved)
             return
-        digests = layout_digests(self.optimizer, self.stage, self.names)
         for index, partition in enumerate(self._partitions()):
-            saved = tensors.get(f"master.group-{index}")
-            if saved is None:
-                raise StateMismatch(
-                    "the checkpoint has no partitioned optimizer state: it was saved with another zero_stage or precision; "
-                    "set them as they were"
-                )
-            layout = tensors.get(f"layout.group-{index}")
-            if layout is None or not torch.equal(layout.cpu(), digests[index]) or saved.numel() != partition.numel():
-                raise StateMismatch(
-                    f"the optimizer state of partition {index} was saved in another layout: its parameters, their order or "
-                    "their groups differ; set deepspeed_overrides, the offload keys and the number of ranks as they were"
-                )
             with self._in_memory(index, changed=True):
-                partition.data.copy_(saved)
-                load_named_state(self._base_optimizer(), {partition: f"group-{index}"}, tensors)
+                state = {key: torch.zeros_like(partition, requires_grad=False) for key in MOMENTS}
+                for piece in self._pieces(index):
+                    found = saved_moments(saved, piece.name, piece.begin, piece.count)
+                    state["step"] = found["step"]
+                    for key in MOMENTS:
+                        piece.of(state[key]).copy_(found[key])
+                    piece.of(partition.data).copy_(saved.master(piece.name, piece.begin, piece.count))
+                if "step" in state:  # a partition of nothing but padding has no state
+                    self._base_optimizer().state[partition] = state
+
+    def _load_whole_state(self, saved: SavedState) -> None:
+        begins = self.experts.begins()
+        with torch.no_grad():
+            for parameter, name in self.names.items():
+                values = saved.part("master", name, begins.get(name, 0), parameter.numel())
+                if values is not None:
+                    parameter.copy_(values.reshape(parameter.shape))
+        load_named_state(self.optimizer, self.names, begins, saved)
 
 
 def _with_swap_folder(ds_config: dict[str, Any], nvme_path: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
+from ..checkpoint.universal import SavedState
 from .comm import Comm
 from .loss_scale import LossScale
 from .masters import norm_of_short
@@ -59,8 +60,9 @@ class Engine(Protocol):
     """`backward` once per micro batch, with `last` for the last one of a step; then `step` with the rate in force.
 
     `model_tensors` are the whole weights and buffers on rank 0 (a collective; other ranks may get an empty mapping);
-    `state_tensors` are this rank's part of the rest. Both are called on all ranks at a step boundary, and so are their
-    reverses, which get the whole weights on every rank.
+    `state_tensors` are this rank's part of the rest by name of parameter, each a run of the flattened whole parameter that
+    begins at `state_begins` (0 if left out). All are called on all ranks at a step boundary, and so are the reverses: they get
+    the whole weights on every rank, and the state of a run with any number of ranks and any stage.
     """
 
     module: nn.Module
@@ -73,7 +75,8 @@ class Engine(Protocol):
     def model_tensors(self) -> dict[str, torch.Tensor]: ...
     def load_model_tensors(self, tensors: dict[str, torch.Tensor]) -> None: ...
     def state_tensors(self) -> dict[str, torch.Tensor]: ...
-    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None: ...
+    def state_begins(self) -> dict[str, int]: ...
+    def load_state(self, saved: SavedState) -> None: ...
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -112,31 +115,40 @@ class StateMismatch(Exception):
     exit_code = 65
 
 
-def load_named_state(
-    optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], tensors: dict[str, torch.Tensor]
-) -> None:
-    """Put back what `named_state` gave.
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def saved_moments(saved: SavedState, name: str, begin: int, count: int) -> dict[str, torch.Tensor]:
+    """The saved state of AdamW for values [begin, begin + count) of a parameter: `step`, and the moments flat.
 
     Raises:
-        StateMismatch: a tensor has no saved state, or one of another size.
+        StateMismatch: none was saved. CheckpointError: not all of it was.
+    """
+    state = {"step": saved.scalar("optimizer.step", name)}
+    state |= {key: saved.part(f"optimizer.{key}", name, begin, count) for key in MOMENTS}
+    missing = [key for key, value in state.items() if value is None]
+    if missing:
+        raise StateMismatch(
+            f"the checkpoint has no optimizer state {', '.join(missing)} of {name}: it holds weights only, or an earlier "
+            "version of Lumina saved it; start a new run from it with `lumina-engine checkpoint export` and `import`"
+        )
+    # tensors of their own: a shared step counter would be advanced once per parameter, and mapped files are not written to
+    return {key: value.clone() for key, value in state.items() if value is not None}
+
+
+def load_named_state(
+    optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], begins: dict[str, int], saved: SavedState
+) -> None:
+    """Put back what `named_state` gave, or its part that belongs to these tensors.
+
+    Raises:
+        StateMismatch, CheckpointError: as `saved_moments`.
     """
     for parameter, name in names.items():
-        state = {}
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            saved = tensors.get(f"optimizer.{key}.{name}")
-            if saved is None:
-                raise StateMismatch(
-                    f"the checkpoint has no optimizer state {key} of {name}: it was saved with another "
-                    "zero_stage, precision or use_deepspeed; set them as they were"
-                )
-            if key != "step" and saved.numel() != parameter.numel():
-                raise StateMismatch(
-                    f"optimizer state {key} of {name} has {saved.numel()} values, expected {parameter.numel()}: it belongs to "
-                    "another model or layout; set the keys as they were"
-                )
-            # a tensor of its own for each parameter: a shared step counter would be advanced once per parameter
-            state[key] = saved.clone() if key == "step" else saved.to(parameter.device).reshape(parameter.shape).clone()
-        optimizer.state[parameter] = state
+        state = saved_moments(saved, name, begins.get(name, 0), parameter.numel())
+        optimizer.state[parameter] = {
+            key: value if key == "step" else value.to(parameter.device).reshape(parameter.shape) for key, value in state.items()
+        }
 
 
 def global_norm(parameters: list[nn.Parameter]) -> torch.Tensor:

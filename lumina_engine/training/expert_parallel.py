@@ -80,6 +80,12 @@ class SpreadExperts:
         squares = self.comm.sum(global_norm(mine).double().square().to(self.comm.device)) / self.group.copies
         return (norm.double().square() + squares).sqrt().float()
 
+    def begins(self) -> dict[str, int]:
+        """Where this rank's part of each expert weight begins in the flattened weight of all experts; zeros are left out."""
+        if self.group is None or self.group.place == 0:
+            return {}
+        return {name: self.group.place * weight.numel() for name, weight in self.weights.items()}
+
     def whole(self, state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """`state_dict` with all experts, on rank 0 and in host memory; empty on other ranks. A collective."""
         if self.group is None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoint.universal import SavedState
 from .comm import Comm
 from .engine import Allows, StepResult, adamw, anything, load_named_state, named_state, parameter_groups
 from .expert_parallel import SpreadExperts
@@ -108,14 +109,18 @@ class PlainEngine:
         masters = {f"master.{self.names[m]}": m.detach() for m in self.masters.values()}
         return {**masters, **dict(named_state(self.optimizer, self.names))}  # type: ignore[arg-type]
 
-    def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+    def state_begins(self) -> dict[str, int]:
+        return self.experts.begins()
+
+    def load_state(self, saved: SavedState) -> None:
         """Put the state back, also that of another precision: masters are fp32 weights, and fp32 weights are masters."""
+        begins = self.state_begins()
         with torch.no_grad():
             for held, name in self.names.items():
-                saved = tensors.get(f"master.{name}")
-                if saved is not None:
-                    held.copy_(saved)
-        load_named_state(self.optimizer, self.names, tensors)  # type: ignore[arg-type]
+                values = saved.part("master", name, begins.get(name, 0), held.numel())
+                if values is not None:
+                    held.copy_(values.reshape(held.shape))
+        load_named_state(self.optimizer, self.names, begins, saved)  # type: ignore[arg-type]
 
 
 def _sum_gradients(parameters: list[nn.Parameter], add: Callable[[torch.Tensor], object]) -> None:

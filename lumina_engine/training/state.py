@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from ..checkpoint.manager import Loaded, Payload, capture_rng, restore_rng
-from .engine import StateMismatch, parameter_groups
+from ..checkpoint.universal import SavedState
+from .engine import parameter_groups
 from .memory import whole_numel
 from .progress import Progress
 from .rollback import Recovery
@@ -66,6 +67,7 @@ def payload(trainer: EnhancedConversationTrainer) -> Payload:
             "world": trainer.comm.world_size,
             "zero_stage": getattr(trainer.engine, "stage", None),
             "expert_parallel_size": _expert_parallel_size(trainer),
+            "begins": trainer.engine.state_begins(),
         },
         rank_tensors=tensors,
         metrics=metrics,
@@ -83,19 +85,15 @@ def restore(trainer: EnhancedConversationTrainer, loaded: Loaded) -> None:
     """Put a checkpoint back into a prepared trainer: weights, optimizer, schedule, position, routing window, random state.
 
     Raises:
-        StateMismatch: the optimizer state belongs to another layout.
+        StateMismatch: there is no optimizer state. CheckpointError: not all of it, or another rank's part is damaged.
     """
     assert trainer.schedule is not None
-    saved, size = loaded.rank_state.get("expert_parallel_size", 1), _expert_parallel_size(trainer)
-    if saved != size:
-        raise StateMismatch(
-            f"the checkpoint was saved with expert_parallel_size = {saved} and this run has {size}: a rank has the optimizer "
-            f"state of its own experts only; set expert_parallel_size={saved}"
-        )
-    trainer.engine.load_model_tensors(loaded.model)
-    trainer.engine.load_state_tensors(loaded.rank_tensors)
+    saved = loaded.saved_state()
+    trainer.engine.load_model_tensors(saved.whole_weights(trainer.precision.weights))
+    trainer.engine.load_state(saved)
+    other_world = loaded.manifest.get("world") != trainer.comm.world_size
     if trainer.window is not None:
-        trainer.window.load_state_tensors(loaded.rank_tensors)
+        trainer.window.load_state_tensors(_window_sums(trainer, saved) if other_world else loaded.rank_tensors)
     state = loaded.global_state
     trainer.progress = Progress.from_state_dict(state["progress"])
     trainer.schedule.load_state_dict(state["schedule"])
@@ -111,7 +109,20 @@ def restore(trainer: EnhancedConversationTrainer, loaded: Loaded) -> None:
     trainer.overrides = list(loaded.flags.get("overrides", []))
     trainer.saves.newest = loaded.step
     trainer.last_loss = float(loaded.metrics.get("loss", math.nan))
-    restore_rng(loaded.rank_state["rng"], loaded.rank_tensors)
+    if loaded.rank_state:
+        restore_rng(loaded.rank_state["rng"], loaded.rank_tensors)
+    else:  # a rank that the saving run did not have: as at a start, but never the numbers of another step again
+        torch.manual_seed(abs(hash((trainer.config.seed, trainer.comm.rank, loaded.step))))
+
+
+def _window_sums(trainer: EnhancedConversationTrainer, saved: SavedState) -> dict[str, torch.Tensor]:
+    """Routing statistics of all ranks that saved, on rank 0; on the others there are none yet."""
+    assert trainer.window is not None
+    own = trainer.window.state_tensors()
+    if trainer.comm.rank != 0:
+        return {name: torch.zeros_like(part) for name, part in own.items()}
+    found = {name: [shard.tensors[name] for shard in saved.shards() if name in shard.tensors] for name in own}
+    return {name: torch.stack(parts).sum(0) for name, parts in found.items() if parts}
 
 
 def _expert_parallel_size(trainer: EnhancedConversationTrainer) -> int:

@@ -92,8 +92,8 @@ def in_child(action: Callable[[], None], timeout_s: int = 60) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def kill_at(number: int, half_writes: bool = False) -> None:
-    """Let this process die by SIGKILL just before its `number`-th durability call; with `half_writes` within writes."""
+def kill_at(number: int, written: float = 0.0) -> None:
+    """Let this process die by SIGKILL just before its `number`-th durability call; a write after that share of its bytes."""
     count = 0
 
     def dying(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
@@ -103,8 +103,8 @@ def kill_at(number: int, half_writes: bool = False) -> None:
                 return real(*args, **kwargs)  # opening to read changes nothing on the disk
             count += 1
             if count == number:
-                if half_writes and name == "write":
-                    real(args[0], memoryview(args[1])[: len(args[1]) // 2])
+                if written and name == "write":
+                    real(args[0], memoryview(args[1])[: int(len(args[1]) * written)])
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **kwargs)
 
@@ -114,9 +114,7 @@ def kill_at(number: int, half_writes: bool = False) -> None:
         setattr(os, name, dying(name, getattr(os, name)))
 
 
-def kill_points(
-    prepare: Callable[[], Any], action: Callable[[Any], object], half_writes: bool = False
-) -> Iterator[tuple[int, Any]]:
+def kill_points(prepare: Callable[[], Any], action: Callable[[Any], object], written: float = 0.0) -> Iterator[tuple[int, Any]]:
     """For k = 1, 2, … until a run completes: prepare, run the action in a child that dies at call k, yield (k, prepared)."""
     number = 0
     while True:
@@ -124,7 +122,7 @@ def kill_points(
         prepared = prepare()
 
         def run(prepared: Any = prepared, number: int = number) -> None:
-            kill_at(number, half_writes)
+            kill_at(number, written)
             action(prepared)
 
         code = in_child(run)

@@ -72,7 +72,7 @@ def test_c086_verify(runs: Path, capsys: pytest.CaptureFixture[str], target: str
         (["verify", "mine@step-000009"], "has no step-000009"),
         (["list", "empty"], "no committed checkpoint"),
         (["verify", "x.pt"], "checkpoint import"),
-        (["consolidate", "mine"], "invalid choice"),
+        (["consolidate", "mine"], "required: OUT"),
         (["export", "mine"], "required: OUT"),
         ([], "required"),
     ],

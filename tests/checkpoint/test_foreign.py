@@ -173,7 +173,7 @@ def outside_index(folder: Path) -> None:
         (lambda folder: change(folder, hidden_size=8), "hidden_size = 8"),
         (lambda folder: (folder / "config.json").write_text("[1"), "config.json"),
         (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
-        (pickle_only, "pytorch_model.bin is a pickle, which is never opened here"),
+        (pickle_only, "pytorch_model.bin is a pickle: import that file itself, with --shape"),
         (truncated, "model.safetensors"),
         (outside_index, "names no files beside it"),
         (endless_config, "is no regular file"),

@@ -170,6 +170,7 @@ def trained(config: Config, model: Any, tokenizer: Any, data: Any, folder: Path)
         "dropped": [r.dropped for r in records if isinstance(r, rec.Experts)],
         "end": (summary["step"], summary["total_steps"], summary["reason"]),
         "kept_checkpoints": sorted(p.name for p in (run / "checkpoints").glob("step-*")),
+        "state_files": sorted(p.name for p in (run / "checkpoints").glob("step-*/state/*")),
         "backups": [len(list((run / "backups").glob("step-*"))) if (run / "backups").exists() else 0],
         "folders": sorted(p.name for p in folder.iterdir() if p.is_dir()),
         "tokens": (data.train.num_tokens, data.eval.num_tokens if data.eval is not None else 0),

@@ -110,6 +110,7 @@ SEEN: dict[str, tuple[dict[str, Any], Any, str]] = {
     "save_interval": ({}, 3, "saves"),
     "keep_checkpoints": ({}, 3, "kept_checkpoints"),
     "best_metric": ({}, "loss", "saves"),
+    "checkpoint_compression": ({}, "zstd", "state_files"),
     "backup_every_n_hours": ({"async_save": True}, 1e-9, "backups"),
     "max_backup_count": (BACKUPS, 1, "backups"),
     "backup_path": (BACKUPS, lambda folder: str(folder / "disk"), "folders backups"),

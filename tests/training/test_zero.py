@@ -84,7 +84,7 @@ def test_r34_the_checkpoint_holds_whole_weights(found: dict[str, Any], mode: str
 
 
 @pytest.mark.parametrize("name", REORDERED)
-def test_c085_state_in_another_layout_is_refused_not_mixed_up(found: dict[str, Any], name: str) -> None:
-    """Round robin has the same number of values; only their order differs. Where state is kept changes no layout."""
-    for rank in found[f"reordered-{name}"]["refused"]:
-        assert ("another layout" in rank) == (name != "host memory"), rank
+def test_c081_state_goes_into_another_layout_value_by_value(found: dict[str, Any], name: str) -> None:
+    """Round robin has the same number of values in another order; only the names of parameters tell them apart."""
+    result = found[f"reordered-{name}"]
+    assert result["differ"] == [[], []] and result["compared"] > 30

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
+from lumina_engine.checkpoint.consolidate import KINDS
 from lumina_engine.checkpoint.manager import CheckpointManager
 from lumina_engine.data.tokenizer import ConversationTokenizer
 from lumina_engine.model.transformer import DeepSeekTransformer
 from lumina_engine.monitoring.record import Step
 from lumina_engine.training.comm import Comm
-from lumina_engine.training.engine import StateMismatch
 from lumina_engine.training.state import restore
 from lumina_engine.training.trainer import EnhancedConversationTrainer
 from tests.parity.rows import Records, config_of, store_of
@@ -144,18 +144,22 @@ def weights(data: str, folder: Path, overrides: dict[str, Any], comm: Comm) -> d
 
 
 def reordered(data: str, folder: Path, overrides: dict[str, Any], comm: Comm) -> dict[str, Any]:
-    """State of the default layout put into an engine with the `other` overrides; gives the refusal of each rank, or ""."""
+    """State of the default layout put into an engine with the `other` overrides, and saved by it: what differs, of how many."""
     other = overrides.pop("other")
-    saved = Run(data, overrides, comm).train().trainer.engine.state_tensors()
-    saved = {name: tensor.clone() for name, tensor in saved.items()}
-    engine = Run(data, {**overrides, **other}, comm).trainer.engine
-    sizes = [tensor.numel() for tensor in engine.state_tensors().values() if tensor.is_floating_point()]
-    try:
-        engine.load_state_tensors(saved)
-        refused = ""
-    except StateMismatch as error:
-        refused = str(error)
-    return {"refused": comm.all_gather(refused), "sizes": comm.all_gather(sizes)}
+    first = Run(data, overrides, comm, folder / "first").train()
+    moved = Run(data, {**overrides, **other}, comm, folder / "moved")
+    moved.trainer.prepare(moved.store, moved.store)
+    restore(moved.trainer, first.trainer.manager.load(first.trainer.manager.recover()))
+    moved.trainer.saves.save(STEPS, blocking=True)
+    saved, again = (run.trainer.manager.load(run.trainer.manager.recover()).saved_state() for run in (first, moved))
+    compared, differ = 0, []
+    for kind in KINDS:
+        for name, weight in saved.weights.items():
+            was, now = (state.part(kind, name, 0, weight.numel()) for state in (saved, again))
+            if was is not None and now is not None:
+                compared += 1
+                differ += [] if torch.equal(was, now) else [f"{kind}.{name}"]
+    return {"differ": comm.all_gather(differ), "compared": compared}
 
 
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {

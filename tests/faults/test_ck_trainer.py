@@ -1,0 +1,192 @@
+"""CK rows through the real trainer: full disks, damage met at a resume, slow and failing writers, values not worth keeping."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lumina_engine.checkpoint import saving
+from lumina_engine.checkpoint.commit import list_steps, verify
+from lumina_engine.checkpoint.manager import CheckpointManager
+from lumina_engine.monitoring import record as rec
+from lumina_engine.run.launch import wait
+from lumina_engine.training.comm import Comm
+from lumina_engine.training.trainer import EnhancedConversationTrainer
+from tests.checkpoint.helpers import names_in
+from tests.training.losses import Records
+from tests.training.test_trainer import setup
+
+from .conftest import TinyRuns
+from .tiny_run import ends, steps
+
+KEYS = {"batch_size": 4, "num_epochs": 1000, "max_steps": 24, "log_interval": 1, "eval_interval": 0}
+
+
+class Acting(Records):
+    """Records, and something done when a step's comes."""
+
+    def __init__(self, act: Callable[[int], None]) -> None:
+        super().__init__()
+        self.act = act
+
+    def emit(self, record: Any) -> None:
+        super().emit(record)
+        if isinstance(record, rec.Step):
+            self.act(record.step)
+
+
+def trained(tmp_path: Path, run: Path, act: Callable[[int], None], **keys: Any) -> tuple[Acting, dict[str, Any]]:
+    """A whole run of the real trainer that saves to `run`."""
+    made, dataset, _ = setup(tmp_path, **{**KEYS, **keys})
+    records = Acting(act)
+    manager = CheckpointManager(made.config, run_dir=run, run_id="run")
+    trainer = EnhancedConversationTrainer(made.model, made.tokenizer, made.config, records, comm=Comm(), manager=manager)
+    summary = trainer.train(dataset, dataset)
+    manager.close()
+    return records, summary
+
+
+def saves(records: Records) -> list[tuple[int, bool]]:
+    return [(r.step, r.failed is None) for r in records if isinstance(r, rec.Checkpoint)]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, with room for four checkpoints of the tiny model."""
+    path, mount = tmp_path / "disk", shutil.which("mount")
+    path.mkdir()
+    if os.geteuid() != 0 or mount is None:
+        pytest.skip("only root may mount a file system")
+    if subprocess.run(
+        [mount, "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(path)], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("mounting is not allowed here")
+    yield path
+    subprocess.run(["umount", str(path)], check=True)
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["blocking", "async"])
+def test_ck06_the_trainer_goes_on_with_a_full_disk(small_disk: Path, tmp_path: Path, background: bool) -> None:
+    """Full from step 5 to step 13, an evaluation that improves in between: two saves fail, `best` too, nothing else."""
+    filler = small_disk / "filler"
+
+    def act(step: int) -> None:
+        if step == 5:
+            info = os.statvfs(small_disk)
+            filler.write_bytes(bytes(info.f_bavail * info.f_frsize))
+        elif step == 13:
+            filler.unlink()
+
+    records, summary = trained(
+        tmp_path, small_disk / "run", act, save_interval=4, eval_interval=6, eval_batches=1, async_save=background
+    )
+    assert summary["state"] == "finished" and summary["step"] == 24
+    assert sorted(saves(records)) == [(4, True), (8, False), (12, False), (16, True), (20, True), (24, True)]
+    alerts = [r for r in records if isinstance(r, rec.Alert) and r.code == "checkpoint_failed"]
+    assert [r.step for r in alerts] == [8, 12] and all("room" in r.message or "No space" in r.message for r in alerts)
+    folder = small_disk / "run" / "checkpoints"
+    assert all(verify(folder / name).ok for name in list_steps(folder)) and list_steps(folder)[0] == "step-000024"
+    assert not [name for name in names_in(folder) if name.startswith(".")]
+
+
+def test_ck20_a_nan_parameter_is_refused_and_told(tmp_path: Path) -> None:
+    made, dataset, _ = setup(tmp_path, **KEYS, save_interval=4)
+    parameter = next(made.model.parameters())
+
+    def act(step: int) -> None:
+        if step == 7:
+            with torch.no_grad():
+                parameter.view(-1)[0] = math.nan
+
+    records = Acting(act)
+    manager = CheckpointManager(made.config, run_dir=tmp_path / "run", run_id="run")
+    config = made.config.model_copy(update={"max_nonfinite_in_row": 30})
+    EnhancedConversationTrainer(made.model, made.tokenizer, config, records, comm=Comm(), manager=manager).train(dataset)
+    manager.close()
+    assert saves(records)[:2] == [(4, True), (8, False)]
+    told = [r.message for r in records if isinstance(r, rec.Alert) and r.code == "checkpoint_failed"]
+    assert told and "is not finite, so this step is not worth keeping" in told[0]
+    assert list_steps(tmp_path / "run" / "checkpoints") == ["step-000004"]
+
+
+def test_ck16_a_slow_disk_holds_no_step_up_and_one_save_is_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, gate, writing = saving.write_files, threading.Event(), threading.Lock()
+    stepped_meanwhile: list[int] = []
+
+    def slow(*arguments: Any) -> Any:
+        assert writing.acquire(blocking=False), "two saves in flight"
+        assert gate.wait(60)
+        try:
+            return real(*arguments)
+        finally:
+            writing.release()
+
+    def act(step: int) -> None:
+        if writing.locked() and not gate.is_set():
+            stepped_meanwhile.append(step)
+        if step == 7:
+            gate.set()
+
+    monkeypatch.setattr(saving, "write_files", slow)
+    records, _ = trained(tmp_path, tmp_path / "run", act, save_interval=4, async_save=True)
+    assert stepped_meanwhile == [5, 6, 7]
+    assert sorted(saves(records)) == [(step, True) for step in range(4, 25, 4)]
+
+
+def test_ck16_a_writer_that_fails_is_told_within_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, failed = saving.write_files, threading.Event()
+
+    def broken(plan: Any, write: Any) -> Any:
+        if not failed.is_set():
+            failed.set()
+            raise MemoryError("no host memory")
+        return real(plan, write)
+
+    seen: list[int] = []
+
+    def act(step: int) -> None:
+        if step == 4:
+            seen.append(step)
+        if step > 4 and failed.is_set() and len(seen) == 1:
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint-writer":
+                    thread.join(60)  # it has ended by the boundary of this step
+            seen.append(step)
+
+    monkeypatch.setattr(saving, "write_files", broken)
+    records, summary = trained(tmp_path, tmp_path / "run", act, save_interval=4, async_save=True)
+    assert summary["state"] == "finished" and saves(records)[0] == (4, False)
+    order = [r.step for r in records if isinstance(r, rec.Step) or (isinstance(r, rec.Checkpoint) and r.failed)]
+    at = order.index(4, order.index(4) + 1)  # the failure's record, behind that of step 4
+    assert order[at - 1] <= seen[1]
+
+
+def test_ck11_train_resume_refuses_when_every_checkpoint_is_damaged(tiny_runs: TinyRuns) -> None:
+    run = tiny_runs.running(max_steps=12)
+    assert wait(run, 120) == 0, run.log_path.read_text()[-2000:]
+    names = list_steps(run.checkpoints)
+    assert len(names) >= 2
+    for name in names:
+        path = run.checkpoints / name / "model" / "model.safetensors"
+        body = bytearray(path.read_bytes())
+        body[len(body) // 2] ^= 4
+        path.write_bytes(body)
+    before, last = names_in(run.checkpoints), max(steps(run))
+    words = ["train", "--runs", str(tiny_runs.root), "--run", run.name, "--resume", "max_steps=16"]
+    command = [sys.executable, "-m", "lumina_engine.cli", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 65, done.stderr
+    state, inc, reason = ends(run)[-1], ends(run)[-1][0], run.info().reason or ""
+    assert state[1:] == ("failed", 65) and inc == 2
+    assert all(f"{name}: model/model.safetensors" in reason for name in names)
+    assert names_in(run.checkpoints) == before and max(steps(run)) == last
