@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..config.curriculum import Curriculum
+from ..model.segments import DocumentLayout
 from .rows import IGNORE, RowOptions, RowPlan, Rows
 from .skip_list import SkipList
 from .token_store import TokenStore
@@ -40,6 +41,31 @@ class Position:
 
 
 @dataclass(frozen=True, slots=True)
+class Known:
+    """What is counted of a batch while it lies on the CPU, so that no step waits for its device to tell.
+
+    num_tokens: tokens that are not padding. num_labels: tokens that carry loss; label_weight: the sum of their weights.
+    """
+
+    num_tokens: int
+    num_labels: int
+    label_weight: float
+    layout: DocumentLayout
+
+    @staticmethod
+    def of(batch: Batch) -> Known:
+        """Counts a batch. Reads its tensors."""
+        trained_BS = batch.labels_BS >= 0
+        labels, weights = int(trained_BS.sum()), batch.weights_BS
+        return Known(
+            int(torch.count_nonzero(batch.document_ids_BS)),
+            labels,
+            float(labels) if weights is None else float(weights[trained_BS].sum()),
+            DocumentLayout.of(batch.document_ids_BS),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """One micro batch. `rows` are the planned rows in it (-1: a row of padding), also where they are cut into shorter ones."""
 
@@ -50,20 +76,38 @@ class Batch:
     weights_BS: Tensor | None = None  # float32 weight of each label; None = all 1
     rows: tuple[int, ...] = ()
 
+    known: Known | None = None  # None until `counted`
+
     @property
     def num_tokens(self) -> int:
         """Tokens that are not padding."""
-        return int(torch.count_nonzero(self.document_ids_BS))
+        return (self.known or Known.of(self)).num_tokens
 
     @property
     def num_labels(self) -> int:
         """Tokens that carry loss."""
-        return int((self.labels_BS >= 0).sum())
+        return (self.known or Known.of(self)).num_labels
+
+    @property
+    def label_weight(self) -> float:
+        """Tokens that carry loss, each counted with its weight."""
+        return (self.known or Known.of(self)).label_weight
+
+    @property
+    def layout(self) -> DocumentLayout | None:
+        """Where the documents lie, if it is known."""
+        return None if self.known is None else self.known.layout
+
+    def counted(self) -> Batch:
+        """The batch with all that is counted of it."""
+        return replace(self, known=Known.of(self))
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on `device`."""
+        known = self.known
         return replace(
             self,
+            known=None if known is None else replace(known, layout=known.layout.to(device, non_blocking)),
             **{
                 name: value.to(device)
                 for name in ("input_ids_BS", "labels_BS", "document_ids_BS", "position_ids_BS", "weights_BS")
@@ -253,7 +297,8 @@ class TrainLoader:
         def micro_batch(number: int) -> Batch:
             step, micro = divmod(number, self.accumulation)
             first = begin + step * self.global_batch + (micro * self.world + self.rank) * self.micro_batch
-            return cut_rows(make_batch(self.plan, self._planned(first)), self.curriculum.length(done_before + step + 1))
+            batch = make_batch(self.plan, self._planned(first))
+            return cut_rows(batch, self.curriculum.length(done_before + step + 1)).counted()
 
         batches = ahead_of(micro_batch, steps * self.accumulation, self.num_workers, self.prefetch_batches)
         try:
@@ -298,6 +343,6 @@ class EvalLoader:
         def batch(number: int) -> Batch:
             first = (number * self.world + self.rank) * self.micro_batch
             places = range(first, first + self.micro_batch)
-            return make_batch(self.plan, [self.plan.row(0, i) if i < self.num_rows else -1 for i in places])
+            return make_batch(self.plan, [self.plan.row(0, i) if i < self.num_rows else -1 for i in places]).counted()
 
         yield from ahead_of(batch, len(self), self.num_workers, self.prefetch_batches)

@@ -61,8 +61,20 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
         # Out of place: with retain_graph the saved gradients serve again.
-        scaled = [None if kept is None else kept * grad.to(kept.dtype) for kept in (grad_hidden, grad_head)]
+        scaled = [None if kept is None else _times(kept, grad) for kept in (grad_hidden, grad_head)]
         return scaled[0], scaled[1], None, None, None
+
+
+def _times(kept: Tensor, factor: Tensor) -> Tensor:
+    """kept · factor, a float32 scalar that is not rounded to the dtype of `kept`: it is common to the whole gradient."""
+    if kept.dtype == factor.dtype or kept.device.type == "cpu":  # the CPU's kernel takes a scalar as it is
+        return kept * factor
+    out = torch.empty_like(kept)
+    rows = max(1, (_BLOCK << 4) // max(1, kept.shape[1]))
+    for start in range(0, len(kept), rows):
+        part = slice(start, start + rows)
+        out[part] = kept[part] * factor.expand(1, 1)
+    return out
 
 
 def _chunk(

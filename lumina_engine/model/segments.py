@@ -9,7 +9,7 @@ key/value heads, d and e key and value size.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,28 @@ from torch import Tensor
 from lumina_engine.model.attention_core import fused_attention
 
 _NARROWEST = 16  # rectangles are this wide, or a power of two above it
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentLayout:
+    """What a forward pass has to know of `document_ids`, found out on the CPU, so that no step waits for the device.
+
+    `full`: there is no padding. `segments`: None where each row is one document without padding. Positions are within a row.
+    """
+
+    full: bool
+    segments: Segments | None
+
+    @staticmethod
+    def of(document_ids_BS: Tensor) -> DocumentLayout:
+        """The layout of a batch. Reads the tensor."""
+        full = bool((document_ids_BS > 0).all())
+        one = full and bool((document_ids_BS == document_ids_BS[:, :1]).all())
+        return DocumentLayout(full, None if one else Segments.of(document_ids_BS))
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> DocumentLayout:
+        """The layout on `device`."""
+        return self if self.segments is None else replace(self, segments=self.segments.to(device, non_blocking))
 
 
 @dataclass
@@ -54,6 +76,11 @@ class Segments:
         run_M = run_T[tokens_M]
         places_M = base[run_M] + tokens_M - starts[run_M]
         return Segments(tokens_M.to(device), places_M.to(device), rectangles, num_tokens, places)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
+        """The segments on `device`."""
+        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in ("tokens_M", "places_M")}
+        return replace(self, **moved)
 
     def pack(self, x_T: Tensor) -> Tensor:
         """Rows per token (T, …) to rows per place (P, …), zeros in the filler."""

@@ -25,7 +25,7 @@ from lumina_engine.model.loss import IGNORED, cross_entropy_and_correct, cross_e
 from lumina_engine.model.moe import LayerRoute, LayerStats, MoE, RouterStats
 from lumina_engine.model.product import Linear
 from lumina_engine.model.rope import RotaryTables, inverse_frequencies
-from lumina_engine.model.segments import Segments
+from lumina_engine.model.segments import DocumentLayout, Segments
 
 _PRECISIONS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # On a GPU shorter rows take a mask: laying out documents reads their lengths back from the device.
@@ -187,6 +187,7 @@ class DeepSeekTransformer(nn.Module):
         logits_to_keep: int = 0,
         return_aux: bool = False,
         routes: list[LayerRoute] | None = None,
+        layout: DocumentLayout | None = None,
     ) -> Tensor | ModelOutput:
         """Logits (B, S, V); with `labels` the mean loss; with `return_aux` a `ModelOutput`.
 
@@ -198,10 +199,11 @@ class DeepSeekTransformer(nn.Module):
         gives the logits of that many last positions only. Evaluation mode never drops a token for capacity. `routes`, a list,
         receives what the routers chose, an entry per expert layer, first layer first; not together with full checkpointing,
         which runs layers twice.
+        `layout` is that of `document_ids`, where it is known; `position_ids` are below S then.
         """
         if document_ids is None and attention_mask is not None:
             document_ids = attention_mask[:, -input_ids.shape[1] :].long()
-        hidden, stats, valid = self._hidden(input_ids, document_ids, position_ids, cache, routes)
+        hidden, stats, valid = self._hidden(input_ids, document_ids, position_ids, cache, routes, layout)
         if labels is None:
             if logits_to_keep:
                 hidden = hidden[:, -logits_to_keep:]
@@ -240,13 +242,16 @@ class DeepSeekTransformer(nn.Module):
         position_ids: Tensor | None,
         cache: KVCache | None,
         routes: list[LayerRoute] | None = None,
+        layout: DocumentLayout | None = None,
     ) -> tuple[Tensor, list[LayerStats], Tensor | None]:
         """Hidden states before the final norm, statistics of the expert layers, and which tokens are real (None = all)."""
         valid = None if document_ids is None else document_ids > 0
-        if valid is not None and valid.device.type == "cpu" and bool(valid.all()):
+        if layout is not None:
+            valid = None if layout.full else valid
+        elif valid is not None and valid.device.type == "cpu" and bool(valid.all()):
             valid = None
         x = self.embedding(input_ids)
-        plan = self._plan(x, input_ids, document_ids, position_ids, cache)
+        plan = self._plan(x, input_ids, document_ids, position_ids, cache, layout)
         stats: list[LayerStats] = []
         recompute = self.config.gradient_checkpointing is True and torch.is_grad_enabled() and cache is None
         for block in self.blocks:
@@ -261,7 +266,13 @@ class DeepSeekTransformer(nn.Module):
         return x, stats, valid
 
     def _plan(
-        self, x: Tensor, input_ids: Tensor, document_ids: Tensor | None, position_ids: Tensor | None, cache: KVCache | None
+        self,
+        x: Tensor,
+        input_ids: Tensor,
+        document_ids: Tensor | None,
+        position_ids: Tensor | None,
+        cache: KVCache | None,
+        layout: DocumentLayout | None = None,
     ) -> AttentionPlan:
         batch, new = input_ids.shape
         device = input_ids.device
@@ -278,24 +289,29 @@ class DeepSeekTransformer(nn.Module):
             if (past and new > 1) or cache.valid_BT is not None:
                 mask = cached_mask(cache, new, dtype, window, first)
         elif document_ids is not None:
-            if device.type != "cpu" and new < _READ_FROM:
+            known = layout
+            if known is None and (device.type == "cpu" or new >= _READ_FROM):
+                known = DocumentLayout.of(document_ids)
+            if known is not None and self.config.use_flash_attention:
+                segments = known.segments
+            elif known is None or known.segments is not None:
                 mask = document_mask(document_ids, dtype, window)
-            elif not _one_document(document_ids):
-                if self.config.use_flash_attention:
-                    segments = Segments.of(document_ids)
-                else:
-                    mask = document_mask(document_ids, dtype, window)
         padded = cache is not None and cache.valid_BT is not None
         if position_ids is None and (document_ids is not None or padded):
             position_ids = _positions(torch.ones_like(input_ids) if document_ids is None else document_ids, cache)
         if position_ids is None:
             cos, sin = self.rotary.span(past, past + new, device)
         else:
-            highest = int(position_ids.max()) if device.type == "cpu" else self.rotary.length
-            cos, sin = self.rotary.at(position_ids, highest)
+            cos, sin = self.rotary.at(position_ids, self._highest(position_ids, layout))
         if segments is not None:
             cos, sin = (segments.pack(table.expand(batch, new, -1).flatten(0, 1)) for table in (cos, sin))
         return AttentionPlan(cos, sin, mask, mask is None and new > 1, segments, first)
+
+    def _highest(self, position_ids: Tensor, layout: DocumentLayout | None) -> int:
+        """A bound on positions that costs no wait for a device."""
+        if layout is not None:
+            return position_ids.shape[1] - 1
+        return int(position_ids.max()) if position_ids.device.type == "cpu" else self.rotary.length
 
     def _router_stats(self, stats: list[LayerStats], input_ids: Tensor, valid: Tensor | None) -> RouterStats | None:
         if not stats:
@@ -366,11 +382,6 @@ def _rotary_tables(config: DeepSeekConfig) -> RotaryTables:
         config.rope_original_length or round(config.seq_length / config.rope_scaling_factor),
     )
     return RotaryTables(frequencies, 1.0 if latent else magnitude, config.seq_length)  # see latent.attention_scale
-
-
-def _one_document(document_ids: Tensor) -> bool:
-    """Whether every row is one document without padding. Reads the tensor."""
-    return bool((document_ids == document_ids[:, :1]).all()) and bool((document_ids[:, 0] > 0).all())
 
 
 def _positions(document_ids: Tensor, cache: KVCache | None) -> Tensor:

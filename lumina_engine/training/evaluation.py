@@ -39,6 +39,7 @@ def evaluate(model: Any, batches: Iterable[Batch], comm: Comm, bytes_V: torch.Te
                     labels=batch.labels_BS,
                     document_ids=batch.document_ids_BS,
                     position_ids=batch.position_ids_BS,
+                    layout=batch.layout,
                     return_aux=True,
                 )
             trained = batch.labels_BS[batch.labels_BS >= 0]

@@ -161,7 +161,7 @@ def worst_batch(config: Any, device: torch.device) -> Batch:
     ids_BS = torch.arange(shape[0] * shape[1], device=device).reshape(shape) % config.vocab_size
     place_S = torch.arange(length, device=device)
     documents_BS = (place_S // WORST_DOCUMENT + 1).expand(shape)
-    return Batch(ids_BS, ids_BS, documents_BS, (place_S % WORST_DOCUMENT).expand(shape))
+    return Batch(ids_BS, ids_BS, documents_BS, (place_S % WORST_DOCUMENT).expand(shape)).counted()
 
 
 def worst_objective(forward: Callable[..., Any], batch: Batch) -> torch.Tensor:
@@ -171,6 +171,7 @@ def worst_objective(forward: Callable[..., Any], batch: Batch) -> torch.Tensor:
         labels=batch.labels_BS,
         document_ids=batch.document_ids_BS,
         position_ids=batch.position_ids_BS,
+        layout=batch.layout,
         return_aux=True,
     )
     objective: torch.Tensor = out.loss_sum / batch.input_ids_BS.numel()

@@ -31,17 +31,10 @@ class GlobalBatch:
 
     @classmethod
     def of(cls, micro_batches: list[Batch], comm: Comm) -> GlobalBatch:
-        labels = sum(batch_label_weight(batch) for batch in micro_batches)
-        tokens = sum(int(batch.num_tokens) for batch in micro_batches)
+        labels = sum(batch.label_weight for batch in micro_batches)
+        tokens = sum(batch.num_tokens for batch in micro_batches)
         both = comm.sum(torch.tensor([labels, tokens], dtype=torch.float64, device=comm.device)).tolist()
         return cls(both[0], int(both[1]))
-
-
-def batch_label_weight(batch: Batch) -> float:
-    """Trained tokens of a batch, each counted with its weight."""
-    if batch.weights_BS is None:
-        return float(batch.num_labels)
-    return float(batch.weights_BS[batch.labels_BS >= 0].sum())
 
 
 @dataclass
@@ -71,7 +64,7 @@ class Objective:
         if router is None:
             return loss
         counts_LE, seen = self._global_counts(router.counts_LE, tokens)
-        all_tokens = counts_LE.new_tensor(float(self.totals.tokens))
+        all_tokens = counts_LE.new_full((), float(self.totals.tokens))
         balance = balance_loss(router.prob_sum_LE, counts_LE, seen, all_tokens, self.top_k)
         z = z_loss(router.z_sum_L, all_tokens)
         self._prob_sum_LE = self._prob_sum_LE + router.prob_sum_LE.detach().double()
@@ -81,7 +74,7 @@ class Objective:
     def _global_counts(self, counts_LE: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Choices per expert and tokens over all ranks and the micro batches of this step so far."""
         counts = counts_LE.detach().to(torch.float32)
-        summed = torch.cat([counts.reshape(-1), counts.new_tensor([float(tokens)])])
+        summed = torch.cat([counts.reshape(-1), counts.new_full((1,), float(tokens))])
         self.comm.sum(summed)
         counts = summed[:-1].view_as(counts)
         self._counts_LE = counts if self._counts_LE is None else self._counts_LE + counts

@@ -261,6 +261,7 @@ class EnhancedConversationTrainer:
                 document_ids=batch.document_ids_BS,
                 position_ids=batch.position_ids_BS,
                 weights=batch.weights_BS,
+                layout=batch.layout,
                 return_aux=True,
             )
             loss = objective.add(output, batch.num_tokens)
@@ -271,7 +272,7 @@ class EnhancedConversationTrainer:
             self.engine.backward(loss, last=number == len(micro_batches))
         self.clock.start("optimizer")
         self.section("step", step)
-        loss_value, balance, z = objective.reduce()
+        loss_value, balance, z = objective.reduce()  # the one read of a step, at its end: whether to apply it depends on it
         self.step_rng = None
         scale = self.engine.scale.value if self.engine.scale is not None else None
         result = self.engine.step(lr, partial(self.guard.allows, loss_value))
