@@ -107,7 +107,7 @@ class Batch:
         known = self.known
         return replace(
             self,
-            known=None if known is None else replace(known, layout=known.layout.to(device, non_blocking)),
+            known=None if known is None else replace(known, layout=known.layout.to(device)),
             **{
                 name: value.to(device)
                 for name in ("input_ids_BS", "labels_BS", "document_ids_BS", "position_ids_BS", "weights_BS")

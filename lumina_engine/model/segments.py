@@ -37,9 +37,9 @@ class DocumentLayout:
         one = full and bool((document_ids_BS == document_ids_BS[:, :1]).all())
         return DocumentLayout(full, None if one else Segments.of(document_ids_BS))
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> DocumentLayout:
+    def to(self, device: torch.device | str) -> DocumentLayout:
         """The layout on `device`."""
-        return self if self.segments is None else replace(self, segments=self.segments.to(device, non_blocking))
+        return self if self.segments is None else replace(self, segments=self.segments.to(device))
 
 
 @dataclass
@@ -77,9 +77,9 @@ class Segments:
         places_M = base[run_M] + tokens_M - starts[run_M]
         return Segments(tokens_M.to(device), places_M.to(device), rectangles, num_tokens, places)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Segments:
+    def to(self, device: torch.device | str) -> Segments:
         """The segments on `device`."""
-        moved = {name: getattr(self, name).to(device, non_blocking=non_blocking) for name in ("tokens_M", "places_M")}
+        moved = {name: getattr(self, name).to(device) for name in ("tokens_M", "places_M")}
         return replace(self, **moved)
 
     def pack(self, x_T: Tensor) -> Tensor:
