@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from lumina_engine.checkpoint import saving
+from lumina_engine.checkpoint.files import CheckpointError
 from lumina_engine.checkpoint.verify import read_manifest
 from lumina_engine.monitoring import record as rec
 from lumina_engine.run.rank import Command
@@ -239,24 +241,19 @@ def test_ft06_a_spike_is_left_out_by_deepspeed_too(tmp_path: Path, stage: int) -
     assert skipped(tiny) == [36] == [step for step in range(1, 41) if not changed[step]]
 
 
-def test_d13_a_stop_waits_for_the_save_of_its_step(tmp_path: Path) -> None:
-    """An asynchronous save of the last step that fails is made again before the run ends."""
+def test_d13_a_stop_waits_for_the_save_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An asynchronous save of the last step that fails in its writer is made again before the run ends."""
     tiny = Tiny(tmp_path, max_steps=10, save_interval=4, async_save=True)
-    tiny.channel.commands[8] = [
-        Command(id="a", cmd="checkpoint", args={}),
-        Command(id="b", cmd="stop", args={}),
-    ]
-    saver = tiny.manager._saver
-    inner, failures = saver.start, []
+    tiny.channel.commands[8] = [Command(id="a", cmd="checkpoint", args={}), Command(id="b", cmd="stop", args={})]
+    write, calls = saving.write_files, []
 
-    def start(folder: Path, payload: Any, *more: Any) -> None:
-        if payload.step == 8 and not failures:
-            failures.append(8)
-            (folder / "x").parent.mkdir(parents=True, exist_ok=True)
-            payload.global_state["cannot be saved"] = object()
-        inner(folder, payload, *more)
+    def failing(plan: Any, writer: Any) -> Any:
+        calls.append(tiny.trainer.progress.step)
+        if calls.count(8) == 1:
+            raise CheckpointError("injected: the disk is gone")
+        return write(plan, writer)
 
-    saver.start = start  # type: ignore[method-assign]
+    monkeypatch.setattr(saving, "write_files", failing)
     summary = tiny.train()
     saved = [(r.step, r.failed is None) for r in tiny.records if isinstance(r, rec.Checkpoint)]
     assert summary["state"] == "finished" and saved == [(4, True), (8, False), (8, True)]
