@@ -12,6 +12,7 @@ import textwrap
 import threading
 from pathlib import Path
 
+import psutil
 import pytest
 
 from lumina_engine.monitoring import record as rec
@@ -20,7 +21,7 @@ from lumina_engine.run import launch
 from lumina_engine.run.client import RunClient, send_command
 from lumina_engine.run.directory import RunError
 from lumina_engine.run.process import descendants
-from tests.waiting import until
+from tests.waiting import DEADLINE, until
 
 from .conftest import WORKER, Runs
 from .looks import LAUNCHER_OF_TWO, gap_free, ranks_of, step, with_id, worker
@@ -161,64 +162,93 @@ def test_a_dead_run_is_named_by_the_client(runs: Runs) -> None:
         RunClient(runs.make("s"))
 
 
-def test_ps05_viewers_that_come_at_random_see_everything(runs: Runs) -> None:
-    run = runs.running(
-        settings={"restart_pause_s": 0.001}, steps=400, pace=0.002, crash={"1": "kill"}, crash_after=150, checkpoint_every=50
-    )
-    generator = random.Random(7)
-    results: list[list[int]] = []
+def test_ps05_200_viewers_that_come_at_random_over_restarts_and_rewinds(runs: Runs, fault_seed: int) -> None:
+    """Each reads file and stream from the first record to a random one behind its attachment: 1, 2, 3 … to that one."""
+    crashes = {str(inc): "kill" for inc in range(1, 5)}
+    settings = {"restart_pause_s": 0.001}
+    run = runs.running(settings=settings, pace=0.004, crash=crashes, crash_after=130, checkpoint_every=50)
+    done: list[int] = []
+    wrong: list[list[int]] = []
 
-    def watch(start: int) -> None:
-        until(lambda: step(run) >= start or not run.alive)
-        try:
-            with RunClient(run, timeout=20) as client:
-                results.append([record.seq for record in client.records()])
-        except RunError:
-            pass  # the run was over before this viewer came
+    def watch(generator: random.Random) -> None:
+        while len(done) < 200 or run.info().inc < 5:
+            with RunClient(run, timeout=DEADLINE) as client:
+                last = client.hello["head_seq"] + generator.randrange(1, 40)
+                seqs = []
+                for record in client.records():
+                    seqs.append(record.seq)
+                    if record.seq >= last:
+                        break
+            if seqs != list(range(1, len(seqs) + 1)) or len(seqs) < last:
+                wrong.append(seqs)
+            done.append(len(seqs))
 
-    viewers = [threading.Thread(target=watch, args=(generator.randrange(300),)) for _ in range(12)]
+    viewers = [threading.Thread(target=watch, args=(random.Random(f"{fault_seed}:{number}"),)) for number in range(8)]
     for viewer in viewers:
         viewer.start()
-    assert launch.wait(run, 30) == 0
     for viewer in viewers:
         viewer.join()
-    last = [record.seq for record in read_records(run.metrics_path)]
-    assert len(results) >= 6 and all(result == last for result in results)
-    assert run.info().inc == 2
+    assert wrong == [] and len(done) >= 200
+    rewinds = [record.to_step for record in read_records(run.metrics_path) if isinstance(record, rec.Rewind)]
+    assert len(rewinds) == 4 and rewinds[0] == 100
+    assert send_command(run, "stop")["ok"] and launch.wait(run, 20) == 0 and gap_free(run)
 
 
-def test_ps02_killed_viewers_leave_nothing(runs: Runs) -> None:
+def test_ps02_100_killed_viewers_leave_nothing(runs: Runs) -> None:
     run = runs.running()
     owner = run.owner()
     assert owner is not None
+    rank = worker(run)
 
-    def counts() -> tuple[int, int]:
-        return len(list(Path(f"/proc/{owner.pid}/fd").iterdir())), len(list(Path(f"/proc/{owner.pid}/task").iterdir()))
+    def counts() -> list[int]:
+        folders = [Path(f"/proc/{pid}/{what}") for pid in (owner.pid, rank.pid) for what in ("fd", "task")]
+        return [len(list(folder.iterdir())) for folder in folders]
+
+    def resident() -> list[int]:
+        return [psutil.Process(pid).memory_info().rss for pid in (owner.pid, rank.pid)]
 
     until(lambda: ranks_of(run), "the rank's connection")
-    samples: list[tuple[int, int]] = []  # what is open for a moment only (that viewer, run.json) does not count
-    until(lambda: len(samples) > 30 or samples.append(counts()))  # type: ignore[func-returns-value]
-    before = min(samples)
-    script = (
-        "import sys; from lumina_engine.run.client import RunClient; from lumina_engine.run.directory import RunDirectory\n"
-        + textwrap.dedent(
-            """
-        clients = [RunClient(RunDirectory(sys.argv[1])) for _ in range(10)]
-        for client in clients: client.read_line()
-        print("on", flush=True)
-        sys.stdin.read()
-        """
-        )
-    )
-    for _ in range(3):
-        child = subprocess.Popen([sys.executable, "-c", script, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert child.stdout is not None and child.stdin is not None
-        assert child.stdout.readline() == b"on\n"
-        child.kill()
-        child.wait()
-        child.stdin.close()
-        child.stdout.close()
-    until(lambda: counts() <= before, "descriptors and threads to be as before")
+    with RunClient(run, timeout=DEADLINE) as permanent:
+        stop, seqs = threading.Event(), []
+
+        def watch() -> None:
+            for record in permanent.records():
+                seqs.append(record.seq)
+                if stop.is_set():
+                    return
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        samples: list[list[int]] = []  # what is open for a moment only (run.json, the log) does not count
+        until(lambda: len(samples) > 30 or samples.append(counts()))  # type: ignore[func-returns-value]
+        before, memory = [min(column) for column in zip(*samples, strict=True)], resident()
+        for _ in range(10):
+            child = subprocess.Popen(
+                [sys.executable, "-c", TEN_VIEWERS, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            assert child.stdout is not None and child.stdin is not None
+            assert child.stdout.readline() == b"on\n"
+            child.kill()
+            child.wait()
+            child.stdin.close()
+            child.stdout.close()
+        until(lambda: all(now <= then for now, then in zip(counts(), before, strict=True)), "all to be as before")
+        assert all(now - then <= 5e6 for now, then in zip(resident(), memory, strict=True))
+        stop.set()
+        watcher.join()
+    assert seqs == list(range(1, len(seqs) + 1)) and len(seqs) > 100
+
+
+TEN_VIEWERS = """
+import sys
+from lumina_engine.run.client import RunClient
+from lumina_engine.run.directory import RunDirectory
+clients = [RunClient(RunDirectory(sys.argv[1])) for _ in range(10)]
+for client in clients:
+    client.read_line()
+print("on", flush=True)
+sys.stdin.read()
+"""
 
 
 def test_the_hello_knows_the_ranks(runs: Runs) -> None:
