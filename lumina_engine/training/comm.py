@@ -41,7 +41,7 @@ class Comm:
             backend = "nccl" if cuda else "gloo"
         timeout = timedelta(seconds=timeout_s)
         if world_size == 1:
-            # a store in memory: a run of one process opens no port
+            # a store in memory: a run of one process needs no rendezvous
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
             store = _own_store(rank, world_size, timeout)
