@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..run.policy import CRASHED, INTERRUPTED, PREEMPTED
 from . import common
 
 if TYPE_CHECKING:
@@ -125,6 +124,7 @@ def join(directory: RunDirectory, config: Config, world: int, *, resume: bool) -
         resume: the first machine was started with --resume.
     """
     from ..run.launch import rank_argv
+    from ..run.policy import CRASHED, INTERRUPTED, PREEMPTED
 
     argv = rank_argv(config, directory.path, world)
     asked: list[int] = []

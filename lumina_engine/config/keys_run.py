@@ -211,7 +211,7 @@ class CheckpointKeys(Section):
         "eval_loss", "What the pointer best follows.", resume=True, read_by=_MANAGER
     )
     checkpoint_compression: Literal["none", "zstd"] = key(
-        "none", "Compression of the optimizer state.", resume=True, read_by=_MANAGER
+        "none", "Compression of the optimizer state.", resume=True, read_by="checkpoint/saving.py"
     )
     backup_every_n_hours: float = key(
         6.0, "Time between copies of the newest checkpoint; 0 is off.", unit="hours", minimum=0, resume=True, read_by=_MANAGER

@@ -98,16 +98,15 @@ def test_c085_resume_has_one_rule_for_what_may_change(tmp_path: Path) -> None:
     old = ConfigPresets.debug()
     for words, key in (
         (["hidden_size=256"], "hidden_size"),
-        (["zero_stage=1"], "zero_stage"),
         (["batch_size=4"], "batch_size"),
     ):
         arguments = train.argparse.Namespace(preset=None, config=None, overrides=words)
         with pytest.raises(ConfigError) as caught:
             train._changed(old, arguments)
         assert [f.keys[0] for f in caught.value.findings] == [key]
-    arguments.overrides = ["batch_size=4", "gradient_accumulation_steps=2", "max_steps=9", "zero_stage=auto"]
+    arguments.overrides = ["batch_size=4", "gradient_accumulation_steps=2", "max_steps=9", "zero_stage=1"]
     new = train._changed(old, arguments)
-    assert (new.batch_size, new.max_steps, new.hidden_size) == (4, 9, 128)
+    assert (new.batch_size, new.max_steps, new.hidden_size, new.zero_stage) == (4, 9, 128, 1)
 
 
 def test_c130_names_made_up_are_names(tmp_path: Path) -> None:
