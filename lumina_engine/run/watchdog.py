@@ -39,7 +39,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Hang:
-    """Who does not move: rank, the section it is in (None: it never said), the step, for how many seconds, how many it may."""
+    """Who does not move: rank, the section it is in (None: it never said), the step, for how many seconds, how many it may.
+
+    `beside`: ranks that stand in the same section of the same step; one of them may be what the others wait for there.
+    """
 
     rank: int
     section: str | None
@@ -47,12 +50,16 @@ class Hang:
     seconds: float
     limit: float
     stopped: bool = False
+    beside: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         if self.section is None:
             return f"rank {self.rank} has not said where it is for {self.seconds:.0f} s"
         place = f"{self.section} of step {self.step}" if self.step is not None else self.section
-        return f"rank {self.rank} is {self.seconds:.0f} s in {place}" + (", stopped by a signal" if self.stopped else "")
+        others = f", so is rank {', '.join(map(str, self.beside))}" if self.beside else ""
+        return f"rank {self.rank} is {self.seconds:.0f} s in {place}{others}" + (
+            ", stopped by a signal" if self.stopped else ""
+        )
 
 
 def limit(state: RankState, limits: Limits) -> float:
@@ -117,7 +124,14 @@ class Watchdog:
             state = there[rank]
             allowed = limit(state, self.limits)
             state.look_closer()
-            return Hang(rank, state.section, state.step, now - at, allowed, state.process.stopped)
+            beside = tuple(
+                sorted(
+                    other
+                    for other, its in there.items()
+                    if other != rank and (its.section, its.step) == (state.section, state.step)
+                )
+            )
+            return Hang(rank, state.section, state.step, now - at, allowed, state.process.stopped, beside)
         missing = next((rank for rank in range(world) if rank not in ranks), None)
         if missing is not None and now - max(moved, self._started) > max(LEAST, self.limits.startup):
             return Hang(missing, None, None, now - self._started, self.limits.startup)
