@@ -17,7 +17,7 @@ from typing import Any
 from .files import CheckpointError, load_json
 
 MAX_HEADER_BYTES = 32_000_000
-MAX_HEADER_PARTS = 2_000_000  # brackets and commas: what bounds the memory of the parsed JSON; about 150,000 tensors
+MAX_HEADER_PARTS = 1_000_000  # brackets and commas: what bounds the memory of the parsed JSON; about 75,000 tensors
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2,
     "I8": 1, "U8": 1, "BOOL": 1,

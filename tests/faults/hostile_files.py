@@ -225,7 +225,7 @@ MAKERS: dict[str, Maker] = {
     "header_brackets": hf(_weights(b'{"a":[' + b"[]," * 10_000_000 + b"[]]}")),
     "header_numbers": hf(_weights(b'{"a":[' + b"0.1," * 7_900_000 + b"0]}")),
     "header_text": hf(_weights(b'{"__metadata__":{"a":"' + b"x" * 90_000_000 + b'"}}')),
-    "header_parts": hf(_weights(b'{"a":[' + b"[]," * 900_000 + b"[]]}")),
+    "header_parts": hf(_weights(b'{"a":[' + b"[]," * 450_000 + b"[]]}")),
     "header_twice": hf(_weights(_TWICE, b"1234")),
     "header_overlap": hf(_weights(_json({"a": _entry(0, 8, [2]), "b": _entry(4, 12, [2])}), bytes(12))),
     "header_out_of_range": hf(_weights(_json({"a": _entry(0, 4 << 40, [1 << 40])}), bytes(4))),
