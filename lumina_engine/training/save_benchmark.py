@@ -68,6 +68,9 @@ def measure_saves(config: Any, rounds: int) -> dict[str, Any]:
     steps = INTERVAL * (2 * rounds + 2)
     own = {"max_steps": steps, "num_epochs": 1, "eval_interval": 0, "log_interval": 1, "save_interval": 2 * INTERVAL}
     config = config.model_copy(update={**own, "async_save": True, "backup_every_n_hours": 0.0, "use_deepspeed": False})
+    tokenizer = ConversationTokenizer(config.tokenizer)
+    if config.vocab_size == "auto":
+        config = config.model_copy(update={"vocab_size": tokenizer.padded_vocab_size})
     comm = Comm()
     seed_all(config, comm)
     model = build_model(config, comm)
@@ -78,7 +81,6 @@ def measure_saves(config: Any, rounds: int) -> dict[str, Any]:
         log = MetricLog(Path(folder) / "metrics.jsonl", 1)
         watch = _Watch(log)
         manager = CheckpointManager(config, run_dir=folder, comm=comm, run_id="bench", sync_log=log.sync)
-        tokenizer = ConversationTokenizer(config.tokenizer)
         EnhancedConversationTrainer(model, tokenizer, config, watch, comm=comm, manager=manager).train(store)
         manager.close()
         log.close()
