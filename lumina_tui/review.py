@@ -152,7 +152,8 @@ def _machine_rows(machine: Machine, force: InForce, config: Config) -> list[Row]
     if force.resolved is None:
         return [devices, Row("wait", "ranks", "not known before the errors are mended")]
     engine = "DeepSpeed" if config.use_deepspeed else "plain torch"
-    how = "one process" if force.world == 1 else f"started by {force.resolved.launcher}".replace("by none", "by Lumina")
+    starter = "Lumina" if force.resolved.launcher == "none" else force.resolved.launcher
+    how = "one process" if force.world == 1 else f"started by {starter}"
     stage = f"ZeRO-{force.resolved.zero_stage}, {force.resolved.precision}, {how}"
     return [devices, Row("ok", "ranks", f"{force.world} rank{'s' if force.world > 1 else ''}, {engine}, {stage}")]
 

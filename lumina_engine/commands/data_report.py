@@ -85,7 +85,7 @@ def _print_quality(found: dict[str, Any]) -> None:
         packing = found["packing"]
         print(f"rows of {found['seq_length']:,}: {packing['rows']:,}, {100 * packing['padding_share']:.1f} % padding")
     problems = sum(found["problem_counts"].values())
-    print(f"{problems:,} records with a problem" if problems else "no record with a problem")
+    print(f"{problems:,} record{'s' * (problems > 1)} with a problem" if problems else "no record with a problem")
 
 
 @contextmanager

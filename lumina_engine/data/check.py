@@ -418,7 +418,7 @@ def _digests(against: Paths | None, built_in: bool) -> np.ndarray | None:
     """Digests of the evaluation data; what is malformed there is that data's own problem and left out here."""
     documents: Iterable[Document]
     if against is not None:
-        documents = _readable(against)
+        documents = readable(against)
     elif built_in:
         from .store import sample_source
 
@@ -428,6 +428,7 @@ def _digests(against: Paths | None, built_in: bool) -> np.ndarray | None:
     return np.fromiter((int.from_bytes(d.digest()[:8], "big") for d in documents), dtype=np.uint64)
 
 
-def _readable(paths: Paths) -> Iterator[Document]:
+def readable(paths: Paths) -> Iterator[Document]:
+    """The conversations of evaluation data that can be read; what is malformed is that data's own problem."""
     for path in expand(paths, "--against"):
         yield from read_conversations(path, on_error=lambda error: None)

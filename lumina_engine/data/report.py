@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..monitoring.html import Markup, document, table, tag
-from .check import Judged, Sofar, check_files
+from .check import Judged, Sofar, check_files, readable
 from .conversation import DataError
-from .files import Paths, expand
-from .formats import read_conversations
+from .files import Paths
 from .quality import Quality, normal_digest
 
 FORMAT = 1
@@ -60,7 +59,7 @@ def summary(
 ) -> dict[str, Any]:
     """The report as plain values; see `check_files` and `Quality` for what they mean. `paths` None: the built-in corpus."""
     limit = seq_length if seq_length is not None else getattr(tokenizer, "max_context_length", None)
-    evaluation = frozenset(map(normal_digest, _readable(against))) if against is not None else frozenset()
+    evaluation = frozenset(map(normal_digest, readable(against))) if against is not None else frozenset()
     found = check_files(
         paths,
         format,
@@ -79,11 +78,6 @@ def summary(
         "seq_length": limit,
         **found.to_dict(),
     }
-
-
-def _readable(paths: Paths) -> Iterator[Any]:
-    for path in expand(paths, "--against"):
-        yield from read_conversations(path, on_error=lambda error: None)
 
 
 def write_report(found: Mapping[str, Any], output: str | os.PathLike[str]) -> Path:
@@ -110,7 +104,8 @@ def write_report(found: Mapping[str, Any], output: str | os.PathLike[str]) -> Pa
 def page(found: Mapping[str, Any]) -> str:
     """The page of a summary."""
     made = time.strftime("%Y-%m-%d %H:%M", time.localtime(found["made"]))
-    lead = f"{found['total_conversations']:,} conversations in {len(found['files']):,} files. Report of {made}."
+    files = len(found["files"])
+    lead = f"{found['total_conversations']:,} conversations in {files:,} file{'s' * (files != 1)}. Report of {made}."
     parts = [tag("h1", "Data report"), tag("p", lead), _cards(found), _files(found), _lengths(found), _quality(found)]
     return document("Data report", [*parts, _problems(found)])
 

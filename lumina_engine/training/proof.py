@@ -60,7 +60,10 @@ def resume_proof(trainer: EnhancedConversationTrainer, loaded: Loaded) -> rec.Re
 
 
 def _changed(trainer: EnhancedConversationTrainer, loaded: Loaded, values: dict[str, Any] | None) -> dict[str, tuple[Any, Any]]:
-    """Configuration keys, versions, data and ranks that are another than those of the checkpoint: (then, now)."""
+    """Configuration keys, versions, data and ranks that are another than those of the checkpoint: (then, now).
+
+    What was left on `auto` then is no other value now, it has been settled.
+    """
     from .state import versions
 
     now: dict[str, Any] = {f"version of {name}": version for name, version in versions().items()}
@@ -71,7 +74,8 @@ def _changed(trainer: EnhancedConversationTrainer, loaded: Loaded, values: dict[
     now |= {"data": trainer.train_data.fingerprint[:DIGITS], "ranks": trainer.comm.world_size}
     then |= {"data": str(loaded.global_state.get("data_fingerprint"))[:DIGITS], "ranks": loaded.manifest.get("world")}
     names = sorted((now.keys() & then.keys()) - _NOT_COMPARED)
-    return {name: (_plain(then[name]), _plain(now[name])) for name in names if _plain(then[name]) != _plain(now[name])}
+    pairs = {name: (_plain(then[name]), _plain(now[name])) for name in names}
+    return {name: (before, after) for name, (before, after) in pairs.items() if before not in (after, "auto")}
 
 
 def _plain(value: Any) -> Any:

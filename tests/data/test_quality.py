@@ -181,7 +181,7 @@ def test_c031_report_is_one_page_and_its_figures_are_those_of_the_check(planted,
     assert lumina_engine.create_data_summary_report is create_data_summary_report
     page = create_data_summary_report(str(planted), tmp_path / "new" / "r.html").read_text()
     assert "default-src 'none'" in page and "<script" not in page and "http:" not in page.replace("http-equiv", "")
-    for words in ("planted.jsonl:8", "repeated_lines", "no messages", "10 conversations in 1 files", "padding at"):
+    for words in ("planted.jsonl:8", "repeated_lines", "no messages", "10 conversations in 1 file.", "padding at"):
         assert words in page, words
     figures = json.loads(create_data_summary_report(planted, tmp_path / "r.json").read_text())
     from lumina_engine.data.tokenizer import ConversationTokenizer
@@ -220,7 +220,7 @@ def test_77_filter_writes_both_sides_and_they_add_up(planted, tmp_path, capsys, 
     originals = list(read_conversations(planted, on_error=lambda e: None))
     assert list(read_conversations("kept.jsonl")) == originals[:7]
     out = capsys.readouterr().out
-    assert "quality " in out and "planted.jsonl:8" in out and "1 records with a problem" in out
+    assert "quality " in out and "planted.jsonl:8" in out and "1 record with a problem" in out
     from lumina_engine.commands.common import UserError
 
     with pytest.raises(UserError, match="judges every conversation"):

@@ -1,0 +1,15 @@
+"""What the proof of a resume calls changed."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+from lumina_engine.training.proof import _changed
+
+
+def test_a_value_that_was_left_on_auto_is_no_change_once_it_is_settled():
+    trainer = SimpleNamespace(train_data=SimpleNamespace(fingerprint="f"), comm=SimpleNamespace(world_size=2))
+    then = {"warmup_steps": "auto", "max_steps": 60, "zero_stage": 1, "task": ["a"]}
+    loaded = SimpleNamespace(global_state={"data_fingerprint": "f"}, config=then, manifest={"world": 1})
+    values = {"warmup_steps": 3, "max_steps": 70, "zero_stage": 1, "task": ("a",)}
+    assert _changed(trainer, loaded, values) == {"max_steps": (60, 70), "ranks": (1, 2)}
