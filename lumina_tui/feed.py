@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import time
 import uuid
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from lumina_engine.monitoring.log import LogReader, sampled_records
 from lumina_engine.run.directory import RunDirectory, RunError
 from lumina_engine.run.output import last_lines
 
-from . import columns
+from . import columns, stretches
 from .badge import Badge, Mode, badge_of
 from .ranks import Beat, Ranks, beats
 from .requests import Phase, Request
@@ -161,6 +162,7 @@ class Feed:
     def _read_all(self, store: RunStore) -> RunStore:
         """Runs in a thread, with a store that nobody else sees."""
         length = _length(self.reader)
+        self._read_together(store, length)
         waiting: list[rec.Record] = []
         while not self._closed and (records := self.reader.read_new(SLICE)):
             if self.reader.restarts != self._restarts:
@@ -175,6 +177,23 @@ class Feed:
         for pyramid in store.steps.metrics.values():
             pyramid.build()
         return store
+
+    def _read_together(self, store: RunStore, length: int) -> None:
+        """Take what other cores can read of a log in its whole lines up to `length`; the rest is left to read plainly."""
+        count = stretches.processes()
+        if count < 2:
+            return
+        with contextlib.suppress(OSError), self.reader.path.open("rb", buffering=0) as file:
+            self.reader.begin(file.fileno())
+            for found in stretches.read(file.fileno(), length, count):
+                if self._closed:
+                    return
+                head = found if isinstance(found, stretches.Stretch) else found.head
+                if isinstance(found, stretches.Stretch) or not store.apply_stretch(found):
+                    store.apply(self.reader.take(os.pread(file.fileno(), head.end - head.start, head.start)))
+                self.reader.offset = head.end
+                store.steps.reserve(round(1.02 * len(store.steps) * length / head.end))
+                self.progress = head.end / length
 
     async def _read_file(self, upto: int | None = None) -> None:
         """Take everything the file has now, in slices, yielding between them."""

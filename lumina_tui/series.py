@@ -7,10 +7,9 @@ appended to, or cut by a rewind.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import compress, count, repeat
 from operator import attrgetter, is_not
@@ -25,10 +24,10 @@ from lumina_engine.monitoring.resume_words import resume_words
 
 from .history import BASES, EVAL_METRICS, EXPERT_METRICS, RECENT, STEP_METRICS, Base, History
 from .routing import RoutingHistory
+from .step_rows import StepRows, column
+from .stretches import Read
 
-_GETTERS = {metric.name: attrgetter(metric.name) for metric in STEP_METRICS}
-_STEP, _TOKENS, _SKIPPED, _TIME = attrgetter("step"), attrgetter("tokens"), attrgetter("skipped"), attrgetter("t")
-_SEQ, _INC = attrgetter("seq"), attrgetter("inc")
+_SEQ, _INC, _STEP = attrgetter("seq"), attrgetter("inc"), attrgetter("step")
 MAX_NAMES = 10_000  # series of one kind that are kept of a log
 _MANY = 16  # steps in a row that are worth a look at all of them together
 _MAX_TAILS = 16
@@ -135,6 +134,25 @@ class RunStore:
             self.version += 1
             self.newest = _words(next(record for record in reversed(records) if record.seq == self.seq))
 
+    def apply_stretch(self, stretch: Read) -> bool:
+        """Take a stretch of the log that another process has read; False, with nothing taken, if it is not what comes next."""
+        head, steps = stretch.head, stretch.steps
+        self._flush()
+        back = steps is not None and self.step is not None and int(steps.step_N[0]) <= self.step
+        if back or head.first != self.seq + 1 or head.inc != self.inc:
+            return False
+        if steps is not None:
+            self._extend(steps)
+        for record in stretch.others:
+            self.seq = record.seq
+            self._sort(record)
+        self._flush()
+        self.seq, self.t = head.last, head.t or self.t
+        self.version += 1
+        last = stretch.others[-1] if stretch.others and stretch.others[-1].seq == head.last else None
+        self.newest = _words(last) if last is not None else f"step {int(self.steps.step.values[-1]):,}"
+        return True
+
     def _take_steps(self, rows: list[rec.Step]) -> None:
         if self._regular(rows):
             self._rows += rows
@@ -146,14 +164,15 @@ class RunStore:
             self.seq = row.seq
             if row.inc > self.inc:
                 self._begin(row)
-            if self._rows and row.step <= self._rows[-1].step:
+            if self.step is not None and row.step <= self.step:  # a value per step: what comes later in the file holds
                 self._flush()
+                self._rewind(row.step - 1)
             self._rows.append(row)
             self.t = row.t
 
     def _regular(self, rows: list[rec.Step]) -> bool:
         """Whether these are the next records and the next steps of the same incarnation: then they need no look at each."""
-        if len(rows) < _MANY or (self._rows and rows[0].step <= self._rows[-1].step):
+        if len(rows) < _MANY or (self.step is not None and rows[0].step <= self.step):
             return False
         seq, step = self.seq + 1, rows[0].step
         return (
@@ -252,13 +271,13 @@ class RunStore:
         if len(history) and record.step <= int(history.step.values[-1]):
             history.truncate(int(np.searchsorted(history.step.values, record.step)))
         tokens, hours, clock = (np.array([self.x_of(record.step, base)]) for base in BASES[1:])
-        values = {name: _column(attrgetter(name), [record]) for name in history.metrics}
+        values = {name: column(attrgetter(name), [record]) for name in history.metrics}
         history.extend(np.array([record.step]), tokens, hours, values, clock)
 
     def _flush(self) -> None:
         rows, self._rows = self._rows, []
         if rows:
-            self._extend(rows)
+            self._extend(StepRows.of(rows))
         evals, self._evals = self._evals, []
         for evaluation in evals:
             self._take_eval(evaluation)
@@ -266,18 +285,13 @@ class RunStore:
         if experts:
             self._extend_experts(experts)
 
-    def _extend(self, rows: list[rec.Step]) -> None:
-        if len(self.steps) and rows[0].step <= int(self.steps.step.values[-1]):
-            self._rewind(rows[0].step - 1)  # a value per step: what comes later in the file holds
-        tokens = np.fromiter(map(_TOKENS, rows), np.float64, len(rows))
+    def _extend(self, rows: StepRows) -> None:
+        tokens_N = rows.tokens_N
         if len(self.steps):
-            tokens = np.maximum(tokens, self.steps.tokens.values[-1])
-        values = {name: _column(_GETTERS[name], rows) for name in self.steps.metrics}
-        steps = np.fromiter(map(_STEP, rows), np.int64, len(rows))
-        hours, clock = self._hours(rows, steps, values["step_time"]), np.fromiter(map(_TIME, rows), np.float64, len(rows))
-        self.steps.extend(steps, np.maximum.accumulate(tokens), hours, values, clock)
-        self.epoch = rows[-1].epoch
-        self.skipped += sum(map(_SKIPPED, rows))
+            tokens_N = np.maximum(tokens_N, self.steps.tokens.values[-1])
+        self.steps.extend(rows.step_N, np.maximum.accumulate(tokens_N), self._hours(rows), dict(rows.values), rows.clock_N)
+        self.epoch = rows.epoch
+        self.skipped += rows.skipped
 
     def _extend_experts(self, records: list[rec.Experts]) -> None:
         for newest in {tuple(record.layers): record for record in records}.values():
@@ -295,16 +309,16 @@ class RunStore:
             columns = {name: column.astype(np.float32) for name, column in zip(history.metrics, values, strict=True)}
             history.extend(rows.step_N, tokens, hours, columns, clock)
 
-    def _hours(self, rows: list[rec.Step], step_N: np.ndarray, step_time: np.ndarray) -> np.ndarray:
+    def _hours(self, rows: StepRows) -> np.ndarray:
         """Hours of training up to each row. Steps between two rows are taken to last as long as the later one; where a
         step's time is unknown, the time since the row before counts."""
-        before = int(self.steps.step.values[-1]) if len(self.steps) else rows[0].step - 1
-        spent = step_time.astype(np.float64) * np.diff(step_N, prepend=before)
+        step_N, clock_N = rows.step_N, rows.clock_N
+        before = int(self.steps.step.values[-1]) if len(self.steps) else int(step_N[0]) - 1
+        spent = rows.values["step_time"].astype(np.float64) * np.diff(step_N, prepend=before)
         unknown = np.flatnonzero(~np.isfinite(spent))
         if len(unknown):
-            t = np.array([rows[0].t if self._t_before is None else self._t_before, *(row.t for row in rows)])
-            spent[unknown] = np.diff(t)[unknown]
-        self._t_before = rows[-1].t
+            spent[unknown] = np.diff(clock_N, prepend=clock_N[0] if self._t_before is None else self._t_before)[unknown]
+        self._t_before = float(clock_N[-1])
         start = float(self.steps.hours.values[-1]) if len(self.steps) else 0.0
         # summed from the first row on, so that it does not matter where a batch ends
         return np.cumsum(np.append(start, np.maximum(spent, 0.0) / 3600.0))[1:]
@@ -393,18 +407,6 @@ def _mix(values: list[np.ndarray], before: list[float]) -> None:
     for at in (1, 2):
         values[at][0] = (before[at] * before[3] + values[at][0] * values[3][0]) / layers
     values[3][0] = layers
-
-
-def _column(get: Callable[[Any], float | None], rows: Sequence[Any]) -> np.ndarray:
-    """A field of rows as float32; unknown (None) becomes NaN, what is too large becomes infinite."""
-    with np.errstate(over="ignore"):
-        if get(rows[0]) is not None:
-            with contextlib.suppress(TypeError):  # a None further on
-                return np.fromiter(map(get, rows), np.float64, len(rows)).astype(np.float32)
-        values = list(map(get, rows))
-        if values.count(None) == len(values):
-            return np.full(len(values), np.nan, np.float32)
-        return np.array(values, np.float64).astype(np.float32)
 
 
 def _words(record: rec.Record) -> str:

@@ -289,6 +289,16 @@ class LogReader:
         finally:
             os.close(descriptor)
 
+    def begin(self, descriptor: int) -> None:
+        """Take this open file for the one that is read: another one at the path later is a replacement."""
+        self._inode = os.fstat(descriptor).st_ino
+
+    def take(self, data: bytes) -> list[rec.Record]:
+        """The records of whole lines that follow what was read: the bytes from `offset` on."""
+        records: list[rec.Record] = []
+        self._lines(data, records)
+        return records
+
     def _read(self, descriptor: int, limit: int) -> list[rec.Record]:
         status = os.fstat(descriptor)
         size, known = status.st_size, self._inode
@@ -307,7 +317,7 @@ class LogReader:
         return records
 
     def _lines(self, data: bytes, records: list[rec.Record]) -> None:
-        found = _all_records(data)
+        found = all_records(data)
         if found is None:
             self._one_by_one(data, records)
             return
@@ -338,7 +348,7 @@ class LogReader:
         self.errors.append((start, end))
 
 
-def _all_records(data: bytes) -> list[rec.Record] | None:
+def all_records(data: bytes) -> list[rec.Record] | None:
     """The records of these lines; None if one of the lines is none, so that each has to be looked at."""
     try:
         found = rec.decode_lines(data)

@@ -66,7 +66,7 @@ async def test_restores_its_layout_last_screen_and_subject(tmp_path):
         app = LuminaApp(tmp_path, look=Look())
         async with app.run_test(size=(100, 30)) as pilot:
             app.open_monitor("other")
-            await until(pilot, lambda: getattr(app.screen, "feed", None) is not None and "other" in screen_text(app))
+            await until(pilot, lambda: app.memory.get(session.KEY, {}).get("screen") == "5")
         app = LuminaApp(tmp_path, look=Look(), start=Start(resume=True))
         async with app.run_test(size=(100, 30)) as pilot:
             await until(pilot, lambda: app.screen.number == 5 and app.screen.subject == "other")

@@ -1,0 +1,155 @@
+"""A long log that several processes read: the store is the one that one reader makes of it, whatever the log holds."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.log import MAX_LINE, MetricLog, whole_length
+from lumina_engine.run.directory import RunDirectory
+from lumina_tui import stretches
+from lumina_tui.feed import Feed
+from lumina_tui.series import RunStore
+
+from .fake_engine import FakeEngine
+from .test_columns import EVENTS, content, long_run, records_of, row
+
+
+@contextlib.contextmanager
+def here(descriptor: int, *numbers: int) -> Iterator[IO[bytes]]:
+    """What one of the processes gives, made in this one."""
+    out = io.BytesIO()
+    stretches.give(out, descriptor, *numbers)
+    yield io.BytesIO(out.getvalue())
+
+
+def plain(run: RunDirectory) -> tuple[RunStore, Feed]:
+    feed = Feed(run)
+    store = RunStore()
+    while records := feed.reader.read_new():
+        store.apply(records)
+    return store, feed
+
+
+def together(run: RunDirectory, count: int, size: int) -> tuple[RunStore, Feed]:
+    """As a feed reads a log that is long."""
+    feed = Feed(run)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stretches, "processes", lambda: count)
+        patch.setattr(stretches.read, "__defaults__", (size,))
+        return feed._read_all(RunStore()), feed
+
+
+def equal(one: tuple[RunStore, Feed], other: tuple[RunStore, Feed]) -> None:
+    np.testing.assert_equal(content(one[0]), content(other[0]))
+    assert (one[1].reader.offset, one[1].reader.errors) == (other[1].reader.offset, other[1].reader.errors)
+
+
+GARBAGE = st.sampled_from(
+    [b"\n", b"\0\n", b"{}\n", b'{"type":"step"\n', b'{"type":"step","step":1}\n', b"\xff\xfe\n", b"x" * 900 + b"\n"]
+)
+STEPS = st.lists(st.tuples(st.just("step"), row), min_size=3, max_size=8)
+MANY = st.one_of(STEPS, STEPS, STEPS, st.lists(EVENTS, min_size=1, max_size=4))
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    parts=st.lists(st.tuples(st.lists(MANY, min_size=4), st.lists(GARBAGE, max_size=1)), min_size=1, max_size=4),
+    count=st.integers(2, 5),
+    size=st.integers(200, 4000),
+    torn=st.booleans(),
+)
+def test_c133_read_by_several_or_by_one_is_the_same(tmp_path_factory, parts, count, size, torn):
+    run = RunDirectory.create(tmp_path_factory.mktemp("run"), "x")
+    for index, (events, garbage) in enumerate(parts):
+        with MetricLog(run.metrics_path, index // 2 + 1, sync_interval=0) as log:
+            observed = 0
+            for record in records_of([event for some in events for event in some]):
+                if not isinstance(record, rec.Experts) or record.step > observed:  # an observation is written once
+                    log.emit(record)
+                observed = record.step if isinstance(record, rec.Experts) else observed
+        with run.metrics_path.open("ab") as file:
+            file.write(b"".join(garbage))
+    if torn:
+        with run.metrics_path.open("ab") as file:
+            file.write(b'{"type":"st')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stretches, "_process", here)
+        got = together(run, count, size)
+    equal(got, plain(run))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [rec.Change(what="lr", before=1, after=2), rec.Alert(severity="info", code="x", message="m"), rec.Rewind(to_step=30)],
+)
+def test_what_belongs_to_the_step_before_it_stays_there(tmp_path, between):
+    run = RunDirectory.create(tmp_path, "x")
+    with MetricLog(run.metrics_path, 1, sync_interval=0) as log:
+        for step in range(1, 41):
+            log.emit(rec.Step(step=step, loss=1.0 * step))
+        log.emit(between)
+        for step in range(31 if isinstance(between, rec.Rewind) else 41, 61):
+            log.emit(rec.Step(step=step, loss=1.0 * step))
+    got = together(run, 2, whole_length(run.metrics_path) // 2 + 1)  # amid the second of two
+    equal(got, plain(run))
+
+
+def test_most_of_a_log_is_taken_as_columns(tmp_path):
+    """Else reading it together would gain nothing."""
+    engine = long_run(tmp_path)
+    length = whole_length(engine.run.metrics_path)
+    with engine.run.metrics_path.open("rb") as file:
+        found = list(stretches.read(file.fileno(), length, 2, 1 << 16))
+    taken = [each for each in found if isinstance(each, stretches.Read)]
+    assert len(taken) >= len(found) - 2 > 8
+    heads = [each.head if isinstance(each, stretches.Read) else each for each in found]
+    assert [each.start for each in heads] == [0, *(each.end for each in heads[:-1])] and heads[-1].end == length
+    equal(together(engine.run, 2, 1 << 16), plain(engine.run))
+
+
+@pytest.mark.parametrize("line", [b"x" * (2 * MAX_LINE), b"x" * (1 << 18)])
+def test_a_line_without_end_does_not_end_the_reading(tmp_path, line):
+    engine = long_run(tmp_path)
+    data = engine.run.metrics_path.read_bytes()
+    cut = data.index(b"\n", len(data) // 2) + 1
+    engine.run.metrics_path.write_bytes(data[:cut] + line + b"\n" + data[cut:])
+    got = together(engine.run, 2, 1 << 16)
+    equal(got, plain(engine.run))
+    assert got[1].reader.errors == [(cut, cut + len(line) + 1)]
+
+
+@pytest.mark.parametrize("gone", ["at once", "half way"])
+def test_a_process_that_dies_costs_nothing(tmp_path, monkeypatch, gone):
+    engine = long_run(tmp_path)
+    original = stretches._process
+
+    @contextlib.contextmanager
+    def dying(descriptor: int, length: int, size: int, index: int, count: int) -> Iterator[IO[bytes]]:
+        with original(descriptor, length, size, index, count) as source:
+            data = source.read() if index else b""
+            yield io.BytesIO(data[: 0 if gone == "at once" else len(data) // 2]) if index else source
+
+    monkeypatch.setattr(stretches, "_process", dying)
+    equal(together(engine.run, 2, 1 << 16), plain(engine.run))
+
+
+def test_processes_end_with_the_reading(tmp_path):
+    engine = long_run(tmp_path)
+    with engine.run.metrics_path.open("rb") as file:
+        reading = stretches.read(file.fileno(), whole_length(engine.run.metrics_path), 2, 1 << 14)
+        next(reading)
+        children = set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+        assert len(children) >= 2
+        reading.close()  # type: ignore[attr-defined]
+        assert not children & set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
