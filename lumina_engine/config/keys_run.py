@@ -241,7 +241,8 @@ class MonitoringKeys(Section):
     )
     spike_sigma: float = key(
         6.0,
-        "Deviations from the recent median from which a loss or gradient counts as a spike.",
+        "Deviations above the recent median from which a loss counts as a spike, and a gradient norm that the loss bears out "
+        "(half as many) or that is ten times its median.",
         minimum=3,
         maximum=20,
         resume=True,

@@ -5,6 +5,13 @@ makes the median absolute deviation a standard deviation of normal values. Media
 Only upward deviations count. Non-finite values never enter the window: with a mean and a deviation over it, one NaN would make
 every step skip until it has left.
 
+A loss beyond `spike_sigma` deviations is a spike. A gradient norm beyond them is one only if the loss stands out with it (by
+half as many deviations), or if it is ten times its median. Gradient norms have a heavy upper tail: where a model suddenly
+learns something, single norms of healthy runs are 3.4 times their median, 8 deviations of the other values (and 9 by their mean
+and standard deviation, the rule of OLMo-core), while the loss falls. Such a step does no harm: clipping, and Adam's division by
+the root of the second moment, bound an update however long its gradient. What is harmful, a bad batch or broken weights, shows
+in the loss as well, or is of another order of magnitude.
+
 The decision is a pure function of saved numbers and of figures that are the same on every rank, so all ranks decide alike and
 a resumed run decides as the unbroken one.
 """
@@ -21,6 +28,8 @@ import numpy as np
 LEAST_VALUES = 32  # before that there is no spread to speak of
 MOST_LEFT_OUT = 3  # steps of one episode: a bad batch is over by then, and a bad state of the model does not pass by waiting
 LEAST_SPREAD = 0.01  # of ln x: a flat window makes no spike of a value one percent above it
+WITH_LOSS = 0.5  # of spike_sigma: a loss that is so far out makes a spike of a gradient norm beyond spike_sigma
+ALONE = 10.0  # times its median: a gradient norm that is a spike whatever the loss says
 _TINY = 1e-30
 QUANTITIES = {"loss": "loss", "grad_norm": "gradient norm"}
 
@@ -39,14 +48,15 @@ class Spike:
         return f"{QUANTITIES[self.quantity]} {self.value:.4g} is {self.sigmas:.1f} sigma above its recent median"
 
 
-def deviation(window: deque[float], value: float) -> float:
-    """z of `value` (> 0) against a window of logarithms; 0 while the window is short."""
+def deviation(window: deque[float], value: float) -> tuple[float, float]:
+    """z of `value` (> 0) against a window of logarithms, and its ratio to the median; (0, 1) while the window is short."""
     if len(window) < LEAST_VALUES:
-        return 0.0
+        return 0.0, 1.0
     logs = np.fromiter(window, dtype=np.float64, count=len(window))
     median = float(np.median(logs))
     spread = max(1.4826 * float(np.median(np.abs(logs - median))), LEAST_SPREAD)
-    return (math.log(max(value, _TINY)) - median) / spread
+    above = math.log(max(value, _TINY)) - median
+    return above / spread, math.exp(min(above, 700.0))
 
 
 class StepGuard:
@@ -69,13 +79,17 @@ class StepGuard:
         self.left_out = 0  # steps of the episode that were not applied
 
     def spike(self, loss: float, grad_norm: float) -> Spike | None:
-        """The larger deviation beyond the bound, if any; None for what is not finite."""
-        values = {"loss": loss, "grad_norm": grad_norm}
-        if not all(math.isfinite(value) for value in values.values()):
+        """The larger deviation that counts as a spike, if any; None for what is not finite."""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return None
-        found = [Spike(name, value, deviation(self.windows[name], value)) for name, value in values.items()]
-        worst = max(found, key=lambda spike: spike.sigmas)
-        return worst if worst.sigmas > self.sigma else None
+        of_loss, _ = deviation(self.windows["loss"], loss)
+        of_norm, ratio = deviation(self.windows["grad_norm"], grad_norm)
+        found = []
+        if of_loss > self.sigma:
+            found.append(Spike("loss", loss, of_loss))
+        if of_norm > self.sigma and (ratio >= ALONE or of_loss > WITH_LOSS * self.sigma):
+            found.append(Spike("grad_norm", grad_norm, of_norm))
+        return max(found, key=lambda spike: spike.sigmas, default=None)
 
     def allows(self, loss: float, grad_norm: float) -> bool:
         """Whether a step with these figures may change parameters. Asked before the update; changes nothing here."""

@@ -80,6 +80,28 @@ def test_ft06_a_thousand_ordinary_steps_give_no_event(seed: int) -> None:
         assert watch.observe(step, level * math.exp(draw.gauss(0, 0.05)), math.exp(draw.gauss(0, 0.3)), True) is None
 
 
+BURST = 3.43  # times its median: the gradient norm of step 213 of a healthy debug run, 7.7 deviations out, the loss at 0.73
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ft06_a_burst_of_the_gradient_while_the_loss_falls_is_no_spike(seed: int) -> None:
+    watch, draw = guard(), random.Random(seed)
+    for step in range(1, 201):
+        watch.observe(step, 1.4 * math.exp(draw.gauss(0, 0.2)), math.exp(draw.gauss(0, 0.16)), True)
+    assert watch.allows(1.0, BURST) and watch.observe(201, 1.0, BURST, True) is None and watch.open_since is None
+    assert not watch.allows(1.4 * math.exp(5 * 0.2), BURST)  # together with a loss that stands out it is one
+    spike = watch.observe(202, 1.4 * math.exp(5 * 0.2), BURST, False)
+    assert spike is not None and spike.quantity == "grad_norm" and spike.first
+    assert not watch.allows(1.0, 12.0)  # and so is a norm of another order of magnitude
+
+
+def test_ft06_a_gradient_norm_alone_is_judged_by_the_ratio_to_its_median() -> None:
+    watch = guard()
+    for step in range(1, 129):
+        watch.observe(step, 1.0, 2.0, True)
+    assert watch.allows(1.0, 2.0 * 9.99) and not watch.allows(1.0, 2.0 * 10.01)
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0.1, 50) | st.just(math.nan), min_size=1, max_size=200), st.integers(0, 199))
 def test_rs04_a_guard_put_back_decides_as_the_unbroken_one(values: list[float], cut: int) -> None:
