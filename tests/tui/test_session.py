@@ -16,7 +16,7 @@ from lumina_tui.screens.base import LuminaScreen
 from lumina_tui.terminal import Look
 
 from .fake_engine import FakeEngine
-from .helpers import screen_text, until
+from .helpers import until
 
 
 def make_run(root: Path, name: str = "demo") -> Path:

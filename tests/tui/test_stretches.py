@@ -21,7 +21,6 @@ from lumina_tui import stretches
 from lumina_tui.feed import Feed
 from lumina_tui.series import RunStore
 
-from .fake_engine import FakeEngine
 from .test_columns import EVENTS, content, long_run, records_of, row
 
 
