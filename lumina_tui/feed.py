@@ -181,7 +181,7 @@ class Feed:
     def _read_together(self, store: RunStore, length: int) -> None:
         """Take what other cores can read of a log in its whole lines up to `length`; the rest is left to read plainly."""
         count = stretches.processes()
-        if count < 2:
+        if count < 2 or length < stretches.LEAST:
             return
         with contextlib.suppress(OSError), self.reader.path.open("rb", buffering=0) as file:
             self.reader.begin(file.fileno())

@@ -31,6 +31,7 @@ from .history import STEP_METRICS
 from .step_rows import StepRows
 
 SIZE = 1 << 20  # bytes of the file in a stretch
+LEAST = 64 << 20  # bytes of a log that is read so: a shorter one is read before the processes have started
 PIPE = 1 << 20  # bytes that wait in a pipe
 MOST = 4  # processes: what they cost to start is then more than another one saves
 LAYOUT = (("step", np.int64), ("tokens", np.float64), ("clock", np.float64), *((m.name, np.float32) for m in STEP_METRICS))

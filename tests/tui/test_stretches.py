@@ -45,6 +45,7 @@ def together(run: RunDirectory, count: int, size: int) -> tuple[RunStore, Feed]:
     feed = Feed(run)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stretches, "processes", lambda: count)
+        patch.setattr(stretches, "LEAST", 0)
         patch.setattr(stretches.read, "__defaults__", (size,))
         return feed._read_all(RunStore()), feed
 
