@@ -1,4 +1,4 @@
-"""`lumina-engine bench`: measure on this machine how fast Lumina trains and answers, and what its screen costs."""
+"""`lumina-engine bench`: measure on this machine how fast Lumina trains, reads and answers, and what its screen costs."""
 
 from __future__ import annotations
 
@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_shape(add("train", text), "and steps=6, warmup=2, uniform_routing=0 (1: all experts get the same load)")
     text = "replies to random prompts by a model of random weights: tokens per second of prompt and of answer"
     _add_shape(add("generate", text), "and steps=5 (replies), warmup=1, prompt_tokens=128, new_tokens=64")
+    text = (
+        "the loader beside the training step that it feeds, and opening a token store of 10 GB: tokens per second, time, memory"
+    )
+    _add_shape(
+        add("data", text), "and steps=6, warmup=2, rounds=6 (passes of the loader), loaded_tokens=4000000, opened_mb=10000"
+    )
     supervise = add("supervise", "what writing records costs a run, and whether viewers can slow it down (about a minute)")
     supervise.add_argument("--json", action="store_true", help="a JSON object a line for each figure")
     supervise.add_argument("--seconds", type=float, default=10.0, help="of each of the five runs (default 10)")
@@ -69,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     actions: dict[str, Callable[[argparse.Namespace], int]] = {
         "train": _train,
         "generate": _generate,
+        "data": _data,
         "supervise": _supervise,
         "checkpoint": _checkpoint,
         "tui": _tui,
@@ -163,6 +170,42 @@ def _generate(args: argparse.Namespace) -> int:
         precision = resolved_precision(config, detect())
         write(measure(config, numbers, precision, lambda reply: write(reply, each)), describe_generate)
     return 0
+
+
+def _data(args: argparse.Namespace) -> int:
+    from ..training.data_benchmark import measure
+
+    own = {"steps": 6, "warmup": 2, "rounds": 6, "loaded_tokens": 4_000_000, "opened_mb": 10_000}
+    config, numbers = _config(args, SHAPE, own)
+    with _output(args.json) as write:
+        figures = measure(config, numbers, lambda part: write(part, _data_part))
+        write(figures, describe_data)
+    return 0
+
+
+def _data_part(part: dict[str, Any]) -> str:
+    if part["part"] == "step":
+        return f"step {part['step']:>3}  {part['seconds']:.3f} s"
+    if part["part"] == "loader":
+        return f"loader {part['round']:>3}  {part['tokens_per_s']:,.0f} tokens/s"
+    return f"open  {part['store_bytes'] / 1e9:.1f} GB  {1e3 * part['open_s']:.1f} ms, {part['open_bytes'] / 1e6:.1f} MB"
+
+
+def describe_data(figures: dict[str, Any]) -> str:
+    """The figures of `bench data` as lines of text."""
+    low, high, rate = (figures[name] for name in ("tokens_per_s_min", "tokens_per_s_max", "tokens_per_s"))
+    ratio, size = figures["loader_ratio"], figures["opened_bytes"] / 1e9
+    lines = [
+        ("loader", f"{rate:,.0f} tokens/s (median of {figures['rounds']} passes, {low:,.0f}-{high:,.0f})"),
+        ("step", f"{figures['step_tokens_per_s']:,.0f} tokens/s: the loader is {ratio:,.0f} x as fast (goal 20)"),
+        ("rows", f"{figures['loaded_tokens']:,} tokens are planned in {figures['plan_s']:.2f} s"),
+        (
+            "open",
+            f"{size:.1f} GB in {1e3 * figures['open_s']:.1f} ms (goal 50), {figures['open_bytes'] / 1e6:.1f} MB (goal 50)",
+        ),
+        ("run", f"{figures['num_workers']} loader threads, {figures['threads']} threads"),
+    ]
+    return "\n".join(f"{label:<12}{text}" for label, text in lines)
 
 
 def _checkpoint(args: argparse.Namespace) -> int:
