@@ -16,6 +16,7 @@ from lumina_engine.config.machine import Machine
 from lumina_engine.config.schema import Config
 from lumina_engine.data import size
 from lumina_engine.data.conversation import DataError
+from lumina_engine.data.stream_open import is_streamed
 from lumina_engine.run.directory import RunError, auto_name, free_space
 from lumina_engine.run.launch import free_port
 from lumina_engine.run.socket import prepare_folder, socket_folder
@@ -182,7 +183,8 @@ def _data(config: Config, take: Callable[[Row], None]) -> Tokens:
         take(Row("fail", "fingerprint", str(error)))
         return None, ""
     known = size.counted(config, digest)
-    take(Row("ok", "fingerprint", f"{digest[:16]} (sha256 of the content)"))
+    basis = "names, sizes and times: it is streamed" if is_streamed(config.train_data_path, config) else "sha256 of the content"
+    take(Row("ok", "fingerprint", f"{digest[:16]} ({basis})"))
     if known is not None:
         take(Row("ok", "tokens", f"{known.tokens:,} in {known.documents:,} conversations (measured by an earlier start)"))
         return known.tokens, "measured by an earlier start"

@@ -63,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prepare = add("prepare", "tokenise the configured data into the token store now")
     add_config_arguments(prepare)
     prepare.add_argument("--workers", type=int, metavar="N", help="processes that tokenise (default: one a processor)")
+    text = "local processes (default), or workers of Ray: the cluster of RAY_ADDRESS, else one started here"
+    prepare.add_argument("--engine", choices=("local", "ray"), default="local", help=text)
     add_progress(prepare)
 
     sample = add("sample", "write the built-in corpus")
@@ -296,7 +298,7 @@ def _prepare(args: argparse.Namespace) -> int:
     tokenizer = ConversationTokenizer(config.tokenizer)
     meter = Meter("conversations tokenised", args.progress)
     started = time.monotonic()
-    data = open_data(config, tokenizer, progress=meter.show, workers=args.workers)
+    data = open_data(config, tokenizer, progress=meter.show, workers=args.workers, engine=args.engine)
     seconds = time.monotonic() - started
     meter.end()
     parts = {name: store for name, store in (("train", data.train), ("eval", data.eval)) if store is not None}

@@ -22,7 +22,6 @@ from lumina_engine.secrets import looks_secret
 # Keys whose feature does not exist yet, with the values that are allowed meanwhile (None: only the default).
 NOT_YET: dict[str, tuple[object, ...] | None] = {
     "data_format": ("auto", "messages", "alpaca", "sharegpt", "text"),
-    "streaming_threshold_gb": None,
     "multi_task": None,
     "task_weights": None,
     "task_data_paths": None,
@@ -117,7 +116,7 @@ def _machine(config: Config, machine: Machine) -> Iterator[Finding]:
         yield error("bf16_stage0", "zero_stage precision", message, "set zero_stage=auto")
     for name in ("train_data_path", "eval_data_path"):
         for path in paths(getattr(config, name)):
-            if not any(c in path for c in "*?[") and not Path(path).exists():
+            if not any(c in path for c in "*?[") and "://" not in path and not Path(path).exists():
                 yield error(
                     "no_data", name, f"{name}: {path}: no such file or folder", "give an existing file, folder or pattern"
                 )

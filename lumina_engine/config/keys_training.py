@@ -218,10 +218,10 @@ class DataKeys(Section):
     )
     streaming_threshold_gb: float = key(
         5.0,
-        "Sources larger than this are streamed instead of tokenised beforehand; 0 always streams.",
+        "Files larger than this in sum are streamed: no more than this of their tokens lies on the disk. 0 always streams.",
         unit="GB",
         minimum=0,
-        read_by="data/stream.py",
+        read_by="data/stream_open.py",
     )
     num_workers: int = key(
         2,

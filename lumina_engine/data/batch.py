@@ -26,6 +26,8 @@ from ..config.curriculum import Curriculum
 from ..model.segments import DocumentLayout
 from .rows import IGNORE, RowOptions, RowPlan, Rows
 from .skip_list import SkipList
+from .stream import TokenStream, row_plan
+from .stream_rows import StreamRows
 from .token_store import TokenStore
 
 T = TypeVar("T")
@@ -116,7 +118,7 @@ class Batch:
         )
 
 
-def make_batch(plan: RowPlan, rows: list[int]) -> Batch:
+def make_batch(plan: RowPlan | StreamRows, rows: list[int]) -> Batch:
     """The planned `rows` (-1 = padding only) as a batch."""
     built: Rows = plan.build(rows)
     return Batch(
@@ -168,7 +170,7 @@ class ConversationDataset(Dataset[dict[str, Tensor]]):
         if tokenizer is None or config is None:
             raise TypeError("ConversationDataset needs data_path=, tokenizer= and config=")
         self.store, self.notes = open_train(data_path, tokenizer, config)
-        self.plan = RowPlan(self.store, RowOptions.from_config(config))
+        self.plan = row_plan(self.store, RowOptions.from_config(config))
 
     def __len__(self) -> int:
         return self.plan.num_rows
@@ -217,7 +219,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        store: TokenStore,
+        store: TokenStore | TokenStream,
         config: Any,
         *,
         rank: int = 0,
@@ -228,7 +230,7 @@ class TrainLoader:
         steps_done: int = 0,
         skip: SkipList | None = None,
     ) -> None:
-        self.plan = RowPlan(store, RowOptions.from_config(config))
+        self.plan = row_plan(store, RowOptions.from_config(config))
         self.skip = skip or SkipList()
         self.curriculum = Curriculum.of(config)
         self.steps_done = steps_done
@@ -320,14 +322,14 @@ class EvalLoader:
 
     def __init__(
         self,
-        store: TokenStore,
+        store: TokenStore | TokenStream,
         config: Any,
         rank: int = 0,
         world: int = 1,
         micro_batch: int | None = None,
         max_batches: int = 0,
     ) -> None:
-        self.plan = RowPlan(store, replace(RowOptions.from_config(config), seed=EVAL_SEED))
+        self.plan = row_plan(store, replace(RowOptions.from_config(config), seed=EVAL_SEED))
         self.rank, self.world = rank, world
         size = int(getattr(config, "batch_size", 1))
         self.micro_batch = micro_batch if micro_batch is not None else size

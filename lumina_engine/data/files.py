@@ -22,6 +22,7 @@ from .packed import SUFFIXES as PACKED_SUFFIXES
 from .packed import DataFile, opened, unreadable
 from .parquet import MAGIC as PARQUET
 from .parquet import parquet_rows
+from .remote import is_remote, remote_file, remote_files
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 OnError = Callable[[DataError], None]
@@ -62,7 +63,7 @@ def _visible(data: bytes | str) -> str:
 
 
 def expand(paths: Paths, key: str = "data path", most: int | None = None) -> list[Path]:
-    """The files that `paths` (files, folders, globs) name, each once: list order, sorted within a folder or a glob.
+    """The files that `paths` (files, folders, globs, URLs) name, each once: list order, sorted within a folder or a glob.
 
     Raises `DataError` for what names nothing, and for a folder or glob of more than `most` entries; `key` is the setting to
     blame.
@@ -72,9 +73,15 @@ def expand(paths: Paths, key: str = "data path", most: int | None = None) -> lis
         raise DataError(f"{key} is an empty list", fix=f"name at least one file, or set {key}=null", exit_code=2)
     found: dict[Path, Path] = {}
     for entry in entries:
-        for path in _expand_one(os.fspath(entry), key, most):
+        name = os.fspath(entry)
+        for path in remote_files(name, key, FOLDER_SUFFIXES) if is_remote(name) else _expand_one(name, key, most):
             found.setdefault(path.resolve(), path)
     return list(found.values())
+
+
+def located(name: str) -> Path:
+    """The file of a name as `expand` gave it."""
+    return remote_file(name) if is_remote(name) else Path(name)
 
 
 def _bounded(entries: Iterator[Path], entry: str, key: str, most: int | None) -> Iterator[Path]:

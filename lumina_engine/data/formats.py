@@ -18,6 +18,7 @@ from .conversation import DataError, Document, nearest, shown
 from .files import OnError, Paths, Record, container, expand, line_range, records, texts
 from .layouts import READERS, layout_of, strict
 from .oasst import OasstOptions, OasstReader
+from .parquet import parquet_rows
 from .tally import Tally
 
 FORMATS = ("auto", "messages", "oasst", "alpaca", "sharegpt", "text")
@@ -93,6 +94,13 @@ def read_lines(path: Path, layout: str, start: int, stop: int, tally: Tally) -> 
     read = READERS[layout] if layout != "messages" else strict
     for record in line_range(path, start, stop):
         yield from read(record, tally)
+
+
+def read_groups(path: Path, layout: str, groups: range, tally: Tally) -> Iterator[Document]:
+    """The conversations of some row groups of a Parquet file; see `read_located`. Rows in errors count in the whole file."""
+    read = READERS[layout] if layout != "messages" else strict
+    for number, row, offset in parquet_rows(path, groups):
+        yield from read(Record(path, number, row, offset), tally)
 
 
 def read_conversations(

@@ -1,7 +1,8 @@
 """A data set in pieces that are tokenised by themselves, so that many can work and a killed one costs its piece only.
 
 The pieces depend on the files alone: a JSON Lines file falls into ranges of 16 MiB (a line belongs to the piece in which it
-begins), any other file is one piece. Their stores, joined in order, are the store that one pass over the files would give.
+begins), a Parquet file into runs of row groups of about that size, any other file is one piece. Their stores, joined in order,
+are the store that one pass over the files would give.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from .conversation import DataError, Document
-from .files import lines_before
-from .formats import layout_at, read_conversations, read_lines
+from .files import lines_before, located
+from .formats import layout_at, read_conversations, read_groups, read_lines
 from .packed import is_packed
+from .parquet import row_groups
 from .tally import Tally
 from .token_store import Progress, TokenStore, build_parts, open_verified
 
@@ -26,12 +28,13 @@ Part = Callable[[Document], str]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes `start` to `stop` of a JSON Lines file, or with `stop` None a whole file of any kind."""
+    """Bytes `start` to `stop` of a JSON Lines file, row groups of a Parquet file; with `stop` None a whole file of any kind."""
 
     path: str
     layout: str
     start: int = 0
     stop: int | None = None
+    kind: str = "jsonl"  # "jsonl" or "parquet"; of a whole file it says nothing
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON: `Piece(**entry)`."""
@@ -42,12 +45,16 @@ class Piece:
         if self.stop is None:
             yield from read_conversations(self.path, self.layout, tally=tally)
             return
+        path = located(self.path)
+        if self.kind == "parquet":
+            yield from read_groups(path, self.layout, range(self.start, self.stop), tally)
+            return
         try:
-            yield from read_lines(Path(self.path), self.layout, self.start, self.stop, tally)
+            yield from read_lines(path, self.layout, self.start, self.stop, tally)
         except DataError as error:
             if error.line is None or not self.start:
                 raise
-            raise error.at_line(error.line + lines_before(Path(self.path), self.start)) from None
+            raise error.at_line(error.line + lines_before(path, self.start)) from None
 
 
 def plan(files: list[Path], format: str = "auto", size: int = PIECE_BYTES) -> list[Piece] | None:
@@ -64,9 +71,23 @@ def plan(files: list[Path], format: str = "auto", size: int = PIECE_BYTES) -> li
         if kind == "jsonl" and not is_packed(path) and length > size:
             starts = range(0, length, size)
             pieces += [Piece(str(path), layout, start, min(start + size, length)) for start in starts]
+        elif kind == "parquet" and length > size:
+            pieces += [Piece(str(path), layout, begin, end, kind) for begin, end in _runs(row_groups(path), size)]
         else:
             pieces.append(Piece(str(path), layout))
     return pieces
+
+
+def _runs(sizes: list[int], most: int) -> Iterator[tuple[int, int]]:
+    """Runs [begin, end) of neighbours, each of at most `most` in sum or of one alone."""
+    begin, total = 0, 0
+    for at, size in enumerate(sizes):
+        if at > begin and total + size > most:
+            yield begin, at
+            begin, total = at, 0
+        total += size
+    if begin < len(sizes):
+        yield begin, len(sizes)
 
 
 def build_piece(

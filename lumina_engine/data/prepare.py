@@ -38,6 +38,7 @@ class Job:
         tokenizer: built again by name in each process.
         threshold: of the split into training and evaluation; None: one part, "all".
         part_of: the part of a document, as the workers decide it from `threshold`.
+        engine: "local" for processes of this machine, "ray" for workers of Ray.
     """
 
     pieces: list[Piece]
@@ -45,6 +46,7 @@ class Job:
     tokenizer: Any
     threshold: int | None
     part_of: Callable[[Document], str]
+    engine: str = "local"
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -56,8 +58,8 @@ class Job:
         return {part: self.folder / f"piece-{number:06d}-{part}" for part in self.parts}
 
 
-def tokenise(job: Job, workers: int, progress: Progress | None = None) -> None:
-    """Build the stores of all pieces, those that are whole already excepted.
+def tokenise(job: Job, workers: int, progress: Progress | None = None, *, apart: bool = False) -> None:
+    """Build the stores of all pieces, those that are whole already excepted. With `apart` a single worker is a process, too.
 
     Raises:
         DataError: the fault of the first piece that has one, or that a piece killed its worker three times.
@@ -66,7 +68,12 @@ def tokenise(job: Job, workers: int, progress: Progress | None = None) -> None:
     for stale in job.folder.glob("*.tmp-*"):  # of workers that were killed; the caller holds the lock
         shutil.rmtree(stale, ignore_errors=True)
     counts = _Counts(progress)
-    if workers < 2 or len(job.pieces) < 2:
+    if job.engine == "ray":
+        from .ray_engine import tokenise_on_ray  # an optional extra
+
+        tokenise_on_ray(job, max(workers, 1), _TRIES, {number: counts.of(number) for number in range(len(job.pieces))})
+        return
+    if not apart and (workers < 2 or len(job.pieces) < 2):
         for number, piece in enumerate(job.pieces):
             build_piece(piece, job.targets(number), job.tokenizer, job.part_of, counts.of(number))
         return
@@ -74,7 +81,7 @@ def tokenise(job: Job, workers: int, progress: Progress | None = None) -> None:
     for number in range(len(job.pieces)):
         waiting.put(number)
     faults: dict[int, BaseException] = {}
-    threads = [threading.Thread(target=_drive, args=(job, waiting, faults, counts)) for _ in range(workers)]
+    threads = [threading.Thread(target=_drive, args=(job, waiting, faults, counts), daemon=True) for _ in range(workers)]
     for thread in threads:
         thread.start()
     try:
@@ -89,10 +96,15 @@ def tokenise(job: Job, workers: int, progress: Progress | None = None) -> None:
         raise faults[min(faults)]
 
 
-def join(job: Job, targets: Mapping[str, Path], extra: Callable[[Tally], Mapping[str, Any]]) -> dict[str, TokenStore] | None:
-    """The stores of the pieces as one for each part, in order. None, and nothing written, when a part holds no document."""
+def join(
+    job: Job, targets: Mapping[str, Path], extra: Callable[[Tally], Mapping[str, Any]], *, required: bool = True
+) -> dict[str, TokenStore] | None:
+    """The stores of the pieces as one for each part, in order.
+
+    With `required` None, and nothing written, when a part holds no document.
+    """
     stores = {part: [TokenStore(job.targets(n)[part]) for n in range(len(job.pieces))] for part in job.parts}
-    if not all(any(map(len, pieces)) for pieces in stores.values()):
+    if required and not all(any(map(len, pieces)) for pieces in stores.values()):
         return None
     tally = Tally()
     for store in stores[job.parts[0]]:  # each part of a piece tells the counts of the whole piece

@@ -14,6 +14,7 @@ Packing:
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +87,7 @@ class RowPlan:
         else:
             self.num_rows = len(self._first) - 1
         self._order = Order(f"{store.fingerprint}/rows", options.seed, self.num_rows)
-        self._weight_of_mask = _label_weights(store, options)
+        self._weight_of_mask = label_weights(store.meta["weights"], options)
 
     def rows_per_epoch(self, epoch: int = 0) -> int:
         """Rows of an epoch; the same for every epoch."""
@@ -165,19 +166,53 @@ class RowPlan:
     @property
     def weighted(self) -> bool:
         """Whether any label counts other than 1."""
-        return bool(np.any((self._weight_of_mask != 0) & (self._weight_of_mask != 1)))
+        return is_weighted(self._weight_of_mask)
 
 
-def _label_weights(store: TokenStore, options: RowOptions) -> np.ndarray:
-    """Weight of the label of a token by its mask value (256 of float32); 0 = no label."""
+def joined_rows(
+    rows: np.ndarray,
+    begins: np.ndarray,
+    build: Callable[[int, np.ndarray], Rows],
+    options: RowOptions,
+    weighted: bool,
+    idle: int = 0,
+) -> Rows:
+    """Rows that several plans make, numbered through all of them: part p has the rows from `begins[p]` to `begins[p + 1]`.
+
+    `build(p, local)` gives rows of part p; rows of padding (-1) come from a part that is asked anyway, else from part `idle`.
+    With `weighted` every row has weights, so that the batches of a run are alike.
+    """
+    part_of = np.searchsorted(begins, rows, side="right") - 1
+    part_of[rows < 0] = part_of[rows >= 0][0] if (rows >= 0).any() else idle
+    shape = (len(rows), options.seq_length)
+    arrays = [np.empty(shape, dtype=np.int64) for _ in range(4)]
+    weights = np.empty(shape, dtype=np.float32) if weighted else None
+    for part in np.unique(part_of).tolist():
+        mine = part_of == part
+        built = build(part, np.where(rows < 0, -1, rows - begins[part])[mine])
+        for array, filled in zip(arrays, (built.input_ids, built.labels, built.document_ids, built.position_ids), strict=True):
+            array[mine] = filled
+        if weights is not None:
+            weights[mine] = (built.labels >= 0) if built.weights is None else built.weights
+    ids, labels, documents, positions = arrays
+    return Rows(ids, labels, documents, positions, weights)
+
+
+def label_weights(weights_of_mask: Sequence[float], options: RowOptions) -> np.ndarray:
+    """Weight of the label of a token by its mask value (256 of float32); 0 = no label. `weights_of_mask` as in meta.json."""
     table = np.zeros(256, dtype=np.float32)
-    weights = np.asarray(store.meta["weights"], dtype=np.float32)
+    weights = np.asarray(weights_of_mask, dtype=np.float32)
     table[1 : len(weights)] = weights[1:]
     if options.train_on == "all":
         table *= options.assistant_loss_weight
         table[CONTEXT] = 1
     table[TEXT] = 1
     return table
+
+
+def is_weighted(table: np.ndarray) -> bool:
+    """Whether a table of `label_weights` has other weights than 0 and 1."""
+    return bool(np.any((table != 0) & (table != 1)))
 
 
 def _at_change(values: np.ndarray, group: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from .conversation import DataError
 from .files import Paths, expand
 from .formats import read_conversations
+from .stream_open import identity, is_streamed
 
 if TYPE_CHECKING:
     from ..config.schema import Config
@@ -27,6 +28,7 @@ BYTES_PER_TOKEN = 4.0
 _STORE_SHARE = 3.0
 _CONVERSATION_TOKENS = 250.0  # of a usual conversation, also a guess
 _DIGESTED = 1_000_000_000  # bytes of data up to which reading all of it for its average length is worth the wait
+_WINDOWS_BYTES = 1_500_000_000  # room of the windows of a stream that are in use, at most
 _CORPUS_STORE_BYTES = 64_000_000  # room that the built-in corpus takes at most
 MAX_STORES = 1_000  # folders of the cache that are looked at
 
@@ -77,14 +79,17 @@ def average_tokens(config: Config) -> tuple[float, str]:
 
 def cache_bytes(config: Config) -> int:
     """Room that the token stores of a configuration may take in `data_cache_dir` (guessed), in bytes."""
-    size = 0
-    for value in (config.train_data_path, config.eval_data_path):
-        size += int(data_bytes(value) * _STORE_SHARE)
+    source = data_bytes(config.train_data_path)
+    train = source * _STORE_SHARE
+    if source > config.streaming_threshold_gb * 1e9:  # no more than the threshold stays, and what is held out
+        train = min(train, config.streaming_threshold_gb * 1e9 + _WINDOWS_BYTES + train * config.eval_split)
+    size = int(train + data_bytes(config.eval_data_path) * _STORE_SHARE)
     return size + (_CORPUS_STORE_BYTES if config.train_data_path is None else 0)
 
 
 def content_digest(config: Config) -> str:
-    """The digest of the training data as a store names its source (64 hex digits). Reads all of it.
+    """The digest of the training data as a store names its source (64 hex digits). Reads all of it, unless it is streamed: then
+    the digest is one of names, sizes and times.
 
     Raises:
         DataError: files that are missing, unreadable or too large.
@@ -93,6 +98,8 @@ def content_digest(config: Config) -> str:
 
     if config.train_data_path is None:
         return sample_source("train").digest
+    if is_streamed(config.train_data_path, config):
+        return identity(expand(config.train_data_path, "train_data_path"), config.data_format)
     return file_source(config.train_data_path, config, "train_data_path").digest
 
 

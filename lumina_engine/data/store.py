@@ -18,7 +18,10 @@ from .files import Paths, digest_files, expand, total_bytes
 from .formats import read_conversations
 from .pieces import PIECE_BYTES, plan
 from .prepare import Job, join, processors, tokenise
+from .rows import RowOptions
 from .store_writer import locked
+from .stream import TokenStream
+from .stream_open import is_streamed, notes_of, open_stream
 from .tally import Tally
 from .token_store import Progress, TokenStore, build_parts, build_store, open_verified, store_name
 from .tokenizer import ConversationTokenizer
@@ -33,7 +36,7 @@ PIECES_FROM = 4 * PIECE_BYTES  # below, starting processes costs more than they 
 class Data:
     """What a run trains and evaluates on. `notes` are lines for the user: what was dropped, cut, held out."""
 
-    train: TokenStore
+    train: TokenStore | TokenStream
     eval: TokenStore | None
     notes: list[str] = field(default_factory=list)
     is_sample: bool = False
@@ -50,8 +53,12 @@ class Source:
     layout: str = "auto"
 
 
-def open_data(config: Any, tokenizer: Any, progress: Progress | None = None, workers: int | None = None) -> Data:
+def open_data(
+    config: Any, tokenizer: Any, progress: Progress | None = None, workers: int | None = None, engine: str = "local"
+) -> Data:
     """The stores for `config`, built where the cache has none; large files by `workers` processes (default: one a processor).
+
+    With `engine` "ray" files of any size are built by workers of Ray; what cannot be cut in pieces is built here.
 
     `train_data_path` null is the built-in corpus with its own held-out split. Without `eval_data_path`, `eval_split` of the
     conversations is held out by digest of their id (or content), so a conversation stays on its side when others are added.
@@ -59,12 +66,14 @@ def open_data(config: Any, tokenizer: Any, progress: Progress | None = None, wor
     Raises `DataError`: missing or empty file, malformed record (file:line), no conversation left, vocabulary too small.
     """
     check_vocabulary(config, tokenizer)
-    cache = Cache(Path(getattr(config, "data_cache_dir", "data/cache")), tokenizer, progress, workers)
+    cache = Cache(Path(getattr(config, "data_cache_dir", "data/cache")), tokenizer, progress, workers, engine)
     train_path = getattr(config, "train_data_path", None)
     eval_path = getattr(config, "eval_data_path", None)
     split = float(getattr(config, "eval_split", 0.0))
     notes: list[str] = []
     held_out: TokenStore | None = None
+    if is_streamed(train_path, config):
+        return _open_streamed(config, cache)
     if train_path is None:
         train = cache.store(sample_source("train"), notes)
         if eval_path is None:
@@ -92,13 +101,35 @@ def open_data(config: Any, tokenizer: Any, progress: Progress | None = None, wor
     return Data(train, held_out, notes, is_sample=train_path is None)
 
 
+def _open_streamed(config: Any, cache: Cache) -> Data:
+    """Training data above `streaming_threshold_gb`. Evaluation data are small and a store, as ever."""
+    split = float(getattr(config, "eval_split", 0.0)) if getattr(config, "eval_data_path", None) is None else 0.0
+    stream = cache.stream(config.train_data_path, config, "train_data_path", split)
+    notes = notes_of(stream, RowOptions.from_config(config), f"{len(stream.windows):,} windows", split)
+    held_out = stream.eval
+    if getattr(config, "eval_data_path", None) is not None:
+        held_out = cache.store(file_source(config.eval_data_path, config, "eval_data_path"), notes)
+    if held_out is None:
+        notes.append("no evaluation data: set eval_data_path or eval_split")
+    else:
+        cut = getattr(config, "packing", "fit") != "concat"
+        note = Samples(held_out, int(config.seq_length)).note("evaluation") if cut else None
+        notes += [note] if note else []
+        notes.append("whether conversations are in both training and evaluation data is not looked for in a stream")
+    return Data(stream, held_out, notes)
+
+
 def open_train(
     data_path: Paths | None, tokenizer: Any, config: Any, progress: Progress | None = None
-) -> tuple[TokenStore, list[str]]:
-    """The store of all conversations of `data_path` (None: the built-in corpus), and notes. Raises `DataError`."""
+) -> tuple[TokenStore | TokenStream, list[str]]:
+    """The store or stream of all conversations of `data_path` (None: the built-in corpus), and notes. Raises `DataError`."""
     check_vocabulary(config, tokenizer)
     notes: list[str] = []
     cache = Cache(Path(getattr(config, "data_cache_dir", "data/cache")), tokenizer, progress)
+    if is_streamed(data_path, config, "data_path"):
+        assert data_path is not None
+        stream = cache.stream(data_path, config, "data_path")
+        return stream, notes_of(stream, RowOptions.from_config(config), "data", 0.0)
     source = sample_source("train") if data_path is None else file_source(data_path, config, "data_path")
     store = cache.store(source, notes)
     note = Samples(store, int(config.seq_length)).note("data") if getattr(config, "packing", "fit") != "concat" else None
@@ -117,17 +148,9 @@ def check_vocabulary(config: Any, tokenizer: Any) -> None:
 
 
 def file_source(paths: Paths, config: Any, key: str) -> Source:
-    """Files, folders and globs as a source. Raises `DataError` for what is missing or above the streaming threshold."""
+    """Files, folders and globs as a source. Raises `DataError` for what is missing."""
     files = expand(paths, key)
     layout = getattr(config, "data_format", "auto")
-    size, limit = total_bytes(files), float(getattr(config, "streaming_threshold_gb", 5.0)) * 1e9
-    if size > limit:
-        raise DataError(
-            f"{key} has {size / 1e9:.1f} GB, above streaming_threshold_gb={limit / 1e9:g}; streaming is not available yet",
-            path=files[0] if len(files) == 1 else files[0].parent,
-            fix="use less data",
-            exit_code=2,
-        )
     label = str(files[0]) if len(files) == 1 else f"{len(files)} files"
     digest = hashlib.sha256(f"{layout}\n{digest_files(files)}".encode()).hexdigest()
     read = partial(_read_files, list(files), layout, key)
@@ -185,7 +208,15 @@ def part_of(threshold: int | None) -> Callable[[Document], str]:
 class Cache:
     """The folder of stores; builds those that are not there. Two processes may want the same: one builds, the other waits."""
 
-    def __init__(self, folder: Path, tokenizer: Any, progress: Progress | None = None, workers: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Any,
+        progress: Progress | None = None,
+        workers: int | None = None,
+        engine: str = "local",
+    ) -> None:
+        self.engine = engine
         self.folder, self.tokenizer, self.progress = folder, tokenizer, progress
         by_name = isinstance(tokenizer, ConversationTokenizer)  # another kind cannot be made again in another process
         self.workers = (workers or processors()) if by_name else 1
@@ -205,6 +236,11 @@ class Cache:
                 store = built["all"]
         _note_tally(source, store, notes)
         return store
+
+    def stream(self, paths: Paths, config: Any, key: str, split: float = 0.0) -> TokenStream:
+        """The stream of `paths`, counted. Raises `DataError`."""
+        workers = self.workers if isinstance(self.tokenizer, ConversationTokenizer) else 0
+        return open_stream(paths, config, self.tokenizer, split=split, workers=workers, key=key, progress=self.progress)
 
     def split(self, source: Source, share: float, notes: list[str]) -> tuple[TokenStore, TokenStore | None]:
         """Training and evaluation stores of one source. A small source holds out its lowest conversation at least."""
@@ -262,13 +298,14 @@ class Cache:
 
     def _in_pieces(self, source: Source, threshold: int | None, targets: dict[str, Path]) -> dict[str, TokenStore] | None:
         """The same from pieces, for a large source. None: it is small, cannot be cut, or a part came out empty."""
-        if not source.files or total_bytes(source.files) < PIECES_FROM:
+        by_ray = self.engine == "ray"
+        if not source.files or (not by_ray and total_bytes(source.files) < PIECES_FROM):
             return None
         pieces = plan(list(source.files), source.layout, PIECE_BYTES)
-        if pieces is None or len(pieces) < 2:
+        if pieces is None or (not by_ray and len(pieces) < 2):
             return None
         folder = self.folder / f"{next(iter(targets.values())).name}.pieces"
-        job = Job(pieces, folder, self.tokenizer, threshold, part_of(threshold))
+        job = Job(pieces, folder, self.tokenizer, threshold, part_of(threshold), self.engine)
         try:
             tokenise(job, min(self.workers, len(pieces)), self.progress)
             return join(job, targets, partial(_meta, source))

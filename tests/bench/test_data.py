@@ -27,7 +27,7 @@ def test_c148_bench_data_says_what_it_measured():
     assert result["tokens_per_s_min"] == min(p["tokens_per_s"] for p in passes) <= result["tokens_per_s"]
     assert result["loader_ratio"] == result["tokens_per_s"] / result["step_tokens_per_s"] > result["loader_ratio_min"] > 0
     assert result["open_s"] == max(line["open_s"] for line in lines if line.get("part") == "open") > 0
-    assert 1e9 <= result["opened_bytes"] < 1.1e9 and set(data_benchmark.GOALS) <= set(result)
+    assert 1e9 <= result["opened_bytes"] < 1.3e9 and set(data_benchmark.GOALS) <= set(result)
 
 
 def test_c033_a_sparse_store_opens_and_a_generated_one_is_read_whole(tmp_path):

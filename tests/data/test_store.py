@@ -304,7 +304,6 @@ def test_open_data_says_what_was_dropped_and_cut(write, tokenizer, settings):
         ("s.json", [{"conversations": [{"from": "human", "value": "q"}]}], {}, "no conversation left to train on", 65),
         ("s.json", [{"conversations": [{"from": "human", "value": "q"}]}], {"eval_split": 0.1}, "no conversation left", 65),
         ("m.jsonl", records(3), {"vocab_size": 259}, "vocab_size=259 is too small for tokenizer bytes, which has 260 ids", 2),
-        ("m.jsonl", records(3), {"streaming_threshold_gb": 1e-9}, "streaming is not available yet", 2),
         ("m.jsonl", records(3), {"data_format": "oasst"}, "m.jsonl:1: no OASST record", 65),
         (
             "m.jsonl",

@@ -151,6 +151,7 @@ ELSEWHERE = {
     "max_batch_size": "training/test_batch_size.py::test_c075_the_largest_divisor_that_fits",
     "num_workers": "data/test_rows.py::test_c037_workers_give_the_same_batches",
     "prefetch_batches": "data/test_rows.py::test_position_counts_rows_not_prefetched_steps",
+    "streaming_threshold_gb": "data/test_stream.py::test_c034_room_on_the_disk_is_bounded_and_changes_nothing",
     "communication_backend": "config/test_resolve.py::test_c058_backend_and_launcher",
     "experiment_name": "training/test_budget_run.py::test_c139_c113_a_run_weighs_and_takes_what_its_budget_says",
     "num_nodes": "run/test_launch.py::test_c061_torchrun_on_each_machine",
@@ -236,6 +237,12 @@ def test_c053_changing_a_key_changes_what_runs(name: str, bases: Any, tmp_path: 
 def test_c053_the_same_keys_change_nothing(bases: Any, tmp_path: Path) -> None:
     before, after = bases({}), observe(tmp_path, {})
     assert {aspect for aspect in before if before[aspect] != after[aspect]} == set()
+
+
+def test_c034_a_streamed_run_is_the_run_that_it_would_be_otherwise(bases: Any, tmp_path: Path) -> None:
+    before, after = bases({}), observe(tmp_path, {"streaming_threshold_gb": 0.0})
+    assert {aspect for aspect in before if before[aspect] != after[aspect]} == set()
+    assert list((tmp_path / "cache").glob("*.stream/window-000000"))
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
