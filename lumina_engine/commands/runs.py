@@ -128,6 +128,7 @@ def _show(args: argparse.Namespace, directory: RunDirectory) -> int:
     alerts = last_records(directory.metrics_path, 3, ["alert"], within=8 << 20)
     evals = last_records(directory.metrics_path, 1, ["eval"], within=8 << 20)
     saved = sorted(entry.name for entry in directory.checkpoints.glob("step-*")) if directory.checkpoints.is_dir() else []
+    ranks = _ranks(directory) if info.alive else []
     if args.json:
         details = {key: identity.get(key) for key in ("world", "argv", "versions", "host", "settings")}
         common.print_json(
@@ -136,6 +137,7 @@ def _show(args: argparse.Namespace, directory: RunDirectory) -> int:
                 "pid": info.pid,
                 "socket": info.socket,
                 **details,
+                "ranks": ranks,
                 "checkpoints": saved,
                 "alerts": _plain(alerts),
             }
@@ -162,11 +164,35 @@ def _show(args: argparse.Namespace, directory: RunDirectory) -> int:
         ("process", f"{info.pid}, socket {info.socket}" if info.alive else "none"),
         ("versions", ", ".join(f"{name} {version}" for name, version in (identity.get("versions") or {}).items()) or "-"),
     ]
+    lines += [(f"rank {rank['rank']}", place(rank)) for rank in ranks]
     for name, value in lines:
         _out(f"{name:<12} {_one_line(value)}")
     for alert in alerts:
         _out("alert        " + describe(alert))
     return 0
+
+
+def _ranks(directory: RunDirectory) -> list[dict[str, Any]]:
+    """Where each rank of a living run is, by its supervisor's word; none if it has just ended."""
+    from ..run.client import RunClient
+    from ..run.directory import RunError
+
+    try:
+        with RunClient(directory) as client:
+            return list(client.hello.get("ranks", []))
+    except RunError as error:
+        print(common.safe(f"ranks: {error}"), file=sys.stderr)
+        return []
+
+
+def place(rank: dict[str, Any]) -> str:
+    """Section, step and time of a rank, its process and machine."""
+    who = f"process {rank['pid']}" + (f" on {rank['host']}" if rank.get("host") else "")
+    if not rank["connected"]:
+        return f"gone, {who}" + (f", exit code {rank['exit_code']}" if rank["exit_code"] is not None else "")
+    if rank["section"] is None:
+        return f"starting, {who}"
+    return f"{rank['age_s']:.1f} s in {rank['section']} of step {rank['step']}, {who}"
 
 
 def _plain(records: list[rec.Record]) -> list[Any]:

@@ -23,6 +23,11 @@ _WAITING = 64  # commands kept for a rank 0 that has not connected yet
 _UNAPPLIED = 256  # commands kept in case rank 0 dies before it has obeyed
 
 
+def named(rank: int, host: str | None) -> str:
+    """A rank for a person, with its machine if that is another one."""
+    return f"rank {rank}" + (f" on {host}" if host else "")
+
+
 @dataclass(slots=True)
 class RankState:
     """What a rank said last. `at` is the supervisor's monotonic time of the last change of (step, section).
@@ -86,7 +91,7 @@ class End:
     @property
     def who(self) -> str:
         """The rank, and its machine if that is another one."""
-        return f"rank {self.rank}" + (f" on {self.host}" if self.host else "")
+        return named(self.rank, self.host)
 
 
 class RankServer:

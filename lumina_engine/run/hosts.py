@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from .hostfile import check_host
-from .interface import interface_of
+from .interface import interface_of, socket_variables
 from .launchers import REMOTE, agent_words, carried, check_words
 from .line import Line
 from .local_ranks import LocalRanks, rank_variables
-from .node import ALIVE_TIME, socket_variables
+from .node import ALIVE_TIME
 from .policy import CRASHED, HOST_LOST
 from .process import leash
-from .rank import MESSAGE_LIMIT
 from .signals import SignalQueue
 
 START_TIME = 60.0  # s until every agent must have answered
@@ -285,18 +284,8 @@ class Hosts:
             remote.connections[number].send(data)
 
     def _pass_down(self, remote: Remote, number: int) -> None:
-        connection = remote.connections[number]
-        try:
-            data = connection.recv(MESSAGE_LIMIT)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if data:
-            remote.line.send(op="data", id=number, data=base64.b64encode(data).decode())
-        else:
+        if not remote.line.carry(number, remote.connections[number]):
             self._close(remote, number)
-            remote.line.send(op="close", id=number)
 
     def _close(self, remote: Remote, number: int) -> None:
         connection = remote.connections.pop(number)

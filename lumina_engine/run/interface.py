@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 
 
 def address_towards(host: str) -> str | None:
@@ -30,3 +31,10 @@ def interface_towards(host: str) -> str | None:
     """The interface on the way to `host`; None where nobody knows."""
     address = address_towards(host)
     return None if address is None else interface_of(address)
+
+
+def socket_variables(environment: Mapping[str, str], address: str) -> dict[str, str]:
+    """The interface that gloo and NCCL are to use, unless the user has chosen: the one on the way to `address`."""
+    found = interface_towards(address)
+    names = [name for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name not in environment]
+    return dict.fromkeys(names, found) if found else {}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator
 from typing import Any
+
+from .rank import MESSAGE_LIMIT
 
 LINE_LIMIT = 1 << 20  # bytes of one line
 _WAITING = 4 << 20  # bytes that the other end may be behind
@@ -40,6 +44,20 @@ class Line:
         """Give the other end a message, now or with a later `flush`."""
         self._out += json.dumps(content).encode() + b"\n"
         self.flush()
+
+    def carry(self, number: int, connection: socket.socket) -> bool:
+        """Tell the other end what came over a local connection: its data, or its end. Whether the connection goes on."""
+        try:
+            data = connection.recv(MESSAGE_LIMIT)
+        except BlockingIOError:
+            return True
+        except OSError:
+            data = b""
+        if data:
+            self.send(op="data", id=number, data=base64.b64encode(data).decode())
+        else:
+            self.send(op="close", id=number)
+        return bool(data)
 
     def flush(self) -> None:
         """Hand on what waits, as far as the pipe takes it."""

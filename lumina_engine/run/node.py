@@ -19,24 +19,16 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from .interface import interface_towards
+from .interface import socket_variables
 from .line import Line
 from .local_ranks import LocalRanks, rank_variables
 from .process import become_subreaper, descendants, myself, send_all, wait_gone
-from .rank import MESSAGE_LIMIT
 from .socket import bind_socket, peer, peer_is_me, socket_folder, unbind
 
 ALIVE_TIME = 1.0  # s between two signs of life in either direction
 ORDER_TIME = 60.0  # s until the order must have come
 CLEAR_TIME = 10.0  # s that killed processes get to end
 _PASSED = (signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1)  # what may be passed on to the ranks
-
-
-def socket_variables(environment: Mapping[str, str], address: str) -> dict[str, str]:
-    """The interface that gloo and NCCL are to use, unless the user has chosen: the one on the way to `address`."""
-    found = interface_towards(address)
-    names = [name for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name not in environment]
-    return dict.fromkeys(names, found) if found else {}
 
 
 class Agent:
@@ -152,17 +144,8 @@ class Agent:
         self.line.send(op="open", id=number, pid=peer(connection)[0])
 
     def _pass_up(self, number: int, connection: socket.socket) -> None:
-        try:
-            data = connection.recv(MESSAGE_LIMIT)
-        except BlockingIOError:
-            return
-        except OSError:
-            data = b""
-        if data:
-            self.line.send(op="data", id=number, data=base64.b64encode(data).decode())
-        else:
+        if not self.line.carry(number, connection):
             self._drop(number, connection)
-            self.line.send(op="close", id=number)
 
     def _drop(self, number: int, connection: socket.socket) -> None:
         if self._connections.pop(number, None) is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from .channel import RankState
+from .channel import RankState, named
 
 SCORE = 0.7  # below it a rank is a straggler
 WELL = 0.8  # above it it is none any more
@@ -20,13 +20,14 @@ LOOKS = 2  # times in a row, with new steps in between, before a word is said
 
 @dataclass(frozen=True, slots=True)
 class Straggler:
-    """A slow rank: its median forward time and the reference, in seconds; whose reference that is, and the step."""
+    """A slow rank: its median forward time and the reference, in seconds; whose reference that is, the step, its machine."""
 
     rank: int
     step: int | None
     own: float
     reference: float
     against: str
+    host: str | None = None
 
     @property
     def score(self) -> float:
@@ -34,7 +35,7 @@ class Straggler:
 
     def __str__(self) -> str:
         return (
-            f"rank {self.rank} is slow: {1000 * self.own:.0f} ms for the forward pass of a step, {self.against} "
+            f"{named(self.rank, self.host)} is slow: {1000 * self.own:.0f} ms for the forward pass of a step, {self.against} "
             f"{1000 * self.reference:.0f} ms (score {self.score:.2f})"
         )
 
@@ -77,7 +78,7 @@ class Stragglers:
             seen.best = min(seen.best, own)
             for against, reference in references.items():
                 if self._judge(seen, against, own, reference):
-                    yield Straggler(rank, state.step, own, reference, against)
+                    yield Straggler(rank, state.step, own, reference, against, state.host)
 
     def _judge(self, seen: _Seen, against: str, own: float, reference: float) -> bool:
         score = reference / own

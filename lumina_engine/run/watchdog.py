@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..monitoring.say import say
-from .channel import RankState
+from .channel import RankState, named
 from .process import Process, send_all, send_signal
-from .sections import FIRST_STEPS
+from .sections import FIRST_STEPS, WORK
 
 STACKS_TIME = 1.0  # s that the ranks get to print their stacks before TERM
 LEAST = 1.0  # s: no section is hung before, whatever the configuration says; heartbeats are up to 0.1 s late
 PAUSE = 5.0  # s between two looks after which the supervisor itself, or the whole machine, stood still
+SHARE = 0.5  # of the time that it may stand still: a rank that has, while another one has used it up, may be the cause
 _UNTIMED = frozenset({"compile", "dry run", "examination"})  # once a start, so nothing tells how long they take
 _WAITING = "paused"  # by the user's wish, for any time
 
@@ -41,7 +42,8 @@ class Limits:
 class Hang:
     """Who does not move: rank, the section it is in (None: it never said), the step, for how many seconds, how many it may.
 
-    `beside`: ranks that stand in the same section of the same step; one of them may be what the others wait for there.
+    `host` is its machine, None for this one. `beside`: ranks that stand in the same section of the same step; one of them may
+    be what the others wait for there.
     """
 
     rank: int
@@ -51,15 +53,15 @@ class Hang:
     limit: float
     stopped: bool = False
     beside: tuple[int, ...] = ()
+    host: str | None = None
 
     def __str__(self) -> str:
+        who = named(self.rank, self.host)
         if self.section is None:
-            return f"rank {self.rank} has not said where it is for {self.seconds:.0f} s"
+            return f"{who} has not said where it is for {self.seconds:.0f} s"
         place = f"{self.section} of step {self.step}" if self.step is not None else self.section
         others = f", so is rank {', '.join(map(str, self.beside))}" if self.beside else ""
-        return f"rank {self.rank} is {self.seconds:.0f} s in {place}{others}" + (
-            ", stopped by a signal" if self.stopped else ""
-        )
+        return f"{who} is {self.seconds:.0f} s in {place}{others}" + (", stopped by a signal" if self.stopped else "")
 
 
 def limit(state: RankState, limits: Limits) -> float:
@@ -70,6 +72,15 @@ def limit(state: RankState, limits: Limits) -> float:
     if state.steps < FIRST_STEPS or state.section in _UNTIMED or usual is None:
         return max(LEAST, limits.startup)
     return max(LEAST, limits.timeout, limits.factor * usual)
+
+
+def _place(state: RankState) -> tuple[str | None, int | None]:
+    return state.section, state.step
+
+
+def _behind(rank: int, state: RankState) -> tuple[int, bool, float, int]:
+    """Orders ranks: first the one for which the others wait. Before its first step a rank counts something else."""
+    return (state.step or 0) if state.steps else 0, state.section != WORK, state.at, rank
 
 
 class Watchdog:
@@ -110,28 +121,24 @@ class Watchdog:
         return self.found
 
     def look(self, now: float, ranks: Mapping[int, RankState], world: int) -> Hang | None:
-        """The rank that has stood still for too long; of several the one that did so first, for which the others wait."""
+        """The rank that has stood still for too long; of several the one for which the others wait.
+
+        That is one that is a step behind, or still does what it does alone, before one that only stood still first.
+        """
         there = {rank: state for rank, state in ranks.items() if state.connected and state.exit_code is None}
         moved = max((state.at for state in there.values()), default=self._started)
-        late = []
-        for rank, state in there.items():
-            # while a start is being made the ranks wait for each other where they report nothing: one that moves will do
-            at = moved if state.steps == 0 else state.at
-            if now - at > limit(state, self.limits):
-                late.append((state.at, rank))
-        if late:
-            at, rank = min(late)
+        # while a start is being made the ranks wait for each other where they report nothing: one that moves will do
+        stood = {rank: now - (moved if state.steps == 0 else state.at) for rank, state in there.items()}
+        share = {rank: stood[rank] / limit(state, self.limits) for rank, state in there.items()}
+        if max(share.values(), default=0.0) > 1:
+            still = [rank for rank in there if share[rank] > SHARE]
+            for rank in still:
+                there[rank].look_closer()
+            rank = min(still, key=lambda rank: _behind(rank, there[rank]))
             state = there[rank]
+            beside = tuple(other for other in sorted(there) if other != rank and _place(there[other]) == _place(state))
             allowed = limit(state, self.limits)
-            state.look_closer()
-            beside = tuple(
-                sorted(
-                    other
-                    for other, its in there.items()
-                    if other != rank and (its.section, its.step) == (state.section, state.step)
-                )
-            )
-            return Hang(rank, state.section, state.step, now - at, allowed, state.process.stopped, beside)
+            return Hang(rank, state.section, state.step, now - state.at, allowed, state.process.stopped, beside, state.host)
         missing = next((rank for rank in range(world) if rank not in ranks), None)
         if missing is not None and now - max(moved, self._started) > max(LEAST, self.limits.startup):
             return Hang(missing, None, None, now - self._started, self.limits.startup)

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from ..run.interface import socket_variables
+
 
 class Comm:
     """Collectives of one run. Every method must be called by all ranks in the same order."""
@@ -44,6 +46,7 @@ class Comm:
             # a store in memory: a run of one process needs no rendezvous
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
         else:
+            _choose_interface(world_size)
             store = _own_store(rank, world_size, timeout)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
         return cls(rank, world_size, local_rank, device)
@@ -83,6 +86,20 @@ class Comm:
         if self.world_size == 1:
             return value
         return self.all_gather(value if self.rank == 0 else None)[0]
+
+
+def _choose_interface(world_size: int) -> None:
+    """Have the ranks listen on the interface that leads to where they meet, unless somebody has chosen already.
+
+    gloo would listen where the machine's own name leads, which often is loopback: no other machine gets there. NCCL is told
+    for several machines only: on one it needs no interface.
+    """
+    if "MASTER_ADDR" not in os.environ:
+        return
+    found = socket_variables(os.environ, os.environ["MASTER_ADDR"])
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "0")) == world_size:
+        found.pop("NCCL_SOCKET_IFNAME", None)
+    os.environ.update(found)
 
 
 def _own_store(rank: int, world_size: int, timeout: timedelta) -> dist.Store | None:

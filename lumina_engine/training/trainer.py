@@ -264,11 +264,11 @@ class EnhancedConversationTrainer:
                 layout=batch.layout,
                 return_aux=True,
             )
+            self.clock.start("backward")
+            self.section("backward", step)  # before the objective: it sums over the ranks, and forward is what each does alone
             loss = objective.add(output, batch.num_tokens)
             if self.window is not None:
                 self.window.add(output.router)
-            self.clock.start("backward")
-            self.section("backward", step)
             self.engine.backward(loss, last=number == len(micro_batches))
         self.clock.start("optimizer")
         self.section("step", step)

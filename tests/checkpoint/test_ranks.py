@@ -1,4 +1,7 @@
-"""CK04: two processes save together and one is killed: a committed folder always holds the files of both."""
+"""CK04: two ranks save together and one is killed: a committed folder always holds the files of both.
+
+Over a socket pair, which costs nothing, and (nightly) over gloo as in training.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ import pytest
 from lumina_engine.checkpoint.commit import list_steps, newest_valid, verify
 from lumina_engine.checkpoint.manager import CheckpointManager
 from lumina_engine.checkpoint.payload import required_files
+from tests.checkpoint import gloo
 from tests.checkpoint.helpers import kill_at, names_in, payload, settings
 
 
@@ -77,6 +81,20 @@ def both(run: Path, step: int, victim: int | None = None, number: int = 0, block
     ids=["rank0", "rank1", "rank0_every_call"],
 )
 def test_ck04_kill_one_of_two_ranks(fresh: Callable[[], Path], victim: int, numbers: range) -> None:
+    killed(fresh, both, victim, numbers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("victim", "numbers"), [(0, range(1, 80, 3)), (1, range(1, 22))], ids=["rank0", "rank1"])
+def test_ck04_kill_one_of_two_ranks_of_a_gloo_group(
+    fresh: Callable[[], Path], victim: int, numbers: range, figure: Callable[[str, object], None]
+) -> None:
+    """A survivor whose collective ends with the other rank leaves by itself: none is ended by its alarm."""
+    killed(fresh, gloo.both, victim, numbers)
+    figure("kill points over gloo", len(numbers))
+
+
+def killed(fresh: Callable[[], Path], both: Callable[..., list[int]], victim: int, numbers: range) -> None:
     template = fresh() / "run"
     assert both(template, 1) == [0, 0]
     outcomes = set()

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import signal
 from collections.abc import Iterator, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lumina_engine.run.directory import RunDirectory
-from lumina_engine.run.process import marked, send_all
-from tests.waiting import until
+from tests.runs_end import end_runs, socket_place
 
 from .injector import Fault
 from .tiny_run import prepare, start
@@ -42,31 +38,14 @@ class TinyRuns:
         """A started run. `settings` are the supervisor's (`policy.Settings`); restarts are without pause unless they say so."""
         return start(self.make(name, faults, world, **keys), world=world, **{"restart_pause_s": 0.01, **(settings or {})})
 
-    def end(self) -> None:
-        for run in self.made:
-            owner = run.owner()
-            if owner is not None:
-                send_all([owner], signal.SIGKILL)
-            nonce = run.identity().get("nonce") if run.identity_path.exists() else None
-            if nonce:
-                until(partial(_nothing_left, nonce), "the run's processes to end")
-
-
-def _nothing_left(nonce: str) -> bool:
-    return send_all(marked(nonce), signal.SIGKILL) == 0
-
 
 @pytest.fixture
-def tiny_runs(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[TinyRuns]:
+def tiny_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[TinyRuns]:
     """A factory of real tiny runs under tmp_path; sockets in a short folder of the test's own."""
-    sockets = Path(f"/tmp/lf-{os.getpid()}-{tmp_path_factory.mktemp('s').name}")
-    monkeypatch.setenv("LUMINA_SOCKETS", str(sockets))
-    monkeypatch.setenv("LUMINA_RUNS", str(tmp_path))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    made = TinyRuns(tmp_path)
-    yield made
-    made.end()
-    for left in sockets.glob("*") if sockets.is_dir() else ():
-        left.unlink()
-    if sockets.is_dir():
-        sockets.rmdir()
+    with socket_place("f") as sockets:
+        monkeypatch.setenv("LUMINA_SOCKETS", str(sockets))
+        monkeypatch.setenv("LUMINA_RUNS", str(tmp_path))
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        made = TinyRuns(tmp_path)
+        yield made
+        end_runs(made.made)

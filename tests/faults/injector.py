@@ -69,7 +69,7 @@ def read_plan(folder: Path) -> list[Fault]:
 
 
 def fired(folder: Path) -> list[dict[str, Any]]:
-    """What struck so far: fault, step, section, rank, inc, monotonic time."""
+    """What struck so far: fault, step, section, rank, inc, and when (`t`, unix seconds, as the records of the log)."""
     path = folder / FIRED
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
@@ -114,7 +114,7 @@ class FaultyChannel(NullChannel):
         return getattr(self.inner, name)
 
     def _note(self, fault: Fault, step: int, section: str) -> None:
-        line = {"how": fault.how, "step": step, "section": section, "rank": self.rank, "inc": self.inc, "t": time.monotonic()}
+        line = {"how": fault.how, "step": step, "section": section, "rank": self.rank, "inc": self.inc, "t": time.time()}
         descriptor = os.open(self.folder / FIRED, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         os.write(descriptor, json.dumps(line).encode() + b"\n")
         os.close(descriptor)

@@ -1,7 +1,9 @@
 """`python -m tests.faults.matrix [--tier fast|nightly|all] [--seeds N] [--row ID …]`: run the fault matrix and publish it.
 
-Each row's tests are run once a seed; what came out is kept in results.json (rows that were not run keep their last result) and
-written as a table to README.md, both beside this file. `--publish` only writes the table again.
+The rows are run in the order of the matrix, some at a time, with each seed. After each portion there is a line for each of its
+rows, and what is known so far stands in results.json and as a table in README.md, both beside this file. What was run on this
+state of the code is not run again (`--again` does), so an interrupted run goes on where it was; `--minutes` ends one by itself.
+Rows that were not run on this code keep their last result. `--publish` runs nothing and writes the table.
 """
 
 from __future__ import annotations
@@ -11,83 +13,97 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .rows import TESTS, TIERS, matrix
+from .journal import Journal
+from .rows import TESTS, TIERS, files_of, matrix
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results.json"
 README = HERE / "README.md"
-MARKS = {"fast": "fast", "nightly": "nightly", "all": "fast or nightly"}
+MARKS = {"fast": "fast", "nightly": "nightly"}
 BEGIN, END = "<!-- matrix: written by python -m tests.faults.matrix -->", "<!-- end of the matrix -->"
+NOTHING_FOUND = 5  # pytest's exit code when no test was chosen
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults.matrix", description="run and publish the fault matrix")
-    parser.add_argument("--tier", choices=sorted(MARKS), default="fast")
+    parser.add_argument("--tier", choices=[*MARKS, "all"], default="fast")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="run with the seeds 1 to N (default 1)")
     parser.add_argument("--first-seed", type=int, default=1, metavar="N")
     parser.add_argument("--row", nargs="*", default=[], metavar="ID", help="only these rows")
+    parser.add_argument("--portion", type=int, default=4, metavar="N", help="rows run together (default 4)")
+    parser.add_argument("--minutes", type=float, default=0.0, metavar="M", help="begin no portion after M minutes")
+    parser.add_argument("--again", action="store_true", help="also what was run on this code before")
     parser.add_argument("--publish", action="store_true", help="run nothing, write the table from the kept results")
     args = parser.parse_args()
-    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-    failed = False
-    if not args.publish:
-        unknown = sorted(set(args.row) - set(matrix()))
-        if unknown:
-            parser.error(f"no such row: {', '.join(unknown)}")
-        lines = [
-            line for seed in range(args.first_seed, args.first_seed + args.seeds) for line in run(args.tier, seed, args.row)
-        ]
-        found = summed(lines, time.strftime("%Y-%m-%d"))
-        kept.update(found)
-        RESULTS.write_text(json.dumps(dict(sorted(kept.items())), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        failed = any(row["state"] == "red" for row in found.values())
-    publish(kept)
-    return int(failed)
+    unknown = sorted(set(args.row) - set(matrix()))
+    if unknown:
+        parser.error(f"no such row: {', '.join(unknown)}")
+    journal, end = Journal(), time.monotonic() + 60 * args.minutes
+    for rows, seed, tier in () if args.publish else portions(args, journal):
+        if args.minutes and time.monotonic() > end:
+            print("time is up: the same command goes on here")
+            break
+        run(rows, seed, tier, journal)
+        kept = publish(journal)
+        for row in rows:
+            print(line(row, kept.get(row)), flush=True)
+    kept = publish(journal)
+    return int(any(kept[row]["state"] == "red" for row in journal.rows() if row in kept))
 
 
-def run(tier: str, seed: int, rows: list[str]) -> list[dict[str, Any]]:
-    """Run the tests of a tier with one seed; a line for each test that ran. The output goes to the terminal."""
-    with tempfile.NamedTemporaryFile(suffix=".jsonl") as results:
-        words = [sys.executable, "-m", "pytest", str(HERE), "-m", MARKS[tier], "-p", "no:cacheprovider"]
-        words += [f"--fault-seed={seed}", f"--fault-results={results.name}"]
-        if rows:
-            words += ["--fault-rows=" + ",".join(rows)]
-        subprocess.run(words, cwd=TESTS.parent, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        return [json.loads(line) for line in Path(results.name).read_text(encoding="utf-8").splitlines()]
+def portions(args: argparse.Namespace, journal: Journal) -> Iterator[tuple[list[str], int, str]]:
+    """(rows, seed, tier) of what is to be run: every seed of some rows, then the next rows."""
+    wanted = [row for row in matrix() if not args.row or row in args.row]
+    for first in range(0, len(wanted), args.portion):
+        for tier in MARKS if args.tier == "all" else (args.tier,):
+            for seed in range(args.first_seed, args.first_seed + args.seeds):
+                rows = wanted[first : first + args.portion]
+                rows = rows if args.again else [row for row in rows if not journal.has(row, seed, tier)]
+                if rows:
+                    yield rows, seed, tier
 
 
-def summed(lines: list[dict[str, Any]], date: str) -> dict[str, dict[str, Any]]:
-    """What the tests say about each row: red if one failed, skipped if all were skipped, green otherwise."""
-    by_row = defaultdict(list)
+def run(rows: Sequence[str], seed: int, tier: str, journal: Journal) -> None:
+    """Run the tests of these rows that belong to a tier. Their output goes to the terminal.
+
+    Raises:
+        SystemExit: pytest did not run to its end; what it had done does not count.
+    """
+    words = [sys.executable, "-m", "pytest", *map(str, files_of(rows)), "-m", MARKS[tier], "-p", "no:cacheprovider"]
+    words += [f"--fault-seed={seed}", f"--fault-results={journal.open_portion()}", "--fault-rows=" + ",".join(rows)]
+    code = subprocess.run(words, cwd=TESTS.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+    if code not in (0, 1, NOTHING_FOUND):
+        raise SystemExit(f"pytest ended with {code} in {', '.join(rows)}, seed {seed}: this portion does not count")
+    journal.close_portion(rows, seed, tier)
+
+
+def summed(lines: list[dict[str, Any]], date: str) -> dict[str, Any]:
+    """What its tests say about a row: red if one failed, skipped if all were skipped, green otherwise."""
+    outcomes = {line["outcome"] for line in lines}
+    seeds = sorted({line["seed"] for line in lines})
+    figures: dict[str, list[Any]] = defaultdict(list)
+    times: dict[str, list[float]] = defaultdict(list)
     for line in lines:
-        for row in line["rows"]:
-            by_row[row].append(line)
-    found = {}
-    for row, about in by_row.items():
-        outcomes = {line["outcome"] for line in about}
-        state = "red" if "failed" in outcomes else "skipped" if outcomes == {"skipped"} else "green"
-        figures: dict[str, list[Any]] = defaultdict(list)
-        for line in about:
-            for name, value in line["figures"].items():
-                figures[name].append(value)
-        found[row] = {
-            "state": state,
-            "date": date,
-            "seeds": sorted({line["seed"] for line in about}),
-            "tests": sorted({line["test"].split("[")[0] for line in about}),
-            "cases": len({line["test"] for line in about}),
-            "skipped": sorted({f"{line['test']}: {line.get('reason', '')}" for line in about if line["outcome"] == "skipped"}),
-            "failed": sorted({f"{line['test']} (seed {line['seed']})" for line in about if line["outcome"] == "failed"}),
-            "seconds": round(sum(line["seconds"] for line in about) / len({line["seed"] for line in about}), 1),
-            "figures": {name: _span(values) for name, values in sorted(figures.items())},
-        }
-    return found
+        times[line["test"]].append(line["seconds"])
+        for name, value in line["figures"].items():
+            figures[name].append(value)
+    return {
+        "state": "red" if "failed" in outcomes else "skipped" if outcomes == {"skipped"} else "green",
+        "date": date,
+        "seeds": seeds,
+        "tests": sorted({line["test"].split("[")[0] for line in lines}),
+        "cases": len({line["test"] for line in lines}),
+        "skipped": sorted({f"{line['test']}: {line.get('reason', '')}" for line in lines if line["outcome"] == "skipped"}),
+        "failed": sorted({f"{line['test']} (seed {line['seed']})" for line in lines if line["outcome"] == "failed"}),
+        "seconds": round(sum(sum(found) / len(found) for found in times.values()), 1),  # with one seed
+        "figures": {name: _span(values) for name, values in sorted(figures.items())},
+    }
 
 
 def _span(values: list[Any]) -> Any:
@@ -100,12 +116,18 @@ def _span(values: list[Any]) -> Any:
     return ", ".join(str(json.loads(value)) for value in different)
 
 
-def publish(kept: dict[str, dict[str, Any]]) -> None:
-    """Put the table between the marks of README.md; the text around it stays."""
+def publish(journal: Journal) -> dict[str, dict[str, Any]]:
+    """Take over what the journal knows, and put the table between the marks of README.md; the text around it stays."""
+    kept = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    for row in journal.rows():
+        if lines := journal.of_row(row):
+            kept[row] = summed(lines, time.strftime("%Y-%m-%d"))
+    RESULTS.write_text(json.dumps(dict(sorted(kept.items())), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     text = README.read_text(encoding="utf-8") if README.exists() else f"# Fault matrix\n\n{BEGIN}\n{END}\n"
     head, _, rest = text.partition(BEGIN)
     tail = rest.partition(END)[2]
     README.write_text(f"{head}{BEGIN}\n{table(kept)}{END}{tail}", encoding="utf-8")
+    return kept
 
 
 def table(kept: dict[str, dict[str, Any]]) -> str:
@@ -116,14 +138,15 @@ def table(kept: dict[str, dict[str, Any]]) -> str:
     lines = ["", f"{len(rows)} rows: {totals}.", ""]
     lines += ["| id | tier | fault | criterion | tests | last result | figures |", "|---|---|---|---|---|---|---|"]
     for id, row in rows.items():
-        lines.append(f"| {id} | {row.tier} | {row.fault} | {row.criterion} | {' | '.join(_cells(kept.get(id)))} |")
+        cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in _cells(kept.get(id))]
+        lines.append(f"| {id} | {row.tier} | {row.fault} | {row.criterion} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "Tiers: " + ", ".join(f"{name} {when}" for name, when in TIERS.items()) + ".", ""])
 
 
-def _cells(row: dict[str, Any] | None) -> list[str]:
+def _cells(row: dict[str, Any] | None) -> tuple[str, str, str]:
     """Tests, last result, figures."""
     if row is None:
-        return ["-", "not run", ""]
+        return "-", "not run", ""
     files: dict[str, list[str]] = defaultdict(list)
     for test in row["tests"]:
         file, _, name = test.partition("::")
@@ -135,8 +158,13 @@ def _cells(row: dict[str, Any] | None) -> list[str]:
     for name in ("failed", "skipped"):
         if row[name]:
             result += f"; {len(row[name])} {name}: {row[name][0]}"
-    figures = ", ".join(f"{name} {value}" for name, value in row["figures"].items())
-    return [cell.replace("|", "\\|").replace("\n", " ") for cell in (tests, result, figures)]
+    return tests, result, ", ".join(f"{name} {value}" for name, value in row["figures"].items())
+
+
+def line(id: str, row: dict[str, Any] | None) -> str:
+    """A row for the terminal: result, date, cases, seeds, seconds a seed, figures."""
+    _, result, figures = _cells(row)
+    return "  ".join(part for part in (f"{id:<5}", result.replace("**", ""), figures) if part)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def matrix() -> dict[str, Row]:
 def rows_in(name: str) -> set[str]:
     """The row ids that stand in the name of a test."""
     return {f"{kind}{number}".upper() for kind, number in _ID.findall(name.lower())}
+
+
+def files_of(rows: Iterable[str]) -> list[Path]:
+    """The test files that speak of one of these rows: all that can hold a test of theirs."""
+    wanted = set(rows)
+    return [path for path in sorted(TESTS.rglob("test_*.py")) if wanted & rows_in(path.read_text(encoding="utf-8"))]
 
 
 def files_with_rows() -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -69,30 +70,34 @@ KINDS = {"nan loss": times(math.nan), "inf loss": times(math.inf), "nan loss, fi
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_ft04_one_value_that_is_not_finite_costs_exactly_one_step(tmp_path: Path, kind: str) -> None:
+def test_ft04_one_value_that_is_not_finite_costs_exactly_one_step(
+    tmp_path: Path, kind: str, fault_random: random.Random
+) -> None:
+    at = fault_random.randint(1, 8)
     tiny = Tiny(tmp_path, max_steps=8)
     changed = moved(tiny)
-    disturb(tiny, {4}, KINDS[kind])
+    disturb(tiny, {at}, KINDS[kind])
     tiny.train()
-    assert skipped(tiny) == [4] and tiny.trainer.progress.skipped == 1
-    assert changed == {step: step != 4 for step in range(1, 9)}
+    assert skipped(tiny) == [at] and tiny.trainer.progress.skipped == 1
+    assert changed == {step: step != at for step in range(1, 9)}
     assert tiny.alerts() == ["nonfinite_step"]
 
 
-def test_ft04_a_nan_in_the_gradient_of_one_expert(tmp_path: Path) -> None:
+def test_ft04_a_nan_in_the_gradient_of_one_expert(tmp_path: Path, fault_random: random.Random) -> None:
+    at, expert = fault_random.randint(1, 8), fault_random.randrange(4)
     tiny = Tiny(tmp_path, max_steps=8)
     changed = moved(tiny)
     experts_EDF = dict(tiny.trainer.model.named_parameters())["blocks.1.ffn.w2"]
 
     def poison(gradient: torch.Tensor) -> torch.Tensor:
-        if tiny.trainer.progress.step == 3:
+        if tiny.trainer.progress.step + 1 == at:
             gradient = gradient.clone()
-            gradient[0] = math.nan  # of one expert
+            gradient[expert] = math.nan
         return gradient
 
     experts_EDF.register_hook(poison)
     tiny.train()
-    assert changed == {step: step != 4 for step in range(1, 9)} and tiny.trainer.progress.skipped == 1
+    assert changed == {step: step != at for step in range(1, 9)} and tiny.trainer.progress.skipped == 1
 
 
 def rewinds(tiny: Tiny) -> list[tuple[int, int | None]]:

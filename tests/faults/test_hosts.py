@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,8 @@ import pytest
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import read_records
 from lumina_engine.run.directory import RunDirectory
-from lumina_engine.run.process import marked, send_all
+from lumina_engine.run.process import marked
+from tests.runs_end import end_runs, socket_place
 from tests.training.observed import BASE, conversations
 from tests.waiting import until
 
@@ -46,13 +46,12 @@ KEYS = {
 class Cluster:
     """Two machines, data, and runs over them."""
 
-    def __init__(self, machines: Machines, folder: Path) -> None:
+    def __init__(self, machines: Machines, folder: Path, sockets: Path) -> None:
         self.machines, self.folder = machines, folder
         conversations(folder / "train.jsonl", 80)
         (folder / "hosts").write_text("10.77.0.2 slots=2\n10.77.0.1 slots=2  # where the run starts\n")
-        self.sockets = Path(f"/tmp/lc-{os.getpid()}")
         self.environment = machines.environment(
-            {"LUMINA_SOCKETS": str(self.sockets), "LUMINA_RUNS": str(folder / "runs"), "OMP_NUM_THREADS": "1"}
+            {"LUMINA_SOCKETS": str(sockets), "LUMINA_RUNS": str(folder / "runs"), "OMP_NUM_THREADS": "1"}
         )
 
     def train(self, name: str, *words: str, detach: bool = True) -> subprocess.CompletedProcess[str]:
@@ -77,26 +76,20 @@ class Cluster:
         return RunDirectory(self.folder / "runs" / name)
 
     def end(self) -> None:
-        for path in (self.folder / "runs").glob("*"):
-            run = RunDirectory(path)
-            owner = run.owner()
-            if owner is not None:
-                send_all([owner], signal.SIGKILL)
-            nonce = run.identity().get("nonce")
-            until(lambda nonce=nonce: send_all(marked(nonce), signal.SIGKILL) == 0, "the run's processes to end")
-        shutil.rmtree(self.sockets, ignore_errors=True)
+        end_runs(RunDirectory(path) for path in (self.folder / "runs").glob("*"))
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     (tmp_path / "net").mkdir()
-    machines = Machines(tmp_path / "net")
-    made = Cluster(machines, tmp_path)
-    try:
-        yield made
-    finally:
-        machines.close()
-        made.end()
+    with socket_place("c") as sockets:
+        machines = Machines(tmp_path / "net")
+        made = Cluster(machines, tmp_path, sockets)
+        try:
+            yield made
+        finally:
+            machines.close()
+            made.end()
 
 
 def reached(run: RunDirectory, step: int) -> None:

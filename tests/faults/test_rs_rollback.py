@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
+import pytest
+
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import read_records
 from lumina_engine.run.launch import wait
@@ -10,14 +15,18 @@ from .conftest import TinyRuns
 from .injector import Fault
 from .tiny_run import final_manifest, steps
 
-POISON = [Fault("nan_loss", step, "forward") for step in (13, 14, 15)]
 
-
-def test_rs08_killed_between_a_rollback_and_the_next_save_equals_unbroken(tiny_runs: TinyRuns) -> None:
-    whole = tiny_runs.running("whole", POISON, max_steps=20)
-    assert wait(whole, 120) == 0, whole.log_path.read_text()[-2000:]
-    killed = tiny_runs.running("killed", [*POISON, Fault("kill", 10, "data", count=2)], max_steps=20)
-    assert wait(killed, 120) == 0, killed.log_path.read_text()[-2000:]
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.nightly)])
+def test_rs08_ft05_killed_between_a_rollback_and_the_next_save_equals_unbroken(
+    tiny_runs: TinyRuns, world: int, fault_random: random.Random
+) -> None:
+    """Of two ranks the poison is the second one's alone: both go back, and over the same batches."""
+    poison = [Fault("nan_loss", step, "forward", rank=world - 1) for step in (13, 14, 15)]
+    kill = Fault("kill", fault_random.randint(9, 12), "data", count=2, rank=fault_random.randrange(world))
+    whole = tiny_runs.running("whole", poison, world=world, max_steps=20)
+    assert wait(whole, 200) == 0, whole.log_path.read_text()[-2000:]
+    killed = tiny_runs.running("killed", [*poison, kill], world=world, max_steps=20)
+    assert wait(killed, 200) == 0, killed.log_path.read_text()[-2000:]
     went = [
         [(r.to_step, r.failed_step) for r in read_records(run.metrics_path) if isinstance(r, rec.Rewind)]
         for run in (whole, killed)
@@ -32,4 +41,10 @@ def test_rs08_killed_between_a_rollback_and_the_next_save_equals_unbroken(tiny_r
     assert [r.seq for r in records] == list(range(1, len(records) + 1))  # RS10
     proof = next(r for r in records if isinstance(r, rec.Resume))
     assert proof.step == 8 and proof.skipped_rows == (15 - 8) * 4 and proof.changed == {}
-    assert final_manifest(whole)["tokens"] == final_manifest(killed)["tokens"]
+    last, last_killed = final_manifest(whole), final_manifest(killed)
+    assert last["tokens"] == last_killed["tokens"] and last["world"] == world
+    assert digests(last) == digests(last_killed), "weights, optimizer and generators of every rank"
+
+
+def digests(manifest: dict[str, Any]) -> dict[str, list[str]]:
+    return {f["path"]: f["chunks"] for f in manifest["files"] if f["path"].endswith(".safetensors")}

@@ -99,7 +99,7 @@ def test_se09_a_run_that_crashes_with_them_on_its_lips(tiny_runs: TinyRuns, monk
         return not run.alive
 
     until(over, "the run's end", deadline=120)
-    assert wait(run, 10) == 1
+    assert wait(run, 60) == 1
     log = run.log_path.read_text()
     assert "InjectedError" in log and HIDDEN in log, "the crash was to name them"
     everything = b"".join(path.read_bytes() for path in run.path.rglob("*") if path.is_file())

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from lumina_engine.run.directory import RunDirectory
-from lumina_engine.run.process import marked, send_all
+from tests.runs_end import end_runs, socket_place
 from tests.training.observed import conversations
 from tests.waiting import until
 
@@ -22,7 +22,16 @@ from .tiny_run import steps
 pytestmark = pytest.mark.nightly
 
 STEPS = 200
-KEYS = ["num_layers=1", "hidden_size=64", "num_heads=4", "num_kv_heads=2", "seq_length=32", "batch_size=1", "eval_interval=0"]
+KEYS = [
+    "num_epochs=10",
+    "num_layers=1",
+    "hidden_size=64",
+    "num_heads=4",
+    "num_kv_heads=2",
+    "seq_length=32",
+    "batch_size=1",
+    "eval_interval=0",
+]
 FAKE_SRUN = """#!{python}
 import os, sys
 at = sys.argv.index("--")
@@ -41,20 +50,11 @@ def job(tmp_path: Path) -> Iterator[dict[str, str]]:
     for name, text in fakes.items():
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o700)
-    sockets = Path(f"/tmp/lj-{os.getpid()}")
-    own = {"LUMINA_SOCKETS": str(sockets), "PATH": f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    slurm = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "localhost,127.0.0.2", "SLURMD_NODENAME": "localhost"}
-    yield {**os.environ, **own, **slurm}
-    run = RunDirectory(tmp_path / "runs" / "r")
-    owner = run.owner()
-    if owner is not None:
-        send_all([owner], signal.SIGKILL)
-    if run.identity_path.exists() and (nonce := run.identity().get("nonce")):
-        until(lambda: send_all(marked(nonce), signal.SIGKILL) == 0, "the run's processes to end")
-    for left in sockets.glob("*"):
-        left.unlink()
-    if sockets.is_dir():
-        sockets.rmdir()
+    with socket_place("j") as sockets:
+        path = f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}"
+        slurm = {"SLURM_JOB_ID": "42", "SLURM_JOB_NODELIST": "localhost,127.0.0.2", "SLURMD_NODENAME": "localhost"}
+        yield {**os.environ, **slurm, "LUMINA_SOCKETS": str(sockets), "PATH": path, "OMP_NUM_THREADS": "1"}
+        end_runs([RunDirectory(tmp_path / "runs" / "r")])
 
 
 def test_c061_ft01_a_preempted_job_is_queued_again_and_ends_the_run(tmp_path: Path, job: dict[str, str]) -> None:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +12,7 @@ import pytest
 
 from lumina_engine.run import launch
 from lumina_engine.run.directory import RunDirectory
-from lumina_engine.run.process import marked, send_all
+from tests.runs_end import end_runs, socket_place
 from tests.waiting import until
 
 WORKER = str(Path(__file__).with_name("fake_worker.py"))
@@ -43,34 +40,13 @@ class Runs:
         until(lambda: run.info().state == "running", "the run to run")
         return run
 
-    def end(self) -> None:
-        for run in self.made:
-            owner = run.owner()
-            if owner is not None:
-                send_all([owner], signal.SIGKILL)
-            try:
-                nonce = run.identity().get("nonce")
-            except Exception:
-                continue
-            if nonce:
-                until(partial(nothing_left, nonce), "the run's processes to end")
-
-
-def nothing_left(nonce: str) -> bool:
-    """Kill what a run left behind; whether there was nothing."""
-    return send_all(marked(nonce), signal.SIGKILL) == 0
-
 
 @pytest.fixture
-def runs(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Runs]:
     """A factory of runs under tmp_path; sockets in a short folder of the test's own."""
-    sockets = Path(f"/tmp/lt-{os.getpid()}-{tmp_path_factory.mktemp('s').name}")
-    monkeypatch.setenv("LUMINA_SOCKETS", str(sockets))
-    monkeypatch.setenv("LUMINA_RUNS", str(tmp_path))
-    made = Runs(tmp_path)
-    yield made
-    made.end()
-    for left in sockets.glob("*") if sockets.is_dir() else ():
-        left.unlink()
-    if sockets.is_dir():
-        sockets.rmdir()
+    with socket_place("t") as sockets:
+        monkeypatch.setenv("LUMINA_SOCKETS", str(sockets))
+        monkeypatch.setenv("LUMINA_RUNS", str(tmp_path))
+        made = Runs(tmp_path)
+        yield made
+        end_runs(made.made)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +18,10 @@ from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import MetricLog
 from lumina_engine.run import launch
 from lumina_engine.run.directory import RunDirectory, RunError
+from tests.waiting import until
 
 from .conftest import Runs
+from .looks import LAUNCHER_OF_TWO, ranks_of
 
 
 def call(*words: str) -> int:
@@ -73,6 +76,34 @@ def test_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("show", str(run.path), "--json") == 0
     shown = json.loads(capsys.readouterr().out)
     assert shown["checkpoints"] == ["step-000003"] and shown["alerts"][0]["code"] == "c"
+
+
+def test_show_tells_where_each_rank_is(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    run = runs.make(ranks=["preempt", "preempt"])
+    launch.start(run, [sys.executable, LAUNCHER_OF_TWO, str(run.path)], world=2)
+    until(lambda: [rank["step"] for rank in ranks_of(run)] == [1, 1], "both ranks")
+    assert call("show", str(run.path)) == 0
+    lines = dict(line.split(maxsplit=2)[1:] for line in capsys.readouterr().out.splitlines() if line.startswith("rank "))
+    assert sorted(lines) == ["0", "1"]
+    for rank in ranks_of(run):
+        assert re.fullmatch(rf"\d+\.\d s in step of step 1, process {rank['pid']}", lines[str(rank["rank"])]), lines
+    assert call("show", str(run.path), "--json") == 0
+    assert [rank["section"] for rank in json.loads(capsys.readouterr().out)["ranks"]] == ["step", "step"]
+
+
+def test_show_names_ranks_elsewhere_and_those_that_are_gone() -> None:
+    rank = {
+        "rank": 1,
+        "host": "node-7",
+        "pid": 5,
+        "step": None,
+        "section": None,
+        "age_s": 2.0,
+        "connected": True,
+        "exit_code": None,
+    }
+    assert command.place(rank) == "starting, process 5 on node-7"
+    assert command.place({**rank, "connected": False, "exit_code": 75}) == "gone, process 5 on node-7, exit code 75"
 
 
 def test_unknown_names(tmp_path: Path) -> None:

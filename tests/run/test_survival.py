@@ -85,8 +85,8 @@ def test_ps07_a_killed_supervisor_takes_its_ranks_along(runs: Runs) -> None:
     grandchild = int((run.path / "grandchild").read_text())
     assert {found.pid for found in marked(nonce)} >= {rank.pid, grandchild}
     assert run.signal(signal.SIGKILL)
-    until(lambda: run.info().state == "crashed", "the crash to show", 5)
-    until(lambda: not rank.alive, "the rank to die", 5)
+    until(lambda: run.info().state == "crashed", "the crash to show")
+    until(lambda: not rank.alive, "the rank to die")
     # what left the session and ignored the channel is found by the nonce when the run starts again
     assert process(grandchild) is not None
     runs.start(run, resume=True)
@@ -101,7 +101,7 @@ def test_ps07_a_worker_that_never_connected_dies_with_its_supervisor(runs: Runs)
     launch.start(run, ["sleep", "600"])
     rank = worker(run)
     assert run.signal(signal.SIGKILL)
-    until(lambda: not rank.alive, "the worker to die", 5)
+    until(lambda: not rank.alive, "the worker to die")
 
 
 def test_ps07_a_rank_that_holds_on_leaves_at_the_end_of_its_channel(runs: Runs) -> None:
@@ -124,7 +124,7 @@ def test_ps07_a_rank_that_holds_on_leaves_at_the_end_of_its_channel(runs: Runs) 
         until(lambda: ranks_of(run), "the rank to be known")
         assert client.hello["op"] == "hello"
     run.signal(signal.SIGKILL)
-    until(lambda: not rank.alive, "the rank to leave", 5)
+    until(lambda: not rank.alive, "the rank to leave")
 
 
 def test_mx10_ft09_a_killed_rank_is_restarted_and_shown(runs: Runs) -> None:

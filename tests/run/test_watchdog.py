@@ -56,6 +56,39 @@ def test_ft07_the_rank_that_stood_still_first_is_named_with_place_and_time() -> 
     assert found is not None and str(found) == "rank 1 is 90 s in backward of step 812"
 
 
+def test_ft07_the_rank_for_which_the_others_wait_is_named_whoever_was_seen_there_first() -> None:
+    """Heartbeats are merged and late: which of two ranks stood still first, within a tenth of a second, nobody knows."""
+    p99 = {"forward": 1.0, "backward": 1.0, "data": 1.0}
+    alone = {0: state("backward", at=1000.0, p99=p99), 1: state("forward", at=1000.1, p99=p99)}
+    for now in (1060.05, 1060.2):
+        found = watching().look(now, alone, 2)
+        assert found is not None and (found.rank, found.section, found.beside) == (1, "forward", ())
+    ahead = {
+        0: state("data", at=1000.0, p99=p99),
+        1: state("backward", at=1000.1, p99=p99),
+        2: state("backward", at=1000.1, p99=p99),
+    }
+    ahead[0].step = 813
+    found = watching().look(1060.05, ahead, 3)
+    assert found is not None and (found.rank, found.step, found.beside) == (1, 812, (2,))
+    late = {0: state("backward", at=1000.0, p99=p99), 1: state("forward", at=1050.0, p99=p99)}
+    found = watching().look(1060.05, late, 2)
+    assert found is not None and found.rank == 0, "rank 1 has only just come to where it is"
+
+
+def test_ft07_ft11_a_rank_on_another_machine_is_named_with_it() -> None:
+    ranks = {0: state("step", at=1000.5, p99={"step": 1.0}), 1: state("backward", at=1000.0, host="node-7")}
+    found = watching().look(1160.0, ranks, 2)
+    assert found is not None and str(found) == "rank 1 on node-7 is 160 s in backward of step 812"
+    slow = Stragglers()
+    told = []
+    for steps in (100, 132, 164):
+        for rank, work in ((0, 0.1), (1, 0.2)):
+            ranks[rank].work, ranks[rank].steps = work, steps
+        told += [str(item) for item in slow.look(ranks)]
+    assert [text[:26] for text in told] == ["rank 1 on node-7 is slow: "]
+
+
 def test_ft07_ranks_that_have_left_or_wait_for_one_that_works_do_not_hang() -> None:
     gone, ended = state(connected=False), state(exit_code=0)
     assert watching().look(10_000, {0: gone, 1: ended}, 2) is None
