@@ -12,6 +12,7 @@ from pathlib import Path
 from lumina_engine.monitoring import record as rec
 from lumina_engine.run.directory import UNREADABLE, RunDirectory, RunError, RunInfo, find, list_runs
 from lumina_engine.run.listing import Figures, Tail, filled, ordered, run_names
+from lumina_engine.run.process import Process
 
 SETTLES_S = 120.0  # a run without a final state is looked at again for this long: its state depends on its age
 ALL_EVERY_S = 20.0  # rows that nobody sees, and that are over, are looked at this often
@@ -24,6 +25,7 @@ class _Known:
     signature: _Signature
     info: RunInfo
     seen: float
+    owner: Process | None = None  # the supervisor of a living run
     tail: Tail | None = None
     figures: _Signature = ()  # what the log was when its figures were read
 
@@ -71,8 +73,11 @@ class RunList:
         return ordered((item.info for item in known.values()), "age")
 
     def look_at_living(self) -> bool:
-        """Whether a run that was alive is not any more (the next refresh reads it again): only locks are looked at."""
-        died = [item for item in self._known.values() if item.info.alive and not RunDirectory(item.info.path).alive]
+        """Whether a run that was alive is not any more (the next refresh reads it again).
+
+        Their supervisors are looked at, which costs no file; locks only where a supervisor is not on this machine.
+        """
+        died = [item for item in self._known.values() if item.info.alive and not _lives(item)]
         for item in died:
             item.signature = ()
         return bool(died)
@@ -99,11 +104,17 @@ class RunList:
         return samples[-1]
 
     def _read(self, name: str, old: _Known | None, signature: _Signature, now: float) -> _Known:
-        row = RunDirectory(self.root / name).head()
+        if old is not None and old.info.alive and len(signature) == 5 and signature[:3] == old.signature[:3]:
+            # only its log has grown: whether it still lives, look_at_living says
+            age = max(0.0, now - signature[3] / 1e9)
+            return replace(old, signature=signature, info=replace(old.info, age_s=age), seen=now)
+        run = RunDirectory(self.root / name)
+        row = run.head()
+        owner = run.owner() if row.alive else None
         if old is None:
-            return _Known(signature, row, now)
+            return _Known(signature, row, now, owner)
         kept = {field: getattr(old.info, field) for field in _FIGURES}
-        return _Known(signature, replace(row, **kept), now, old.tail, old.figures)
+        return _Known(signature, replace(row, **kept), now, owner, old.tail, old.figures)
 
     @staticmethod
     def _fill(item: _Known) -> None:
@@ -123,6 +134,10 @@ class RunList:
 _FIGURES = ("step", "loss", "tokens_per_s", "smoothed_loss", "left_s", "alerts", "critical")
 
 
+def _lives(item: _Known) -> bool:
+    return item.owner.alive if item.owner is not None else RunDirectory(item.info.path).alive
+
+
 def _aged(item: _Known, now: float) -> RunInfo:
     """The row as old as it is now."""
     if item.info.age_s is None or now <= item.seen:
@@ -131,7 +146,7 @@ def _aged(item: _Known, now: float) -> RunInfo:
 
 
 def _signature(path: Path) -> _Signature | None:
-    """What changes when a run changes; None if the folder is no run."""
+    """What changes when a run changes, first of run.json, then of the log; None if the folder is no run."""
     try:
         identity = os.lstat(path / "run.json")
     except OSError:

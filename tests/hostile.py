@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import re
+from pathlib import Path
+from typing import Any
 
 _FORMS = [
     "\x1b]0;{}\x07",  # window title, all ways to end it
@@ -70,3 +73,24 @@ def obeyed(raw: bytes) -> list[str]:
     for match in re.finditer("[\x00-\x06\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]", rest):
         found.append(repr(rest[max(0, match.start() - 30) : match.end() + 30]))
     return found
+
+
+def hostile_manifest() -> dict[str, Any]:
+    """What a foreign program may write into a checkpoint's manifest: payloads in every value and in names."""
+    text = " ".join([*PAYLOADS, *MARKUP])
+    named = dict.fromkeys([*PAYLOADS, *MARKUP[:-1]], text)
+    return {
+        "metrics": {"eval_loss": 1.5, **dict.fromkeys(PAYLOADS, 1.0)},
+        "flags": {"suspect": True, **named},
+        "versions": named,
+        "layout": named,
+        "created": 1.0,
+        **dict.fromkeys(("run_id", "config_digest", "data_fingerprint", "tokenizer", "name"), text),
+    }
+
+
+def hostile_vocabulary(path: Path) -> tuple[Path, list[int]]:
+    """A `.tiktoken` file in which every payload is one token; its path and their ids, in order."""
+    tokens = [bytes((byte,)) for byte in range(256)] + [payload.encode() for payload in PAYLOADS]
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    return path, list(range(256, len(tokens)))

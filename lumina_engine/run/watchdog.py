@@ -52,7 +52,7 @@ class Hang:
     seconds: float
     limit: float
     stopped: bool = False
-    beside: tuple[int, ...] = ()
+    beside: tuple[str, ...] = ()
     host: str | None = None
 
     def __str__(self) -> str:
@@ -60,7 +60,7 @@ class Hang:
         if self.section is None:
             return f"{who} has not said where it is for {self.seconds:.0f} s"
         place = f"{self.section} of step {self.step}" if self.step is not None else self.section
-        others = f", so is rank {', '.join(map(str, self.beside))}" if self.beside else ""
+        others = f", so is {', '.join(self.beside)}" if self.beside else ""
         return f"{who} is {self.seconds:.0f} s in {place}{others}" + (", stopped by a signal" if self.stopped else "")
 
 
@@ -136,7 +136,8 @@ class Watchdog:
                 there[rank].look_closer()
             rank = min(still, key=lambda rank: _behind(rank, there[rank]))
             state = there[rank]
-            beside = tuple(other for other in sorted(there) if other != rank and _place(there[other]) == _place(state))
+            others = [other for other in sorted(there) if other != rank and _place(there[other]) == _place(state)]
+            beside = tuple(named(other, there[other].host) for other in others)
             allowed = limit(state, self.limits)
             return Hang(rank, state.section, state.step, now - state.at, allowed, state.process.stopped, beside, state.host)
         missing = next((rank for rank in range(world) if rank not in ranks), None)

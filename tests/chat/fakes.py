@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Generator, Sequence
 from pathlib import Path
+from typing import Any
 
 from lumina_engine.chat.console import Console, Show
 from lumina_engine.chat.events import Alternative, Done, Event, Message, ModelInfo, Route, Routed, Start, Token
@@ -88,12 +89,22 @@ class LetterTokenizer:
         return ids + ([1, 2] if add_generation_prompt else [])
 
 
-def commit_checkpoint(runs: Path, run: str, step: int, *, best: bool = False, loss: float | None = None) -> Path:
-    """A committed checkpoint with a real manifest and nothing to load in it."""
+def commit_checkpoint(
+    runs: Path,
+    run: str,
+    step: int,
+    *,
+    best: bool = False,
+    loss: float | None = None,
+    manifest: dict[str, Any] | None = None,
+    weights: bytes = bytes(1000),
+) -> Path:
+    """A committed checkpoint with a real manifest (and what `manifest` adds); nothing to load in it unless `weights` has it."""
     checkpoints = runs / run / "checkpoints"
     staging = Staging(checkpoints, step)
-    entries = [staging.write("model/model.safetensors", [bytes(1000)]), staging.write("state/rank-00000.json", [b"{}"])]
-    path = commit(staging, entries, {"metrics": {} if loss is None else {"eval_loss": loss}, "created": 1.0})
+    entries = [staging.write("model/model.safetensors", [weights]), staging.write("state/rank-00000.json", [b"{}"])]
+    metrics = {} if loss is None else {"eval_loss": loss}
+    path = commit(staging, entries, {"metrics": metrics, "created": 1.0, **(manifest or {})})
     if best:
         set_pointer(checkpoints, "best", path.name)
     return path

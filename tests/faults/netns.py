@@ -127,15 +127,15 @@ class Machines:
         answer = subprocess.run(["ip", "netns", "pids", self.names[number]], capture_output=True, text=True)
         return [int(word) for word in answer.stdout.split()]
 
-    def agents(self, number: int) -> list[int]:
-        """The run agents on a machine."""
+    def running(self, number: int, module: str) -> list[int]:
+        """The processes on a machine that run this module: an agent, a rank."""
         found = []
         for pid in self.processes(number):
             try:
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if b"lumina_engine.run.node" in words:
+            if module.encode() in words:
                 found.append(pid)
         return found
 

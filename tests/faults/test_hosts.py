@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import read_records
 from lumina_engine.run.directory import RunDirectory
+from lumina_engine.run.launch import wait
 from lumina_engine.run.process import marked
 from tests.runs_end import end_runs, socket_place
 from tests.training.observed import BASE, conversations
@@ -129,7 +131,7 @@ def test_ft_c061_a_lost_machine_ends_the_run_which_goes_on_on_the_other(
     reached(run, at)
     begun = time.monotonic()
     if how == "agent":
-        (agent,) = cluster.machines.agents(1)
+        (agent,) = cluster.machines.running(1, "lumina_engine.run.node")
         os.kill(agent, signal.SIGKILL)
     else:
         cluster.machines.cut(how)
@@ -142,6 +144,22 @@ def test_ft_c061_a_lost_machine_ends_the_run_which_goes_on_on_the_other(
     newest = run.newest_step()
     assert newest is not None and on_one(cluster, run) == newest
     assert run.info().state == "finished"
+    same_batches(cluster, run)
+
+
+def test_ft07_a_rank_that_stands_still_on_the_other_machine_is_named_with_it(
+    cluster: Cluster, fault_random: random.Random
+) -> None:
+    run = cluster.over_both("r")
+    reached(run, fault_random.randint(5, STEPS - 8))
+    (rank,) = cluster.machines.running(1, "lumina_engine.training.worker")
+    os.kill(rank, signal.SIGSTOP)
+    assert wait(run, 200) == 0, run.log_path.read_text()[-2000:]
+    (alert,) = [r for r in read_records(run.metrics_path) if isinstance(r, rec.Alert) and r.code == "hang"]
+    said = re.fullmatch(
+        r"rank (\d)( on 10\.77\.0\.2)? is \d+ s in \w+ of step \d+(, so is rank 1 on 10\.77\.0\.2)?", alert.message
+    )
+    assert said is not None and (said[1] == "1") == bool(said[2]) and "on 10.77.0.2" in alert.message, alert.message
     same_batches(cluster, run)
 
 

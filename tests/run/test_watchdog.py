@@ -70,7 +70,7 @@ def test_ft07_the_rank_for_which_the_others_wait_is_named_whoever_was_seen_there
     }
     ahead[0].step = 813
     found = watching().look(1060.05, ahead, 3)
-    assert found is not None and (found.rank, found.step, found.beside) == (1, 812, (2,))
+    assert found is not None and (found.rank, found.step, found.beside) == (1, 812, ("rank 2",))
     late = {0: state("backward", at=1000.0, p99=p99), 1: state("forward", at=1050.0, p99=p99)}
     found = watching().look(1060.05, late, 2)
     assert found is not None and found.rank == 0, "rank 1 has only just come to where it is"

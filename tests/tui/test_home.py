@@ -22,9 +22,10 @@ from lumina_engine.monitoring.log import MetricLog
 from lumina_engine.run.directory import RunDirectory, RunInfo
 from lumina_engine.run.listing import Tail, matches
 from lumina_engine.run.process import boot_id, myself, process
+from lumina_tui import runs as runs_module
 from lumina_tui.application import LuminaApp
 from lumina_tui.runs import RunList
-from lumina_tui.screens.home import HomeScreen
+from lumina_tui.screens.home import LOCKS_S, REFRESH_S, HomeScreen
 from lumina_tui.terminal import Look
 from lumina_tui.widgets.bars import KeyBar
 from lumina_tui.widgets.table import Row
@@ -247,6 +248,39 @@ def test_mx05_only_what_can_have_changed_is_read(tmp_path, reads):
     rows = {row.name: row for row in runs.refresh(["r000", "r001"])}
     assert reads["head"][40:] == ["r001"] and reads["log"][2:] == ["r001"]
     assert rows["r001"].step == 3 and rows["r000"].step == 2 and rows["r002"].step is None
+
+
+def test_mx05_two_hundred_runs_of_which_twenty_live_cost_less_than_thirty_polls_a_second(tmp_path, reads, monkeypatch, figure):
+    """Counted over 20 s as Home looks: a poll is a look at a run's two files, a reading of either, a test of its lock."""
+    polls = []
+    signature, alive = runs_module._signature, RunDirectory.alive
+    monkeypatch.setattr(runs_module, "_signature", lambda path: polls.append(path.name) or signature(path))
+    monkeypatch.setattr(RunDirectory, "alive", property(lambda self: polls.append(self.name) or alive.fget(self)))
+    finished_runs(tmp_path, 180, steps=2)
+    me = myself()
+    living = []
+    for index in range(20):
+        run = RunDirectory.create(tmp_path, f"live{index:02d}")
+        run.update_identity(state="running", pid=me.pid, start_time=me.start, boot_id=boot_id())
+        living.append(run)
+    now = [1.7e9 + 1000]
+    runs = RunList(tmp_path, clock=lambda: now[0])
+    names = [run.name for run in living]
+    assert sum(row.alive for row in runs.refresh(names)) == 20
+    polls.clear()
+    reads["head"].clear(), reads["log"].clear()
+    looks = round(REFRESH_S / LOCKS_S)
+    for step in range(1, round(20 / REFRESH_S) + 1):
+        for run in living:
+            with MetricLog(run.metrics_path, 1, sync_interval=0) as log:
+                log.emit(rec.Step(step=step, loss=1.0))
+        for _ in range(looks):
+            now[0] += LOCKS_S
+            assert not runs.look_at_living()
+        assert {row.step for row in runs.refresh(names) if row.alive} == {step}
+    found = (len(polls) + len(reads["head"]) + len(reads["log"])) / 20
+    figure("polls a second", found)
+    assert found <= 30
 
 
 def test_mx05_a_run_that_ends_out_of_sight_comes_with_its_last_figures(tmp_path, reads):

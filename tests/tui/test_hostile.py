@@ -13,9 +13,10 @@ import pytest
 
 from lumina_engine.chat.client import socket_path
 from lumina_engine.chat.server import ChatServer
+from lumina_engine.data.tokenizer import ConversationTokenizer
 from lumina_engine.monitoring import record as rec
 from tests.chat.fakes import FakeBackend, commit_checkpoint
-from tests.hostile import MARKUP, PAYLOADS, obeyed
+from tests.hostile import MARKUP, PAYLOADS, hostile_manifest, hostile_vocabulary, obeyed
 
 from .fake_engine import FakeEngine
 from .test_terminal import Terminal
@@ -43,6 +44,11 @@ def hostile_runs(root: Path) -> None:
     engine.emit(rec.Checkpoint(step=30, path=TEXT, failed=TEXT))
     engine.emit(rec.Hardware(devices=[rec.Device(index=0, name=PAYLOADS[0]), rec.Device(index=1, name=MARKUP[1])]))
     engine.emit(rec.Run(state="failed", reason=TEXT, exit_code=1))
+    saved = commit_checkpoint(root, "demo", 40, best=True, manifest=hostile_manifest())
+    (saved / name_of(PAYLOADS[0])).write_text(TEXT)  # beside what it lists
+    (saved / "model" / "config.json").write_text(json.dumps(dict.fromkeys(ALL, TEXT)))
+    broken = commit_checkpoint(root, "demo", 41, manifest=hostile_manifest())
+    (broken / "MANIFEST.json").write_text(json.dumps({"format": TEXT, "files": [{"path": TEXT}], "step": TEXT}))
     engine.run.update_identity(host=TEXT, argv=ALL, preset=PAYLOADS[3], versions={"torch": TEXT})
     (engine.run.path / "config.yaml").write_text(json.dumps({"experiment_name": TEXT, PAYLOADS[1]: MARKUP}))
     for number, payload in enumerate(ALL[:-1]):
@@ -135,12 +141,19 @@ def test_se01_se03_no_source_reaches_the_terminal_on_any_screen(tmp_path, monkey
 
 
 def test_se01_se02_a_chat_server_that_sends_payloads(tmp_path, monkeypatch):
-    """The payloads come as tokens: cut at every space, and shown in a reply that is streamed and then drawn again."""
+    """The payloads come as tokens, each whole from a vocabulary, then cut; the reply is streamed and then drawn again."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LUMINA_SOCKETS", str(tmp_path / "sockets"))
     checkpoint = commit_checkpoint(tmp_path / "runs", "autumn", 200, best=True, loss=1.5)
     backend = FakeBackend()
-    backend.reply = " ".join(letter for payload in PAYLOADS for letter in (payload[:2], payload[2:], "\n")) + " the end"
+    vocabulary, ids = hostile_vocabulary(tmp_path / "v.tiktoken")
+    tokenizer = ConversationTokenizer(str(vocabulary))
+    tokens = [tokenizer.decode([token]) for token in ids]  # each at once, and among what was likely too
+    backend.reply = (
+        " ".join([*tokens, "\n"])
+        + " ".join(letter for payload in PAYLOADS for letter in (payload[:2], payload[2:], "\n"))
+        + " the end"
+    )
     backend.info = msgspec.structs.replace(backend.info, tokenizer=PAYLOADS[0], run=MARKUP[1])
     server = ChatServer(socket_path(checkpoint), lambda say: backend)
     thread = threading.Thread(target=server.serve, daemon=True)
