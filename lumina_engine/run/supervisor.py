@@ -44,6 +44,7 @@ from .signals import SignalQueue
 from .socket import ViewerServer, socket_folder
 from .straggler import Stragglers
 from .tail import LogTail, Mark, command_ids
+from .verdict import Ended, judge
 from .watchdog import Limits, Watchdog
 
 TICK = 0.05  # s between two looks at the log
@@ -394,48 +395,32 @@ class Supervisor:
 
     def _judge(self, now: float) -> None:
         """The worker and everything it started are gone: what now?"""
-        self.ended, code = None, self.ended or 0
-        self.kill_at = None
+        code, self.ended, self.kill_at = self.ended or 0, None, None
         self._read_whole_log(now)
-        reason = None
-        hang = self.watchdog.found
-        if hang is not None and self.intent is None and code != policy.FINISHED:
+        found = judge(
+            Ended(
+                code,
+                self.world,
+                self.ranks.failure,
+                self.watchdog.found,
+                self.intent,
+                self.pressed,
+                self.killed,
+                stepped=any(item.step for item in self.ranks.ranks.values()),
+                kernel_killed=oom_kills() > self.oom_kills,
+                log_tail=lambda: output.end_of(self.run.log_path),
+            )
+        )
+        if found.hang is not None:
             advice = "the stacks of all ranks are in engine.log; the run goes on from its newest checkpoint"
-            self._record(rec.Alert(severity="critical", code="hang", message=str(hang), recommendation=advice, step=hang.step))
-            self._crashed(policy.CRASHED, f"hang: {hang}", now)
-            return
-        failure = self.ranks.failure
-        if code != 0 and failure is not None and (self.world > 1 or failure.code is not None):
-            # a launcher turns its ranks' codes into 1, and ends the others when one has died
-            code, reason = policy.CRASHED if failure.code is None else failure.code, failure.reason
-            if failure.code is None:
-                reason = f"{failure.who} died without a word"
-        if self._killed_for_memory(code):
-            code, reason = policy.OUT_OF_MEMORY, "the kernel killed a rank for want of memory"
-        state = policy.final_state(code)
-        if state is not None:
-            if self.intent == "interrupt" and code == policy.FINISHED:
-                code = policy.INTERRUPTED
-            self._finish(state, code, reason)
-            return
-        if code == policy.AGAIN:
-            self._start_again(reason, now)
-            return
-        if code == policy.HOST_LOST and self.intent is None:
-            self._finish("failed", policy.CRASHED, reason)  # nobody but a person knows which machines are left
-            return
-        reason = reason or policy.cause(code, output.end_of(self.run.log_path))
-        if self.intent == "preempt":
-            self._finish("preempted", policy.PREEMPTED, "it was ended before a checkpoint: the newest one counts")
-        elif self.intent is not None and self.pressed and not any(item.step for item in self.ranks.ranks.values()):
-            code = policy.INTERRUPTED if self.intent == "interrupt" else policy.FINISHED
-            self._finish("finished", code, "stopped before its first step")
-        elif self.intent is not None:
-            code = policy.INTERRUPTED if self.intent == "interrupt" else policy.CRASHED
-            how = "it did not stop and was killed" if self.killed else reason
-            self._finish(policy.final_state(code) or "failed", code, f"{how}; the newest checkpoint is whole")
+            alert = {"severity": "critical", "code": "hang", "message": str(found.hang), "step": found.hang.step}
+            self._record(rec.Alert(**alert, recommendation=advice))
+        if found.state is not None:
+            self._finish(found.state, found.code, found.reason)
+        elif found.code == policy.AGAIN:
+            self._start_again(found.reason, now)
         else:
-            self._crashed(code, reason, now)
+            self._crashed(found.code, found.reason or "", now)
 
     def _start_again(self, reason: str | None, now: float) -> None:
         """The ranks left in order to be started again: no failure."""
@@ -443,12 +428,6 @@ class Supervisor:
             self._finish_between()
         else:
             self.again, self.restart_at = reason or "started again", now
-
-    def _killed_for_memory(self, code: int) -> bool:
-        """Whether the kernel ended a rank because memory ran out: nobody else did, and it says that it ended one."""
-        failure = self.ranks.failure
-        wordless = code == -signal.SIGKILL or (failure is not None and failure.code is None)
-        return wordless and not self.killed and oom_kills() > self.oom_kills
 
     def _read_data(self) -> bool:
         """Whether the ranks had come no further than to their data: so far no micro batch matters."""

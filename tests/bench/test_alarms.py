@@ -1,4 +1,4 @@
-"""Nightly alarms on figures of the fault matrix: each may be twice its goal. The goals themselves are `lumina-engine bench`'s."""
+"""Nightly alarms on figures of the fault matrix: each may be twice its goal. `lumina-engine bench` shows them beside it."""
 
 from __future__ import annotations
 
