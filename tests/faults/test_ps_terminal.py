@@ -54,7 +54,7 @@ def test_ps04_a_terminal_that_nobody_reads(
             fed = len(terminal.raw)
         figure("current step after, s", round(time.monotonic() - begun, 2))
         assert send_command(run, "stop")["ok"] and wait(run, 60) == 0
-        while "finished" not in picture.row(0):
+        while "FINISHED" not in picture.row(0):
             assert terminal.read() and time.monotonic() - begun < 120, picture.row(0)
             picture.feed(terminal.raw[fed:])
             fed = len(terminal.raw)

@@ -297,6 +297,7 @@ class Busy(FakeNvml):
     nvmlDeviceGetComputeRunningProcesses_v3 = nvmlDeviceGetComputeRunningProcesses
 
 
+@pytest.mark.row("PS15")
 def test_c134_a_kill_ends_the_tree_and_says_what_it_freed(tmp_path):
     run = RunDirectory.create(tmp_path, "r")
     run.update_identity(nonce="0123456789abcdef")
