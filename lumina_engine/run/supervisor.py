@@ -413,8 +413,8 @@ class Supervisor:
         )
         if found.hang is not None:
             advice = "the stacks of all ranks are in engine.log; the run goes on from its newest checkpoint"
-            alert = {"severity": "critical", "code": "hang", "message": str(found.hang), "step": found.hang.step}
-            self._record(rec.Alert(**alert, recommendation=advice))
+            hang = found.hang
+            self._record(rec.Alert(severity="critical", code="hang", message=str(hang), recommendation=advice, step=hang.step))
         if found.state is not None:
             self._finish(found.state, found.code, found.reason)
         elif found.code == policy.AGAIN:
