@@ -1,7 +1,7 @@
 """What the tests of the matrix said, kept while it is run: a file for each state of the code, a line for each test.
 
 So a run of the matrix may be interrupted at any time, or made in portions: what was run on the same code is not run again.
-The state of the code is the content of every file but the two that the matrix writes itself.
+The state of the code is the content of every file but results.json, which the matrix writes, and texts (`*.md`).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from .rows import TESTS
 
 ROOT = TESTS.parent
 FOLDER = Path(__file__).resolve().parent / ".journal"
-_WRITTEN = {"tests/faults/README.md", "tests/faults/results.json"}
+_RESULTS = "tests/faults/results.json"
 
 
 def state_of_code() -> str:
-    """Twelve digits that change with any file of the repository, committed or not."""
+    """Twelve digits that change with any file that a test can depend on, committed or not."""
     words = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(words, cwd=ROOT, capture_output=True, check=True, text=True).stdout
     total = hashlib.sha256()
-    for name in sorted(set(listed.split("\0")) - _WRITTEN):
+    for name in sorted(set(listed.split("\0")) - {_RESULTS}):
         path = ROOT / name
-        if path.is_file():
+        if path.is_file() and path.suffix != ".md":
             total.update(f"{name}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
     return total.hexdigest()[:12]
 
