@@ -105,7 +105,9 @@ def _open_streamed(config: Any, cache: Cache) -> Data:
     """Training data above `streaming_threshold_gb`. Evaluation data are small and a store, as ever."""
     split = float(getattr(config, "eval_split", 0.0)) if getattr(config, "eval_data_path", None) is None else 0.0
     stream = cache.stream(config.train_data_path, config, "train_data_path", split)
-    notes = notes_of(stream, RowOptions.from_config(config), f"{len(stream.windows):,} windows", split)
+    files = expand(config.train_data_path, "train_data_path")
+    label = str(files[0]) if len(files) == 1 else f"{len(files)} files"
+    notes = notes_of(stream, RowOptions.from_config(config), label, split)
     held_out = stream.eval
     if getattr(config, "eval_data_path", None) is not None:
         held_out = cache.store(file_source(config.eval_data_path, config, "eval_data_path"), notes)

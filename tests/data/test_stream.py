@@ -24,9 +24,11 @@ from lumina_engine.data.stream_open import open_stream
 from lumina_engine.data.stream_rows import IN_USE, StreamRows
 from lumina_engine.data.tally import Tally
 from lumina_engine.data.token_store import build_store
+from tests.data.streamed import read
 from tests.waiting import until
 
 SMALL = {"piece_bytes": 1500, "window_pieces": 2}
+ROOT = Path(__file__).resolve().parents[2]
 PACKINGS = ["fit", "concat", "none"]
 
 
@@ -249,35 +251,16 @@ def test_c034_what_cannot_be_streamed_says_why(write, settings, tokenizer, conte
         open_data(settings(train_data_path=str(write("x.jsonl", content)), streaming_threshold_gb=0.0), tokenizer)
 
 
-SCRIPT = """
-import hashlib, sys
-from types import SimpleNamespace
-from lumina_engine.data.rows import RowOptions
-from lumina_engine.data.stream_open import open_stream
-from lumina_engine.data.stream_rows import IN_USE, StreamRows
-from lumina_engine.data.tokenizer import ConversationTokenizer
-
-path, cache, index = sys.argv[1:4]
-config = SimpleNamespace(seq_length=64, data_cache_dir=cache, streaming_threshold_gb=0.0)
-stream = open_stream(path, config, ConversationTokenizer("lumina-1k"), workers=1, piece_bytes=20_000, window_pieces=2)
-rows = stream.count(RowOptions(64))
-for begin in range(int(index), rows.num_rows, 16):
-    end = min(begin + 16, rows.num_rows)
-    built = rows.build([rows.row(0, place) for place in range(begin, end)])
-    print(end, hashlib.sha256(built.input_ids.tobytes() + built.labels.tobytes()).hexdigest(), flush=True)
-"""
-
-
 def test_c034_killed_while_it_counts_and_in_the_middle_of_a_file_it_goes_on(write, tmp_path):
     """SIGKILL as soon as a window is there, then as soon as half of the rows are read: the batches of an unbroken run."""
-    path = write("x.jsonl", [talk(n) for n in range(2500)])
+    path = write("x.jsonl", [talk(n) for n in range(2000)])
 
     def started(cache, position):
-        argv = [sys.executable, "-c", SCRIPT, str(path), str(tmp_path / cache), str(position)]
+        argv = [sys.executable, "-m", "tests.data.streamed", str(path), str(tmp_path / cache), str(position)]
         environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environ)
+        return subprocess.Popen(argv, stdout=subprocess.PIPE, text=True, env=environ, cwd=ROOT)
 
-    unbroken = started("a", 0).communicate(timeout=120)[0].splitlines()
+    unbroken = list(read(str(path), str(tmp_path / "a"), workers=0))
     process = started("b", 0)
     until(lambda: list((tmp_path / "b").glob("*.stream/window-00000[1-9]")) or process.poll() is not None)
     assert process.poll() is None, "it was done before it could be killed"
