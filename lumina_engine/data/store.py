@@ -91,14 +91,15 @@ def open_data(
         note = Samples(store, int(config.seq_length)).note(name) if store is not None and cut else None
         notes += [note] if note else []
     if held_out is not None:
-        shared = len(np.intersect1d(train.digests, held_out.digests))
-        if shared:
-            notes.append(
-                f"warning: {shared:,} conversations are in both training and evaluation data; evaluation flatters the model"
-            )
+        notes += _overlap_note(len(np.intersect1d(train.digests, held_out.digests)))
     else:
         notes.append("no evaluation data: set eval_data_path or eval_split")
     return Data(train, held_out, notes, is_sample=train_path is None)
+
+
+def _overlap_note(shared: int) -> list[str]:
+    words = "conversations are in both training and evaluation data; evaluation flatters the model"
+    return [f"warning: {shared:,} {words}"] if shared else []
 
 
 def _open_streamed(config: Any, cache: Cache) -> Data:
@@ -117,7 +118,7 @@ def _open_streamed(config: Any, cache: Cache) -> Data:
         cut = getattr(config, "packing", "fit") != "concat"
         note = Samples(held_out, int(config.seq_length)).note("evaluation") if cut else None
         notes += [note] if note else []
-        notes.append("whether conversations are in both training and evaluation data is not looked for in a stream")
+        notes += _overlap_note(stream.shared_with(held_out))
     return Data(stream, held_out, notes)
 
 

@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from .conversation import DataError, Document
 from .order import Order
 from .pieces import Piece
@@ -163,6 +165,7 @@ class TokenStream:
             before = (len(self), self.num_tokens) if len(self.counted) == number else (0, 0)
             store = self.window(number, progress and _after(progress, before), self.workers)
             if len(self.counted) == number:
+                np.asarray(store.digests).tofile(self._digests(number))
                 self.counted.append(_counted(store))
                 _write(self.path / "counted.json", self.counted)
             if len(rows) == number:
@@ -189,6 +192,15 @@ class TokenStream:
 
     def _eval_part(self, number: int) -> Path:
         return self.path / f"eval-{number:06d}"
+
+    def shared_with(self, store: TokenStore) -> int:
+        """Different conversations that are in the stream and in `store`, by their digests. One window in memory at a time."""
+        theirs = np.asarray(store.digests)
+        found = [np.intersect1d(np.fromfile(self._digests(n), "<u8"), theirs) for n in range(len(self.windows))]
+        return len(np.unique(np.concatenate(found)))
+
+    def _digests(self, number: int) -> Path:
+        return self.path / f"digests-{number:06d}.u64"
 
     # windows
 
