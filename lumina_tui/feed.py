@@ -60,6 +60,7 @@ class Feed:
     alive: bool = False
     attachments: int = 0
     gaps: int = 0
+    together: int = 1  # logs that are opened at the same time
     caching: bool = True  # whether a column cache is written; one that is there is used in any case
 
     def __post_init__(self) -> None:
@@ -180,20 +181,24 @@ class Feed:
 
     def _read_together(self, store: RunStore, length: int) -> None:
         """Take what other cores can read of a log in its whole lines up to `length`; the rest is left to read plainly."""
-        count = stretches.processes()
+        count = stretches.processes(self.together)
         if count < 2 or length < stretches.LEAST:
             return
         with contextlib.suppress(OSError), self.reader.path.open("rb", buffering=0) as file:
             self.reader.begin(file.fileno())
-            for found in stretches.read(file.fileno(), length, count):
-                if self._closed:
-                    return
-                head = found if isinstance(found, stretches.Stretch) else found.head
-                if isinstance(found, stretches.Stretch) or not store.apply_stretch(found):
-                    store.apply(self.reader.take(os.pread(file.fileno(), head.end - head.start, head.start)))
-                self.reader.offset = head.end
-                store.steps.reserve(round(1.02 * len(store.steps) * length / head.end))
-                self.progress = head.end / length
+            with contextlib.closing(stretches.read(file.fileno(), length, count)) as reading:
+                for found in reading:
+                    if self._closed:
+                        return
+                    self._take_stretch(store, file.fileno(), found)
+                    store.steps.reserve(round(1.02 * len(store.steps) * length / self.reader.offset))
+                    self.progress = self.reader.offset / length
+
+    def _take_stretch(self, store: RunStore, descriptor: int, found: stretches.Read | stretches.Stretch) -> None:
+        head = found if isinstance(found, stretches.Stretch) else found.head
+        if isinstance(found, stretches.Stretch) or not store.apply_stretch(found):
+            store.apply(self.reader.take(os.pread(descriptor, head.end - head.start, head.start)))
+        self.reader.offset = head.end
 
     async def _read_file(self, upto: int | None = None) -> None:
         """Take everything the file has now, in slices, yielding between them."""

@@ -135,18 +135,21 @@ class RunStore:
             self.newest = _words(next(record for record in reversed(records) if record.seq == self.seq))
 
     def apply_stretch(self, stretch: Read) -> bool:
-        """Take a stretch of the log that another process has read; False, with nothing taken, if it is not what comes next."""
+        """Take a stretch of the log that another process has read; False, with nothing taken, if it is not what comes next.
+
+        Its evaluations and routing are taken with the next steps (or `apply`), since where they lie on an axis is known then.
+        """
         head, steps = stretch.head, stretch.steps
-        self._flush()
+        self._flush_rows()
         back = steps is not None and self.step is not None and int(steps.step_N[0]) <= self.step
         if back or head.first != self.seq + 1 or head.inc != self.inc:
             return False
         if steps is not None:
             self._extend(steps)
+        self._flush()
         for record in stretch.others:
             self.seq = record.seq
             self._sort(record)
-        self._flush()
         self.seq, self.t = head.last, head.t or self.t
         self.version += 1
         last = stretch.others[-1] if stretch.others and stretch.others[-1].seq == head.last else None
@@ -156,7 +159,7 @@ class RunStore:
     def _take_steps(self, rows: list[rec.Step]) -> None:
         if self._regular(rows):
             self._rows += rows
-            self.seq, self.t = rows[-1].seq, rows[-1].t
+            self.seq, self.t = rows[-1].seq, rows[-1].t or self.t
             return
         for row in rows:
             if row.seq <= self.seq:
@@ -168,7 +171,7 @@ class RunStore:
                 self._flush()
                 self._rewind(row.step - 1)
             self._rows.append(row)
-            self.t = row.t
+            self.t = row.t or self.t
 
     def _regular(self, rows: list[rec.Step]) -> bool:
         """Whether these are the next records and the next steps of the same incarnation: then they need no look at each."""
@@ -274,10 +277,13 @@ class RunStore:
         values = {name: column(attrgetter(name), [record]) for name in history.metrics}
         history.extend(np.array([record.step]), tokens, hours, values, clock)
 
-    def _flush(self) -> None:
+    def _flush_rows(self) -> None:
         rows, self._rows = self._rows, []
         if rows:
             self._extend(StepRows.of(rows))
+
+    def _flush(self) -> None:
+        self._flush_rows()
         evals, self._evals = self._evals, []
         for evaluation in evals:
             self._take_eval(evaluation)
@@ -313,7 +319,7 @@ class RunStore:
         """Hours of training up to each row. Steps between two rows are taken to last as long as the later one; where a
         step's time is unknown, the time since the row before counts."""
         step_N, clock_N = rows.step_N, rows.clock_N
-        before = int(self.steps.step.values[-1]) if len(self.steps) else int(step_N[0]) - 1
+        before = int(self.steps.step.values[-1]) if len(self.steps) else max(int(step_N[0]) - 1, -(2**63))
         spent = rows.values["step_time"].astype(np.float64) * np.diff(step_N, prepend=before)
         unknown = np.flatnonzero(~np.isfinite(spent))
         if len(unknown):

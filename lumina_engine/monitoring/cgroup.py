@@ -1,4 +1,4 @@
-"""Memory of this process's control group: its limit, and whom the kernel killed in it. Standard library only.
+"""Memory and cores of this process's control group: its limits, and whom the kernel killed in it. Standard library only.
 
 Version 2 keeps all controllers in one tree (`0::/path`), version 1 one tree a controller (`4:memory:/path`). In a container the
 path may be the host's, which is not there: then the top of the tree is the container's own.
@@ -6,6 +6,7 @@ path may be the host's, which is not there: then the top of the tree is the cont
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
@@ -45,6 +46,18 @@ def oom_kills(root: Path = ROOT, membership: Path = Path("/proc/self/cgroup")) -
             if counts and counts[0].isdigit():
                 return int(counts[0])
     return 0
+
+
+def core_count(cgroup: Path = ROOT) -> int:
+    """Cores that this process may use: its affinity, or its cgroup's quota if that is lower."""
+    count = len(os.sched_getaffinity(0))
+    try:
+        quota, period = (cgroup / "cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return count
+    if not quota.isdigit():
+        return count  # "max"
+    return max(1, min(count, -(-int(quota) // int(period))))
 
 
 def _text(path: Path) -> str:

@@ -18,6 +18,7 @@ import psutil
 
 from . import cgroup as cgroup_memory
 from . import record as rec
+from .cgroup import core_count
 from .say import say
 
 if TYPE_CHECKING:
@@ -176,18 +177,6 @@ def memory_limit(cgroup: Path = _CGROUP) -> int:
     """Bytes of memory that this process may use: the machine's, or its cgroup's limit if that is lower."""
     total = int(psutil.virtual_memory().total)
     return min(total, cgroup_memory.limit(cgroup) or total)
-
-
-def core_count(cgroup: Path = _CGROUP) -> int:
-    """Cores that this process may use: its affinity, or its cgroup's quota if that is lower."""
-    count = len(os.sched_getaffinity(0))
-    try:
-        quota, period = (cgroup / "cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return count
-    if not quota.isdigit():
-        return count  # "max"
-    return max(1, min(count, -(-int(quota) // int(period))))
 
 
 def _disk(path: Path) -> Any:

@@ -49,9 +49,9 @@ class Buffer:
         return self._data[: self._size]
 
     def reserve(self, size: int) -> None:
-        """Make room for `size` values in all."""
+        """Make room for `size` values in all; for a quarter more than there is at least, so that it is not asked for often."""
         if size > len(self._data):
-            grown = np.empty(size, self._data.dtype)
+            grown = np.empty(max(size, len(self._data) + len(self._data) // 4), self._data.dtype)
             grown[: self._size] = self.values
             self._data = grown
 
@@ -59,7 +59,7 @@ class Buffer:
         """Append values."""
         need = self._size + len(values)
         if need > len(self._data):
-            self.reserve(max(need, len(self._data) + len(self._data) // 4))
+            self.reserve(need)
         self._data[self._size : need] = values
         self._size = need
 

@@ -108,7 +108,7 @@ class CompareScreen(LuminaScreen):
             return  # others were asked for meanwhile, or the screen was left
         for run in runs:
             if not run.error:
-                run.feed = Feed(run.run, hz=self.lumina.rate, caching=not self.lumina.readonly)
+                run.feed = Feed(run.run, hz=self.lumina.rate, together=len(runs), caching=not self.lumina.readonly)
                 run.feed.start()
         self.runs = runs
         self.baseline = self.focus_on = next((run for run in runs if not run.error), None)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -27,9 +27,10 @@ from .test_columns import EVENTS, content, long_run, records_of, row
 @contextlib.contextmanager
 def here(descriptor: int, *numbers: int) -> Iterator[IO[bytes]]:
     """What one of the processes gives, made in this one."""
-    out = io.BytesIO()
-    stretches.give(out, descriptor, *numbers)
-    yield io.BytesIO(out.getvalue())
+    with tempfile.TemporaryFile() as out:
+        stretches.give(out, descriptor, *numbers)
+        out.seek(0)
+        yield out
 
 
 def plain(run: RunDirectory) -> tuple[RunStore, Feed]:
@@ -40,11 +41,20 @@ def plain(run: RunDirectory) -> tuple[RunStore, Feed]:
     return store, feed
 
 
-def together(run: RunDirectory, count: int, size: int) -> tuple[RunStore, Feed]:
-    """As a feed reads a log that is long."""
+def together(run: RunDirectory, count: int, size: int, taken: list[bool] | None = None) -> tuple[RunStore, Feed]:
+    """As a feed reads a log that is long. `taken` gets of each stretch whether its columns were used."""
     feed = Feed(run)
+    original = RunStore.apply_stretch
+
+    def noted(store: RunStore, stretch: stretches.Read) -> bool:
+        result = original(store, stretch)
+        if taken is not None:
+            taken.append(result)
+        return result
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stretches, "processes", lambda: count)
+        patch.setattr(RunStore, "apply_stretch", noted)
+        patch.setattr(stretches, "processes", lambda logs: count)
         patch.setattr(stretches, "LEAST", 0)
         patch.setattr(stretches.read, "__defaults__", (size,))
         return feed._read_all(RunStore()), feed
@@ -91,7 +101,12 @@ def test_c133_read_by_several_or_by_one_is_the_same(tmp_path_factory, parts, cou
 
 @pytest.mark.parametrize(
     "between",
-    [rec.Change(what="lr", before=1, after=2), rec.Alert(severity="info", code="x", message="m"), rec.Rewind(to_step=30)],
+    [
+        rec.Change(what="lr", before=1, after=2),
+        rec.Alert(severity="info", code="x", message="m"),
+        rec.Rewind(to_step=30),
+        rec.Rewind(to_step=50),
+    ],
 )
 def test_what_belongs_to_the_step_before_it_stays_there(tmp_path, between):
     run = RunDirectory.create(tmp_path, "x")
@@ -99,7 +114,7 @@ def test_what_belongs_to_the_step_before_it_stays_there(tmp_path, between):
         for step in range(1, 41):
             log.emit(rec.Step(step=step, loss=1.0 * step))
         log.emit(between)
-        for step in range(31 if isinstance(between, rec.Rewind) else 41, 61):
+        for step in range(31 if getattr(between, "to_step", 50) < 40 else 41, 61):
             log.emit(rec.Step(step=step, loss=1.0 * step))
     got = together(run, 2, whole_length(run.metrics_path) // 2 + 1)  # amid the second of two
     equal(got, plain(run))
@@ -111,11 +126,12 @@ def test_most_of_a_log_is_taken_as_columns(tmp_path):
     length = whole_length(engine.run.metrics_path)
     with engine.run.metrics_path.open("rb") as file:
         found = list(stretches.read(file.fileno(), length, 2, 1 << 16))
-    taken = [each for each in found if isinstance(each, stretches.Read)]
-    assert len(taken) >= len(found) - 2 > 8
+    assert sum(isinstance(each, stretches.Read) for each in found) >= len(found) - 2 > 8
     heads = [each.head if isinstance(each, stretches.Read) else each for each in found]
     assert [each.start for each in heads] == [0, *(each.end for each in heads[:-1])] and heads[-1].end == length
-    equal(together(engine.run, 2, 1 << 16), plain(engine.run))
+    used: list[bool] = []
+    equal(together(engine.run, 2, 1 << 16, used), plain(engine.run))
+    assert sum(used) >= len(found) - 2
 
 
 @pytest.mark.parametrize("line", [b"x" * (2 * MAX_LINE), b"x" * (1 << 18)])
@@ -137,8 +153,14 @@ def test_a_process_that_dies_costs_nothing(tmp_path, monkeypatch, gone):
     @contextlib.contextmanager
     def dying(descriptor: int, length: int, size: int, index: int, count: int) -> Iterator[IO[bytes]]:
         with original(descriptor, length, size, index, count) as source:
-            data = source.read() if index else b""
-            yield io.BytesIO(data[: 0 if gone == "at once" else len(data) // 2]) if index else source
+            if not index:
+                yield source
+                return
+            data = source.read()
+            with tempfile.TemporaryFile() as half:
+                half.write(data[: 0 if gone == "at once" else len(data) // 2])
+                half.seek(0)
+                yield half
 
     monkeypatch.setattr(stretches, "_process", dying)
     equal(together(engine.run, 2, 1 << 16), plain(engine.run))
@@ -153,3 +175,71 @@ def test_processes_end_with_the_reading(tmp_path):
         assert len(children) >= 2
         reading.close()  # type: ignore[attr-defined]
         assert not children & set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+
+
+@pytest.mark.parametrize("garbage", [b"\xff\xff\xff\xffhello", b"\x01\x00\x00\x00\xc1", b"Warning: a module prints\n" * 99])
+def test_something_else_on_the_pipe_is_no_stretch(tmp_path, monkeypatch, garbage):
+    engine = long_run(tmp_path)
+
+    @contextlib.contextmanager
+    def printing(*_: int) -> Iterator[IO[bytes]]:
+        with tempfile.TemporaryFile() as out:
+            out.write(garbage)
+            out.seek(0)
+            yield out
+
+    monkeypatch.setattr(stretches, "_process", printing)
+    equal(together(engine.run, 2, 1 << 16), plain(engine.run))
+
+
+def test_modules_of_the_working_folder_are_not_run_and_an_unbuffered_python_gives_all(tmp_path, monkeypatch):
+    engine = long_run(tmp_path)
+    for name in ("numpy", "msgspec", "lumina_tui"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    used: list[bool] = []
+    equal(together(engine.run, 2, 1 << 16, used), plain(engine.run))
+    assert sum(used) > 8 and not (tmp_path / "ran").exists()
+
+
+def test_a_feed_that_is_closed_ends_the_processes(tmp_path, monkeypatch):
+    engine = long_run(tmp_path)
+    monkeypatch.setattr(stretches, "processes", lambda logs: 2)
+    monkeypatch.setattr(stretches, "LEAST", 0)
+    monkeypatch.setattr(stretches.read, "__defaults__", (1 << 14,))
+    feed = Feed(engine.run)
+    original = Feed._take_stretch
+
+    def closing(self: Feed, *given: object) -> None:
+        original(self, *given)  # type: ignore[arg-type]
+        self._closed = True
+
+    monkeypatch.setattr(Feed, "_take_stretch", closing)
+    before = set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
+    feed._read_together(RunStore(), whole_length(engine.run.metrics_path))
+    assert 0 < feed.reader.offset < whole_length(engine.run.metrics_path)
+    assert set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()) <= before
+
+
+def test_a_log_that_is_replaced_meanwhile_is_read_anew(tmp_path, monkeypatch):
+    engine, other = long_run(tmp_path), long_run(tmp_path, steps=1000, name="other")
+    original = Feed._take_stretch
+
+    def replacing(self: Feed, *given: object) -> None:
+        original(self, *given)  # type: ignore[arg-type]
+        if other.run.metrics_path.exists():
+            other.run.metrics_path.replace(engine.run.metrics_path)
+
+    monkeypatch.setattr(Feed, "_take_stretch", replacing)
+    got = together(engine.run, 2, 1 << 14)
+    monkeypatch.undo()
+    assert got[0].step == 1000 and got[1].reader.restarts == 1
+    np.testing.assert_equal(content(got[0]), content(plain(engine.run)[0]))
+
+
+def test_processes_are_shared_by_the_logs_that_are_opened_together(monkeypatch):
+    monkeypatch.setattr(stretches, "core_count", lambda: 16)
+    assert [stretches.processes(logs) for logs in (1, 4, 8, 99)] == [stretches.MOST, 4, 2, 0]
+    monkeypatch.setattr(stretches, "core_count", lambda: 1)
+    assert stretches.processes() == 1
