@@ -37,6 +37,7 @@ def main() -> int:
     parser.add_argument("--first-seed", type=int, default=1, metavar="N")
     parser.add_argument("--row", nargs="*", default=[], metavar="ID", help="only these rows")
     parser.add_argument("--portion", type=int, default=4, metavar="N", help="rows run together (default 4)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="tests at a time, of different files (default 1)")
     parser.add_argument("--minutes", type=float, default=0.0, metavar="M", help="begin no portion after M minutes")
     parser.add_argument("--again", action="store_true", help="also what was run on this code before")
     parser.add_argument("--publish", action="store_true", help="run nothing, write the table from the kept results")
@@ -49,7 +50,7 @@ def main() -> int:
         if args.minutes and time.monotonic() > end:
             print("time is up: the same command goes on here")
             break
-        run(rows, seed, tier, journal)
+        run(rows, seed, tier, journal, args.workers)
         kept = publish(journal)
         for row in rows:
             print(line(row, kept.get(row)), flush=True)
@@ -69,7 +70,7 @@ def portions(args: argparse.Namespace, journal: Journal) -> Iterator[tuple[list[
                     yield rows, seed, tier
 
 
-def run(rows: Sequence[str], seed: int, tier: str, journal: Journal) -> None:
+def run(rows: Sequence[str], seed: int, tier: str, journal: Journal, workers: int = 1) -> None:
     """Run the tests of these rows that belong to a tier. Their output goes to the terminal.
 
     Raises:
@@ -77,6 +78,8 @@ def run(rows: Sequence[str], seed: int, tier: str, journal: Journal) -> None:
     """
     words = [sys.executable, "-m", "pytest", *map(str, files_of(rows)), "-m", MARKS[tier], "-p", "no:cacheprovider"]
     words += [f"--fault-seed={seed}", f"--fault-results={journal.open_portion()}", "--fault-rows=" + ",".join(rows)]
+    if workers > 1:
+        words += ["-n", str(workers), "--dist", "loadfile"]
     code = subprocess.run(words, cwd=TESTS.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     if code not in (0, 1, NOTHING_FOUND):
         raise SystemExit(f"pytest ended with {code} in {', '.join(rows)}, seed {seed}: this portion does not count")

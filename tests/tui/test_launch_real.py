@@ -102,6 +102,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.row("PS01")
 @pytest.mark.parametrize("stage", ["begun", *STAGES])
 def test_c130_the_run_outlives_the_viewer_killed_at_each_step(stage: str) -> None:
     viewer = subprocess.Popen(
@@ -177,6 +178,7 @@ async def test_c130_a_full_disk_in_the_ranks_shows_the_log_and_leaves_no_process
     nothing_left()
 
 
+@pytest.mark.row("PS07")
 @pytest.mark.parametrize("stage", ["supervisor", "ranks"])
 async def test_c130_a_supervisor_killed_at_a_step_is_seen_and_its_ranks_end(stage: str) -> None:
     start = started("max_steps=100000")
