@@ -270,6 +270,12 @@ class TrainLoader:
         begin, size = self.skip.place(self.row_number), self.micro_batch
         return [row for first in range(begin, begin + self.global_batch, size) for row in self._planned(first)]
 
+    def waits(self) -> bool:
+        """Whether the next step may have to wait for data that are not tokenised yet, as a stream's may: a minute and more."""
+        begin = self.skip.place(self.row_number)
+        ends = (begin, min(begin + self.global_batch, self._places) - 1)
+        return not all(self.plan.ready(self.plan.row(*divmod(self.skip.row(place), self.rows_per_epoch))) for place in ends)
+
     def __len__(self) -> int:
         """Steps from `position` to the end."""
         return max(0, -(-(self._places - self.skip.place(self.row_number)) // self.global_batch))

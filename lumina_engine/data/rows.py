@@ -97,6 +97,10 @@ class RowPlan:
         """The planned row at place `index` of `epoch`."""
         return self._order.document(epoch, index)
 
+    def ready(self, row: int) -> bool:
+        """Whether a planned row can be built at once: always, since the store is there."""
+        return True
+
     def members(self, row: int) -> list[int]:
         """The samples of a planned row (under concat: those that have a piece in it)."""
         return self._pieces(np.array([row]))[0].tolist()

@@ -89,6 +89,12 @@ class StreamRows:
         self._ahead = epoch, at
         return int(self._begins[window]) + self._row_orders[window].document(epoch, local)
 
+    def ready(self, row: int) -> bool:
+        """Whether a planned row can be built at once; else its window may have to be tokenised first."""
+        with self._lock:
+            future = self._open.get(self._window_of(row))
+        return future is not None and future.done()
+
     def members(self, row: int) -> list[int]:
         """The samples of a planned row, numbered through all windows. Opens its window."""
         window = self._window_of(row)

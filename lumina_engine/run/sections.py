@@ -13,6 +13,7 @@ STEPS = 32  # steps whose forward time is kept
 FIRST_STEPS = 5  # of a start: they compile, fill caches and allocate, so they tell nothing of later ones
 STATS_TIME = 1.0  # s between two times that the statistics go out
 STEP = "step"  # the section that ends a step: the update
+WINDOW = "window"  # the wait for a part of a stream to be tokenised
 WORK = "forward"  # the part of a step in which a rank waits for no other (but for split experts and ZeRO stage 3)
 
 

@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from ..monitoring.say import say
 from .channel import RankState, named
 from .process import Process, send_all, send_signal
-from .sections import FIRST_STEPS, WORK
+from .sections import FIRST_STEPS, WINDOW, WORK
 
 STACKS_TIME = 1.0  # s that the ranks get to print their stacks before TERM
 LEAST = 1.0  # s: no section is hung before, whatever the configuration says; heartbeats are up to 0.1 s late
 PAUSE = 5.0  # s between two looks after which the supervisor itself, or the whole machine, stood still
 SHARE = 0.5  # of the time that it may stand still: a rank that has, while another one has used it up, may be the cause
-_UNTIMED = frozenset({"compile", "dry run", "examination"})  # once a start, so nothing tells how long they take
+_UNTIMED = frozenset({"compile", "dry run", "examination", WINDOW})  # so seldom that nothing tells how long they take
 _WAITING = "paused"  # by the user's wish, for any time
 
 

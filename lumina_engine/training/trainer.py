@@ -19,6 +19,7 @@ import torch
 from ..data.batch import Batch, EvalLoader, Position, TrainLoader
 from ..monitoring import record as rec
 from ..run.policy import AGAIN
+from ..run.sections import WINDOW
 from . import memory
 from .boundary import Boundary
 from .comm import Comm
@@ -229,7 +230,7 @@ class EnhancedConversationTrainer:
         steps = iter(loader)
         while self.progress.step < self.total_steps:
             begin = time.perf_counter()
-            self.section("data", self.progress.step + 1)
+            self.section(WINDOW if loader.waits() else "data", self.progress.step + 1)
             self.at_boundary = False
             self.step_rng = torch_rng()
             micro_batches = [batch.to(self.comm.device) for batch in next(steps)]

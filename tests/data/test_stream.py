@@ -238,6 +238,19 @@ def test_c038_what_is_in_both_training_and_evaluation_data_is_told_of_a_stream_t
         assert any(note.startswith("warning: 10 conversations are in both") for note in notes)
 
 
+def test_ft07_a_step_that_waits_for_a_window_is_known_before(write, settings, tokenizer, monkeypatch):
+    monkeypatch.setattr(StreamRows, "_open_next", lambda self: None)
+    path = write("x.jsonl", [talk(n) for n in range(150)])
+    config = settings(batch_size=4, streaming_threshold_gb=0.0)
+    loader = TrainLoader(opened(path, config, tokenizer), config)
+    steps, waited = iter(loader), [loader.waits()]
+    for _ in steps:
+        waited.append(len(loader) > 0 and loader.waits())
+    assert waited[0] and sum(waited) == len(loader.plan.sizes) > 3
+    whole = open_data(settings(train_data_path=str(path)), tokenizer).train
+    assert not TrainLoader(whole, config).waits()
+
+
 def test_c032_a_dataset_above_the_threshold_is_a_stream(write, settings, tokenizer, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     path = write("x.jsonl", [talk(n) for n in range(30)])

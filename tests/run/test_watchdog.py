@@ -32,6 +32,7 @@ def state(section: str | None = "backward", at: float = 0.0, steps: int = 100, *
         (state("eval"), 1800.0),  # never finished one yet
         (state("forward", steps=4), 1800.0),
         (state("compile"), 1800.0),
+        (state("window", p99={"window": 0.1}), 1800.0),  # of a stream: seldom, and then long
         (state(None), 1800.0),
         (state("paused"), float("inf")),
     ],
