@@ -4,10 +4,11 @@
 
 Each matrix product of a step of `bench train` (default shape) is timed at its own shape: forward, by its input's gradient and
 by its weight's gradient, with `torch.mm` (MKL in fp32, oneDNN in bf16) and with oneDNN's own operator, in every layout of the
-factors that needs no copy, factors and result in the cache, the best of many. Added is what no implementation can leave out:
-AdamW's bytes and those of the norm of the gradients at the best bandwidth measured, and attention and activation by the fastest
-of torch's kernels. The rest (norms, router, softmax of the loss, gathering) counts as nothing. Bound = the peer's step in the
-same run, the best of the rounds as all the rest, over that sum.
+factors that needs no copy, the best of many; activations in the cache, weights and their gradients in memory, where a step
+finds them. Added is what no implementation on torch's kernels can leave out: AdamW's bytes and those of the norm of the
+gradients at the best bandwidth measured, and attention, SwiGLU, norms, additions, rotary positions, rows of the experts and the
+softmax of the loss by the fastest of torch's kernels in the fewest passes, in the cache. The router, the embedding, zeroing and
+Python count as nothing. Bound = the peer's step in the same run, the best of the rounds as all the rest, over that sum.
 
 Shapes: R rows, I inner, O columns.
 """
@@ -15,6 +16,7 @@ Shapes: R rows, I inner, O columns.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import shlex
 import subprocess
@@ -31,6 +33,7 @@ from lumina_engine.model.attention_core import block_attention
 from lumina_engine.training.matmul_peak import Product, step_products
 
 _REPEATS = 40
+_COLD_BYTES = 256 << 20  # more than caches hold
 
 
 def fastest(*calls: Callable[[], object], repeats: int = _REPEATS) -> float:
@@ -48,17 +51,33 @@ def fastest(*calls: Callable[[], object], repeats: int = _REPEATS) -> float:
     return best
 
 
-def product_seconds(rows: int, inner: int, columns: int, dtype: torch.dtype) -> float:
-    """(R, I) @ (I, O) by the fastest of libraries and layouts, the transposed result included."""
-    x, w = torch.randn(rows, inner).to(dtype), torch.randn(columns, inner).to(dtype)
-    xs, ws = (x, x.t().contiguous().t()), (w, w.t().contiguous().t())
+def product_seconds(rows: int, inner: int, columns: int, dtype: torch.dtype, cold: str) -> float:
+    """(R, I) @ (I, O) by the fastest of libraries and layouts, the transposed result included.
+
+    `cold` lies in memory, as in a step, where each weight and each of its gradients is used once in every pass over all of
+    them: the second factor ("weight") or the result ("gradient"). All else is in the cache.
+    """
+    x = torch.randn(rows, inner).to(dtype)
+    kept = columns * (inner if cold == "weight" else rows) * x.element_size()
+    count = -(-_COLD_BYTES // kept)
+    ws = [torch.randn(columns, inner).to(dtype) for _ in range(count if cold == "weight" else 1)]
+    outs = [torch.empty(columns, rows, dtype=dtype) for _ in range(count if cold == "gradient" else 0)]
+    xs, turn = (x, x.t().contiguous().t()), itertools.count()
     calls: list[Callable[[], object]] = []
     for a in xs:
-        for b in ws:
-            calls.append(lambda a=a, b=b: torch.mm(a, b.t()))
-            calls.append(lambda a=a, b=b: torch.mm(b, a.t()))
-            calls.append(lambda a=a, b=b: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], ""))
-            calls.append(lambda a=a, b=b: torch.ops.mkldnn._linear_pointwise(b, a, None, "none", [], ""))
+        for stored in (ws, [w.t().contiguous().t() for w in ws]):
+
+            def weight(stored: list[torch.Tensor] = stored) -> torch.Tensor:
+                return stored[next(turn) % len(stored)]
+
+            if outs:
+                calls.append(lambda a=a, w=weight: torch.mm(w(), a.t(), out=outs[next(turn) % count]))
+                calls.append(lambda a=a, w=weight: torch.mm(a, w().t(), out=outs[next(turn) % count].t()))
+            else:
+                calls.append(lambda a=a, w=weight: torch.mm(a, w().t()))
+                calls.append(lambda a=a, w=weight: torch.mm(w(), a.t()))
+            calls.append(lambda a=a, w=weight: torch.ops.mkldnn._linear_pointwise(a, w(), None, "none", [], ""))
+            calls.append(lambda a=a, w=weight: torch.ops.mkldnn._linear_pointwise(w(), a, None, "none", [], ""))
     return fastest(*calls, repeats=_REPEATS // 4)
 
 
@@ -66,9 +85,14 @@ def products(found: list[Product], dtype: torch.dtype) -> tuple[float, float]:
     """Seconds and operations of all products of a step: each forward one, and the two of its backward."""
     seconds, cache = 0.0, {}
     for p in found:
-        for shape in ((p.rows, p.inner, p.columns), (p.rows, p.columns, p.inner), (p.columns, p.rows, p.inner)):
+        forward, by_input, by_weight = (
+            (p.rows, p.inner, p.columns, "weight"),
+            (p.rows, p.columns, p.inner, "weight"),
+            (p.columns, p.rows, p.inner, "gradient"),
+        )
+        for shape in (forward, by_input, by_weight):
             if shape not in cache:
-                cache[shape] = product_seconds(*shape, dtype)
+                cache[shape] = product_seconds(*shape[:3], dtype, shape[3])
                 rate = p.flops / p.count / cache[shape] / 1e9
                 print(f"  {shape[0]:>6} x {shape[1]:>5} x {shape[2]:>6}  {rate:6.0f} GFLOP/s")
             seconds += p.count * cache[shape]
@@ -116,11 +140,37 @@ def attention_seconds(model: DeepSeekConfig, batch: int, length: int, dtype: tor
 
 
 def activation_seconds(model: DeepSeekConfig, tokens: int, dtype: torch.dtype) -> float:
-    """silu forward and backward of one expert layer's choices: the exponentials, and nothing of what surrounds them."""
+    """SwiGLU of one expert layer's choices: silu forward and backward, and the product with `up` and its two gradients."""
     rows = tokens * model.moe_top_k // model.num_experts
-    gate, grad = torch.randn(rows, model.expert_width).to(dtype), torch.randn(rows, model.expert_width).to(dtype)
-    forward = fastest(lambda: F.silu(gate))
-    return model.num_experts * (forward + fastest(lambda: torch.ops.aten.silu_backward(grad, gate)))
+    gate, up, grad = (torch.randn(rows, model.expert_width).to(dtype) for _ in range(3))
+    out = torch.empty_like(gate)
+    silu = fastest(lambda: torch.ops.aten.silu.out(gate, out=out))
+    backward = fastest(lambda: torch.ops.aten.silu_backward(grad, gate, grad_input=out))
+    times = fastest(lambda: torch.mul(gate, up, out=out))
+    return model.num_experts * (silu + backward + 3 * times)
+
+
+def passes_seconds(model: DeepSeekConfig, tokens: int, dtype: torch.dtype) -> dict[str, float]:
+    """What is left, by the fastest of torch's kernels, everything in the cache, each operation once in the fewest passes that
+    those kernels allow: RMSNorm 2 and 4, an addition 1, rotary positions 1 and 1 for queries and keys, rows of the experts'
+    tokens gathered 1 and 2 times and added back 1 and 1, the softmax of the loss.
+    """
+    x, y, chosen = (torch.randn(count, model.hidden_size).to(dtype) for count in (tokens, tokens, tokens * model.moe_top_k))
+    row_N = torch.arange(tokens).repeat_interleave(model.moe_top_k)[torch.randperm(len(chosen))]
+    add, norm = fastest(lambda: torch.add(x, y, out=y)), fastest(lambda: torch.linalg.vector_norm(x, dim=-1))
+    gather = fastest(lambda: torch.index_select(x, 0, row_N, out=chosen))
+    scatter = fastest(lambda: y.index_add_(0, row_N, chosen))
+    logits = torch.randn(tokens, model.vocab_rows).to(dtype)
+    softmax = fastest(lambda: torch.softmax(logits, -1), repeats=_REPEATS // 4)
+    layers = model.num_layers
+    rotary = add * (1 + model.num_kv_heads / model.num_heads)
+    return {
+        "norms": (2 * layers + 1) * (norm + 5 * add),
+        "additions": 4 * layers * add,
+        "rotary": 2 * layers * rotary,
+        "experts_rows": model.expert_layers * (3 * gather + 2 * scatter),
+        "softmax_of_loss": softmax,
+    }
 
 
 def bounds(config: Config, precision: str, bytes_s: float) -> dict[str, float]:
@@ -138,6 +188,7 @@ def bounds(config: Config, precision: str, bytes_s: float) -> dict[str, float]:
         "attention": model.num_layers * attention_seconds(model, config.batch_size, config.seq_length, dtype),
         "activation": model.expert_layers * activation_seconds(model, tokens, dtype),
         "adamw_and_norm": count * each / bytes_s,
+        **passes_seconds(model, tokens, dtype),
     }
 
 
