@@ -23,7 +23,8 @@ from lumina_engine.checkpoint.foreign import import_folder
 from lumina_engine.checkpoint.manager import load_model
 from lumina_engine.checkpoint.pickles import unpack_weights
 from tests.checkpoint.test_load_model import model_of
-from tests.parity.modes import last_line, launch, write_data
+from tests.launch import last_line, launch
+from tests.parity.modes import write_data
 
 
 class Call:

@@ -23,7 +23,7 @@ from lumina_engine.run.launch import wait
 from lumina_engine.training.comm import Comm
 from lumina_engine.training.trainer import EnhancedConversationTrainer
 from tests.checkpoint.helpers import names_in
-from tests.training.losses import Records
+from tests.parity.rows import Records
 from tests.training.test_trainer import setup
 
 from .conftest import TinyRuns

@@ -13,7 +13,8 @@ from lumina_engine.checkpoint.consolidate import KINDS, consolidate
 from lumina_engine.checkpoint.manager import CheckpointManager
 from lumina_engine.config.schema import Config
 from lumina_engine.run.launch import wait
-from tests.parity.modes import last_line, launch, write_data
+from tests.launch import last_line, launch
+from tests.parity.modes import write_data
 from tests.training.test_resume import conversations, kill_rank_at, steps, train
 from tests.training.zero_ranks import STEPS
 

@@ -6,10 +6,7 @@ python -m tests.parity.modes [TABLE.md]      runs all modes and prints the table
 from __future__ import annotations
 
 import json
-import os
 import random
-import socket
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -18,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lumina_engine.config.offload_checks import async_io_problem
+from tests.launch import last_line, launch
 from tests.parity.plain_loop import plain_losses
 from tests.parity.rows import ROWS, config_of, store_of
 
@@ -117,28 +115,6 @@ def write_data(folder: Path) -> Path:
             turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
             stream.write(json.dumps({"messages": turns}) + "\n")
     return path
-
-
-def launch(program: Path, ranks: int, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program on that many ranks of this machine, each with one thread."""
-    words = [sys.executable]
-    if ranks > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        words += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-        words += ["--master-addr", "127.0.0.1", "--master-port", str(port)]
-    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    root = str(Path(__file__).resolve().parents[2])
-    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, [root, env.get("PYTHONPATH")]))}
-    return subprocess.run([*words, str(program), *arguments], capture_output=True, text=True, env=env | environment)
-
-
-def last_line(done: subprocess.CompletedProcess[str], mark: str) -> Any:
-    """The JSON behind the last line of stdout that begins with `mark`."""
-    lines = [line for line in done.stdout.splitlines() if line.startswith(mark)]
-    assert lines, "\n".join(line for line in done.stderr.splitlines() if line.startswith("[rank")) or done.stderr[-4000:]
-    return json.loads(lines[-1].removeprefix(mark))
 
 
 def results(data: Path, ranks: int, wanted: list[Mode]) -> dict[str, dict[str, Any]]:

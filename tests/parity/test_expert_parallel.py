@@ -6,18 +6,16 @@ Every run has the same ranks and batches as the one that it is compared with; on
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.training.losses import write_conversations
+from tests.launch import last_line, launch
+from tests.parity.modes import write_data
 
-ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = Path(__file__).resolve().parents[1] / "training" / "spread.py"
 LAYERS, STEPS = 2, 20
 PLAIN = {"use_deepspeed": False}
 ENGINES = {"plain": PLAIN, **{f"zero{stage}": {"zero_stage": stage} for stage in (0, 1, 2)}}
@@ -68,17 +66,9 @@ def modes() -> dict[str, dict[str, Any]]:
 
 
 def run(folder: Path, ranks: int, wanted: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    data = write_conversations(folder / "train.jsonl")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-addr", "127.0.0.1"]
-    launch += ["--master-port", str(31_500 + os.getpid() % 2000), "-m", "tests.training.spread"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        env.pop(name, None)
-    words = [*launch, str(data), str(folder), json.dumps(wanted)]
-    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=ROOT, timeout=600)  # a hang is a failure
-    lines = [line for line in done.stdout.splitlines() if line.startswith("FIGURES ")]
-    assert lines, done.stderr[-3000:]
-    return json.loads(lines[-1].removeprefix("FIGURES "))
+    data = write_data(folder)
+    figures: dict[str, Any] = last_line(launch(PROGRAM, ranks, str(data), str(folder), json.dumps(wanted)), "FIGURES ")
+    return figures
 
 
 @pytest.fixture(scope="module")

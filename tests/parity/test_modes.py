@@ -71,6 +71,26 @@ def test_c054_losses_equal_plain_pytorch(
     assert worst(found[mode.name]["losses"], reference[mode.accumulation]) <= BOUNDS[mode.precision]
 
 
+WHOLE = [mode for mode in RUN if mode.precision == "fp32" and mode.accumulation == 1 and not mode.checkpointing]
+
+
+@pytest.mark.parametrize("mode", WHOLE, ids=lambda mode: mode.name)
+def test_c070_gradient_norms_balance_loss_and_tokens_are_those_of_one_rank(
+    mode: Mode, found: dict[str, dict[str, Any]]
+) -> None:
+    """The balance loss is over the global batch, and every mode sees the same tokens."""
+    got, want = found[mode.name], found[WHOLE[0].name]
+    assert got["tokens"] == want["tokens"]
+    for name, bound in (("grad_norm", 1e-4), ("aux_loss", 1e-5)):
+        assert got[name] == pytest.approx(want[name], rel=bound), name
+
+
+def test_c072_the_loop_by_hand_is_the_same_in_four_parts_or_whole(data: Path) -> None:
+    """Rows of uneven length; without the balance loss, whose shares a part cannot know ahead."""
+    found = references(data, load_balancing_weight=0.0)
+    assert worst(found[4], found[1]) < 1e-5
+
+
 @pytest.fixture(scope="module")
 def moved(data: Path) -> tuple[list[float], list[list[float]]]:
     config = config_of(str(data), {"router_bias_rate": BIAS_RATE})

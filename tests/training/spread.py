@@ -1,6 +1,6 @@
 """A program for tests: train a tiny model in several modes on several ranks and print {mode: figures} as JSON (rank 0).
 
-    python -m torch.distributed.run … -m tests.training.spread DATA.jsonl OUT '{"mode": {config overrides}, …}'
+    python spread.py DATA.jsonl OUT '{"mode": {config overrides}, …}'      under torch.distributed.run
 
 Beside configuration keys a mode may have `idle_experts` (that many are never chosen on rank 1), `nan_at` (a step at which
 the gradient of an expert of the last rank is not a number) and `resume_at` (a new trainer goes on from the checkpoint of that
@@ -32,7 +32,8 @@ from lumina_engine.training.comm import Comm
 from lumina_engine.training.engine import StateMismatch
 from lumina_engine.training.state import restore
 from lumina_engine.training.trainer import EnhancedConversationTrainer
-from tests.training.losses import TINY, Records
+from tests.parity.rows import Records
+from tests.training.tiny import TINY
 
 
 class Counted:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.launch import launch
 
 from .peak import corpus
 
@@ -43,14 +43,8 @@ TWO = {
 
 def rows(folder: Path, cases: dict[str, dict], ranks: int) -> list[dict]:
     corpus(folder)
-    launch = [sys.executable]
-    if ranks > 1:
-        port = str(29_500 + os.getpid() % 2000)
-        launch += ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-        launch += ["--master-addr", "127.0.0.1", "--master-port", port]
-    own = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    env = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run([*launch, str(SCRIPT), str(folder), json.dumps(cases)], capture_output=True, text=True, env=env | own)
+    own = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = launch(SCRIPT, ranks, str(folder), json.dumps(cases), **own)
     found = [json.loads(line.removeprefix("PEAK ")) for line in done.stdout.splitlines() if line.startswith("PEAK ")]
     assert len(found) == len(cases), done.stderr[-3000:]
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.parity.modes import last_line, launch
+from tests.launch import last_line, launch
 
 PROGRAM = Path(__file__).with_name("start.py")
 

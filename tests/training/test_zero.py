@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from lumina_engine.checkpoint.manager import load_model
-from tests.parity.modes import last_line, launch, write_data
+from tests.launch import last_line, launch
+from tests.parity.modes import write_data
 
 PROGRAM = Path(__file__).with_name("zero_ranks.py")
 MODES: dict[str, dict[str, Any]] = {
