@@ -101,7 +101,7 @@ def measure(
         trainer = EnhancedConversationTrainer(model, tokenizer, config, watch, comm=comm)
         with uniform_routing(trainer.model) if uniform else nullcontext():
             trainer.train(store)
-        memory = memory_stats(trainer.model, trainer.engine.state_tensors(), comm.device)
+        memory = memory_stats(trainer.model, trainer.engine.state_bytes(), comm.device)
         # Behind the peak of memory, of which the factors would become a part. Twice: the machine may be slower just now.
         roofs = [_roofs(trainer), _roofs(trainer)]
         if log is not None:

@@ -25,6 +25,7 @@ from .engine import (
     StepResult,
     adamw,
     anything,
+    bytes_of,
     load_named_state,
     named_state,
     parameter_groups,
@@ -144,6 +145,10 @@ class DeepSpeedEngine:
     def _base_optimizer(self) -> torch.optim.Optimizer:
         return self.optimizer.optimizer if self.stage > 0 else self.optimizer
 
+    def _on_disk(self, index: int) -> bool:
+        """Whether a partition and its state lie on disk between steps."""
+        return bool(self.swaps and self.optimizer._swappable_optimizer_subgroup(index))
+
     @contextmanager
     def _in_memory(self, index: int, changed: bool = False) -> Iterator[None]:
         """A partition and its optimizer state, read from disk if they lie there, and written back if `changed`."""
@@ -176,13 +181,24 @@ class DeepSpeedEngine:
         for index, partition in enumerate(self._partitions()):
             with self._in_memory(index):
                 held = {f"optimizer.{key}": value for key, value in self._base_optimizer().state.get(partition, {}).items()}
-                on_disk = self.swaps and self.optimizer._swappable_optimizer_subgroup(index)
+                on_disk = self._on_disk(index)
                 for piece in self._pieces(index):
                     for kind, value in (held | {"master": partition.detach()}).items():
                         mine = torch.as_tensor(value)
                         mine = piece.of(mine) if mine.ndim else mine
                         tensors[f"{kind}.{piece.name}"] = mine.clone() if on_disk else mine
         return tensors
+
+    def state_bytes(self) -> int:
+        if self.stage == 0:
+            return bytes_of(self.state_tensors().values())
+        state = self._base_optimizer().state
+        held = [
+            (partition, *filter(torch.is_tensor, state.get(partition, {}).values()))
+            for index, partition in enumerate(self._partitions())
+            if not self._on_disk(index)
+        ]
+        return bytes_of(tensor for tensors in held for tensor in tensors)
 
     def state_begins(self) -> dict[str, int]:
         if self.stage == 0:

@@ -61,8 +61,9 @@ class Engine(Protocol):
 
     `model_tensors` are the whole weights and buffers on rank 0 (a collective; other ranks may get an empty mapping);
     `state_tensors` are this rank's part of the rest by name of parameter, each a run of the flattened whole parameter that
-    begins at `state_begins` (0 if left out). All are called on all ranks at a step boundary, and so are the reverses: they get
-    the whole weights on every rank, and the state of a run with any number of ranks and any stage.
+    begins at `state_begins` (0 if left out); `state_bytes` counts those in memory, not on disk. All are called on all ranks at
+    a step boundary, and so are the reverses: they get the whole weights on every rank, and the state of a run with any number
+    of ranks and any stage.
     """
 
     module: nn.Module
@@ -75,8 +76,14 @@ class Engine(Protocol):
     def model_tensors(self) -> dict[str, torch.Tensor]: ...
     def load_model_tensors(self, tensors: dict[str, torch.Tensor]) -> None: ...
     def state_tensors(self) -> dict[str, torch.Tensor]: ...
+    def state_bytes(self) -> int: ...
     def state_begins(self) -> dict[str, int]: ...
     def load_state(self, saved: SavedState) -> None: ...
+
+
+def bytes_of(tensors: Iterable[torch.Tensor]) -> int:
+    """What tensors take in memory."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

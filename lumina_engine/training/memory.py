@@ -26,13 +26,15 @@ _MALLOC_VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_
 _NEVER = 2**31 - 1
 
 
-def memory_stats(model: Any, optimizer_tensors: dict[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
-    """Memory now. On CPU the device figures are those of this process (`allocated` and `reserved` = resident set)."""
+def memory_stats(model: Any, optimizer_bytes: int, device: torch.device) -> dict[str, Any]:
+    """Memory now, in bytes; `optimizer_bytes` are those of its state in memory (`Engine.state_bytes`).
+
+    On CPU the device figures are those of this process (`allocated` and `reserved` = resident set).
+    """
     host = psutil.virtual_memory()
     process = psutil.Process().memory_info()
     parameters = sum(held(p).numel() * p.element_size() for p in model.parameters())
     gradients = sum(p.grad.numel() * p.grad.element_size() for p in model.parameters() if p.grad is not None)
-    optimizer = sum(t.numel() * t.element_size() for t in optimizer_tensors.values())
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         on_device = {
@@ -54,7 +56,7 @@ def memory_stats(model: Any, optimizer_tensors: dict[str, torch.Tensor], device:
     return {
         "device": {"type": device.type, **on_device},
         "host": {"rss": process.rss, "available": host.available, "total": host.total},
-        "components": {"parameters": parameters, "gradients": gradients, "optimizer": optimizer},
+        "components": {"parameters": parameters, "gradients": gradients, "optimizer": optimizer_bytes},
     }
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..checkpoint.universal import SavedState
 from .comm import Comm
-from .engine import Allows, StepResult, adamw, anything, load_named_state, named_state, parameter_groups
+from .engine import Allows, StepResult, adamw, anything, bytes_of, load_named_state, named_state, parameter_groups
 from .expert_parallel import SpreadExperts
 from .loss_scale import LossScale
 from .masters import MasterAdamW
@@ -108,6 +108,9 @@ class PlainEngine:
     def state_tensors(self) -> dict[str, torch.Tensor]:
         masters = {f"master.{self.names[m]}": m.detach() for m in self.masters.values()}
         return {**masters, **dict(named_state(self.optimizer, self.names))}  # type: ignore[arg-type]
+
+    def state_bytes(self) -> int:
+        return bytes_of(self.state_tensors().values())
 
     def state_begins(self) -> dict[str, int]:
         return self.experts.begins()

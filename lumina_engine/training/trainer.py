@@ -366,7 +366,7 @@ class EnhancedConversationTrainer:
 
     def get_memory_stats(self) -> dict[str, Any]:
         """Bytes in use: `device` (allocated, reserved, peak, total), `host` (rss, available, total), `components`."""
-        return memory.memory_stats(self.model, self.engine.state_tensors(), self.comm.device)
+        return memory.memory_stats(self.model, self.engine.state_bytes(), self.comm.device)
 
     def debug_training_setup(self) -> dict[str, Any]:
         """How this rank is set up, as a dictionary that is also printed: device, ranks, batch, precision, versions."""
