@@ -60,6 +60,9 @@ def modes() -> dict[str, dict[str, Any]]:
     bf16 = {"batch_size": 4, "precision": "bf16", "max_steps": 8}
     found["bf16"] = {**bf16, **PLAIN}
     found |= {f"bf16 {engine}": {**bf16, **ENGINES[engine], **SPREAD} for engine in ("plain", "zero1", "zero2")}
+    mixed = {"batch_size": 4, "precision": "mixed_bf16", "max_steps": 8}
+    found["mixed"] = {**mixed, **PLAIN}
+    found |= {f"mixed {engine}": {**mixed, **ENGINES[engine], **SPREAD} for engine in ("plain", "zero1", "zero2")}
     for engine in ("plain", "zero0", "zero1", "zero2"):
         found[f"nan {engine}"] = {"batch_size": 4, "max_steps": 4, "nan_at": 3, **ENGINES[engine], **SPREAD}
     return found
@@ -141,10 +144,11 @@ def test_r20_a_rank_that_never_chooses_half_of_the_experts_hangs_nothing(two: tu
     assert_equal(*two, f"idle {engine}", "idle")
 
 
-def test_c020_bf16_agrees_to_its_precision(two: tuple[Path, dict]) -> None:
+@pytest.mark.parametrize("precision", ["bf16", "mixed"])
+def test_c020_bf16_agrees_to_its_precision(two: tuple[Path, dict], precision: str) -> None:
     figures = two[1]
     for engine in ("plain", "zero1", "zero2"):
-        for one, other in zip(figures[f"bf16 {engine}"]["steps"], figures["bf16"]["steps"], strict=True):
+        for one, other in zip(figures[f"{precision} {engine}"]["steps"], figures[precision]["steps"], strict=True):
             assert one[0] == pytest.approx(other[0], rel=2e-2)
             assert one[3] == pytest.approx(other[3], rel=5e-2)
 
