@@ -29,6 +29,7 @@ _PUBLIC = {
     "generate": "lumina_engine.chat.generate",
     "validate_environment": "lumina_engine.doctor.run",
     "estimate_training_time": "lumina_engine.doctor.estimate",
+    "TrainingHealthMonitor": "lumina_engine.monitoring.health.monitor",
     "optimize_cuda_settings": "lumina_engine.training.cuda",
 }
 

@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lumina_engine.run.alarm import message_of
+
 if TYPE_CHECKING:
     from lumina_engine.monitoring.record import Alert
 
@@ -49,7 +51,7 @@ class Alarms:
             self._seen[run] = max(alert.seq for alert in new)
         critical = [alert for alert in new if alert.severity == "critical"]
         if self.command:
-            self._waiting += [_message(run, alert) for alert in critical if alert.t >= since]
+            self._waiting += [message_of(run, alert) for alert in critical if alert.t >= since]
         return critical
 
     def due(self) -> dict[str, Any] | None:
@@ -61,11 +63,6 @@ class Alarms:
         newest = {**self._waiting[-1], "others": len(self._waiting) - 1}
         self._waiting.clear()
         return newest
-
-
-def _message(run: Path, alert: Alert) -> dict[str, Any]:
-    words = {name: getattr(alert, name) for name in ("severity", "code", "message", "recommendation", "step", "t")}
-    return {"run": run.name, "path": str(run.absolute()), **words}
 
 
 async def run_command(command: Sequence[str], message: dict[str, Any], patience: float = PATIENCE_S) -> str:

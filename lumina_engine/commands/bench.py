@@ -59,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     saving = add("checkpoint", text)
     saving.add_argument("--json", action="store_true", help="a JSON object a line for each part; the last line has all")
     saving.add_argument("--rounds", type=int, default=5, metavar="N", help="repetitions (default 5)")
+    health = add("health", "how often the health monitor is right, on recorded runs whose faults are known")
+    health.add_argument("--json", action="store_true", help="a JSON object a line for each fault; the last line has all")
+    health.add_argument("--corpus", metavar="PATH", help="a corpus file or folder (default: that of the source tree's tests)")
     tui = add("tui", "start-up, key delay, CPU, bytes and memory of `lumina` in a pseudo-terminal (about 12 minutes)")
     tui.add_argument("--json", action="store_true", help="a JSON object a line for each figure; the last line has all")
     tui.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, not what it costs")
@@ -79,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         "supervise": _supervise,
         "checkpoint": _checkpoint,
         "tui": _tui,
+        "health": _health,
     }
     return actions[args.action](args)
 
@@ -300,6 +304,47 @@ def _supervise(args: argparse.Namespace) -> int:
             word = {None: "", True: "ok", False: "MISSED"}[figure.holds]
             print(f"{figure.row}  {figure.label:<52} {figure.value:>12,.4g} {figure.unit:<4} {bound:>8}  {word}", flush=True)
     return 0
+
+
+def _health(args: argparse.Namespace) -> int:
+    from pathlib import Path
+
+    from ..bench.corpus import read
+    from ..bench.generated import machine
+    from ..bench.health import measure
+
+    path = Path(args.corpus) if args.corpus else Path(__file__).parents[2] / "tests" / "monitoring" / "health"
+    try:
+        runs = read(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: name the recorded runs with --corpus (tests/monitoring/health)") from error
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    found = measure([*runs, *machine()])
+    if args.json:
+        for row in found["table"]:
+            print_json(row, lines=True)
+        print_json(found, lines=True)
+        return 0
+    for row in found["table"]:
+        print(_health_row(row["fault"], row))
+    for part in ("chosen", "held"):
+        print(_health_row(f"all, {part} seeds", found[part]))
+    print(_health_row("all", found))
+    for row in found["codes"]:
+        delay = "" if row["delays"] is None else f"  delay {row['delays']:g} steps"
+        print(f"  {row['code']:<18} {row['severity']:<9} true {row['true']:>3}  false {row['false']:>3}{delay}")
+    return 0
+
+
+def _health_row(label: str, row: dict[str, Any]) -> str:
+    def share(value: float | None) -> str:
+        return "     -" if value is None else f"{value:6.1%}"
+
+    delay = "-" if row["median_delay_steps"] is None else f"{row['median_delay_steps']:g}"
+    critical = f"critical recall {share(row['critical_recall'])}  false {row['critical_false_alarms']:>2}  delay {delay:>3}"
+    warnings = f"warnings {row['warnings']:>3}, precision {share(row['warning_precision'])}"
+    return f"{label:<20} runs {row['runs']:>3}  {critical}  {warnings}"
 
 
 def _tui(args: argparse.Namespace) -> int:

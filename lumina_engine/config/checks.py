@@ -28,7 +28,6 @@ NOT_YET: dict[str, tuple[object, ...] | None] = {
     "task_temperature": None,
     "task_max_epochs": None,
     "trackers": None,
-    "alert_command": None,
     "adaptive": ("off", "advise"),
     "expert_growth": ("off", "advise"),
     "lr_multiplier_min": None,

@@ -276,7 +276,11 @@ class MonitoringKeys(Section):
         [], "Other programs that get the records.", resume=True, read_by="monitoring/log.py"
     )
     alert_command: list[str] = key(
-        [], "Program and arguments to run at an alert, at most once a minute; no shell.", resume=True, read_by=_SUPERVISOR
+        [],
+        "Program and arguments to run at a warning or critical alert, at most once a minute; no shell. The alert comes as JSON "
+        "on its standard input.",
+        resume=True,
+        read_by="run/policy.py",
     )
 
 

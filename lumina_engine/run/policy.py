@@ -32,7 +32,7 @@ _ERROR_LINE = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit|Failure)(:.*)?"
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What launch.start may set; the first six are config keys."""
+    """What launch.start may set; the first six and `alert_command` are config keys."""
 
     max_restarts: int = 3
     preempt_grace_s: float = 30.0
@@ -45,6 +45,7 @@ class Settings:
     restart_pause_s: float = 1.0  # first pause before a restart
     survivors_s: float = 10.0  # what the other ranks get to leave after one has died
     rebind_s: float = 10.0  # how often the socket's place is looked at
+    alert_command: tuple[str, ...] = ()
 
     @classmethod
     def of_config(cls, config: Config) -> dict[str, Any]:
@@ -56,6 +57,7 @@ class Settings:
             "hang_timeout_s",
             "hang_factor",
             "startup_timeout_s",
+            "alert_command",
         )
         return {name: getattr(config, name) for name in names} | {"rows_grow": int(config.curriculum_learning)}
 
@@ -68,7 +70,13 @@ class Settings:
         unknown = set(values) - {item.name for item in fields(cls)}
         if unknown:
             raise RunError(f"unknown settings for the supervisor: {', '.join(sorted(unknown))}")
+        argv = values.get("alert_command", ())
+        if not isinstance(argv, list | tuple) or not all(isinstance(word, str) for word in argv):
+            raise RunError(f"alert_command={argv!r}: the supervisor needs a list of words")
+        values = {**values, "alert_command": tuple(argv)}
         for name, value in values.items():
+            if name == "alert_command":
+                continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
                 raise RunError(f"{name}={value!r}: the supervisor needs a number from 0 up")
         return cls(**values)

@@ -24,8 +24,10 @@ from ..monitoring.cgroup import oom_kills
 from ..monitoring.log import MetricLog, last_records
 from ..monitoring.say import say
 from . import output, policy
+from .alarm import AlertCommand
 from .channel import RankServer
 from .directory import RunDirectory, RunError
+from .health import RunHealth
 from .launch import rank_environment
 from .process import (
     Process,
@@ -143,6 +145,8 @@ class Supervisor:
             self._tree,
         )
         self.stragglers = Stragglers(own_best=not self.settings.rows_grow)
+        self.alarm = AlertCommand(self.settings.alert_command, self.run.path)
+        self.health = RunHealth(self.run.metrics_path, self.run.reports / "health.json", self._tell, self.alarm.take)
         self.policy = policy.RestartPolicy(self.settings.max_restarts, self.settings.restart_pause_s)
         self.run.update_identity(
             **{key: self.order[key] for key in ("argv", "world", "settings", "versions", "host")},
@@ -171,6 +175,7 @@ class Supervisor:
             self.run, channel=self.ranks.path, nonce=self.nonce, inc=self.inc, resume=resume, world=self.world, after=self.after
         )
         self.after, self.oom_kills = None, oom_kills()
+        self.health.inc = self.inc
         self.child = subprocess.Popen(
             self.argv,
             stdin=subprocess.DEVNULL,
@@ -191,10 +196,12 @@ class Supervisor:
                 key.data()
             now = time.monotonic()
             self._read_log(now)
+            self.health.look()
             for number in self.signals.take():
                 self._signal(number, now)
             self._reap(now)
             self._advance(now)
+            self.alarm.tick(now)
             self.viewers.tick()
             self.ranks.tick()
             if now - self.log_checked > LOG_CHECK_TIME:
@@ -311,7 +318,7 @@ class Supervisor:
             self._terminate()  # still starting: nothing to save, nobody to take the command
 
     def _tree(self) -> list[Process]:
-        return descendants(os.getpid())
+        return self.alarm.without(descendants(os.getpid()))
 
     def _terminate(self) -> None:
         self.pressed = True
@@ -332,6 +339,8 @@ class Supervisor:
                 pid, status = os.waitpid(-1, os.WNOHANG)
                 if pid == 0:
                     return
+                if self.alarm.ended(pid, os.waitstatus_to_exitcode(status)):
+                    continue
                 if self.child is not None and pid == self.child.pid:
                     self.child.returncode = self.ended = os.waitstatus_to_exitcode(status)
                     self.child = None
@@ -367,8 +376,12 @@ class Supervisor:
         if hang is not None:
             self._identify({"reason": f"{hang}: it hangs and is being ended"})
         for slow in self.stragglers.look(self.ranks.ranks):
-            alert = {"severity": "warning", "code": "straggler", "message": str(slow), "step": slow.step}
-            self.ranks.tell(Command(uuid.uuid4().hex, "alert", alert))
+            self._tell(rec.Alert(severity="warning", code="straggler", message=str(slow), step=slow.step))
+
+    def _tell(self, alert: rec.Alert) -> bool:
+        """Let rank 0 write an alert: the log has one writer. Whether it took it."""
+        words = {name: getattr(alert, name) for name in ("severity", "code", "message", "recommendation", "step")}
+        return self.ranks.tell(Command(uuid.uuid4().hex, "alert", words))
 
     def _press(self, now: float) -> None:
         """Somebody wants the run to end: make sure that it does."""
@@ -465,6 +478,10 @@ class Supervisor:
 
     def _finish(self, state: str, code: int, reason: str | None) -> None:
         """The run is over. The worker's own last word stands, if it says the same."""
+        for alert in self.health.finish():
+            self._record(alert)
+            self.alarm.take(alert)
+        self.alarm.finish()
         if self.state != state or self.state_code not in (None, code):
             self._record(rec.Run(state=state, reason=reason, exit_code=code, id=self.intent_id))
         self.state = state

@@ -1,8 +1,8 @@
 """A worker without torch: writes records, beats, obeys commands. What it does is set by plan.json in the run's folder.
 
 Keys: steps, pace (s per step), crash (incarnation -> how), crash_after (steps), crash_early (before it says that it runs),
-checkpoint_every, unverified (checkpoints), grandchild, flood, close_output, code, deaf, deaf_in (incarnation). It is run
-by path, not as a module.
+diverge (from this step on), checkpoint_every, unverified (checkpoints), grandchild, flood, close_output, code, deaf, deaf_in
+(incarnation). It is run by path, not as a module.
 """
 
 from __future__ import annotations
@@ -70,6 +70,8 @@ class Worker:
             self.checkpoint(step, command.id)
         elif command.cmd == "set_lr":
             self.log.emit(rec.Change(what="learning_rate", step=step, after=command.args["lr"], by="user", id=command.id))
+        elif command.cmd == "alert":
+            self.log.emit(rec.Alert(**command.args))
         else:
             self.paused = command.cmd == "pause"
             self.log.emit(rec.Run(state="paused" if self.paused else "running", id=command.id))
@@ -105,7 +107,8 @@ class Worker:
                 self.wait(plan.get("pace", 0.002))
             step += 1
             self.channel.report(step, "step")
-            self.log.emit(rec.Step(step=step, loss=1.0 / step, tokens=step * 8, tokens_per_s=8.0, lr=1e-3))
+            loss = 5.0 if step >= plan.get("diverge", steps) else 1.0 / step
+            self.log.emit(rec.Step(step=step, loss=loss, tokens=step * 8, tokens_per_s=8.0, lr=1e-3))
             if plan.get("close_output") and step == start + 3:
                 os.close(1)
                 os.close(2)

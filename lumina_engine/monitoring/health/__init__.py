@@ -1,0 +1,1 @@
+"""Health of a run, from its records alone: detectors, sub-scores, alerts."""

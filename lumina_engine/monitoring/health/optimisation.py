@@ -1,0 +1,203 @@
+"""Detectors over the steps and evaluations of a run: loss, gradient, learning rate.
+
+Each says in its docstring what it looks at, from how many values on, and at which levels it opens and closes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import pairwise
+from statistics import median
+
+from .. import record as rec
+from .detector import Detector, Sign
+from .windows import Windows, theil_sen
+
+WARM = 64  # steps before which nothing about the course of a run is judged
+
+
+class NonFinite(Detector):
+    """Loss or gradient that is no number. Critical at 3 in a row or 5 in 100 steps; closed after 100 finite steps."""
+
+    codes = ("nonfinite_step", "nonfinite_run")
+    types = (rec.Step,)
+
+    def look(self, seen: Windows) -> Iterator[Sign]:
+        if not seen.nonfinite:
+            return
+        if not seen.nonfinite[-1]:
+            if seen.spell_over(100):
+                yield from (Sign(code, False) for code in self.codes)
+            return
+        now = f"step {seen.step}: "
+        advice = "one such step is harmless; if it repeats set precision=fp32 or a lower learning_rate"
+        yield Sign("nonfinite_step", True, "warning", now + "loss or gradient is not finite", advice)
+        recent = seen.nonfinite_in(100)
+        if seen.nonfinite_in_row >= 3 or recent >= 5:
+            words = f"{now}{seen.nonfinite_in_row} steps in a row are not finite, {recent} of the last 100"
+            advice = f"go back to a checkpoint with {_lower_rate(seen)} and max_grad_norm=1.0, or set precision=fp32"
+            yield Sign("nonfinite_run", True, "critical", words, advice)
+
+
+class Spike(Detector):
+    """One loss beyond 6 deviations of the 64 before (from 32 on) above the median of 16.
+
+    Closed at once by a value inside 3: who counts spikes goes on.
+    """
+
+    codes = ("loss_spike",)
+    types = (rec.Step,)
+
+    def look(self, seen: Windows) -> Iterator[Sign]:
+        if not seen.loss.known or not seen.loss.recent or seen.nonfinite[-1]:
+            return
+        z = (seen.loss.recent[-1] - seen.loss.middle) / seen.loss.wide
+        if z > 6:
+            words = f"step {seen.step}: loss {math.exp(seen.loss.recent[-1]):.4g} is {z:.1f} sigma above its recent median"
+            yield Sign("loss_spike", True, "warning", words, f"one is harmless; if they repeat: {_lower_rate(seen)}")
+        elif z < 3:
+            yield Sign("loss_spike", False)
+
+
+class Divergence(Detector):
+    """The loss has risen and stays up.
+
+    6 of the newest 8 losses beyond 3 deviations (noise of the 64 before them) above the median of the 16 before them, and
+    their median at least a fifth above it. From 64 steps on. Closed when the median of 8 is back within 1 deviation of the
+    level that it left.
+    """
+
+    codes = ("divergence",)
+    types = (rec.Step,)
+
+    def __init__(self) -> None:
+        self._well: float | None = None  # log loss at which it is over, while it is open
+
+    def look(self, seen: Windows) -> Iterator[Sign]:
+        loss = seen.loss
+        if seen.steps < WARM or not loss.known or len(loss.recent) < loss.recent.maxlen:  # type: ignore[operator]
+            return
+        if self._well is not None:
+            if median(loss.recent) <= self._well:
+                self._well = None
+                yield Sign("divergence", False)
+            return
+        if loss.recent[-1] - loss.middle <= loss.sigma:  # most steps end here
+            return
+        far = sum(loss.z(value) > 3 for value in loss.recent)
+        if far < 6:
+            return
+        risen = median(loss.recent) - loss.middle
+        if risen >= math.log(1.2):
+            self._well = loss.middle + loss.sigma
+            now, was = math.exp(median(loss.recent)), math.exp(loss.middle)
+            words = (
+                f"step {seen.step}: the loss went up from {was:.4g} to {now:.4g} and stays there ({far} of 8 beyond 3 sigma)"
+            )
+            advice = f"stop, and go back to a checkpoint from before step {max(0, seen.step - 8)} with {_lower_rate(seen)}"
+            yield Sign("divergence", True, "critical", words, advice)
+
+
+class GradientTail(Detector):
+    """8 or more of the last 500 gradient norms (from 128 on) above ten times their median. Closed below 3."""
+
+    codes = ("gradient_tail",)
+    types = (rec.Step,)
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def look(self, seen: Windows) -> Iterator[Sign]:
+        self._count += 1
+        if self._count % 16 or len(seen.norms) < 128:
+            return
+        middle = median(seen.norms)
+        wild = sum(norm > 10 * middle for norm in seen.norms)
+        if wild >= 8:
+            words = (
+                f"step {seen.step}: {wild} of {len(seen.norms)} gradient norms are above ten times their median {middle:.3g}"
+            )
+            advice = f"set max_grad_norm=1.0; if it is: {_lower_rate(seen)}, or gradient_accumulation_steps=2"
+            yield Sign("gradient_tail", True, "warning", words, advice)
+        elif wild < 3:
+            yield Sign("gradient_tail", False)
+
+
+class RateJump(Detector):
+    """The learning rate more than doubles from one step to the next, after step 10, and nobody has set it.
+
+    No schedule does that: a linear warm-up grows by a tenth there, all others fall. Critical from three times on. Closed when
+    the rate is back at twice the last good one.
+    """
+
+    codes = ("rate_jump",)
+    types = (rec.Step,)
+
+    def __init__(self) -> None:
+        self._before: tuple[int, float] | None = None
+        self._good: float | None = None
+
+    def look(self, seen: Windows) -> Iterator[Sign]:
+        last = seen.last
+        if last is None or not last.lr:
+            return
+        before, self._before = self._before, (last.step, last.lr)
+        if self._good is not None and (last.lr <= 2 * self._good or seen.rate_set >= last.step - 1):
+            self._good = None
+            yield Sign("rate_jump", False)
+        if before is None or last.step <= 10 or last.step != before[0] + 1 or seen.rate_set >= before[0]:
+            return
+        if self._good is None and last.lr > 2 * before[1]:
+            self._good = before[1]
+            times = last.lr / before[1]
+            words = f"step {last.step}: the learning rate went from {before[1]:.3g} to {last.lr:.3g} in one step"
+            advice = f"no schedule does that: set learning_rate={before[1]:.3g}"
+            yield Sign("rate_jump", True, "critical" if times >= 3 else "warning", words, advice)
+
+
+class Plateau(Detector):
+    """The slope of the last 5 evaluation losses has an interval (Theil-Sen, 95 %) that covers 0, and the best is not new."""
+
+    codes = ("eval_plateau",)
+    types = (rec.Eval,)
+
+    def look(self, seen: Windows) -> Iterator[Sign]:
+        if len(seen.evals) < 5:
+            return
+        values = [math.log(loss) for _, loss, _ in list(seen.evals)[-5:]]
+        slope, low, high = theil_sen(values)
+        if high < 0 or values[-1] <= min(values):
+            yield Sign("eval_plateau", False)
+        elif low <= 0 <= high and abs(slope) < 0.01:
+            words = f"step {seen.step}: the evaluation loss has not moved over 5 evaluations ({100 * slope:+.2f} % each)"
+            yield Sign(
+                "eval_plateau", True, "info", words, "begin the decay (lr_schedule=wsd), or stop: early_stopping_patience=3"
+            )
+
+
+class Overfitting(Detector):
+    """Evaluation loss up by 2 % or more in each of 3 evaluations while the training loss fell. Closed by a fall."""
+
+    codes = ("overfitting",)
+    types = (rec.Eval,)
+
+    def look(self, seen: Windows) -> Iterator[Sign]:
+        last = list(seen.evals)[-4:]
+        if len(last) < 4:
+            return
+        losses, begin, end = [loss for _, loss, _ in last], last[0][2], last[-1][2]
+        if losses[-1] < losses[-2]:
+            yield Sign("overfitting", False)
+        elif all(b > 1.02 * a for a, b in pairwise(losses)) and begin is not None and end is not None and end < begin:
+            up = f"evaluation loss up from {losses[0]:.4g} to {losses[-1]:.4g} in 3 evaluations"
+            words = f"step {seen.step}: {up}, training loss down"
+            advice = "stop early (early_stopping_patience=3), train on more data, or set dropout=0.1"
+            yield Sign("overfitting", True, "warning", words, advice)
+
+
+def _lower_rate(seen: Windows) -> str:
+    """The advice to halve the rate, with the value."""
+    if seen.last is None or not seen.last.lr:
+        return "a lower learning_rate"
+    return f"learning_rate={seen.last.lr / 2:.3g}"

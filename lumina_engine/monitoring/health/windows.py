@@ -1,0 +1,206 @@
+"""What the health monitor remembers of a run: bounded windows over its records, and the statistics taken from them.
+
+Medians, of values and of absolute differences (times 1.4826: the standard deviation of normal values), since one wild value
+moves neither. Logarithms of losses and gradient norms: their noise is a ratio, not a distance. Everything is bounded, whatever
+the length of the run, and depends on the records alone, so the same log gives the same judgements.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import median
+
+from .. import record as rec
+
+TINY = 1e-30
+LEAST_SPREAD = 0.01  # of a logarithm: a window without any noise makes nothing of one percent
+REFRESH = 8  # values between two looks at a reference: a median of many values need not be taken at each step
+SLOPE_STEPS = 200  # over which the slope of the loss is taken
+SLOPE_BLOCK = 20  # steps of one of its points
+NUMERIC_STEPS = 1_000
+SPIKE_STEPS = 500
+KENDALL_95 = {5: 10, 6: 13, 7: 15, 8: 18, 9: 20, 10: 23}  # points -> S of Kendall's test from which a trend is one (95 %)
+
+
+def noise(values: Sequence[float]) -> float:
+    """Standard deviation of the noise on a series, from its successive differences: a trend does not widen it (Rice 1984)."""
+    return max(1.4826 / math.sqrt(2) * median(abs(b - a) for a, b in pairwise(values)), LEAST_SPREAD)
+
+
+def theil_sen(values: Sequence[float]) -> tuple[float, float, float]:
+    """Median slope per place of evenly spaced values (5 to 10), and its 95 % interval by Kendall's test (Sen 1968)."""
+    count = len(values)
+    slopes = sorted((values[j] - values[i]) / (j - i) for i in range(count) for j in range(i + 1, count))
+    out = (len(slopes) - KENDALL_95[count]) // 2
+    return median(slopes), slopes[max(0, out)], slopes[min(len(slopes) - 1, len(slopes) - 1 - out)]
+
+
+class Level:
+    """A series with a recent part and what lies before it, so that a fault does not judge itself.
+
+    Args:
+        recent: newest values.
+        before: values of the reference, those just before the recent ones.
+        level: newest of them whose median is the level; None for all. Few, where the series has a trend.
+        least: values of the reference from which there is one.
+    """
+
+    def __init__(self, recent: int, before: int = 64, level: int | None = None, least: int = 32) -> None:
+        self.recent: deque[float] = deque(maxlen=recent)
+        self.before: deque[float] = deque(maxlen=before)
+        self.level = level
+        self.least = least
+        self.middle = 0.0  # the level
+        self.sigma = LEAST_SPREAD
+        self.wide = LEAST_SPREAD  # deviation about the level, with the trend in it
+        self._age = REFRESH
+
+    def push(self, value: float) -> None:
+        if len(self.recent) == self.recent.maxlen:
+            self.before.append(self.recent[0])
+        self.recent.append(value)
+        self._age += 1
+        if self._age >= REFRESH and self.known:
+            self._age = 0
+            values = list(self.before)
+            self.middle = median(values if self.level is None else values[-self.level :])
+            self.sigma = noise(values)
+            self.wide = max(self.sigma, 1.4826 * median(abs(value - self.middle) for value in values))
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a reference."""
+        return len(self.before) >= self.least
+
+    def z(self, value: float) -> float:
+        """Deviations of `value` above the reference; 0 without one."""
+        return (value - self.middle) / self.sigma if self.known else 0.0
+
+    def clear(self) -> None:
+        self.recent.clear()
+        self.before.clear()
+        self._age = REFRESH
+
+
+class Windows:
+    """All windows of a run. `take` each record once, in the order of the log."""
+
+    def __init__(self) -> None:
+        self.steps = 0  # records of steps so far
+        self.step = 0  # number of the last one
+        self.inc = 0
+        self.last: rec.Step | None = None
+        self.nonfinite_in_row = 0
+        self.nonfinite: deque[bool] = deque(maxlen=NUMERIC_STEPS)
+        self.loss = Level(recent=8, level=16)
+        self.norm = Level(recent=8, level=16)
+        self.norms: deque[float] = deque(maxlen=SPIKE_STEPS)
+        self.spikes: deque[bool] = deque(maxlen=SPIKE_STEPS)
+        self.curve: deque[float] = deque(maxlen=SLOPE_STEPS // SLOPE_BLOCK)  # medians of log loss
+        self._block: list[float] = []
+        self.speed = Level(recent=32, before=256, least=64)  # log tokens/s at one shape of batch
+        self.shape: tuple[int | None, int | None] = (None, None)
+        self.waiting: deque[float] = deque(maxlen=64)  # share of a step that waited for data
+        self.evals: deque[tuple[int, float, float | None]] = deque(maxlen=8)  # step, eval loss, log train loss then
+        self.experts: rec.Experts | None = None
+        self.hardware: rec.Hardware | None = None
+        self.rss: deque[tuple[float, float]] = deque(maxlen=96)  # t, bytes
+        self.disk: deque[tuple[float, float]] = deque(maxlen=128)  # t, free bytes
+        self.checkpoint_bytes: int | None = None
+        self.rate_set = 0  # step at which somebody set the learning rate last
+
+    def take(self, record: rec.Record) -> None:
+        """Add a record to the windows it belongs to."""
+        kind = type(record)
+        if kind is rec.Step:
+            self._step(record)  # type: ignore[arg-type]
+        elif isinstance(record, rec.Experts):
+            self.experts = record
+        elif isinstance(record, rec.Hardware):
+            self._hardware(record)
+        elif isinstance(record, rec.Eval):
+            if record.loss is not None and math.isfinite(record.loss) and record.loss > 0:
+                train = median(self.loss.recent) if len(self.loss.recent) == self.loss.recent.maxlen else None
+                self.evals.append((record.step, record.loss, train))
+        elif isinstance(record, rec.Checkpoint):
+            self.checkpoint_bytes = record.bytes or self.checkpoint_bytes
+        elif isinstance(record, rec.Change):
+            if record.what == "learning_rate":
+                self.rate_set = record.step or self.step
+        elif isinstance(record, rec.Rewind):
+            self._rewind(record.to_step)
+        elif isinstance(record, rec.Run) and record.state == "preparing":
+            self._start(record.inc)
+
+    def nonfinite_in(self, steps: int) -> int:
+        """How many of the last `steps` were not finite."""
+        return sum(list(self.nonfinite)[-steps:])
+
+    def spell_over(self, steps: int) -> bool:
+        """Whether the last step that was not finite lies exactly `steps` back: asked at each step, costs no search."""
+        return len(self.nonfinite) > steps and self.nonfinite[-1 - steps] and self.nonfinite_in(steps) == 0
+
+    def _step(self, record: rec.Step) -> None:
+        self.steps += 1
+        self.step, self.last = record.step, record
+        finite = math.isfinite(record.loss or 0.0) and math.isfinite(record.grad_norm or 0.0)
+        self.nonfinite.append(not finite)
+        self.nonfinite_in_row = 0 if finite else self.nonfinite_in_row + 1
+        if finite:
+            self._values(record)
+        if record.step_time and record.step_time > 0:
+            self._time(record, record.step_time)
+
+    def _values(self, record: rec.Step) -> None:
+        spike = False
+        if record.loss is not None:
+            value = math.log(max(record.loss, TINY))
+            spike = self.loss.known and value - self.loss.middle > 6 * self.loss.wide
+            self.loss.push(value)
+            self._block.append(value)
+            if len(self._block) == SLOPE_BLOCK:
+                self.curve.append(median(self._block))
+                self._block.clear()
+        if record.grad_norm is not None:
+            value = math.log(max(record.grad_norm, TINY))
+            spike = spike or (self.norm.known and value - self.norm.middle > math.log(10))
+            self.norm.push(value)
+            self.norms.append(record.grad_norm)
+        self.spikes.append(spike)
+
+    def _time(self, record: rec.Step, seconds: float) -> None:
+        shape = (record.seq_length, record.batch)
+        if shape != self.shape:
+            self.shape = shape
+            self.speed.clear()
+        rate = record.tokens_per_s if record.tokens_per_s else 1.0 / seconds
+        self.speed.push(math.log(max(rate, TINY)))
+        if record.data_time is not None:
+            self.waiting.append(min(1.0, record.data_time / seconds))
+
+    def _hardware(self, record: rec.Hardware) -> None:
+        self.hardware = record
+        if record.rss is not None:
+            self.rss.append((record.t, float(record.rss)))
+        if record.disk_free is not None:
+            self.disk.append((record.t, float(record.disk_free)))
+
+    def _rewind(self, step: int) -> None:
+        """The run goes back: what is recent belongs to a branch that is left."""
+        self.step, self.nonfinite_in_row = step, 0
+        self.loss.recent.clear()
+        self.norm.recent.clear()
+        self._block.clear()
+        while self.evals and self.evals[-1][0] > step:
+            self.evals.pop()
+
+    def _start(self, inc: int) -> None:
+        """Other processes: their memory and speed are their own."""
+        self.inc = inc
+        self.speed.clear()
+        self.waiting.clear()
+        self.rss.clear()
+        self.hardware = self.experts = None

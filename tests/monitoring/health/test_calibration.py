@@ -1,0 +1,67 @@
+"""The bars of the health monitor and of the guard of steps, on recorded real runs (the calibration corpus)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from lumina_engine.bench.corpus import Recorded, read
+from lumina_engine.bench.generated import machine
+from lumina_engine.bench.health import measure
+from lumina_engine.cli import main
+from lumina_engine.monitoring import record as rec
+from lumina_engine.training.guard import Spike, StepGuard
+
+FOLDER = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def corpus() -> list[Recorded]:
+    return read(FOLDER)
+
+
+def test_c093_the_corpus_is_what_it_says(corpus: list[Recorded]) -> None:
+    healthy = [run for run in corpus if run.fault == "healthy"]
+    assert len(healthy) >= 50 and len({run.shape for run in healthy}) >= 6 and not any(run.generated for run in corpus)
+    for fault in {run.fault for run in corpus}:
+        runs = [run for run in corpus if run.fault == fault]
+        assert len({run.seed for run in runs}) == len(runs) and 2 * sum(run.held for run in runs) == len(runs), fault
+    assert sum(path.stat().st_size for path in FOLDER.glob("*.json.xz")) < 600_000
+
+
+@pytest.mark.parametrize("part", ["chosen", "held"])
+def test_c093_recall_false_alarms_and_precision(corpus: list[Recorded], part: str) -> None:
+    found = measure([*corpus, *machine()])[part]
+    assert found["critical_recall"] >= 0.95 and found["critical_false_alarms"] == 0 and found["warning_precision"] >= 0.9
+    assert found["healthy_runs"] >= 30 and found["critical_runs"] >= 20 and found["warnings"] >= 20
+
+
+def test_c093_bench_health_prints_the_figures(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["bench", "health", "--json"]) == 0
+    last = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"critical_recall", "critical_false_alarms", "warning_precision", "table", "held"} <= set(last)
+    assert last["records_per_s"] > 0
+    assert main(["bench", "health", "--corpus", str(tmp_path)]) == 2
+    assert "--corpus" in capsys.readouterr().err
+
+
+def guarded(run: Recorded) -> list[tuple[int, Spike]]:
+    """The spikes that the guard of steps sees in a run."""
+    guard = StepGuard(SimpleNamespace(spike_sigma=6.0, spike_window=128, spike_recover_steps=32, spike_policy="alert"))
+    steps = [record for record in run.records() if isinstance(record, rec.Step)]
+    seen = [(s.step, guard.observe(s.step, s.loss or 0.0, s.grad_norm or 0.0, True)) for s in steps]
+    return [(step, spike) for step, spike in seen if spike is not None]
+
+
+def test_ft06_the_guard_raises_nothing_in_a_healthy_run(corpus: list[Recorded]) -> None:
+    found = {(run.shape, run.seed): guarded(run) for run in corpus if run.fault == "healthy"}
+    assert {key: spikes for key, spikes in found.items() if spikes} == {}
+
+
+def test_ft06_the_guard_tells_a_bad_batch_in_its_step(corpus: list[Recorded]) -> None:
+    runs = [run for run in corpus if run.fault in ("one bad batch", "bad data")]
+    told = [run for run in runs if any(step == run.at for step, _ in guarded(run))]
+    assert len(runs) >= 16 and len(told) >= 0.9 * len(runs)

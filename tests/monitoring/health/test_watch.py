@@ -1,0 +1,290 @@
+"""The health monitor on made-up records: what opens, what closes, what is said, what is not."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lumina_engine import TrainingHealthMonitor
+from lumina_engine.bench.corpus import Recorded, read, write
+from lumina_engine.bench.generated import MACHINE, machine_records
+from lumina_engine.bench.health import measure
+from lumina_engine.config.schema import Config
+from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.health.scores import scores
+from lumina_engine.monitoring.health.watch import QUIET_STEPS, HealthWatch, detectors
+from lumina_engine.monitoring.health.windows import Windows, theil_sen
+
+
+def steps(count: int, first: int = 1, seed: int = 0, **change: Any) -> Iterator[rec.Step]:
+    """Ordinary steps: a loss that falls slowly with noise. A value in `change` may be a function of the step."""
+    draw = random.Random(seed * 1000 + first)
+    for step in range(first, first + count):
+        values: dict[str, Any] = {
+            "loss": 3.0 * step**-0.2 * draw.lognormvariate(0, 0.03),
+            "grad_norm": draw.lognormvariate(0, 0.3),
+        }
+        values |= {"lr": 1e-3, "step_time": draw.lognormvariate(0, 0.05), "data_time": 0.001, "batch": 8, "seq_length": 64}
+        values |= {name: value(step) if callable(value) else value for name, value in change.items()}
+        yield rec.Step(step=step, t=float(step), inc=1, **values)
+
+
+def experts(step: int, *load: float, dropped: float = 0.0) -> rec.Experts:
+    shares = [n / sum(load) for n in load]
+    entropy = -sum(s * math.log(s) for s in shares if s) / math.log(len(load))
+    dead = sum(n == 0 for n in load)
+    figures: dict[str, Any] = {
+        "imbalance": [max(shares) * len(load)],
+        "entropy": [entropy],
+        "dead": [dead],
+        "dropped": [dropped],
+    }
+    return rec.Experts(step=step, layers=[0], load=[list(load)], t=float(step), inc=1, **figures)
+
+
+def codes(watch: HealthWatch) -> list[str]:
+    return [alert.code for alert in watch.alerts]
+
+
+def fed(count: int = 200, **change: Any) -> HealthWatch:
+    watch = HealthWatch()
+    watch.replay(steps(count, **change))
+    return watch
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_c093_an_ordinary_run_raises_nothing(seed: int) -> None:
+    assert codes(fed(1500, seed=seed)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "severity", "within"),
+    [
+        ({"loss": math.nan}, "nonfinite_run", "critical", 3),
+        ({"grad_norm": math.inf}, "nonfinite_run", "critical", 3),
+        ({"loss": 4.0}, "divergence", "critical", 8),
+        ({"lr": 1e-2}, "rate_jump", "critical", 1),
+        ({"lr": 2.5e-3}, "rate_jump", "warning", 1),
+        ({"step_time": 4.0}, "throughput_drop", "warning", 36),
+        ({"data_time": 0.6}, "loader_wait", "warning", 48),
+        ({"grad_norm": 30.0}, "gradient_tail", "warning", 32),
+    ],
+)
+def test_c093_a_fault_is_one_alert_of_its_code(change: dict[str, Any], code: str, severity: str, within: int) -> None:
+    watch = fed()
+    alerts = watch.replay(steps(within, 201, **change))
+    mine = [alert for alert in alerts if alert.code == code]
+    assert [alert.severity for alert in mine] == [severity] and f"step {mine[0].step}" in mine[0].message
+    watch.replay(steps(100, 201 + within, **change))
+    assert codes(watch).count(code) == 1, "told once while it lasts"
+
+
+def test_c093_a_loss_out_of_line_is_one_spike_and_no_divergence() -> None:
+    watch = fed()
+    assert [a.code for a in watch.replay([*steps(1, 201, loss=6.0), *steps(60, 202)])] == ["loss_spike"]
+
+
+def test_c093_a_fault_that_comes_back_is_told_again_only_after_a_quiet_time() -> None:
+    watch = fed()
+    watch.replay([*steps(4, 201, loss=math.nan), *steps(150, 205), *steps(4, 355, loss=math.nan)])
+    assert codes(watch).count("nonfinite_run") == 1 and "nonfinite_run" not in watch.open
+    watch.replay([*steps(100 + QUIET_STEPS, 359), *steps(4, 459 + QUIET_STEPS, loss=math.nan)])
+    assert codes(watch).count("nonfinite_run") == 2
+
+
+def test_c093_a_rate_that_somebody_set_is_no_jump_and_a_warm_up_is_none() -> None:
+    warm = fed(300, lr=lambda step: min(step, 100) * 1e-5)
+    warm.observe(rec.Change(what="learning_rate", step=300, before=1e-3, after=1e-2, by="user"))
+    assert "rate_jump" not in [a.code for a in warm.replay(steps(50, 301, lr=1e-2))]
+
+
+def test_c093_routing_collapse_dead_hot_and_dropped() -> None:
+    watch = fed(100)
+    assert watch.observe(experts(100, 100, 100, 100, 100)) == []
+    assert [a.code for a in watch.observe(experts(110, 400, 0, 0, 0))] == ["routing_collapse"]
+    lasting = [[a.code for a in watch.observe(experts(step, 400, 0, 0, 0))] for step in range(120, 160, 10)]
+    assert lasting == [[], [], [], ["dead_experts"]]
+    watch.observe(experts(160, 100, 100, 100, 100))
+    assert not {"routing_collapse", "dead_experts"} & set(watch.open)
+    early = fed(20)
+    assert [early.observe(experts(step, 400, 0, 0, 0)) for step in (10, 20, 30)] == [[], [], []], "a start is no collapse"
+    dropping = fed(100)
+    told = [[a.code for a in dropping.observe(experts(step, 10, 9, 10, 9, dropped=0.5))] for step in range(100, 160, 10)]
+    assert told == [[], [], [], [], ["dropped_tokens"], []]
+
+
+@pytest.mark.parametrize("kind", MACHINE)
+def test_c093_faults_of_the_machine(kind: str) -> None:
+    watch = HealthWatch()
+    watch.replay(machine_records(kind, random.Random(1)))
+    critical, warning = MACHINE[kind]
+    assert set(codes(watch)) <= {*critical, *warning} and bool(watch.alerts) == bool(critical or warning)
+
+
+def test_c093_overfitting_and_a_plateau() -> None:
+    watch = HealthWatch()
+    for place, loss in enumerate([2.0, 1.8, 1.9, 2.0, 2.1]):
+        watch.replay(steps(100, 1 + 100 * place))
+        watch.observe(rec.Eval(step=100 * place + 100, loss=loss))
+    assert codes(watch) == ["overfitting"]
+    flat = fed(600)
+    for place, loss in enumerate([2.0, 1.5, 1.501, 1.499, 1.502, 1.498, 1.5]):
+        flat.observe(rec.Eval(step=100 * place + 100, loss=loss))
+    assert codes(flat) == ["eval_plateau"] and flat.alerts[0].severity == "info"
+
+
+def test_c093_a_rewind_forgets_the_branch_that_is_left() -> None:
+    watch = fed()
+    watch.replay([*steps(5, 201, loss=4.0), rec.Rewind(to_step=200), *steps(60, 201)])
+    assert "divergence" not in codes(watch)
+
+
+def test_c093_a_log_replayed_gives_the_same_alerts_with_or_without_a_break() -> None:
+    whole = [*steps(200), *steps(60, 201, loss=4.0, lr=1e-2), *steps(100, 261, loss=math.nan)]
+    one, two = HealthWatch(), HealthWatch()
+    one.replay(whole)
+    for record in whole:
+        two.observe(rec.decode(rec.encode(record)))
+    assert list(one.alerts) == list(two.alerts) and one.summary() == two.summary() and len(one.alerts) > 3
+
+
+def test_c091_every_override_in_a_recommendation_is_a_valid_key_and_value() -> None:
+    watch = fed(200, seed=3)
+    watch.replay(
+        [*steps(60, 201, loss=4.0, lr=1e-2, grad_norm=40.0, data_time=2.5, step_time=5.0), *steps(4, 261, loss=math.nan)]
+    )
+    for step in range(270, 320, 10):
+        watch.observe(experts(step, 8000, 0, 0, 0, 0, 0, 0, 0, dropped=0.5))
+    advice = {alert.code: alert.recommendation for alert in watch.alerts}
+    for kind in MACHINE:
+        advice |= {alert.code: alert.recommendation for alert in HealthWatch().replay(machine_records(kind, random.Random(2)))}
+    tight = fed(70)
+    for place, loss in enumerate([2.0, 1.5, 1.501, 1.499, 1.502, 1.498, 1.5]):
+        tight.observe(rec.Eval(step=place, loss=loss))
+    for loss in (1.6, 1.7, 1.8):
+        tight.replay(steps(100, tight.seen.step + 1))
+        tight.observe(rec.Eval(step=tight.seen.step, loss=loss))
+    tight.observe(rec.Checkpoint(step=400, bytes=100))
+    hot = rec.Device(index=0, name="GPU", temperature=95.0)
+    tight.observe(rec.Hardware(memory_used=995, memory_total=1000, disk_free=200, devices=[hot]))
+    advice |= {alert.code: alert.recommendation for alert in tight.alerts}
+    every = {code for detector in detectors() for code in detector.codes}
+    assert set(advice) == every, "a detector whose advice is not looked at here"
+    for code, words in advice.items():
+        assert words, code
+        for name, value in re.findall(r"\b([a-z][a-z_0-9]*)=([^\s,;:)]+)", words):
+            assert name in Config.model_fields, (code, name)
+            Config(**{name: value})
+
+
+def test_c089_no_data_warming_up_and_the_scores_of_a_run() -> None:
+    watch = HealthWatch()
+    assert watch.summary()["health_status"] == "no_data" and math.isnan(watch.summary()["overall_health_score"])
+    assert all(score["value"] is None for score in watch.summary()["scores"].values())
+    watch.replay(steps(10))
+    assert watch.summary()["health_status"] == "warming_up"
+    watch.replay(steps(490, 11))
+    good = watch.summary()
+    assert (
+        good["health_status"] == "healthy"
+        and good["scores"]["routing"]["value"] is None
+        and good["overall_health_score"] > 0.95
+    )
+    watch.replay(steps(3, 501, loss=math.nan))
+    assert watch.summary()["scores"]["numerics"]["value"] == 0 == watch.summary()["overall_health_score"]
+    assert watch.summary()["health_status"] == "critical"
+
+
+def test_c089_sub_scores_follow_their_formulas() -> None:
+    seen = Windows()
+    for record in steps(400, loss=lambda step: math.exp(0.001 * step), grad_norm=1.0):
+        seen.take(record)
+    assert scores(seen)["convergence"].value == pytest.approx(0.5 - 5 * 0.1, abs=1e-9)
+    assert scores(seen)["stability"].value == 1.0
+    seen.take(experts(400, 30, 10, 0, 0, dropped=0.1))
+    assert scores(seen)["routing"].value == pytest.approx(1.4 / 3 * 0.5 * 0.5)
+    flat = Windows()
+    for record in steps(400, loss=lambda step: 2.0 + 0.01 * (-1) ** (step // 20 % 2)):
+        flat.take(record)
+    assert scores(flat)["convergence"].value == 0.8
+    slow = Windows()
+    for record in [*steps(200, step_time=1.0), *steps(32, 201, step_time=1 / 0.6)]:
+        slow.take(record)
+    assert scores(slow)["throughput"].value == pytest.approx(0.5)
+
+
+def test_theil_sen_takes_no_notice_of_one_wild_point() -> None:
+    values = [2.0 * i for i in range(10)]
+    values[4] = 1000.0
+    slope, low, high = theil_sen(values)
+    assert slope == 2.0 and low <= 2.0 <= high and low > 0
+    assert theil_sen([1.0, 1.2, 0.9, 1.1, 1.0])[1] < 0 < theil_sen([1.0, 1.2, 0.9, 1.1, 1.0])[2]
+
+
+def test_c093_windows_are_bounded() -> None:
+    watch = fed(3000)
+    sizes = [len(value) for value in vars(watch.seen).values() if hasattr(value, "maxlen")]
+    assert sizes and max(sizes) <= 1000 and len(watch.seen.loss.before) <= 64 and len(watch.seen._block) < 20
+
+
+def test_c087_c088_c092_a_loop_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monitor = TrainingHealthMonitor(log_dir=tmp_path / "logs" / "deep")
+    for record in steps(100):
+        names = {"global_step": record.step, "loss": record.loss, "learning_rate": 1e-3, "grad_norm": record.grad_norm}
+        monitor.log_step({**names, "tokens_per_sec": 100.0, "memory_usage": {"rss": 5e9, "by": {"model": 1e9}, "note": "text"}})
+    alerts = [alert for step in range(101, 110) for alert in monitor.log_step({"step": step, "loss": math.nan})]
+    assert [alert.code for alert in alerts] == ["nonfinite_step", "nonfinite_run"]
+    recent = monitor.metrics_collector.get_recent_alerts(minutes=10)
+    assert recent == alerts and all(a.severity and a.message and a.recommendation and a.code and a.step and a.t for a in recent)
+    assert monitor.metrics_collector.latest["memory_usage.by.model"] == 1e9
+    assert capsys.readouterr().err.count("memory_usage.note") == 1, "one warning"
+    summary, diagnostics = monitor.get_health_summary(), monitor.get_training_diagnostics()
+    assert summary["health_status"] == "critical" and diagnostics["training_stability"]["status"] == "unstable"
+    assert diagnostics["performance_efficiency"]["efficiency_status"] in ("good", "unknown", "reduced", "poor")
+    assert "precision=fp32" in " ".join(diagnostics["recommendations"]) and "{" not in str(diagnostics["resource_utilization"])
+    monitor.save_health_report(tmp_path / "new" / "folder" / "health.json")
+    told = json.loads((tmp_path / "new" / "folder" / "health.json").read_text())
+    assert told["health_status"] == "critical" and [a["code"] for a in told["alerts"]] == ["nonfinite_step", "nonfinite_run"]
+    monitor.close()
+    logged = (tmp_path / "logs" / "deep" / "metrics.jsonl").read_text().splitlines()
+    assert sum('"type":"step"' in line for line in logged) == 109 and sum('"type":"alert"' in line for line in logged) == 2
+
+
+def test_c089_a_monitor_without_anything(tmp_path: Path) -> None:
+    monitor = TrainingHealthMonitor()
+    assert monitor.get_health_summary()["health_status"] == "no_data" and monitor.metrics_collector.get_recent_alerts() == []
+    diagnostics = monitor.get_training_diagnostics()
+    assert diagnostics["training_stability"]["status"] == "unknown" and diagnostics["recommendations"] == []
+    assert json.loads(monitor.save_health_report(tmp_path / "h.json").read_text())["overall_health_score"] is None
+
+
+def test_a_recorded_run_comes_back(tmp_path: Path) -> None:
+    records = [*steps(30), experts(30, 3, 1), rec.Eval(step=30, loss=1.5, t=30.5), *steps(2, 31, loss=math.nan)]
+    run = Recorded("not finite", 1, "x", held=False, at=31, critical=["nonfinite_run"]).take(records)
+    write(tmp_path / "a.json.xz", [run])
+    back = list(read(tmp_path)[0].records())
+    assert [type(r) for r in back] == [type(r) for r in records]
+    assert [r.loss for r in back if isinstance(r, rec.Step)][:30] == pytest.approx([r.loss for r in steps(30)], rel=1e-3)  # type: ignore[arg-type]
+    assert math.isnan(back[-1].loss or 0) and back[30].load == [[3.0, 1.0]]  # type: ignore[union-attr]
+    (tmp_path / "b.json.xz").write_bytes(b"no corpus")
+    with pytest.raises(ValueError, match=r"b\.json\.xz: no corpus"):
+        read(tmp_path)
+
+
+def test_c093_what_the_bench_counts() -> None:
+    def run(fault: str, at: int, records: list[rec.Step], **keys: Any) -> Recorded:
+        return Recorded(fault, 1, "x", held=False, at=at, **keys).take(records)
+
+    caught = run("bad", 201, [*steps(200), *steps(40, 201, loss=4.0)], critical=["divergence"], warning=["loss_spike"])
+    missed = run("bad", 201, list(steps(240)), critical=["divergence"])
+    alarmed = run("healthy", 0, [*steps(200), *steps(40, 201, loss=4.0)])
+    found = measure([caught, missed, alarmed])
+    assert (found["critical_recall"], found["critical_false_alarms"], found["warning_precision"]) == (0.5, 1, 0.5)
+    assert found["runs"] == 3 and found["healthy_runs"] == 1 and found["held"]["runs"] == 0

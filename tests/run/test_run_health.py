@@ -1,0 +1,118 @@
+"""The health monitor beside the supervisor: alerts in the log, the report, restarts, its own failure."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.log import MetricLog, read_records
+from lumina_engine.run import launch
+from lumina_engine.run.alarm import AlertCommand
+from lumina_engine.run.directory import RunDirectory
+from lumina_engine.run.health import RunHealth
+from lumina_engine.run.process import descendants
+from tests.waiting import until
+
+from .conftest import Runs
+
+
+def alerts(run: RunDirectory) -> list[rec.Alert]:
+    return [record for record in read_records(run.metrics_path) if isinstance(record, rec.Alert)]
+
+
+def test_c093_a_run_that_diverges_says_so_in_its_log_and_in_its_report(runs: Runs) -> None:
+    run = runs.start(runs.make(steps=400, diverge=200, pace=0.001))
+    assert launch.wait(run, 30) == 0
+    found = alerts(run)
+    assert [(alert.code, alert.severity) for alert in found] == [("divergence", "critical")] and found[0].recommendation
+    assert 200 <= (found[0].step or 0) <= 220
+    report = json.loads((run.reports / "health.json").read_text())
+    assert report["steps_seen"] == 400 and [a["code"] for a in report["alerts"]] == ["divergence"]
+    assert report["open_alerts"] == ["divergence"] and report["scores"]["numerics"]["value"] == 1.0
+
+
+def log_of(path: Path, *inc_steps: tuple[int, int, int, float]) -> None:
+    """Steps of several incarnations: (inc, first, last, loss)."""
+    for inc, first, last, loss in inc_steps:
+        with MetricLog(path, inc, sync_interval=0) as log:
+            for step in range(first, last):
+                log.emit(rec.Step(step=step, loss=loss + 0.01 * (step % 5)))
+
+
+def test_c093_a_restart_keeps_the_windows_and_tells_nothing_twice(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log_of(path, (1, 1, 200, 1.0), (1, 200, 220, 5.0))
+    told: list[rec.Alert] = []
+    health = RunHealth(path, tmp_path / "health.json", lambda alert: not told.append(alert))
+    health.inc = 2
+    while health.look():
+        pass
+    assert told == [] and list(health.watch.open) == ["divergence"], "the first start has told it"
+    log_of(path, (2, 220, 330, 1.0), (2, 330, 350, 5.0))
+    assert health.finish() == [] and [alert.code for alert in told] == ["divergence"]
+
+
+def test_c093_alerts_wait_for_a_rank_that_takes_them(tmp_path: Path) -> None:
+    path, there = tmp_path / "metrics.jsonl", [False]
+    log_of(path, (1, 1, 200, 1.0), (1, 200, 220, 5.0))
+    health = RunHealth(path, tmp_path / "reports" / "health.json", lambda alert: there[0])
+    health.inc = 1
+    assert health.look() and [alert.code for alert in health.finish()] == ["divergence"] and health.finish() == []
+
+
+def test_c093_a_monitor_that_fails_says_so_and_costs_the_run_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log_of(path, (1, 1, 5, 1.0))
+    health = RunHealth(path, tmp_path / "health.json", lambda alert: True)
+    monkeypatch.setattr(health.watch, "observe", lambda record: 1 / 0)
+    assert not health.look() and not health.look()
+    assert capsys.readouterr().err.count("the health monitor is switched off: ZeroDivisionError") == 1
+
+
+def test_c093_the_user_s_command_is_told_of_alerts(runs: Runs) -> None:
+    heard = runs.root / "heard"
+    argv = [sys.executable, "-c", f"import sys; open({str(heard)!r}, 'a').write(sys.stdin.read())", "$(touch x)"]
+    run = runs.start(runs.make(steps=400, diverge=200, pace=0.001), alert_command=argv)
+    assert launch.wait(run, 30) == 0
+    until(heard.exists, "the command to be run")
+    told = [json.loads(line) for line in heard.read_text().splitlines()]
+    assert [(item["code"], item["run"], item["others"]) for item in told] == [("divergence", "r", 0)]
+    assert not (run.path / "x").exists()
+
+
+def test_c093_a_command_is_run_once_a_minute_ended_when_late_and_outlives_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alert = rec.Alert(severity="warning", code="x", message="m", t=1.0)
+    out = tmp_path / "out"
+    command = AlertCommand([sys.executable, "-c", f"import sys; open({str(out)!r}, 'a').write(sys.stdin.read())"], tmp_path)
+    command.take(rec.Alert(severity="info", code="i", message="m"))
+    command.tick(0.0)
+    assert command._child is None
+    command.take(alert)
+    command.finish()
+    for _ in range(3):
+        command.take(alert)
+    command.tick(command._started + 59)
+    assert command._child is None and len(out.read_text().splitlines()) == 1
+    command.tick(command._started + 61)
+    assert command._child is not None
+    command.ended(command._child.pid, command._child.wait(20))
+    assert json.loads(out.read_text().splitlines()[1])["others"] == 2
+    late = AlertCommand([sys.executable, "-c", "import threading; threading.Event().wait()"], tmp_path)
+    late.take(alert)
+    late.tick(0.0)
+    assert late._child is not None and late.without(descendants(os.getpid())) == []
+    late.tick(10.1)
+    assert late.ended(late._child.pid, late._child.wait(20)) and "not done after 10 s" in capsys.readouterr().err
+    missing = AlertCommand(["/no/such/program"], tmp_path)
+    missing.take(alert)
+    missing.tick(0.0)
+    assert "No such file" in capsys.readouterr().err
