@@ -242,7 +242,7 @@ class MonitoringKeys(Section):
     spike_sigma: float = key(
         6.0,
         "Deviations above the recent median from which a loss counts as a spike, and a gradient norm that the loss bears out "
-        "(half as many) or that is ten times its median.",
+        "(half as many) or that is a hundred times its median.",
         minimum=3,
         maximum=20,
         resume=True,

@@ -41,7 +41,7 @@ class NonFinite(Detector):
 
 
 class Spike(Detector):
-    """One loss beyond 6 deviations of the 64 before (from 32 on) above the median of 16.
+    """One loss beyond 6 deviations of the 64 before (from 32 on), or 12 of their noise, above the median of 16.
 
     Closed at once by a value inside 3: who counts spikes goes on.
     """
@@ -52,7 +52,7 @@ class Spike(Detector):
     def look(self, seen: Windows) -> Iterator[Sign]:
         if not seen.loss.known or not seen.loss.recent or seen.nonfinite[-1]:
             return
-        z = (seen.loss.recent[-1] - seen.loss.middle) / seen.loss.wide
+        z = seen.loss.standing(seen.loss.recent[-1])
         if z > 6:
             words = f"step {seen.step}: loss {math.exp(seen.loss.recent[-1]):.4g} is {z:.1f} sigma above its recent median"
             yield Sign("loss_spike", True, "warning", words, f"one is harmless; if they repeat: {_lower_rate(seen)}")

@@ -153,23 +153,23 @@ class Devices(Detector):
 
 
 class Routing(Detector):
-    """Which experts get tokens, by layer. From step 64 on.
+    """Which experts get tokens, by layer.
 
-    Collapse (critical): a layer works with no more than 1.25 experts, measured by exp(entropy of the load), or half of its
-    experts get no token. Warnings, if it is so in 5 records in a row: dead experts, an expert with more than 4 times its share,
-    more than 30 % of choices dropped. Closed by one record inside half of the bound.
+    Collapse (critical, from step 64 on): a layer works with no more than 1.25 experts, measured by exp(entropy of the load),
+    or half of its experts get no token. Warnings, from step 200 on (before, a router finds its way) and in 5 records in a row:
+    dead experts, an expert with more than 4 times its share, more than 30 % of choices dropped. Closed by one record inside
+    half of the bound.
     """
 
     codes = ("routing_collapse", "dead_experts", "hot_expert", "dropped_tokens")
     types = (rec.Experts,)
-    LEAST_STEP = 64
 
     def __init__(self) -> None:
-        self._row: dict[str, int] = dict.fromkeys(self.codes, 0)
+        self._row: dict[tuple[str, int], int] = {}  # code, first layer of the line (a long record is several) -> lines in a row
 
     def look(self, seen: Windows) -> Iterator[Sign]:
         experts = seen.experts
-        if experts is None or experts.step < self.LEAST_STEP or not experts.load:
+        if experts is None or experts.step < LEAST_STEP or not experts.load:
             return
         count = max(len(load) for load in experts.load)
         if count < 2:
@@ -189,15 +189,17 @@ class Routing(Detector):
              f"{dropped:.0%} of a layer's choices are dropped", f"set capacity_factor=2.0, or {rebalance}"),
         )  # fmt: skip
         for code, bad, well, severity, words, advice in found:
-            self._row[code] = self._row[code] + 1 if bad else 0
-            if self._row[code] >= (1 if severity == "critical" else LASTING):
+            place = code, experts.layers[0] if experts.layers else 0
+            self._row[place] = self._row.get(place, 0) + 1 if bad and (severity == "critical" or experts.step >= SETTLED) else 0
+            if self._row[place] >= (1 if severity == "critical" else LASTING):
                 yield Sign(code, True, severity, f"step {experts.step}: {words}", advice)  # type: ignore[arg-type]
-            elif well:
+            elif well and not any(count for (of, _), count in self._row.items() if of == code):
                 yield Sign(code, False)
 
 
 COLLAPSED = 1.25  # experts
 LASTING = 5  # records in a row
+LEAST_STEP, SETTLED = 64, 200
 HOT = 4.0  # times the mean
 DROPPED = 0.3
 

@@ -44,7 +44,7 @@ class Level:
     Args:
         recent: newest values.
         before: values of the reference, those just before the recent ones.
-        level: newest of them whose median is the level; None for all. Few, where the series has a trend.
+        level: newest of them whose median is the level: few, where the series has a trend. None: all, and no deviations.
         least: values of the reference from which there is one.
     """
 
@@ -65,10 +65,15 @@ class Level:
         self._age += 1
         if self._age >= REFRESH and self.known:
             self._age = 0
-            values = list(self.before)
-            self.middle = median(values if self.level is None else values[-self.level :])
-            self.sigma = noise(values)
-            self.wide = max(self.sigma, 1.4826 * median(abs(value - self.middle) for value in values))
+            self._refresh(list(self.before))
+
+    def _refresh(self, values: list[float]) -> None:
+        if self.level is None:
+            self.middle = median(values)
+            return
+        self.middle = median(values[-self.level :])
+        self.sigma = noise(values)
+        self.wide = max(self.sigma, 1.4826 * median(abs(value - self.middle) for value in values))
 
     @property
     def known(self) -> bool:
@@ -78,6 +83,10 @@ class Level:
     def z(self, value: float) -> float:
         """Deviations of `value` above the reference; 0 without one."""
         return (value - self.middle) / self.sigma if self.known else 0.0
+
+    def standing(self, value: float) -> float:
+        """Deviations of one value: the larger of those by `wide`, half of those by the noise, which no trend widens."""
+        return max((value - self.middle) / self.wide, self.z(value) / 2) if self.known else 0.0
 
     def clear(self) -> None:
         self.recent.clear()
@@ -158,7 +167,7 @@ class Windows:
         spike = False
         if record.loss is not None:
             value = math.log(max(record.loss, TINY))
-            spike = self.loss.known and value - self.loss.middle > 6 * self.loss.wide
+            spike = self.loss.standing(value) > 6
             self.loss.push(value)
             self._block.append(value)
             if len(self._block) == SLOPE_BLOCK:

@@ -1,7 +1,8 @@
 """Records the calibration corpus anew, into the files beside it.
 
-`python -m tests.monitoring.health.record_corpus healthy 0` (and 1), `… faults [NAME…]`. Real runs of the real trainer on CPU in
-this process, some milliseconds a step. Times are wall clock: let nothing else run meanwhile. It takes a few minutes.
+`python -m tests.monitoring.health.record_corpus PART`: `healthy 0`, `healthy 1`, `faults 0`, `faults 1`, `whole SEED=LOG…`.
+Real runs of the real trainer on CPU in this process, some milliseconds a step; `whole` takes logs of the debug preset. Times
+are wall clock: let nothing else run meanwhile. It takes a few minutes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 
 import torch
 
-from lumina_engine.bench.corpus import Recorded, read, write
+from lumina_engine.bench.corpus import Recorded, write
+from lumina_engine.monitoring.log import read_records
 from tests.faults.tiny import Tiny
 
 STEPS = 160
@@ -140,6 +142,16 @@ def collapse(tiny: Tiny, first: int) -> None:
     at_step(tiny, first, change)
 
 
+def uneven(tiny: Tiny, first: int) -> None:
+    """One expert of the last layer is among the chosen of every token."""
+
+    def change() -> None:
+        *_, bias = (buffer for name, buffer in tiny.trainer.model.named_buffers() if name.endswith("router.bias"))
+        bias[0] += 1000.0
+
+    at_step(tiny, first, change)
+
+
 def broken(tiny: Tiny, first: int) -> None:
     """The weights of the last block, its router's too, are not those that were learned, as after a bad load."""
 
@@ -173,6 +185,7 @@ def pause(tiny: Tiny, first: int, where: str, times: float) -> None:
     tiny.channel.at = at
 
 
+MOST = [shape for shape in SHAPES if shape not in ("dense", "single")]
 ROUTING = ["dead_experts", "hot_expert", "dropped_tokens"]
 # fault -> how, codes of critical alerts, codes of warnings that tell it
 FAULTS: dict[str, tuple[Inject, list[str], list[str]]] = {
@@ -181,35 +194,43 @@ FAULTS: dict[str, tuple[Inject, list[str], list[str]]] = {
     "one bad batch": (garbage(1), [], ["loss_spike"]),
     "not finite": (not_a_number, ["nonfinite_run"], ["nonfinite_step"]),
     "router collapse": (collapse, ["routing_collapse"], ["loss_spike", *ROUTING]),
+    "uneven router": (uneven, [], ["loss_spike", *ROUTING]),
     "broken weights": (broken, ["divergence", "routing_collapse"], ["loss_spike", "gradient_tail", *ROUTING]),
     "slow rank": (slow, [], ["throughput_drop"]),
     "slow loader": (waiting, [], ["loader_wait", "throughput_drop"]),
 }
 
 
-def faults(only: list[str]) -> list[Recorded]:
-    """New runs of these faults (none named: of all); those of the others stay as they are."""
-    runs = [run for run in read(FOLDER / "faults.json.xz") if run.fault not in only] if only else []
-    shapes = [shape for shape in SHAPES if shape not in ("dense", "single")]
+def faults(part: int) -> list[Recorded]:
+    """Runs of every second fault, from the first (0) or the second (1) on."""
+    runs = []
     with tempfile.TemporaryDirectory() as folder:
-        for place, (fault, (inject, critical, warning)) in enumerate(FAULTS.items()):
-            if only and fault not in only:
-                continue
+        for place, (fault, (inject, critical, warning)) in list(enumerate(FAULTS.items()))[part::2]:
+            late, shapes = (120, ["eight", "bias"]) if fault == "uneven router" else (0, MOST)
             for number in range(EACH):
                 seed, shape = 1000 + 10 * place + number, shapes[number % len(shapes)]
-                first = 80 + random.Random(seed).randrange(30)
-                tiny = make(Path(folder) / "data", shape, seed, 1500, max_steps=first + AFTER)
+                first = 80 + late + random.Random(seed).randrange(30)
+                tiny = make(Path(folder) / "data", shape, seed, 1500, max_steps=first + AFTER + late // 4)
                 inject(tiny, first)
-                run = Recorded(fault, seed, shape, held=number % 2 == 1, at=first, critical=critical, warning=warning)
+                run = Recorded(fault, seed, shape, held=number // 2 % 2 == 1, at=first, critical=critical, warning=warning)
                 runs.append(recorded(tiny, run))
                 print(fault, number, len(run.steps["loss"]), flush=True)
     return runs
 
 
+def whole(logs: list[str]) -> list[Recorded]:
+    """Whole runs of the debug preset, from their logs: `SEED=metrics.jsonl`."""
+    runs = []
+    for place, word in enumerate(logs):
+        seed, _, path = word.partition("=")
+        runs.append(Recorded("healthy", 2000 + int(seed), "debug", held=place % 2 == 1).take(read_records(path)))
+    return runs
+
+
 def main() -> None:
     part, *words = sys.argv[1:]
-    runs = healthy(int(words[0])) if part == "healthy" else faults(words)
-    file = FOLDER / (f"healthy-{words[0]}.json.xz" if part == "healthy" else "faults.json.xz")
+    runs = whole(words) if part == "whole" else (healthy if part == "healthy" else faults)(int(words[0]))
+    file = FOLDER / (f"{part}.json.xz" if part == "whole" else f"{part}-{words[0]}.json.xz")
     write(file, runs)
     print(part, len(runs), file.stat().st_size)
 

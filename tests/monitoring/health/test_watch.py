@@ -106,17 +106,25 @@ def test_c093_a_rate_that_somebody_set_is_no_jump_and_a_warm_up_is_none() -> Non
 
 
 def test_c093_routing_collapse_dead_hot_and_dropped() -> None:
-    watch = fed(100)
-    assert watch.observe(experts(100, 100, 100, 100, 100)) == []
-    assert [a.code for a in watch.observe(experts(110, 400, 0, 0, 0))] == ["routing_collapse"]
-    lasting = [[a.code for a in watch.observe(experts(step, 400, 0, 0, 0))] for step in range(120, 160, 10)]
+    watch = fed(300)
+    assert watch.observe(experts(300, 100, 100, 100, 100)) == []
+    assert [a.code for a in watch.observe(experts(310, 400, 0, 0, 0))] == ["routing_collapse"]
+    lasting = [[a.code for a in watch.observe(experts(step, 400, 0, 0, 0))] for step in range(320, 360, 10)]
     assert lasting == [[], [], [], ["dead_experts"]]
-    watch.observe(experts(160, 100, 100, 100, 100))
+    watch.observe(experts(360, 100, 100, 100, 100))
     assert not {"routing_collapse", "dead_experts"} & set(watch.open)
+    halves = fed(300)
+    for step in range(300, 360, 10):  # a record of many layers is written as several lines
+        other = experts(step, 10, 10, 10, 10)
+        other.layers = [7]
+        halves.replay([experts(step, 10, 10, 10, 0), other])
+    assert codes(halves) == ["dead_experts"] and list(halves.open) == ["dead_experts"]
     early = fed(20)
     assert [early.observe(experts(step, 400, 0, 0, 0)) for step in (10, 20, 30)] == [[], [], []], "a start is no collapse"
-    dropping = fed(100)
-    told = [[a.code for a in dropping.observe(experts(step, 10, 9, 10, 9, dropped=0.5))] for step in range(100, 160, 10)]
+    young = fed(100)
+    assert [young.observe(experts(step, 10, 10, 10, 0)) for step in range(100, 160, 10)] == [[]] * 6, "nor is its way a death"
+    dropping = fed(300)
+    told = [[a.code for a in dropping.observe(experts(step, 10, 9, 10, 9, dropped=0.5))] for step in range(300, 360, 10)]
     assert told == [[], [], [], [], ["dropped_tokens"], []]
 
 
