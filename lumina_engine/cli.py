@@ -15,7 +15,21 @@ from importlib import import_module
 from . import __version__
 from .commands.common import UserError, report
 
-VERBS = ("train", "serve", "chat", "data", "presets", "config", "budget", "checkpoint", "runs", "report", "bench", "doctor")
+VERBS = (
+    "train",
+    "serve",
+    "chat",
+    "data",
+    "presets",
+    "config",
+    "budget",
+    "checkpoint",
+    "runs",
+    "report",
+    "track",
+    "bench",
+    "doctor",
+)
 
 
 class Parser(argparse.ArgumentParser):

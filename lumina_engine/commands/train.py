@@ -233,6 +233,10 @@ def _launch(directory: RunDirectory, plan: Plan, *, resume: bool, accept_data_ch
     settings = Settings.of_config(config)
     argv = rank_argv(config, directory.path, plan.world)
     start(directory, argv, world=plan.world, resume=resume, settings=settings, accept_data_change=accept_data_change)
+    if config.trackers:
+        from ..run import tracking
+
+        tracking.start(directory, config.trackers)
 
 
 def _move_aside(run: RunDirectory) -> None:

@@ -16,6 +16,7 @@ from lumina_engine.config.offload_checks import offload, offload_machine
 from lumina_engine.config.resolve import expert_ranks_findings, fp16_findings, resolved_precision, world_size
 from lumina_engine.config.schema import Config, infos_of
 from lumina_engine.config.switched_off import switched_off
+from lumina_engine.config.trackers import to_install
 from lumina_engine.config.training_checks import paths
 from lumina_engine.secrets import looks_secret
 
@@ -27,7 +28,6 @@ NOT_YET: dict[str, tuple[object, ...] | None] = {
     "task_data_paths": None,
     "task_temperature": None,
     "task_max_epochs": None,
-    "trackers": None,
     "adaptive": ("off", "advise"),
     "expert_growth": ("off", "advise"),
     "lr_multiplier_min": None,
@@ -113,6 +113,7 @@ def _machine(config: Config, machine: Machine) -> Iterator[Finding]:
             "zero_stage = 0 with precision = auto, which is bf16 here: DeepSpeed runs a phantom optimizer step at the start"
         )
         yield error("bf16_stage0", "zero_stage precision", message, "set zero_stage=auto")
+    yield from _trackers(config)
     for name in ("train_data_path", "eval_data_path"):
         for path in paths(getattr(config, name)):
             if not any(c in path for c in "*?[") and "://" not in path and not Path(path).exists():
@@ -125,6 +126,14 @@ def _machine(config: Config, machine: Machine) -> Iterator[Finding]:
         yield from refused.findings
         return
     yield from _fits(figures, config.keep_checkpoints)
+
+
+def _trackers(config: Config) -> Iterator[Finding]:
+    """What each tracker needs must be installed before the run is made."""
+    for name in config.trackers:
+        install = to_install(name)
+        if install:
+            yield error("no_tracker", "trackers", f"trackers: {name} is not installed here", f"pip install {install}")
 
 
 def _fits(figures: dict, keep: int) -> Iterator[Finding]:

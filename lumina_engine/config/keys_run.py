@@ -273,7 +273,10 @@ class MonitoringKeys(Section):
         read_by="training/rollback.py",
     )
     trackers: list[Literal["tensorboard", "wandb", "mlflow", "trackio"]] = key(
-        [], "Other programs that get the records.", resume=True, read_by="monitoring/log.py"
+        [],
+        "Experiment trackers that get the records, each from a process of its own.",
+        resume=True,
+        read_by="config/checks.py, commands/train.py",
     )
     alert_command: list[str] = key(
         [],

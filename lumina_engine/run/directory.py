@@ -84,7 +84,7 @@ class RunLock:
         try:
             fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = _lock_owner(self._fd)
+            owner = lock_owner(self._fd)
             os.close(self._fd)
             raise RunError(
                 f"run {path.parent.name} is running already (process {owner}): stop it with "
@@ -99,7 +99,7 @@ class RunLock:
             self._fd = -1
 
 
-def _lock_owner(descriptor: int) -> int:
+def lock_owner(descriptor: int) -> int:
     """The pid that holds a write lock on the whole file, 0 if none does; asked without taking the lock."""
     layout = "hhqqi4x"  # struct flock on 64-bit Linux: type, whence, start, length, pid
     query = struct.pack(layout, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
@@ -209,7 +209,7 @@ class RunDirectory:
         except OSError:
             return False
         try:
-            return _lock_owner(descriptor) != 0
+            return lock_owner(descriptor) != 0
         finally:
             os.close(descriptor)
 

@@ -231,7 +231,7 @@ def test_ps09_flock_would_take_the_forked_child_for_its_owner(tmp_path: Path, mo
             return -1
         return 0
 
-    monkeypatch.setattr(module, "_lock_owner", held)
+    monkeypatch.setattr(module, "lock_owner", held)
     run = make(tmp_path, "forks")
     child = owned_elsewhere(run, "flock")
     assert (say(child), say(child)) == ("ready", "forked")

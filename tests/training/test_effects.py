@@ -163,6 +163,7 @@ ELSEWHERE = {
     "preempt_grace_s": "run/test_commands.py::test_ps15_a_deaf_worker_and_its_setsid_grandchild_end_by_stop",
     "engine_log_mb": "run/test_commands.py::test_ps16_a_flood_on_stdout_is_capped",
     "alert_command": "run/test_run_health.py::test_c093_the_user_s_command_is_told_of_alerts",
+    "trackers": "run/test_tracking.py::test_c149_a_run_feeds_the_trackers_of_its_configuration",
     "async_save": "checkpoint/test_faults.py::test_ck16_async_save_false_blocks",
     "enable_emergency_save": "checkpoint/test_manager.py::test_c084_emergency_save_of_plain_objects_can_be_switched_off",
     "max_nonfinite_in_row": "training/test_precision.py::test_forced_overflows_walk_the_ladder_in_place",
