@@ -2,7 +2,8 @@
 
 The score of a rank is a reference time over its own: once against the fastest rank, once against its own best. Compared is the
 forward pass of a step, the median of 32 steps, since in it a rank waits for no other. Where it does (split experts, ZeRO stage
-3) all ranks show the time of the slowest, and only the score against the own best falls.
+3) all ranks show the time of the slowest, and only the score against the own best falls. A lone rank holds nobody up: that it
+has become slower is told by the throughput of the run.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ class Stragglers:
     def look(self, ranks: Mapping[int, RankState]) -> Iterator[Straggler]:
         """The ranks that have become stragglers since the last look, each told once until it has caught up."""
         work = {rank: state.work for rank, state in ranks.items() if state.work and state.connected}
+        if len(ranks) < 2:
+            return
         for rank, own in work.items():
             state, seen = ranks[rank], self._seen.setdefault(rank, _Seen())
             assert own is not None

@@ -172,6 +172,12 @@ def test_ft11_a_slow_rank_is_told_once_and_again_when_it_has_caught_up() -> None
     assert told(stragglers, [0.02, 0.07], 80) == [] and len(told(stragglers, [0.02, 0.07], 88)) == 2
 
 
+def test_ft11_a_lone_rank_holds_nobody_up() -> None:
+    """On a busy machine its own best would be an alarm for every pause of the others."""
+    stragglers = Stragglers()
+    assert [told(stragglers, [0.02 if n < 4 else 0.09], 40 + n) for n in range(1, 20)] == [[]] * 19
+
+
 def test_ft11_with_a_curriculum_only_the_others_are_a_reference() -> None:
     stragglers = Stragglers(own_best=False)
     assert [told(stragglers, [0.02 * n, 0.02 * n], 40 + n) for n in range(1, 9)] == [[]] * 8
