@@ -23,6 +23,7 @@ ALSO: dict[int, tuple[str, ...]] = {
         "test_c001_one_batch_is_learned_by_heart_and_said_back_through_chat",
     ),
     69: ("test_c062_debug_training_setup_tells_the_truth",),
+    90: ("test_c087_c088_c092_a_loop_of_ones_own",),
     94: (
         "test_mx06_one_spike_in_a_million_is_in_every_picture",
         "test_plot_hands_plotext_at_most_500_points_and_keeps_the_spike",
@@ -36,23 +37,13 @@ ALSO: dict[int, tuple[str, ...]] = {
     147: ("test_rs02_killed_at_ten_instants_equals_unbroken", "test_rs01_given_up_after_any_step_equals_unbroken"),
 }
 NOT: dict[int, str] = {
-    34: "streaming: its tests carry the rows' words, not the number",
     39: "several tasks: the keys are refused until the mixture is there",
-    87: "health monitor: not on this line yet",
-    88: "health monitor: not on this line yet",
-    89: "health monitor: not on this line yet",
-    90: "health monitor: not on this line yet",
-    91: "health monitor: not on this line yet",
-    92: "health monitor: not on this line yet",
-    93: "health monitor: not on this line yet",
     98: "adaptive learning rate: `adaptive=act` is refused until it is there",
     99: "architecture suggestions: `expert_growth=act` is refused until they are there",
     100: "nothing advises or acts by itself yet; the spike guard's decisions are in test_ft_guard.py",
     109: "import of weights whose shape is left open asks for --shape; no test carries the row",
     118: "one command in a fresh environment: .ci/run is that command, and no test runs it within the suite",
-    124: "example 3 waits for the health monitor",
     126: "the default command needs minutes: `.ci`'s start and test_c144_* show its parts; README has the measured run",
-    145: "Ray: its tests carry the row's words, not the number",
 }
 
 

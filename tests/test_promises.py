@@ -45,7 +45,7 @@ NAMES = [
     "load_model",
     "generate",
 ]
-LATER = {"AdaptiveHyperparameterOptimizer", "ArchitectureEvolution", "TrainingHealthMonitor"}  # rows C87-C93, C98, C99
+LATER = {"AdaptiveHyperparameterOptimizer", "ArchitectureEvolution"}  # rows C98, C99
 TOP = {"lumina_tui", "lumina_engine", "presets", "tests", "pyproject.toml", "README.md", "LICENSE", "Dockerfile"}
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lumina_engine import AdaptiveTrainingOrchestrator, ConfigPresets, process_oasst_data
+from lumina_engine.monitoring.log import read_records
+from lumina_engine.monitoring.record import Step
 from lumina_engine.run.directory import RunDirectory, RunError, list_runs
 from tests.examples import mixtral_style_moe, small_conversation_model
 
 ROOT = Path(__file__).resolve().parents[2]
+WORDS = ("config.", "trainer", "monitor", "dataset", "model =", "summary", '"')  # lines of an example that the README repeats
 QUICK = {"max_steps": 2, "seq_length": 64, "eval_interval": 0, "save_interval": 0, "precision": "fp32"}
 
 
@@ -67,6 +72,32 @@ def test_c123_c097_experts_over_two_ranks(runs: Path) -> None:
     assert written["zero_optimization"]["stage"] == 3 and written["train_batch_size"] == 4
 
 
+def test_c124_c065_a_loop_of_ones_own_under_the_health_monitor(runs: Path) -> None:
+    process_oasst_data(str(trees(runs / "oasst.jsonl", 60)), str(runs / "train.jsonl"))
+    shape = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "seq_length": 64}
+    settings = {
+        "max_steps": 3,
+        "precision": "fp32",
+        "batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "tokenizer": "lumina-1k",
+    }
+    code = "import json, sys; from tests.examples.custom_loop import main; main(**json.loads(sys.argv[1]))"
+    given = json.dumps({"train": "train.jsonl", "tokenizer_name": "lumina-1k", "shape": shape, **settings})
+    done = subprocess.run(  # a process of its own: the trainer makes a process group
+        [sys.executable, "-c", code, given],
+        cwd=runs,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads((runs / "reports" / "health.json").read_text())
+    assert report["health_status"] == "warming_up", report
+    steps = [record.step for record in read_records(runs / "monitoring" / "metrics.jsonl") if isinstance(record, Step)]
+    assert steps == [1, 2, 3]
+
+
 def test_c097_a_second_call_changes_nothing_and_what_is_refused_says_why(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ConfigPresets.debug()
     config.experiment_name = "r"
@@ -82,10 +113,10 @@ def test_c097_a_second_call_changes_nothing_and_what_is_refused_says_why(runs: P
         AdaptiveTrainingOrchestrator(config).initialize_training()
 
 
-@pytest.mark.parametrize("name", ["small_conversation_model", "mixtral_style_moe"])
-def test_c122_c123_the_readme_quotes_what_runs_here(name: str) -> None:
+@pytest.mark.parametrize("name", ["small_conversation_model", "mixtral_style_moe", "custom_loop"])
+def test_c122_c123_c124_the_readme_quotes_what_runs_here(name: str) -> None:
     readme = (ROOT / "README.md").read_text()
     source = (ROOT / "tests" / "examples" / f"{name}.py").read_text()
-    body = [line.strip() for line in source.partition("def main")[2].splitlines()[1:] if line.strip().startswith("config.")]
+    body = [line.strip() for line in source.partition("def main")[2].splitlines()[1:] if line.strip().startswith(WORDS)]
     section = readme.partition(f"tests/examples/{name}.py")[2].partition("```\n")[0]
     assert body and section and [line for line in body if line.partition("  #")[0] not in section] == []
