@@ -44,7 +44,10 @@ def test_c024_balanced_skewed_and_collapsed(tmp_path: Path, load: list[float], s
     found = diagnosed(run_of(tmp_path, *[[EVEN, load]] * 10))
     both = (1 + score) / 2
     assert found["expert_balance_score"] == pytest.approx(both) and found["load_balance_trend"] == "stable"
-    alone = diagnosed(run_of(tmp_path, *[[load, load]] * 110))  # the earlier steps have left the window
+    (tmp_path / "long").mkdir()
+    alone = diagnosed(
+        run_of(tmp_path / "long", *[[EVEN[::-1], [1.0, 2, 3, 4]]] * 60, *[[load, load]] * 100)
+    )  # steps 61 to 160 count
     assert (alone["status"], alone["expert_balance_score"]) == (status, pytest.approx(score))
     assert len(alone["dead_experts"]) == 2 * load.count(0.0)
     for text in alone["recommendations"]:
