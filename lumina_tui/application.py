@@ -240,7 +240,8 @@ class LuminaApp(Acts, Opens, Talks, TypeAhead, Defects, inherit_bindings=False):
             self.notice(f"{self.memory.path}: {error.strerror or error}; this session will not be remembered", "warning")
 
     def _tick(self) -> None:
-        if self._ticking or not self.is_running:  # a slow tick drops the next one instead of piling up
+        # a slow tick drops the next one instead of piling up; at the end there is no screen any more
+        if self._ticking or not self.is_running or not self.screen_stack:
             return
         if not self.pace.due():
             return
