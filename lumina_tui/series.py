@@ -69,6 +69,7 @@ class RunStore:
     alerts: list[rec.Alert] = field(default_factory=list)
     checkpoints: list[rec.Checkpoint] = field(default_factory=list)
     tails: list[Tail] = field(default_factory=list)
+    task_losses: dict[str, float] = field(default_factory=dict)  # of the newest evaluation
     hardware: rec.Hardware | None = None
     usage: dict[str, deque[float]] = field(default_factory=dict)
     answers: dict[str, rec.Record] = field(default_factory=dict)
@@ -276,6 +277,7 @@ class RunStore:
         tokens, hours, clock = (np.array([self.x_of(record.step, base)]) for base in BASES[1:])
         values = {name: column(attrgetter(name), [record]) for name in history.metrics}
         history.extend(np.array([record.step]), tokens, hours, values, clock)
+        self.task_losses = record.tasks or {}
 
     def _flush_rows(self) -> None:
         rows, self._rows = self._rows, []

@@ -50,11 +50,20 @@ def run(args: argparse.Namespace) -> int:
 
         speed, done = measured(directory, config, machine)
     figures = budget(config, machine, train_tokens=tokens, tokens_basis=basis, speed=speed, done=done)
+    figures["data"] = data_figures(config, figures["resolved"]["world"])
     if args.json:
         common.print_json(figures)
     else:
         print(common.safe(describe(figures)))
     return 0
+
+
+def data_figures(config: Any, world: int) -> dict[str, Any]:
+    """What becomes of the prepared data in rows; with `known` false `lines` say why nothing is told."""
+    from ..data.facts import look
+
+    facts, why = look(config, world)
+    return {"known": False, "lines": [why]} if facts is None else {"known": True, **facts.to_dict(), "lines": facts.lines()}
 
 
 def _directory(args: argparse.Namespace) -> Any:
@@ -105,6 +114,7 @@ def describe(figures: dict[str, Any], width: int = 80) -> str:
         ("", f"{disk['checkpoints']} checkpoints{backups} of {gb_text(disk['checkpoint'])}"),
         *([("", f"offloaded to NVMe {gb_text(disk['nvme'])}")] if disk["nvme"] else []),
         ("compute", f"{flops_text(figures['flops_per_token'])} per token, {figures['tokens_per_step']:,} tokens per step"),
+        *(("data" if i == 0 else "", text) for i, text in enumerate(figures.get("data", {}).get("lines", ()))),
         *_time_lines(figures["steps"], time),
     ]
     return "\n".join(line for label, text in lines for line in _wrapped(label, text, width))

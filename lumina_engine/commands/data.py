@@ -292,6 +292,7 @@ def _print_row(number: int, row: PreviewRow) -> None:
 def _prepare(args: argparse.Namespace) -> int:
     at_least(args, workers=1)
     config = load_config(args, default_preset="debug").config
+    from ..data.mixed import stores_of
     from ..data.store import open_data
     from ..data.tokenizer import ConversationTokenizer
 
@@ -301,7 +302,12 @@ def _prepare(args: argparse.Namespace) -> int:
     data = open_data(config, tokenizer, progress=meter.show, workers=args.workers, engine=args.engine)
     seconds = time.monotonic() - started
     meter.end()
-    parts = {name: store for name, store in (("train", data.train), ("eval", data.eval)) if store is not None}
+    parts = {
+        f"{name} {task}".rstrip(): store
+        for name, whole in (("train", data.train), ("eval", data.eval))
+        if whole is not None
+        for task, store in stores_of(whole).items()
+    }
     if args.json:
         stores = {
             name: {

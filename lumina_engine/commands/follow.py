@@ -11,6 +11,7 @@ from typing import Any
 from ..monitoring import record as rec
 from ..monitoring.log import LogReader
 from ..monitoring.resume_words import resume_words
+from ..monitoring.task_words import task_losses
 from .common import safe
 
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
@@ -84,7 +85,8 @@ class _Follower:
         elif isinstance(item, rec.Step):
             self.progress(item)
         elif isinstance(item, rec.Eval):
-            self.say(f"step {item.step:,}  eval loss {_number(item.loss)}  perplexity {_number(item.perplexity)}")
+            by_task = f"  ({task_losses(item.tasks)})" if item.tasks else ""
+            self.say(f"step {item.step:,}  eval loss {_number(item.loss)}  perplexity {_number(item.perplexity)}{by_task}")
         elif isinstance(item, rec.Checkpoint):
             text = f"failed: {item.failed}" if item.failed else f"{item.path}, {(item.bytes or 0) / 1e6:.1f} MB"
             self.say(f"step {item.step:,}  checkpoint {text}")

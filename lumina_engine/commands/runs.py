@@ -119,6 +119,7 @@ def duration(seconds: float | None) -> str:
 
 def _show(args: argparse.Namespace, directory: RunDirectory) -> int:
     from ..monitoring.log import last_records
+    from ..monitoring.task_words import task_losses
     from ..run.listing import row_dict
 
     info = directory.info()
@@ -139,10 +140,12 @@ def _show(args: argparse.Namespace, directory: RunDirectory) -> int:
                 **details,
                 "ranks": ranks,
                 "checkpoints": saved,
+                "eval": _plain(evals)[0] if evals else None,
                 "alerts": _plain(alerts),
             }
         )
         return 0
+    by_task = getattr(evals[0], "tasks", None) if evals else None
     lines = [
         ("run", info.name),
         (
@@ -155,6 +158,7 @@ def _show(args: argparse.Namespace, directory: RunDirectory) -> int:
         ("loss", _figure(info.loss)),
         ("tokens/s", f"{info.tokens_per_s:,.0f}" if info.tokens_per_s is not None else "-"),
         ("eval loss", _figure(getattr(evals[0], "loss", None)) if evals else "-"),
+        *([("by task", task_losses(by_task))] if by_task else []),
         ("last record", f"{duration(info.age_s)} ago" if info.age_s is not None else "-"),
         ("started", f"{info.inc} times" if info.inc != 1 else "once"),
         ("preset", info.preset or "-"),

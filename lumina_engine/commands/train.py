@@ -133,15 +133,15 @@ def fix_paths(config: Config) -> None:
         DataError: a path that names nothing or only empty files (exit code 2), a file whose head training could not read (65);
             the key or the file and line, and what to do.
     """
-    from ..data.size import check_head
+    from ..config.task_checks import train_paths
 
+    given = {**train_paths(config), "eval_data_path": config.eval_data_path}
+    fixed = {key: _fixed(key, value, config.data_format) for key, value in given.items() if value is not None}
     for key in ("train_data_path", "eval_data_path"):
-        given = getattr(config, key)
-        if given is None:
-            continue
-        check_head(given, config.data_format, key=key)
-        absolute = [os.path.abspath(Path(entry).expanduser()) for entry in ([given] if isinstance(given, str) else given)]  # noqa: PTH100
-        setattr(config, key, absolute[0] if isinstance(given, str) else absolute)
+        if key in fixed:
+            setattr(config, key, fixed[key])
+    if config.multi_task:
+        config.task_data_paths = {name: fixed[f"task_data_paths.{name}"] for name in config.task_data_paths}
     config.data_cache_dir = os.path.abspath(Path(config.data_cache_dir).expanduser())  # noqa: PTH100
     if config.hostfile is not None:
         config.hostfile = os.path.abspath(Path(config.hostfile).expanduser())  # noqa: PTH100
@@ -149,12 +149,23 @@ def fix_paths(config: Config) -> None:
         config.backup_path = os.path.abspath(Path(config.backup_path).expanduser())  # noqa: PTH100
 
 
+def _fixed(key: str, given: str | list[str], layout: str) -> str | list[str]:
+    """A data path made absolute, once the heads of its files were read. Raises `DataError`."""
+    from ..data.size import check_head
+
+    check_head(given, layout, key=key)
+    absolute = [os.path.abspath(Path(entry).expanduser()) for entry in ([given] if isinstance(given, str) else given)]  # noqa: PTH100
+    return absolute[0] if isinstance(given, str) else absolute
+
+
 def _show(args: argparse.Namespace, plan: Plan) -> int:
     from ..config.budget import budget
     from ..run.launch import rank_argv
 
     argv = rank_argv(plan.config, Path("RUN"), plan.world)
-    figures = budget(plan.config, plan.machine)
+    from .budget import data_figures, describe
+
+    figures = budget(plan.config, plan.machine) | {"data": data_figures(plan.config, plan.world)}
     if args.json:
         findings = [
             {"code": f.code, "severity": f.severity, "keys": list(f.keys), "message": f.message, "fix": f.fix}
@@ -164,8 +175,6 @@ def _show(args: argparse.Namespace, plan: Plan) -> int:
         return 0
     for finding in plan.findings:
         print(common.safe(finding.line()))
-    from .budget import describe
-
     print(common.safe(describe(figures)))
     print("ranks     " + " ".join(argv))
     print("deepspeed " + json.dumps(plan.deepspeed))

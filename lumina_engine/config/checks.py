@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from lumina_engine.config import model_checks, training_checks
+from lumina_engine.config import model_checks, task_checks, training_checks
 from lumina_engine.config.declare import show
 from lumina_engine.config.deepspeed import check_overrides
 from lumina_engine.config.expert_checks import expert_parallel
@@ -23,11 +23,6 @@ from lumina_engine.secrets import looks_secret
 # Keys whose feature does not exist yet, with the values that are allowed meanwhile (None: only the default).
 NOT_YET: dict[str, tuple[object, ...] | None] = {
     "data_format": ("auto", "messages", "alpaca", "sharegpt", "text"),
-    "multi_task": None,
-    "task_weights": None,
-    "task_data_paths": None,
-    "task_temperature": None,
-    "task_max_epochs": None,
     "adaptive": ("off", "advise"),
     "expert_growth": ("off", "advise"),
     "lr_multiplier_min": None,
@@ -84,6 +79,7 @@ _RULES: tuple[Rule, ...] = (
     training_checks.schedule,
     training_checks.curriculum,
     training_checks.data,
+    task_checks.tasks,
     training_checks.precision,
     training_checks.deepspeed,
     training_checks.compile_rules,
@@ -114,12 +110,11 @@ def _machine(config: Config, machine: Machine) -> Iterator[Finding]:
         )
         yield error("bf16_stage0", "zero_stage precision", message, "set zero_stage=auto")
     yield from _trackers(config)
-    for name in ("train_data_path", "eval_data_path"):
-        for path in paths(getattr(config, name)):
+    for name, value in (task_checks.train_paths(config) | {"eval_data_path": config.eval_data_path}).items():
+        for path in paths(value):
             if not any(c in path for c in "*?[") and "://" not in path and not Path(path).exists():
-                yield error(
-                    "no_data", name, f"{name}: {path}: no such file or folder", "give an existing file, folder or pattern"
-                )
+                message = f"{name}: {path}: no such file or folder"
+                yield error("no_data", name.partition(".")[0], message, "give an existing file, folder or pattern")
     try:
         figures = budget(config, machine)
     except ConfigError as refused:

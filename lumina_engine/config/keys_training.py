@@ -238,18 +238,24 @@ class DataKeys(Section):
     data_cache_dir: str = key(
         "data/cache", "Folder of tokenised data.", pattern=r".+", form="a path", resume=True, read_by="data/store.py"
     )
-    multi_task: bool = key(False, "Mix the tasks of task_weights.", read_by="data/order.py")
+    multi_task: bool = key(False, "Mix several tasks, each in its share of the rows.", read_by="data/store.py")
     task_weights: dict[str, float] = key(
-        {}, "Sampling share of each task; shares are divided by their sum.", read_by="data/order.py"
+        {},
+        "Share of the rows that each task gets; shares are divided by their sum. Without weights the tasks of task_data_paths "
+        "share as their sizes do.",
+        read_by="data/tasks.py",
     )
     task_data_paths: dict[str, str | list[str]] = key(
-        {}, "Data of each task. Names the same tasks as task_weights, unless records carry their task.", read_by="data/order.py"
+        {},
+        "Data of each task: file, folder, glob or list. Names the same tasks as task_weights. Without paths, the records of "
+        "train_data_path carry their task.",
+        read_by="data/tasks.py",
     )
-    task_temperature: float = key(1.0, "Shares become weight^(1/t): above 1 evens them out.", above=0, read_by="data/order.py")
+    task_temperature: float = key(1.0, "Shares become weight^(1/t): above 1 evens them out.", above=0, read_by="data/mixed.py")
     task_max_epochs: float | None = key(
         None,
-        "How often the data of one task may be repeated; null is no limit.",
+        "How often the data of one task is used at most; its share goes to the others then. null is no limit.",
         unit="epochs",
         above=0,
-        read_by="data/order.py",
+        read_by="data/mixed.py",
     )

@@ -12,6 +12,7 @@ from lumina_engine.config.micro_batch import candidates, rows_of_a_rank
 from lumina_engine.config.offload import least_stage
 from lumina_engine.config.resolve import TOKENIZER_IDS, vocabulary_findings
 from lumina_engine.config.schema import Config
+from lumina_engine.config.task_checks import train_paths
 
 
 def tokenizer(config: Config) -> Iterator[Finding]:
@@ -91,7 +92,8 @@ def _rounded_lengths(config: Config) -> Iterator[Finding]:
 
 def data(config: Config) -> Iterator[Finding]:
     """What is trained on and what is evaluated."""
-    train, evaluate = paths(config.train_data_path), paths(config.eval_data_path)
+    train = [path for value in train_paths(config).values() for path in paths(value)]
+    evaluate = paths(config.eval_data_path)
     if shared := sorted(set(train) & set(evaluate)):
         message = f"eval_data_path has {shared[0]}, which is trained on too: the evaluation loss will flatter"
         fix = "set other data, or eval_data_path=null to hold some back"

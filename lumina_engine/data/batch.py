@@ -24,10 +24,10 @@ from torch.utils.data import Dataset
 
 from ..config.curriculum import Curriculum
 from ..model.segments import DocumentLayout
-from .rows import IGNORE, RowOptions, RowPlan, Rows
+from .mixed import AnyRows, Mixture, row_plan
+from .rows import IGNORE, RowOptions, Rows
 from .skip_list import SkipList
-from .stream import TokenStream, row_plan
-from .stream_rows import StreamRows
+from .stream import TokenStream
 from .token_store import TokenStore
 
 T = TypeVar("T")
@@ -118,7 +118,7 @@ class Batch:
         )
 
 
-def make_batch(plan: RowPlan | StreamRows, rows: list[int]) -> Batch:
+def make_batch(plan: AnyRows, rows: list[int]) -> Batch:
     """The planned `rows` (-1 = padding only) as a batch."""
     built: Rows = plan.build(rows)
     return Batch(
@@ -214,12 +214,12 @@ class TrainLoader:
 
     Starts at `start`, after `steps_done` optimizer steps, leaves out the rows of `skip`, and ends after as many rows as
     `config.num_epochs` have. `position` is where the run stands after the step that was yielded last: a loader started there
-    goes on with the very next rows.
+    goes on with the very next rows. `plan` is that of the store, where it was made before.
     """
 
     def __init__(
         self,
-        store: TokenStore | TokenStream,
+        store: TokenStore | TokenStream | Mixture,
         config: Any,
         *,
         rank: int = 0,
@@ -229,8 +229,9 @@ class TrainLoader:
         start: Position | None = None,
         steps_done: int = 0,
         skip: SkipList | None = None,
+        plan: AnyRows | None = None,
     ) -> None:
-        self.plan = row_plan(store, RowOptions.from_config(config))
+        self.plan = plan or row_plan(store, RowOptions.from_config(config))
         self.skip = skip or SkipList()
         self.curriculum = Curriculum.of(config)
         self.steps_done = steps_done
@@ -262,7 +263,7 @@ class TrainLoader:
 
     def total_steps(self, num_epochs: int | None = None) -> int:
         """Optimizer steps of a whole run of `num_epochs` (default: the configured number), exactly."""
-        rows = self.rows_per_epoch * (self.num_epochs if num_epochs is None else num_epochs)
+        rows = self.plan.rows_of_run(self.num_epochs if num_epochs is None else num_epochs)
         return -(-rows // self.global_batch)
 
     def next_rows(self) -> list[int]:
@@ -288,7 +289,7 @@ class TrainLoader:
     @property
     def _places(self) -> int:
         """Rows that a whole run takes."""
-        return self.rows_per_epoch * self.num_epochs
+        return self.plan.rows_of_run(self.num_epochs)
 
     def _position(self, number: int) -> Position:
         return Position(*divmod(number, self.rows_per_epoch)) if self.rows_per_epoch else Position()

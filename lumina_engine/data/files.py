@@ -11,7 +11,7 @@ import glob
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -145,7 +145,17 @@ def total_bytes(files: Sequence[Path]) -> int:
 
 def digest_files(files: Sequence[Path]) -> str:
     """SHA-256 (hex) over the contents in order; names do not count, so a moved file keeps its digest."""
-    whole = hashlib.sha256()
+    return joined_digest(digests_of(files))
+
+
+def joined_digest(digests: Iterable[str]) -> str:
+    """SHA-256 (hex) of files by the digests of each."""
+    return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
+
+
+def digests_of(files: Iterable[Path]) -> list[str]:
+    """SHA-256 (hex) of the contents of each file."""
+    found = []
     for path in files:
         try:
             with path.open("rb") as handle:
@@ -154,8 +164,8 @@ def digest_files(files: Sequence[Path]) -> str:
                     one.update(block)
         except OSError as error:
             raise unreadable(path, error) from None
-        whole.update(one.digest())
-    return whole.hexdigest()
+        found.append(one.hexdigest())
+    return found
 
 
 def container(path: Path) -> str:

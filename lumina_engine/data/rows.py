@@ -93,6 +93,10 @@ class RowPlan:
         """Rows of an epoch; the same for every epoch."""
         return self.num_rows
 
+    def rows_of_run(self, num_epochs: int) -> int:
+        """Rows that a run of `num_epochs` takes."""
+        return self.num_rows * num_epochs
+
     def row(self, epoch: int, index: int) -> int:
         """The planned row at place `index` of `epoch`."""
         return self._order.document(epoch, index)

@@ -14,6 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config.task_checks import train_paths
 from .conversation import DataError
 from .files import Paths, expand
 from .formats import read_conversations
@@ -64,14 +65,14 @@ def train_tokens(config: Config, given: int | None = None) -> tuple[int | None, 
     """Tokens of one epoch and how they are known: given, guessed from the files' size, or unknown (the built-in corpus)."""
     if given:
         return given, "given"
-    size = data_bytes(config.train_data_path)
+    size = sum(data_bytes(value) for value in train_paths(config).values())
     return (int(size / BYTES_PER_TOKEN), "guessed from the size of the files") if size else (None, "")
 
 
 def average_tokens(config: Config) -> tuple[float, str]:
     """Tokens of one conversation, and how they are known: measured in the prepared data of this tokenizer, or guessed."""
-    small = config.train_data_path is None or 0 < data_bytes(config.train_data_path) <= _DIGESTED
-    found = counted(config, content_digest(config)) if small else None
+    size = sum(data_bytes(value) for value in train_paths(config).values())
+    found = counted(config, content_digest(config)) if size <= _DIGESTED else None
     if found is None or not found.documents:
         return _CONVERSATION_TOKENS, "guessed"
     return found.tokens / found.documents, "measured"
@@ -79,53 +80,65 @@ def average_tokens(config: Config) -> tuple[float, str]:
 
 def cache_bytes(config: Config) -> int:
     """Room that the token stores of a configuration may take in `data_cache_dir` (guessed), in bytes."""
-    source = data_bytes(config.train_data_path)
-    train = source * _STORE_SHARE
-    if source > config.streaming_threshold_gb * 1e9:  # no more than the threshold stays, and what is held out
-        train = min(train, config.streaming_threshold_gb * 1e9 + _WINDOWS_BYTES + train * config.eval_split)
+    values = list(train_paths(config).values())
+    sizes = [data_bytes(value) for value in values]
+    train, most = 0.0, config.streaming_threshold_gb * 1e9
+    for source in sizes:
+        store = source * _STORE_SHARE
+        # of a stream no more than the threshold stays, and what is held out
+        train += store if source <= most else min(store, most + _WINDOWS_BYTES + store * config.eval_split)
     size = int(train + data_bytes(config.eval_data_path) * _STORE_SHARE)
-    return size + (_CORPUS_STORE_BYTES if config.train_data_path is None else 0)
+    return size + (_CORPUS_STORE_BYTES if None in values else 0)
 
 
 def content_digest(config: Config) -> str:
-    """The digest of the training data as a store names its source (64 hex digits). Reads all of it, unless it is streamed: then
-    the digest is one of names, sizes and times.
+    """The digest of the training data as a store names its source (64 hex digits); those of tasks joined by "+".
+
+    Reads all of it, unless it is streamed: then the digest is one of names, sizes and times.
 
     Raises:
         DataError: files that are missing, unreadable or too large.
     """
-    from .store import file_source, sample_source
+    from .tasks import train_sources
 
-    if config.train_data_path is None:
-        return sample_source("train").digest
-    if is_streamed(config.train_data_path, config):
-        return identity(expand(config.train_data_path, "train_data_path"), config.data_format)
-    return file_source(config.train_data_path, config, "train_data_path").digest
+    streamed = {key: value for key, value in train_paths(config).items() if value and is_streamed(value, config, key)}
+    found = [identity(expand(value, key), config.data_format) for key, value in streamed.items() if value]
+    return "+".join([*found, *(source.digest for source in train_sources(config, without=streamed).values())])
 
 
 def counted(config: Config, digest: str) -> Counted | None:
     """What the cache knows of training data with this digest under the configured tokenizer; None if it was never prepared."""
-    best: Counted | None = None
-    for meta in _stores(Path(config.data_cache_dir).expanduser()):
+    found = [stored(config, part) for part in digest.split("+")]
+    metas = [entry[1] for entry in found if entry is not None]
+    if len(metas) < len(found):
+        return None
+    fingerprint = "+".join(str(meta["fingerprint"]) for meta in metas)
+    return Counted(sum(int(m["tokens"]) for m in metas), sum(int(m["documents"]) for m in metas), fingerprint)
+
+
+def stored(config: Config, digest: str) -> tuple[Path, dict[str, Any]] | None:
+    """The store of a source with this digest under the configured tokenizer, and what its meta.json says."""
+    best: tuple[Path, dict[str, Any]] | None = None
+    for path, meta in _stores(Path(config.data_cache_dir).expanduser()):
         try:
             if meta["source"]["digest"] != digest or meta["tokenizer"]["name"] != config.tokenizer:
                 continue
-            found = Counted(int(meta["tokens"]), int(meta["documents"]), str(meta["fingerprint"]))
+            larger = int(meta["documents"]) > 0 and (best is None or int(meta["tokens"]) > int(best[1]["tokens"]))
         except (KeyError, TypeError, ValueError):
             continue
-        if best is None or found.tokens > best.tokens:  # the larger part is the one that is trained on
-            best = found
+        if larger and isinstance(meta.get("fingerprint"), str):  # the larger part is the one that is trained on
+            best = path, meta
     return best
 
 
-def _stores(cache: Path) -> Iterator[dict[str, Any]]:
+def _stores(cache: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     try:
         folders = sorted(cache.iterdir())[:MAX_STORES]
     except OSError:
         return
     for folder in folders:
         with contextlib.suppress(OSError, ValueError):
-            yield json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            yield folder, json.loads((folder / "meta.json").read_text(encoding="utf-8"))
 
 
 def check_head(paths: Paths, format: str = "auto", *, key: str = "data path", conversations: int = 2_000) -> None:

@@ -14,8 +14,9 @@ import numpy as np
 
 from .conversation import DataError, Document
 from .cut import Samples
-from .files import Paths, digest_files, expand, total_bytes
+from .files import Paths, digest_files, digests_of, expand, joined_digest, total_bytes
 from .formats import read_conversations
+from .mixed import Mixture, stores_of
 from .pieces import PIECE_BYTES, plan
 from .prepare import Job, join, processors, tokenise
 from .rows import RowOptions
@@ -34,12 +35,16 @@ PIECES_FROM = 4 * PIECE_BYTES  # below, starting processes costs more than they 
 
 @dataclass
 class Data:
-    """What a run trains and evaluates on. `notes` are lines for the user: what was dropped, cut, held out."""
+    """What a run trains and evaluates on. `notes` are lines for the user: what was dropped, cut, held out.
 
-    train: TokenStore | TokenStream
-    eval: TokenStore | None
+    `sources` are the files that are trained on, by name (with the task before it) and SHA-256; of a stream there are none.
+    """
+
+    train: TokenStore | TokenStream | Mixture
+    eval: TokenStore | Mixture | None
     notes: list[str] = field(default_factory=list)
     is_sample: bool = False
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Source:
     read: Callable[[Tally], Iterable[Document]]
     files: tuple[Path, ...] = ()  # what it reads, where that can be done in pieces
     layout: str = "auto"
+    digests: tuple[tuple[str, str], ...] = ()  # (path, SHA-256) of each file that it reads
 
 
 def open_data(
@@ -67,11 +73,24 @@ def open_data(
     """
     check_vocabulary(config, tokenizer)
     cache = Cache(Path(getattr(config, "data_cache_dir", "data/cache")), tokenizer, progress, workers, engine)
+    if getattr(config, "multi_task", False):
+        from .tasks import open_tasks  # here, since it opens the sources of each task as this module does
+
+        data = open_tasks(config, cache)
+    else:
+        data = _open_whole(config, cache)
+    data.notes += _closing_notes(config, data)
+    return data
+
+
+def _open_whole(config: Any, cache: Cache) -> Data:
+    """Data without tasks."""
     train_path = getattr(config, "train_data_path", None)
     eval_path = getattr(config, "eval_data_path", None)
     split = float(getattr(config, "eval_split", 0.0))
     notes: list[str] = []
     held_out: TokenStore | None = None
+    sources: dict[str, str] = {}
     if is_streamed(train_path, config):
         return _open_streamed(config, cache)
     if train_path is None:
@@ -80,21 +99,38 @@ def open_data(
             held_out = cache.store(sample_source("eval"), notes)
     else:
         source = file_source(train_path, config, "train_data_path")
+        sources = dict(source.digests)
         if eval_path is None and split > 0:
             train, held_out = cache.split(source, split, notes)
         else:
             train = cache.store(source, notes)
     if eval_path is not None:
         held_out = cache.store(file_source(eval_path, config, "eval_data_path"), notes)
+    return Data(train, held_out, notes, is_sample=train_path is None, sources=sources)
+
+
+def _closing_notes(config: Any, data: Data) -> list[str]:
+    """What is cut of the data to fit a row, and whether evaluation shares conversations with training."""
+    notes: list[str] = []
+    train = stores_of(data.train)
+    held_out = {} if data.eval is None else stores_of(data.eval)
     cut = getattr(config, "packing", "fit") != "concat"
-    for name, store in (("training", train), ("evaluation", held_out)):
-        note = Samples(store, int(config.seq_length)).note(name) if store is not None and cut else None
-        notes += [note] if note else []
-    if held_out is not None:
-        notes += _overlap_note(len(np.intersect1d(train.digests, held_out.digests)))
-    else:
-        notes.append("no evaluation data: set eval_data_path or eval_split")
-    return Data(train, held_out, notes, is_sample=train_path is None)
+    for name, stores in (("training", train), ("evaluation", held_out)):
+        for task, store in stores.items() if cut else ():
+            if isinstance(store, TokenStore):  # a stream has told of itself
+                note = Samples(store, int(config.seq_length)).note(f"{name} ({task})" if task else name)
+                notes += [note] if note else []
+    if not held_out:
+        return [*notes, "no evaluation data: set eval_data_path or eval_split"]
+    apart = [store for store in held_out.values() if isinstance(store, TokenStore)]
+    return notes + _overlap_note(sum(_shared(store, other) for store in train.values() for other in apart))
+
+
+def _shared(train: TokenStore | TokenStream, held_out: TokenStore) -> int:
+    """Conversations that both have."""
+    if isinstance(train, TokenStream):
+        return train.shared_with(held_out)
+    return len(np.intersect1d(train.digests, held_out.digests))
 
 
 def _overlap_note(shared: int) -> list[str]:
@@ -112,13 +148,6 @@ def _open_streamed(config: Any, cache: Cache) -> Data:
     held_out = stream.eval
     if getattr(config, "eval_data_path", None) is not None:
         held_out = cache.store(file_source(config.eval_data_path, config, "eval_data_path"), notes)
-    if held_out is None:
-        notes.append("no evaluation data: set eval_data_path or eval_split")
-    else:
-        cut = getattr(config, "packing", "fit") != "concat"
-        note = Samples(held_out, int(config.seq_length)).note("evaluation") if cut else None
-        notes += [note] if note else []
-        notes += _overlap_note(stream.shared_with(held_out))
     return Data(stream, held_out, notes)
 
 
@@ -155,9 +184,10 @@ def file_source(paths: Paths, config: Any, key: str) -> Source:
     files = expand(paths, key)
     layout = getattr(config, "data_format", "auto")
     label = str(files[0]) if len(files) == 1 else f"{len(files)} files"
-    digest = hashlib.sha256(f"{layout}\n{digest_files(files)}".encode()).hexdigest()
+    each = digests_of(files)
+    digest = hashlib.sha256(f"{layout}\n{joined_digest(each)}".encode()).hexdigest()
     read = partial(_read_files, list(files), layout, key)
-    return Source(label, digest, read, tuple(files), layout)
+    return Source(label, digest, read, tuple(files), layout, tuple(zip(map(str, files), each, strict=True)))
 
 
 def _read_files(files: list[Path], layout: str, key: str, tally: Tally) -> Iterator[Document]:

@@ -30,7 +30,7 @@ _READ_LIMIT = 8 << 20  # bytes that one read_new() takes at most, so that a view
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO})  # cost a record, never the run
 _ALERT_EVERY = 60.0  # s between two alerts about lost records: a nearly full disk must not add noise
 
-_NUMBERS = (rec.Step, rec.Eval, rec.Experts)  # records without text
+_NUMBERS = (rec.Step, rec.Eval, rec.Experts)  # records without text, but for names of tasks
 # record types that are values of one branch of the run; events for a person (alert, change, note) stay after a rewind
 _BRANCH_TYPES = (rec.Step, rec.Eval, rec.Experts, rec.Checkpoint)
 
@@ -192,7 +192,7 @@ class MetricLog:
             line = rec.encode(record)
         except (TypeError, ValueError) as error:
             return self._put(rec.Note(message=f"a record of type {_tag(record)} was left out: {error}"[:1000]))
-        if not isinstance(record, _NUMBERS):
+        if not isinstance(record, _NUMBERS) or getattr(record, "tasks", None):
             line = self._scrubber.line(line)
         if len(line) <= MAX_LINE:
             return self._write(line)

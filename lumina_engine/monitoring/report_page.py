@@ -80,6 +80,7 @@ def _summary(found: Mapping[str, Any]) -> Markup:
         ("lowest loss", _figure(summary["lowest_loss"])),
         ("best eval loss", "-" if best is None else f"{_figure(best['loss'])} at {best['step']:,}"),
         ("last eval loss", "-" if last is None else f"{_figure(last['loss'])} at {last['step']:,}"),
+        *((f"last eval loss of {name}", _figure(loss)) for name, loss in found["eval_tasks"].items()),
         ("skipped updates", f"{summary['skipped_steps']:,}"),
         ("steps without finite loss", f"{summary['steps_without_finite_loss']:,}"),
         ("alerts", ", ".join(f"{n:,} {word}" for word, n in summary["alerts"].items()) or "none"),

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from ..data.batch import Batch, EvalLoader, Position, TrainLoader
+from ..data.mixed import AnyRows, Mixture, row_plan
+from ..data.rows import RowOptions
 from ..monitoring import record as rec
 from ..run.policy import AGAIN
 from ..run.sections import WINDOW
@@ -26,7 +28,7 @@ from .comm import Comm
 from .compiling import compile_blocks, explained
 from .control import Control
 from .engine import Engine, build_engine
-from .evaluation import evaluate, token_bytes_V
+from .evaluation import evaluate, evaluate_tasks, token_bytes_V
 from .expert_parallel import spread_experts
 from .guard import StepGuard
 from .ladder import PrecisionLadder, Switch, by_autocast, native_bf16
@@ -109,6 +111,7 @@ class EnhancedConversationTrainer:
         self.overrides: list[dict[str, Any]] = []  # refusals that the user overrode; every later manifest names them
         self.sync_log: Callable[[], object] = lambda: None  # the caller's: what was emitted is on the disk afterwards
         self.train_data: Any = None
+        self.plan: AnyRows | None = None  # of the training data
         self.eval_data: Any = None
         self.schedule: Schedule | None = None
         self.configured_warmup = self.config.warmup_steps  # may be `auto`, which depends on the data
@@ -199,7 +202,7 @@ class EnhancedConversationTrainer:
         if self.progress.step:
             done = f"{self.progress.step} steps of {self.total_steps}"
             raise ValueError(f"{done} are done on other data, and schedule and order belong to it: make a new trainer")
-        self.train_data = train_data
+        self.train_data, self.plan = train_data, row_plan(train_data, RowOptions.from_config(self.config))
         self.total_steps = self._total_steps(self._loader())
         self.schedule = Schedule.from_config(
             self.config.model_copy(update={"warmup_steps": self.configured_warmup}), self.total_steps
@@ -218,6 +221,7 @@ class EnhancedConversationTrainer:
             start=Position(self.progress.epoch, self.progress.index),
             steps_done=self.progress.step,
             skip=self.recovery.skip,
+            plan=self.plan,
         )
 
     def _total_steps(self, loader: TrainLoader) -> int:
@@ -356,13 +360,21 @@ class EnhancedConversationTrainer:
     # ---- figures --------------------------------------------------------------------------------------------------------
 
     def evaluate(self, eval_dataset: Any, max_batches: int = 100) -> dict[str, float]:
-        """`loss`, `perplexity`, `bits_per_byte`, `accuracy`, `tokens` over at most `max_batches` global batches (0 = all)."""
-        store = getattr(eval_dataset, "store", eval_dataset)
+        """`loss`, `perplexity`, `bits_per_byte`, `accuracy`, `tokens` over at most `max_batches` global batches (0 = all).
+
+        A `Mixture` is evaluated task by task, each with an equal part of the batches (at least one); `loss/NAME` is its loss.
+        """
+        data = getattr(eval_dataset, "store", eval_dataset)
         if self.bytes_V is None:
             self.bytes_V = token_bytes_V(self.tokenizer, self.model.config.vocab_size)
         config = self.config.model_copy(update={"batch_size": self.progress.eval_batch or self.config.batch_size})
-        loader = EvalLoader(store, config, self.comm.rank, self.comm.world_size, self.config.batch_size, max_batches)
-        return evaluate(self.model, loader, self.comm, self.bytes_V, self.precision.context)
+        place = (self.comm.rank, self.comm.world_size, self.config.batch_size)
+        to_model = (self.comm, self.bytes_V, self.precision.context)
+        if not isinstance(data, Mixture):
+            return evaluate(self.model, EvalLoader(data, config, *place, max_batches), *to_model)
+        each = -(-max_batches // len(data.stores))
+        loaders = {name: EvalLoader(store, config, *place, each) for name, store in data.stores.items()}
+        return evaluate_tasks(self.model, loaders, *to_model)
 
     def get_memory_stats(self) -> dict[str, Any]:
         """Bytes in use: `device` (allocated, reserved, peak, total), `host` (rss, available, total), `components`."""

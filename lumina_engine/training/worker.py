@@ -23,6 +23,7 @@ import torch
 from ..config.loading import to_yaml
 from ..config.micro_batch import smaller
 from ..config.schema import Config
+from ..data.facts import facts_of, rows_of_run
 from ..data.skip_list import SkipList
 from ..monitoring import record as rec
 from ..monitoring.hardware import HardwareThread
@@ -35,6 +36,8 @@ from .comm import Comm
 from .cuda import optimize_cuda_settings
 from .memory import DoesNotFit, is_out_of_memory
 from .setup import seed_all
+
+_NAMED_FILES = 10_000  # of the training data, whose digests a checkpoint holds to name the one that changed
 
 
 class Worker:
@@ -115,10 +118,12 @@ class Worker:
         )
         self.trainer = trainer
         trainer.progress.eval_batch = configured
-        trainer.extra_state = self._log_position
+        sources = data.sources if len(data.sources) <= _NAMED_FILES else {}
+        trainer.extra_state = lambda: {**self._log_position(), "data_sources": sources}
         trainer.sync_log = sync or trainer.sync_log
         trainer.control.install_signals()
         trainer.prepare(data.train, data.eval)
+        self._tell_data()
         if self.resume:
             self._restore(data)
         self._write_resolved()
@@ -135,6 +140,13 @@ class Worker:
                 hardware.stop()
         self.manager.close()
         return summary
+
+    def _tell_data(self) -> None:
+        """What becomes of the data in rows."""
+        if self.rank == 0:
+            plan = self.trainer.plan
+            for line in facts_of(plan, rows_of_run(plan, self.trainer.config, self.trainer.comm.world_size)).lines():
+                self.emit(rec.Note(message=f"data: {line}"))
 
     def _settled(self, config: Config, comm: Comm) -> Config:
         """The micro batch of this start; what recovery chose is written down before anything can go wrong with it."""
@@ -154,6 +166,7 @@ class Worker:
 
     def _restore(self, data: Any) -> None:
         """Go on from the newest checkpoint that passes its digests; without any checkpoint the run starts at step 0."""
+        from ..data.tasks import changed_sources
         from .proof import resume_proof
         from .state import restore
 
@@ -170,10 +183,11 @@ class Worker:
         saved = loaded.global_state.get("data_fingerprint")
         changed = saved != data.train.fingerprint
         if changed and not self.accept_data_change:
+            files = changed_sources(loaded.global_state.get("data_sources") or {}, data.sources)
             raise Refused(
-                f"the training data changed since {path.name} was saved: fingerprint {str(saved)[:16]} then, "
-                f"{data.train.fingerprint[:16]} now; restore the data, start a new run, or go on with other rows in another "
-                "order by --accept-data-change, which every later checkpoint will say"
+                f"the training data changed since {path.name} was saved: {files + '; ' if files else ''}"
+                f"fingerprint {str(saved)[:16]} then, {data.train.fingerprint[:16]} now; restore the data, start a new run, or "
+                "go on with other rows in another order by --accept-data-change, which every later checkpoint will say"
             )
         self.manager.rewind(loaded.step)
         restore(self.trainer, loaded)

@@ -15,6 +15,8 @@ from textual.geometry import Region
 from textual.message import Message
 from textual.strip import Strip
 
+from lumina_engine.monitoring.task_words import task_losses
+
 from ..actions import bindings
 from ..history import METRICS
 from ..paint import Piece, line, whole
@@ -138,6 +140,8 @@ class LineChart(ChartKeys, Drawn):
         right = self._foot_note(at)
         score = evaluation(store, at.step) if options.metric == "loss" else None
         more = [f"  eval {value_text('loss', score[1])} at {whole(score[0])}"] if score is not None else []
+        if score is not None and store.task_losses and score[0] == int(store.evals.step.values[-1]):
+            more.append(f" ({task_losses(store.task_losses)})")
         for part in (self._column_text(at), *more):  # as far as there is room beside the note
             if len(text) + len(part) + len(right) <= self.inner[0] - 8 or not right:
                 text += part

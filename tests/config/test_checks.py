@@ -212,3 +212,47 @@ def test_c085_resume_findings() -> None:
         assert resume_findings(old, old.model_copy(update={name: value}), 1, 1) == []
     new.hidden_size, new.tokenizer = 256, "gpt-4"
     assert [f.keys[0] for f in resume_findings(old, new, 1, 2)] == ["hidden_size", "tokenizer", "batch_size"]
+
+
+MIX = {
+    "multi_task": True,
+    "task_data_paths": {"chat": "a.jsonl", "code": "b.jsonl"},
+    "task_weights": {"chat": 1.0, "code": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "words"),
+    [
+        (
+            {"task_weights": {"chat": 1.0, "coed": 0.5}},
+            "task_names",
+            "task_weights has the task coed, task_data_paths has not; did you mean code?",
+        ),
+        (
+            {"task_weights": {"chat": 1.0}},
+            "task_names",
+            "task_data_paths has the task code, task_weights has not; add code to task_weights",
+        ),
+        ({"task_weights": {"chat": 1.0, "code": 0.0}}, "task_weight", "task_weights.code = 0"),
+        ({"task_weights": {"chat": -1.0, "code": 1.0}}, "task_weight", "task_weights.chat = -1"),
+        ({"task_weights": {}, "task_data_paths": {}}, "no_tasks", "no task is named"),
+        ({"task_data_paths": {"chat": "a.jsonl", "code": []}}, "task_path", "task_data_paths.code names no file"),
+        ({"train_data_path": "c.jsonl"}, "task_train_path", "train_data_path is not read"),
+        ({"task_weights": {}, "task_data_paths": {f"t{n}": "x" for n in range(257)}}, "many_tasks", "257 tasks: at most 256"),
+    ],
+)
+def test_r30_tasks_are_checked_with_the_nearest_name(changes, code, words) -> None:
+    found = [f for f in check(Config(**{**MIX, **changes})) if f.severity == "error"]
+    assert code in {f.code for f in found} and any(words in f.line() for f in found)
+
+
+def test_c039_sound_tasks_give_no_finding(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text("{}")
+    assert check(Config(**MIX)) == [] == check(Config(**{**MIX, "task_weights": {}}))
+    assert check(Config(multi_task=True, task_weights={"code": 1.0})) == []
+    off = check(Config(task_weights={"code": 1.0}, task_temperature=2))
+    assert [(f.code, f.severity) for f in off] == [("tasks_off", "warning")] * 2
+    gone = [f for f in check(Config(**MIX), LAPTOP) if f.code == "no_data"]
+    assert [f.line() for f in gone] == [gone[0].line()] and "task_data_paths.code: b.jsonl: no such file" in gone[0].line()

@@ -143,6 +143,7 @@ def test_rs07_changed_data_is_refused(unbroken: tuple[Path, Path, RunDirectory])
     train(root, "changed", mine, "--resume")
     assert wait(run, 180) == 65
     assert "data changed" in (run.info().reason or "") and "--accept-data-change" in (run.info().reason or "")
+    assert f"{mine} changed" in (run.info().reason or "")
     newest = run.newest_step() or 0
     train(root, "changed", mine, "--resume", "--accept-data-change")
     assert wait(run, 180) == 0, run.log_path.read_text()[-2000:]
