@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,12 +106,20 @@ def detail_lines(figures: Mapping[str, Any], width: int) -> list[Line]:
         *([] if figures["steps"] is None else [("time", time_text(figures), "text")]),
         ("time" if figures["steps"] is None else "", figures["time"]["basis"], "dim"),
         ("compute", f"{flops_text(figures['flops_per_token'])} per token (computed)", "text"),
+        *_data_rows(figures, width),
     ]
     lines: list[Line] = memory_lines(figures, width)
     if figures["advice"]:
         lines.append((("what would make it fit:", "warn"),))
     lines += [((f"  {text}", "text"),) for text in figures["advice"]]
     return lines + [((f"{label:<{_LABEL}}", "dim"), (text, role)) for label, text, role in rows]
+
+
+def _data_rows(figures: Mapping[str, Any], width: int) -> list[tuple[str, str, str]]:
+    """What becomes of the data in rows, wrapped."""
+    told = figures.get("data", {}).get("lines", [])
+    lines = [row for text in told for row in textwrap.wrap(text, max(20, width - _LABEL))]
+    return [("data" if number == 0 else "", text, "text") for number, text in enumerate(lines)]
 
 
 def _kept(disk: Mapping[str, Any]) -> str:

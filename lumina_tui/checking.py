@@ -10,6 +10,7 @@ from lumina_engine.config.budget import budget
 from lumina_engine.config.finding import Finding
 from lumina_engine.config.machine import Machine
 from lumina_engine.config.schema import Config, ConfigError
+from lumina_engine.data.facts import look
 from lumina_engine.data.size import train_tokens
 
 from .form import INFOS, Form
@@ -27,48 +28,75 @@ class Checked:
     reason: str
 
 
-def checked(form: Form, machine: Machine | None, trial: tuple[str, str] | None = None, tokens: Tokens = (None, "")) -> Checked:
-    """Check a form, with `trial` (field, text) as if it were entered. Pure arithmetic: a few milliseconds."""
+def checked(
+    form: Form,
+    machine: Machine | None,
+    trial: tuple[str, str] | None = None,
+    tokens: Tokens = (None, ""),
+    data: Sequence[str] = (),
+) -> Checked:
+    """Check a form, with `trial` (field, text) as if it were entered. Pure arithmetic: a few milliseconds.
+
+    `data` are lines on the data that stand beside the budget.
+    """
     seen = form if trial is None else form.tried(*trial)
     findings = tuple(seen.findings(machine))
     if machine is None:
         return Checked(findings, None, "looking at this machine …")
-    figures, reason = figures_of(seen.config(), machine, tokens)
+    figures, reason = figures_of(seen.config(), machine, tokens, data)
     return Checked(findings, figures, reason)
 
 
-def figures_of(config: Config, machine: Machine, tokens: Tokens = (None, "")) -> tuple[dict[str, Any] | None, str]:
+def figures_of(
+    config: Config, machine: Machine, tokens: Tokens = (None, ""), data: Sequence[str] = ()
+) -> tuple[dict[str, Any] | None, str]:
     """The budget, or why there is none."""
     count, basis = tokens
     try:
-        return budget(config, machine, train_tokens=count, tokens_basis=basis), ""
+        return budget(config, machine, train_tokens=count, tokens_basis=basis) | {"data": {"lines": list(data)}}, ""
     except ConfigError as error:
         return None, str(error)
     except (ArithmeticError, ValueError):
         return None, "this shape has no budget: mend the errors first"
 
 
-class TokenCount:
-    """Tokens of the training data, looked up again only when the path changes. `look` reads the disk; use it in a thread."""
+class DataLook:
+    """Tokens of the training data, and what becomes of them in rows where they are prepared.
+
+    Looked up again only when a key changes that they depend on. `look` reads the disk; use it in a thread.
+    """
 
     def __init__(self) -> None:
         self._key: object = object()
-        self._found: Tokens = (None, "")
+        self._found: tuple[Tokens, list[str]] = ((None, ""), [])
 
-    def of(self, config: Config) -> Tokens | None:
-        """What is known for this data path; None: `look` was not asked yet."""
+    def of(self, config: Config) -> tuple[Tokens, list[str]] | None:
+        """What is known for these data; None: `look` was not asked yet."""
         return self._found if self._key == _key(config) else None
 
-    def look(self, config: Config) -> Tokens:
-        """Look at the files."""
-        found = train_tokens(config)
+    def look(self, config: Config) -> tuple[Tokens, list[str]]:
+        """Look at the files, and at what was prepared of them."""
+        found = train_tokens(config), data_lines(config)
         self._key, self._found = _key(config), found
         return found
 
 
-def _key(config: Config) -> tuple[str, ...]:
-    path = config.train_data_path
-    return (path,) if isinstance(path, str) else tuple(path or ())
+def data_lines(config: Config, world: int = 1) -> list[str]:
+    """Rows, padding, cuts and tasks of the prepared data, or why they are not known."""
+    facts, why = look(config, world, _READ_BYTES)
+    return [why] if facts is None else facts.lines()
+
+
+_READ_BYTES = 200_000_000  # of data for a look beside the budget
+# what the rows of a configuration depend on
+_ROWS = (
+    "train_data_path data_format tokenizer seq_length packing train_on seed data_cache_dir streaming_threshold_gb num_epochs "
+    "max_steps batch_size gradient_accumulation_steps multi_task task_weights task_data_paths task_temperature task_max_epochs"
+)
+
+
+def _key(config: Config) -> str:
+    return repr([getattr(config, name) for name in _ROWS.split()])
 
 
 def worst_by_field(findings: Sequence[Finding]) -> dict[str, Finding]:

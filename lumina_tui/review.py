@@ -14,6 +14,7 @@ from lumina_engine.config.checks import check
 from lumina_engine.config.finding import Finding, has_errors
 from lumina_engine.config.machine import Machine
 from lumina_engine.config.schema import Config
+from lumina_engine.config.task_checks import train_paths
 from lumina_engine.data import size
 from lumina_engine.data.conversation import DataError
 from lumina_engine.data.stream_open import is_streamed
@@ -21,7 +22,7 @@ from lumina_engine.run.directory import RunError, auto_name, free_space
 from lumina_engine.run.launch import free_port
 from lumina_engine.run.socket import prepare_folder, socket_folder
 
-from .checking import Tokens, figures_of
+from .checking import Tokens, data_lines, figures_of
 from .config_text import count_words
 from .form import Form
 from .preview import InForce, in_force
@@ -95,7 +96,8 @@ def review(form: Form, machine: Machine, runs_root: Path, found: Callable[[Row],
     for row in _machine_rows(machine, force, config):
         take(row)
     tokens = _data(config, take)
-    figures = None if has_errors(bad) else figures_of(config, machine, tokens)[0]
+    data = [] if has_errors(findings) else data_lines(config, force.world)
+    figures = None if has_errors(bad) else figures_of(config, machine, tokens, data)[0]
     for row in (*_fit(figures), _cache(config), _checkpoints(config), *_ports(force), _sockets()):
         take(row)
     words = [*form.arguments(), *([] if config.experiment_name != "auto" else ["--run", name])]
@@ -109,7 +111,7 @@ def _stem(form: Form) -> str:
 def fingerprint(form: Form, config: Config) -> tuple[Any, ...]:
     """Changes when values, the file or the data files change."""
     paths = [
-        *size.data_files(config.train_data_path),
+        *(path for given in train_paths(config).values() for path in size.data_files(given)),
         *size.data_files(config.eval_data_path),
         *([form.path] if form.path else []),
     ]
@@ -161,21 +163,22 @@ def _machine_rows(machine: Machine, force: InForce, config: Config) -> list[Row]
 
 def _data(config: Config, take: Callable[[Row], None]) -> Tokens:
     """Rows about the data: path, fingerprint, tokens. Gives how long one epoch is."""
+    train = train_paths(config)
     try:
-        for key in ("train_data_path", "eval_data_path"):
-            given = getattr(config, key)
+        for key, given in {**train, "eval_data_path": config.eval_data_path}.items():
             if given is not None:
                 size.check_head(given, config.data_format, key=key)
     except DataError as error:
         take(Row("fail", "data", str(error)))
         return None, ""
-    take(Row("ok", "data", _paths(config.train_data_path)))
+    for key, given in train.items():
+        take(Row("ok", f"data of {key.partition('.')[2]}" if "." in key else "data", _paths(given)))
     if config.eval_data_path is not None:
         take(Row("ok", "evaluation", _paths(config.eval_data_path)))
-    elif config.train_data_path is not None:
+    elif None not in train.values():
         text = f"{config.eval_split:.2%} held out of it" if config.eval_split else "none: nothing is held out"
         take(Row("ok", "evaluation", text))
-    amount = size.data_bytes(config.train_data_path)
+    amount = sum(size.data_bytes(given) for given in train.values())
     take(Row("wait", "fingerprint", f"reading {gb_text(amount)} …" if amount else "…"))
     try:
         digest = size.content_digest(config)
@@ -183,7 +186,8 @@ def _data(config: Config, take: Callable[[Row], None]) -> Tokens:
         take(Row("fail", "fingerprint", str(error)))
         return None, ""
     known = size.counted(config, digest)
-    basis = "names, sizes and times: it is streamed" if is_streamed(config.train_data_path, config) else "sha256 of the content"
+    streamed = any(is_streamed(given, config, key) for key, given in train.items())
+    basis = "names, sizes and times: it is streamed" if streamed else "sha256 of the content"
     take(Row("ok", "fingerprint", f"{digest[:16]} ({basis})"))
     if known is not None:
         take(Row("ok", "tokens", f"{known.tokens:,} in {known.documents:,} conversations (measured by an earlier start)"))

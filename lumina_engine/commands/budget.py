@@ -31,6 +31,7 @@ def _count(text: str) -> int:
 def run(args: argparse.Namespace) -> int:
     from ..config.budget import budget
     from ..config.checks import check
+    from ..config.resolve import world_size
     from ..config.schema import ConfigError
     from ..data.size import train_tokens
     from ..monitoring.hardware import detect
@@ -49,8 +50,10 @@ def run(args: argparse.Namespace) -> int:
         from ..run.measured import measured
 
         speed, done = measured(directory, config, machine)
-    figures = budget(config, machine, train_tokens=tokens, tokens_basis=basis, speed=speed, done=done)
-    figures["data"] = data_figures(config, figures["resolved"]["world"])
+    data = data_figures(config, world_size(config, machine))
+    if data["known"] and not args.tokens:  # full rows, as the steps count them
+        tokens, basis = -(-data["run_rows"] * data["seq_length"] // config.num_epochs), "counted in the prepared data"
+    figures = budget(config, machine, train_tokens=tokens, tokens_basis=basis, speed=speed, done=done) | {"data": data}
     if args.json:
         common.print_json(figures)
     else:

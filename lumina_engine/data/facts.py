@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..config.task_checks import train_paths
+from ..config import task_checks
 from .conversation import DataError
 from .mixed import AnyRows, MixedRows, Mixture, mixture_of, row_plan
 from .rows import RowOptions, RowPlan
 from .size import data_bytes, stored
+from .stream_open import is_streamed
 from .stream_rows import StreamRows
 from .token_store import TokenStore
 
@@ -170,11 +171,14 @@ def rows_of_run(plan: AnyRows, config: Config, world: int) -> int:
     return rows if most is None else min(rows, most)
 
 
-def look(config: Config, world: int) -> tuple[DataFacts | None, str]:
-    """The facts of the prepared data of a configuration, or why they are not known. Reads the data for its digest."""
+def look(config: Config, world: int, most: int = _READ_BYTES) -> tuple[DataFacts | None, str]:
+    """The facts of the prepared data of a configuration, or why they are not known. Reads up to `most` bytes of data."""
+    wrong = [found for found in task_checks.tasks(config) if found.severity == "error"]
+    if wrong:
+        return None, wrong[0].message
     try:
-        data = prepared(config)
-    except DataError as error:
+        data = prepared(config, most)
+    except (DataError, OSError) as error:
         return None, str(error)
     if isinstance(data, str):
         return None, data
@@ -184,7 +188,7 @@ def look(config: Config, world: int) -> tuple[DataFacts | None, str]:
     return facts_of(plan, rows_of_run(plan, config, world)), ""
 
 
-def prepared(config: Config) -> TokenStore | Mixture | str:
+def prepared(config: Config, most: int = _READ_BYTES) -> TokenStore | Mixture | str:
     """The data of a configuration as it lies in the cache, or why it is not there.
 
     Raises:
@@ -192,7 +196,10 @@ def prepared(config: Config) -> TokenStore | Mixture | str:
     """
     from .tasks import train_sources
 
-    if sum(data_bytes(value) for value in train_paths(config).values()) > _READ_BYTES:
+    given = task_checks.train_paths(config)
+    if any(value is not None and is_streamed(value, config, key) for key, value in given.items()):
+        return "unknown before the run: the data is streamed"
+    if sum(data_bytes(value) for value in given.values()) > most:
         return "unknown before the run: the data is too large to look for what was prepared of it"
     stores = {}
     for name, source in train_sources(config).items():

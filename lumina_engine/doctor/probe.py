@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.schema import Config
+from ..config.task_checks import train_paths
 from ..data.conversation import DataError
 from ..data.size import content_digest, data_bytes
 from ..run.launch import versions
@@ -26,7 +27,7 @@ def probe(order: Mapping[str, Any]) -> dict[str, Any]:
     """The answer of this machine."""
     told: dict[str, Any] = {"host": socket.gethostname(), "versions": versions(), "folder": Path(order["token"]).exists()}
     config = Config(**order["config"])
-    size = data_bytes(config.train_data_path)
+    size = sum(data_bytes(value) for value in train_paths(config).values())
     try:
         told["data"] = content_digest(config) if size <= _DIGESTED else f"{size} bytes"
     except (DataError, OSError) as error:

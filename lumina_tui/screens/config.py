@@ -13,7 +13,7 @@ from lumina_engine.config.declare import show
 from lumina_engine.config.schema import SECTIONS, Config
 
 from .. import budget_text, checking
-from ..checking import TokenCount
+from ..checking import DataLook
 from ..drafts import load_draft
 from ..form import INFOS, SECTION_TITLES, check_value
 from ..preview import command, preview_lines
@@ -43,7 +43,7 @@ class ConfigScreen(ConfigView):
         origins: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__()
-        self._tokens = TokenCount()
+        self._data = DataLook()
         self._timer: Timer | None = None
         if any(argument is not None for argument in (preset, path, config)):
             self._open(preset, path, config, origins)
@@ -110,18 +110,19 @@ class ConfigScreen(ConfigView):
             self._timer = None
         if self.form is None:
             return
-        tokens = self._tokens.of(self.form.config())
-        if tokens is None:
-            self.run_worker(self._count_tokens(self.form.config()), group="tokens", exclusive=True, exit_on_error=False)
-        self.checked = checking.checked(self.form, self.machine, trial, tokens or (None, ""))
+        known = self._data.of(self.form.config())
+        if known is None:
+            self.run_worker(self._look_at_data(self.form.config()), group="data", exclusive=True, exit_on_error=False)
+        tokens, data = known or ((None, ""), ["looking at the data …"])
+        self.checked = checking.checked(self.form, self.machine, trial, tokens, data)
         self.findings = list(self.checked.findings)
         self.finding = min(self.finding, len(self.findings) - 1)
         self._show_budget()
         self._show()
 
-    async def _count_tokens(self, config: Config) -> None:
-        """How much data there is, in a thread; the budget follows."""
-        await asyncio.to_thread(self._tokens.look, config)
+    async def _look_at_data(self, config: Config) -> None:
+        """How much data there is and what becomes of it, in a thread; the budget follows."""
+        await asyncio.to_thread(self._data.look, config)
         self._rules()
 
     def _soon(self, trial: tuple[str, str] | None = None) -> None:

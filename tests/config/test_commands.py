@@ -80,8 +80,8 @@ def test_c051_config_show(run, tmp_path) -> None:
     assert any(line.split() == ["seed", "4", "cli", "command", "line"] for line in rows.splitlines())
     assert any(line.split() == ["vocab_size", "1024", "auto"] for line in rows.splitlines())
     assert json.loads(run("config", "show", "--preset", "debug", "--deepspeed")[1])["train_batch_size"] == 8
-    with pytest.raises(ConfigError, match="not available yet"):
-        run("config", "show", "task_temperature=2")
+    with pytest.raises(ConfigError, match="no task is named"):
+        run("config", "show", "multi_task=true")
 
 
 def test_c051_config_schema(run) -> None:
