@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from ..config.curriculum import Curriculum
 from ..model.segments import DocumentLayout
-from .mixed import AnyRows, Mixture, row_plan
+from .mixed import AnyRows, MixedRows, Mixture, row_plan
 from .rows import IGNORE, RowOptions, Rows
 from .skip_list import SkipList
 from .stream import TokenStream
@@ -274,8 +274,10 @@ class TrainLoader:
     def waits(self) -> bool:
         """Whether the next step may have to wait for data that are not tokenised yet, as a stream's may: a minute and more."""
         begin = self.skip.place(self.row_number)
-        ends = (begin, min(begin + self.global_batch, self._places) - 1)
-        return not all(self.plan.ready(self.plan.row(*divmod(self.skip.row(place), self.rows_per_epoch))) for place in ends)
+        end = min(begin + self.global_batch, self._places)
+        every = isinstance(self.plan, MixedRows) and self.plan.streamed  # else the rows between lie in the windows of the ends
+        places = range(begin, end) if every else (begin, end - 1)
+        return not all(self.plan.ready(self.plan.row(*divmod(self.skip.row(place), self.rows_per_epoch))) for place in places)
 
     def __len__(self) -> int:
         """Steps from `position` to the end."""

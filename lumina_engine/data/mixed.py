@@ -88,6 +88,16 @@ class MixedRows:
         """The task of a planned row."""
         return int(np.searchsorted(self._begins, row, side="right")) - 1
 
+    def ready(self, row: int) -> bool:
+        """Whether a planned row can be built at once; else its task may have to be tokenised first."""
+        task = self.task_of(row)
+        return self.plans[task].ready(row - int(self._begins[task]))
+
+    @property
+    def streamed(self) -> bool:
+        """Whether any task is a stream."""
+        return any(isinstance(plan, StreamRows) for plan in self.plans)
+
     def members(self, row: int) -> list[int]:
         """The samples of a planned row, numbered through all tasks."""
         task = self.task_of(row)

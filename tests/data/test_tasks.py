@@ -109,6 +109,19 @@ def test_c039_every_key_of_a_mixture_changes_the_run(mixed, write, tokenizer):
     assert len(changed[-1]) < len(base)
 
 
+def test_c034_streamed_tasks_give_the_same_rows(mixed, tokenizer):
+    def loader(**changes):
+        config = mixed(num_epochs=3, eval_split=0.1, **changes)
+        return TrainLoader(open_data(config, tokenizer).train, config)
+
+    stored, streamed = loader(), loader(streaming_threshold_gb=0.0)
+    assert streamed.plan.streamed and not stored.plan.streamed
+    assert not stored.waits() and streamed.waits()
+    rows = [[(b.rows, b.input_ids_BS.sum().item()) for step in each for b in step] for each in (stored, streamed)]
+    assert rows[0] == rows[1]
+    assert facts_of(streamed.plan, 9).trained is None and facts_of(streamed.plan, 9).fill == facts_of(stored.plan, 9).fill
+
+
 def test_c039_the_realised_mix_is_told(mixed, tokenizer):
     config = mixed(num_epochs=4, task_max_epochs=3.0, packing="none")
     data = open_data(config, tokenizer)
