@@ -18,13 +18,14 @@ class Sink:
     def __init__(self, subject: Subject, mark: Any) -> None:
         import wandb
 
+        mode: Any = os.environ.get("WANDB_MODE") or "offline"
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT") or "lumina",
             id=subject.id,
             name=subject.name,
             resume="allow",
             dir=os.environ.get("WANDB_DIR") or str(subject.folder),
-            mode=os.environ.get("WANDB_MODE") or "offline",  # type: ignore[arg-type]
+            mode=mode,
             config=dict(subject.config),
             settings=wandb.Settings(console="off", silent=True, disable_git=True, save_code=False, x_disable_stats=True),
         )
