@@ -37,7 +37,6 @@ ALSO: dict[int, tuple[str, ...]] = {
     147: ("test_rs02_killed_at_ten_instants_equals_unbroken", "test_rs01_given_up_after_any_step_equals_unbroken"),
 }
 NOT: dict[int, str] = {
-    39: "several tasks: the keys are refused until the mixture is there",
     98: "adaptive learning rate: `adaptive=act` is refused until it is there",
     99: "architecture suggestions: `expert_growth=act` is refused until they are there",
     100: "nothing advises or acts by itself yet; the spike guard's decisions are in test_ft_guard.py",
