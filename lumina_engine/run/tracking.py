@@ -115,19 +115,28 @@ class Turn:
         Raises:
             RunError: the one that has it cannot be ended (another user's, or on another machine).
         """
-        for number in (signal.SIGTERM, signal.SIGKILL, None):
-            try:
-                fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except OSError:
-                owner = lock_owner(self._fd)
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            owner = self._holder()
             holder = process(owner) if owner > 0 else None
-            if holder is None or number is None:
-                continue
             # the lock is asked again: only the process that still holds it is meant
-            if lock_owner(self._fd) == holder.pid and send_signal(holder, number):
+            if holder is not None and lock_owner(self._fd) == holder.pid and send_signal(holder, number):
                 wait_gone([holder], TAKE_OVER_TIME)
+        deadline = time.monotonic() + TAKE_OVER_TIME
+        while owner := self._holder():
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.05)  # a killed process of many threads gives up its lock a little after it can be seen to be gone
+        else:
+            return
         raise RunError(f"another process follows this run for the tracker and cannot be ended (process {owner})", 65)
+
+    def _holder(self) -> int:
+        """0 once the lock is ours, else the pid that has it (negative: in another pid namespace)."""
+        try:
+            fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return lock_owner(self._fd) or -1
+        return 0
 
 
 class Follower:

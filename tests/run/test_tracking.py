@@ -138,12 +138,27 @@ def test_c149_a_run_feeds_the_trackers_of_its_configuration(runs: Runs, monkeypa
     assert "tokenizer: lumina-1k" in found.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
 
 
-def test_c149_a_follower_that_hangs_costs_the_run_nothing_and_loses_nothing(runs: Runs) -> None:
+@pytest.fixture
+def started() -> Iterator[Any]:
+    """Starts followers, and ends them with the test."""
+    found: list[Any] = []
+
+    def start(run: RunDirectory, name: str) -> Any:
+        (pid,) = tracking.start(run, [name])
+        found.append(process(pid))
+        return found[-1]
+
+    yield start
+    for follower in found:
+        if follower is not None:
+            send_signal(follower, signal.SIGKILL)
+
+
+def test_c149_a_follower_that_hangs_costs_the_run_nothing_and_loses_nothing(runs: Runs, started: Any) -> None:
     run = runs.running(steps=400)
-    (pid,) = tracking.start(run, ["tensorboard"])
+    hung = started(run, "tensorboard")
     until(lambda: tracking.status(run, "tensorboard")["step"] > 20, "the follower to deliver")
-    hung = process(pid)
-    assert hung is not None and send_signal(hung, signal.SIGSTOP)
+    assert send_signal(hung, signal.SIGSTOP)
     until(lambda: not run.alive, "the run to end")
     assert run.info().exit_code == 0 and run.info().step == 400
     assert tracking.status(run, "tensorboard")["behind_bytes"] > 0
@@ -162,19 +177,21 @@ def silent_server() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_c149_a_tracker_whose_server_is_silent_costs_the_run_nothing(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_c149_a_tracker_whose_server_is_silent_costs_the_run_nothing(
+    runs: Runs, started: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     needs("mlflow", *trackers.NEEDS["mlflow"][0])
     run = runs.running(steps=300)
     with silent_server() as address:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", address)
-        (pid,) = tracking.start(run, ["mlflow"])
+        hung = started(run, "mlflow")
         until(lambda: not run.alive, "the run to end")
-        hung = process(pid)
-        assert run.info().exit_code == 0 and hung is not None and hung.alive
+        assert run.info().exit_code == 0 and hung.alive
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert follow(run, "mlflow") == 0
     assert not hung.alive
-    assert mlflow_losses(run) == [(n, pytest.approx(1 / n)) for n in range(1, 301)]
+    logged = [(item.step, item.loss) for item in read_records(run.metrics_path) if isinstance(item, rec.Step)]
+    assert len(logged) == 300 and mlflow_losses(run) == [(step, pytest.approx(loss)) for step, loss in logged]
 
 
 def mlflow_losses(run: RunDirectory) -> list[tuple[int, float]]:
