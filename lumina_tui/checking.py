@@ -53,7 +53,8 @@ def figures_of(
     """The budget, or why there is none."""
     count, basis = tokens
     try:
-        return budget(config, machine, train_tokens=count, tokens_basis=basis) | {"data": {"lines": list(data)}}, ""
+        figures = budget(config, machine, train_tokens=count, tokens_basis=basis)
+        return figures | ({"data": {"lines": list(data)}} if data else {}), ""
     except ConfigError as error:
         return None, str(error)
     except (ArithmeticError, ValueError):

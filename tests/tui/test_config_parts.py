@@ -113,11 +113,14 @@ def test_c139_tokens_are_looked_up_once_for_a_path(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text("x" * 4000)
     form = Form.from_preset("b1")
     form.set_text("train_data_path", str(tmp_path))
-    count = checking.TokenCount()
+    count = checking.DataLook()
     assert count.of(form.config()) is None
-    assert count.look(form.config()) == (1000, "guessed from the size of the files") == count.of(form.config())
-    figures = checking.checked(form, LAPTOP, tokens=count.of(form.config())).figures
+    tokens, lines = count.look(form.config())
+    assert tokens == (1000, "guessed from the size of the files") and count.of(form.config()) == (tokens, lines)
+    assert len(lines) == 1 and lines[0].startswith("unknown until the data is prepared")
+    figures = checking.checked(form, LAPTOP, tokens=tokens, data=lines).figures
     assert figures is not None and figures["steps"] == 1 and "guessed" in figures["basis"]["steps"]
+    assert lines[0][:20] in text_of(budget_text.detail_lines(figures, 70))
     form.set_text("train_data_path", "other")
     assert count.of(form.config()) is None
 
