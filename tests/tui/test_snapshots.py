@@ -341,6 +341,8 @@ async def test_presets_config_launch(tmp_path, size, glyphs, name, monkeypatch):
             for field, value in (("batch_size", "16"), ("eval_interval", "0"), ("warmup_steps", "-5")):
                 app.screen.form.set_text(field, value)
             app.screen._rules()
+            await until(pilot, lambda: app.screen._data.of(app.screen.form.config()) is not None)
+            app.screen._rules()
             app.screen.go_to_field("warmup_steps")
         else:
             app.open_launch(config=Config(train_data_path="d.jsonl", hidden_size=128, num_layers=2, tokenizer="lumina-1k"))
