@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .place import read_place
-from .policy import HOST_LOST
+from .policy import HOST_LOST, PREEMPTED
 from .process import Process, process
 from .rank import MESSAGE_LIMIT, Command
 from .socket import HELLO_TIME, bind_socket, peer, unbind
@@ -270,7 +270,10 @@ class RankServer:
         return True
 
     def _failed(self, end: End) -> None:
-        if self.failure is None or end.code == HOST_LOST:  # a lost machine is the cause, also if others fell first
+        """The first one tells why. But a lost machine is the cause also if others fell first, and a rank that left as it was
+        told is none: its word may come before that of the one whose end it was told for."""
+        told = self.failure is not None and self.failure.code == PREEMPTED and end.code != PREEMPTED
+        if self.failure is None or told or end.code == HOST_LOST:
             self.failure = end
 
     def _greet(self, connection: socket.socket, content: dict[str, Any]) -> bool:

@@ -217,3 +217,21 @@ def test_a_lost_machine_is_the_cause_whoever_fell_first(server: Server) -> None:
     failure = until(lambda: server.ranks.failure and server.ranks.failure.code == HOST_LOST and server.ranks.failure)
     assert (failure.who, failure.reason) == ("rank 1 on node-b", "node-b is gone")
     relay.close()
+
+
+@pytest.mark.parametrize("how", ["an error", "without a word"])
+def test_ft09_a_rank_that_left_as_it_was_told_is_not_the_cause(server: Server, how: str) -> None:
+    """The word of the one that was ended may come before that of the one that it was ended for."""
+    zero = RankChannel(str(server.ranks.path), "secret", 0)
+    one = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    one.connect(str(server.ranks.path))
+    one.send(json.dumps({"op": "hello", "nonce": "secret", "rank": 1}).encode())
+    until(lambda: len(server.ranks.ranks) == 2)
+    zero.leave(75, "told to leave")
+    until(lambda: server.ranks.failure)
+    if how == "an error":
+        one.send(json.dumps({"op": "exit", "code": 1, "reason": "RuntimeError: x"}).encode())
+    else:
+        one.close()
+    failure = until(lambda: server.ranks.failure and server.ranks.failure.rank == 1 and server.ranks.failure)
+    assert failure.code == (1 if how == "an error" else None)
