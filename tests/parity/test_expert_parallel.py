@@ -163,6 +163,7 @@ def test_ft04_a_gradient_that_is_nan_on_one_rank_is_skipped_on_all(two: tuple[Pa
         assert all(tensor.isfinite().all() for tensor in weights.values()), engine
 
 
+@pytest.mark.slow
 def test_c020_four_ranks_in_two_groups_equal_all_experts_on_each(tmp_path: Path) -> None:
     """EP 2 x DP 2: gradients of experts are summed over replicas only, those of all else over all ranks; EP 4 too."""
     keys = {"batch_size": 2, "moe_top_k": 2}

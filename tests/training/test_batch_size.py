@@ -199,6 +199,7 @@ def capped(cap: int, cache: Path, *sizes: int) -> Any:
     return json.loads(lines[-1].removeprefix("FOUND ")), done.stderr
 
 
+@pytest.mark.slow
 def test_c075_the_largest_batch_under_a_memory_cap_is_found(tmp_path: Path) -> None:
     free, _ = capped(1 << 40, tmp_path / "free", 16, 32)
     need = [next(p["used"] for p in one["peaks"] if p["kind"] == "address space") for one in free]

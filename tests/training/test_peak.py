@@ -51,7 +51,9 @@ def rows(folder: Path, cases: dict[str, dict], ranks: int) -> list[dict]:
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the kernel does not reset the largest memory")
-@pytest.mark.parametrize(("ranks", "cases"), [(1, ONE), (2, TWO)], ids=["one rank", "two ranks"])
+@pytest.mark.parametrize(
+    ("ranks", "cases"), [pytest.param(1, ONE, id="one rank"), pytest.param(2, TWO, id="two ranks", marks=pytest.mark.slow)]
+)
 def test_c139_c008_c063_predicted_peak_is_within_15_percent(ranks: int, cases: dict, tmp_path: Path) -> None:
     far = []
     print(f"\n{'ranks':5}  {'case':28} {'measured':>9} {'predicted':>9}")

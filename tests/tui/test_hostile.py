@@ -94,7 +94,9 @@ def settle(terminal: Terminal, seconds: float = 15.0) -> None:
             size, since = len(terminal.raw), time.monotonic()
 
 
-@pytest.mark.parametrize("size", [(80, 24), (160, 45)], ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize(
+    "size", [pytest.param((80, 24), id="80x24"), pytest.param((160, 45), id="160x45", marks=pytest.mark.slow)]
+)
 def test_se01_se03_no_source_reaches_the_terminal_on_any_screen(tmp_path, monkeypatch, size):
     hostile_runs(tmp_path / "runs")
     hostile_files(tmp_path)
