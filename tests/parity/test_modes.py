@@ -59,21 +59,19 @@ def rest(data: Path) -> dict[str, dict[str, Any]]:
     return results(data, 1, REST) | results(data, 2, REST)
 
 
+GRID = [("found", mode) for mode in MERGE] + [("rest", mode) for mode in REST]
+
+
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("mode", MERGE, ids=lambda mode: mode.name)
+@pytest.mark.parametrize(
+    ("part", "mode"),
+    [pytest.param(*row, id=row[1].name, marks=[pytest.mark.slow] if row[0] == "rest" else []) for row in GRID],
+)
 def test_c054_losses_equal_plain_pytorch(
-    mode: Mode, found: dict[str, dict[str, Any]], reference: dict[int, list[float]]
+    part: str, mode: Mode, reference: dict[int, list[float]], request: pytest.FixtureRequest
 ) -> None:
-    assert worst(found[mode.name]["losses"], reference[mode.accumulation]) <= BOUNDS[mode.precision]
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("mode", REST, ids=lambda mode: mode.name)
-def test_c054_the_other_half_of_the_grid_too(
-    mode: Mode, rest: dict[str, dict[str, Any]], reference: dict[int, list[float]]
-) -> None:
-    assert worst(rest[mode.name]["losses"], reference[mode.accumulation]) <= BOUNDS[mode.precision]
+    losses = request.getfixturevalue(part)[mode.name]["losses"]
+    assert worst(losses, reference[mode.accumulation]) <= BOUNDS[mode.precision]
 
 
 @pytest.mark.slow
