@@ -18,6 +18,7 @@ import json
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,6 +89,9 @@ class TokenStream:
         self.counted: list[Counted] = []
         self.eval: TokenStore | None = None
         self._plans: dict[RowOptions, StreamRows] = {}
+        self._building = [
+            threading.Lock() for _ in windows
+        ]  # a lock on a file keeps other processes out, not threads of this one
 
     @property
     def part(self) -> str:
@@ -207,7 +211,7 @@ class TokenStream:
     def window(self, number: int, progress: Progress | None = None, workers: int | None = None) -> TokenStore:
         """The store of a window, tokenised if it is not there. Raises `DataError`, also where it is not what was counted."""
         target = self.path / f"window-{number:06d}"
-        with locked(self.path, target.name):
+        with self._building[number], locked(self.path, target.name):
             store = open_verified(target)
             if store is None:
                 self._evict(keep=target)

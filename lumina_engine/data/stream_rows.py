@@ -106,7 +106,8 @@ class StreamRows:
 
     def build(self, rows: np.ndarray | list[int]) -> Rows:
         """The planned rows as arrays; -1 stands for a row of padding only. Opens their windows, and the next one beside."""
-        idle = next(reversed(self._open), 0)
+        with self._lock:
+            idle = next(reversed(self._open), 0)
         rows = np.asarray(rows, dtype=np.int64)
         built = joined_rows(rows, self._begins, self._build, self.options, self.weighted, idle)
         self._open_next()
@@ -128,8 +129,9 @@ class StreamRows:
             mine = future is None
             future = future or Future()
             self._open[window] = future
-            while len(self._open) > IN_USE:
-                del self._open[next(iter(self._open))]
+            for old in list(self._open)[: max(0, len(self._open) - IN_USE)]:
+                if self._open[old].done():  # one that is being opened stays: who asks for it again waits for the same one
+                    del self._open[old]
         if mine:
             try:
                 future.set_result(RowPlan(self.stream.window(window), self.options))

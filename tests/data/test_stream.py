@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
@@ -176,6 +179,53 @@ def test_c034_room_on_the_disk_is_bounded_and_changes_nothing(write, settings, t
         most = max(most, len(on_disk(stream)))
     assert all_same(seen, reference)
     assert most <= IN_USE + 1 if threshold == 0 else most == len(stream.windows)  # two may come at once
+
+
+def test_c034_two_threads_that_want_the_same_window_tokenise_it_once(write, settings, tokenizer, monkeypatch):
+    """Both share a process, which the lock on a file does not notice."""
+    stream = opened(write("x.jsonl", [talk(n) for n in range(200)]), settings(streaming_threshold_gb=0.0), tokenizer)
+    shutil.rmtree(stream.path / "window-000000", ignore_errors=True)
+    first, second = threading.Event(), threading.Event()
+    real = streams.TokenStream._tokenise
+
+    def tokenise(self, *rest):
+        (second if first.is_set() else first).set()
+        second.wait(0.5)  # time for the other thread to come in, where nothing holds it
+        return real(self, *rest)
+
+    monkeypatch.setattr(streams.TokenStream, "_tokenise", tokenise)
+    with ThreadPoolExecutor(2) as threads:
+        one = threads.submit(stream.window, 0)
+        assert first.wait(30)
+        other = threads.submit(stream.window, 0)
+        assert one.result(60).fingerprint == other.result(60).fingerprint == stream.counted[0].fingerprint
+    assert not second.is_set()
+
+
+def test_c034_a_window_that_is_being_opened_is_not_forgotten(write, settings, tokenizer, monkeypatch):
+    """However many others are asked for meanwhile: who asks for it again waits for the one that comes."""
+    stream = opened(write("x.jsonl", [talk(n) for n in range(200)]), settings(), tokenizer)
+    rows = stream.count(RowOptions(64))
+    begun, go, asked = threading.Event(), threading.Event(), Counter()
+    real = streams.TokenStream.window
+
+    def window(self, number, *rest):
+        asked[number] += 1
+        if number == 0:
+            begun.set()
+            assert go.wait(60)
+        return real(self, number, *rest)
+
+    monkeypatch.setattr(streams.TokenStream, "window", window)
+    with ThreadPoolExecutor(2) as threads:
+        one = threads.submit(rows._plan, 0)
+        assert begun.wait(30)
+        for number in range(1, IN_USE + 2):
+            rows._plan(number)
+        other = threads.submit(rows._plan, 0)
+        go.set()
+        assert one.result(60) is other.result(60)
+    assert asked[0] == 1
 
 
 def test_rs07_a_window_that_comes_out_otherwise_is_refused_by_its_files(write, settings, tokenizer):
