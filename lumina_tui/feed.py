@@ -10,28 +10,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from lumina_engine.monitoring import record as rec
-from lumina_engine.monitoring.log import LogReader, sampled_records
+from lumina_engine.monitoring.log import LogReader
 from lumina_engine.run.directory import RunDirectory, RunError
 from lumina_engine.run.output import last_lines
 
-from . import columns, stretches
+from . import columns
 from .badge import Badge, Mode, badge_of
+from .long_log import SLICE, length_of, preview, read_whole
 from .ranks import Beat, Ranks, beats
 from .requests import Phase, Request
 from .series import RunStore
 
 PROTO = 1
-SLICE = 1 << 20  # bytes of the file decoded at once
-BATCH = 10_000  # records of a long log that are taken into columns together
 READ = 1 << 16  # bytes taken from the socket at once
 GATHER_S = 0.05  # for which records wait for others, so that they are taken together
 POLL_S = 1.0  # of the file, without a connection
@@ -133,7 +130,7 @@ class Feed:
     async def _open(self) -> None:
         """The first reading. A long log comes from its column cache; without one a preview stands in for it meanwhile."""
         try:
-            length = await asyncio.to_thread(_length, self.reader)
+            length = await asyncio.to_thread(length_of, self.reader)
             if length >= columns.LEAST and not await self._from_cache():
                 await self._from_scratch()
         except OSError as error:  # what was read so far is not the whole: the next look begins again
@@ -156,49 +153,15 @@ class Feed:
 
     async def _from_scratch(self) -> None:
         """Show a preview, read all of the log in a thread, then show that."""
-        self.store.become(await asyncio.to_thread(_preview, self.reader.path))
+        self.store.become(await asyncio.to_thread(preview, self.reader.path))
         self.shown.set()
-        self.store.become(await asyncio.to_thread(self._read_all, RunStore()))
+        self.store.become(await asyncio.to_thread(read_whole, self.reader, self._told, self.together))
+        self._restarts = self.reader.restarts
 
-    def _read_all(self, store: RunStore) -> RunStore:
-        """Runs in a thread, with a store that nobody else sees."""
-        length = _length(self.reader)
-        self._read_together(store, length)
-        waiting: list[rec.Record] = []
-        while not self._closed and (records := self.reader.read_new(SLICE)):
-            if self.reader.restarts != self._restarts:
-                self._restarts, store, waiting = self.reader.restarts, RunStore(), []
-            waiting += records
-            if len(waiting) > BATCH:
-                store.apply(waiting)
-                waiting = []
-                store.steps.reserve(round(1.02 * len(store.steps) * length / self.reader.offset))
-            self.progress = min(1.0, self.reader.offset / max(1, length))
-        store.apply(waiting)
-        for pyramid in store.steps.metrics.values():
-            pyramid.build()
-        return store
-
-    def _read_together(self, store: RunStore, length: int) -> None:
-        """Take what other cores can read of a log in its whole lines up to `length`; the rest is left to read plainly."""
-        count = stretches.processes(self.together)
-        if count < 2 or length < stretches.LEAST:
-            return
-        with contextlib.suppress(OSError), self.reader.path.open("rb", buffering=0) as file:
-            self.reader.begin(file.fileno())
-            with contextlib.closing(stretches.read(file.fileno(), length, count)) as reading:
-                for found in reading:
-                    if self._closed:
-                        return
-                    self._take_stretch(store, file.fileno(), found)
-                    store.steps.reserve(round(1.02 * len(store.steps) * length / self.reader.offset))
-                    self.progress = self.reader.offset / length
-
-    def _take_stretch(self, store: RunStore, descriptor: int, found: stretches.Read | stretches.Stretch) -> None:
-        head = found if isinstance(found, stretches.Stretch) else found.head
-        if isinstance(found, stretches.Stretch) or not store.apply_stretch(found):
-            store.apply(self.reader.take(os.pread(descriptor, head.end - head.start, head.start)))
-        self.reader.offset = head.end
+    def _told(self, share: float) -> bool:
+        """How far the first reading is. Whether it shall go on."""
+        self.progress = share
+        return not self._closed
 
     async def _read_file(self, upto: int | None = None) -> None:
         """Take everything the file has now, in slices, yielding between them."""
@@ -225,7 +188,7 @@ class Feed:
 
     def _slice(self, sized: bool) -> tuple[list[rec.Record], int]:
         """New records, and the length of the log if it is asked for (else 0). Runs in a thread: a network disk may be slow."""
-        return self.reader.read_new(SLICE), _length(self.reader) if sized else 0
+        return self.reader.read_new(SLICE), length_of(self.reader) if sized else 0
 
     def _keep(self, grown: int) -> None:
         """Write the column cache in a thread if the log is long and has `grown` since, unless that is being done."""
@@ -502,17 +465,3 @@ class Feed:
     def badge(self) -> Badge:
         """The state of the feed in a few words."""
         return badge_of(self)
-
-
-def _preview(path: Path) -> RunStore:
-    """A store made of some lines of a log."""
-    store = RunStore(preview=True)
-    store.apply(sampled_records(path))
-    return store
-
-
-def _length(reader: LogReader) -> int:
-    try:
-        return reader.path.stat().st_size
-    except OSError:
-        return 0

@@ -70,8 +70,8 @@ async def test_c133_file_then_live_gives_every_record_once(tmp_path):
 async def test_mx05_no_file_is_asked_for_its_length_on_the_event_loop(tmp_path, monkeypatch):
     """A disk of the network may take its time: keys are answered meanwhile."""
     asked: list[threading.Thread] = []
-    real = feeds._length
-    monkeypatch.setattr(feeds, "_length", lambda reader: (asked.append(threading.current_thread()), real(reader))[1])
+    real = feeds.length_of
+    monkeypatch.setattr(feeds, "length_of", lambda reader: (asked.append(threading.current_thread()), real(reader))[1])
     async with FakeEngine(tmp_path) as engine:
         engine.steps(40)
         async with attached(engine) as feed:

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from lumina_engine.monitoring import record as rec
-from lumina_engine.monitoring.log import MAX_LINE, MetricLog, whole_length
+from lumina_engine.monitoring.log import MAX_LINE, LogReader, MetricLog, whole_length
 from lumina_engine.run.directory import RunDirectory
 from lumina_tui import stretches
-from lumina_tui.feed import Feed
+from lumina_tui.long_log import Told, read_whole
 from lumina_tui.series import RunStore
 
 from .test_columns import EVENTS, content, long_run, records_of, row
@@ -33,17 +33,19 @@ def here(descriptor: int, *numbers: int) -> Iterator[IO[bytes]]:
         yield out
 
 
-def plain(run: RunDirectory) -> tuple[RunStore, Feed]:
-    feed = Feed(run)
+def plain(run: RunDirectory) -> tuple[RunStore, LogReader]:
+    reader = LogReader(run.metrics_path)
     store = RunStore()
-    while records := feed.reader.read_new():
+    while records := reader.read_new():
         store.apply(records)
-    return store, feed
+    return store, reader
 
 
-def together(run: RunDirectory, count: int, size: int, taken: list[bool] | None = None) -> tuple[RunStore, Feed]:
+def together(
+    run: RunDirectory, count: int, size: int, taken: list[bool] | None = None, told: Told = lambda share: 0 <= share <= 1
+) -> tuple[RunStore, LogReader]:
     """As a feed reads a log that is long. `taken` gets of each stretch whether its columns were used."""
-    feed = Feed(run)
+    reader = LogReader(run.metrics_path)
     original = RunStore.apply_stretch
 
     def noted(store: RunStore, stretch: stretches.Read) -> bool:
@@ -57,12 +59,12 @@ def together(run: RunDirectory, count: int, size: int, taken: list[bool] | None 
         patch.setattr(stretches, "processes", lambda logs: count)
         patch.setattr(stretches, "LEAST", 0)
         patch.setattr(stretches.read, "__defaults__", (size,))
-        return feed._read_all(RunStore()), feed
+        return read_whole(reader, told), reader
 
 
-def equal(one: tuple[RunStore, Feed], other: tuple[RunStore, Feed]) -> None:
+def equal(one: tuple[RunStore, LogReader], other: tuple[RunStore, LogReader]) -> None:
     np.testing.assert_equal(content(one[0]), content(other[0]))
-    assert (one[1].reader.offset, one[1].reader.errors) == (other[1].reader.offset, other[1].reader.errors)
+    assert (one[1].offset, one[1].errors) == (other[1].offset, other[1].errors)
 
 
 GARBAGE = st.sampled_from(
@@ -142,7 +144,7 @@ def test_a_line_without_end_does_not_end_the_reading(tmp_path, line):
     engine.run.metrics_path.write_bytes(data[:cut] + line + b"\n" + data[cut:])
     got = together(engine.run, 2, 1 << 16)
     equal(got, plain(engine.run))
-    assert got[1].reader.errors == [(cut, cut + len(line) + 1)]
+    assert got[1].errors == [(cut, cut + len(line) + 1)]
 
 
 @pytest.mark.parametrize("gone", ["at once", "half way"])
@@ -203,39 +205,29 @@ def test_modules_of_the_working_folder_are_not_run_and_an_unbuffered_python_give
     assert sum(used) > 8 and not (tmp_path / "ran").exists()
 
 
-def test_a_feed_that_is_closed_ends_the_processes(tmp_path, monkeypatch):
+def test_a_reading_that_is_given_up_ends_the_processes(tmp_path, monkeypatch):
     engine = long_run(tmp_path)
     monkeypatch.setattr(stretches, "processes", lambda logs: 2)
     monkeypatch.setattr(stretches, "LEAST", 0)
     monkeypatch.setattr(stretches.read, "__defaults__", (1 << 14,))
-    feed = Feed(engine.run)
-    original = Feed._take_stretch
-
-    def closing(self: Feed, *given: object) -> None:
-        original(self, *given)  # type: ignore[arg-type]
-        self._closed = True
-
-    monkeypatch.setattr(Feed, "_take_stretch", closing)
     before = set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split())
-    feed._read_together(RunStore(), whole_length(engine.run.metrics_path))
-    assert 0 < feed.reader.offset < whole_length(engine.run.metrics_path)
+    reader = LogReader(engine.run.metrics_path)
+    store = read_whole(reader, lambda share: False)
+    assert 0 < reader.offset < whole_length(engine.run.metrics_path) and len(store.steps) > 0
     assert set(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()) <= before
 
 
-def test_a_log_that_is_replaced_meanwhile_is_read_anew(tmp_path, monkeypatch):
+def test_a_log_that_is_replaced_meanwhile_is_read_anew(tmp_path):
     engine, other = long_run(tmp_path), long_run(tmp_path, steps=1000, name="other")
-    original = Feed._take_stretch
 
-    def replacing(self: Feed, *given: object) -> None:
-        original(self, *given)  # type: ignore[arg-type]
+    def replacing(share: float) -> bool:
         if other.run.metrics_path.exists():
             other.run.metrics_path.replace(engine.run.metrics_path)
+        return True
 
-    monkeypatch.setattr(Feed, "_take_stretch", replacing)
-    got = together(engine.run, 2, 1 << 14)
-    monkeypatch.undo()
-    assert got[0].step == 1000 and got[1].reader.restarts == 1
-    np.testing.assert_equal(content(got[0]), content(plain(engine.run)[0]))
+    store, reader = together(engine.run, 2, 1 << 14, told=replacing)
+    assert store.step == 1000 and reader.restarts == 1
+    np.testing.assert_equal(content(store), content(plain(engine.run)[0]))
 
 
 def test_processes_are_shared_by_the_logs_that_are_opened_together(monkeypatch):
