@@ -9,6 +9,7 @@ import os
 import struct
 import time
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from lumina_engine.run.directory import RunDirectory
 from lumina_tui import columns
 from lumina_tui.feed import Feed, Mode
 from lumina_tui.history import History
+from lumina_tui.long_log import read_whole
 from lumina_tui.routing import RoutingHistory
 from lumina_tui.series import RunStore
 
@@ -173,14 +175,14 @@ async def test_a_feed_that_may_not_write_uses_a_cache_but_makes_none(tmp_path, s
 async def test_c133_a_preview_stands_in_until_all_is_read(tmp_path, small_caches, monkeypatch):
     """It is labelled, and replaced in the same store, so that charts keep their zoom and crosshair."""
     seen = []
-    original = Feed._read_all
 
-    def slow(self: Feed, store: RunStore) -> RunStore:
-        assert self.shown.is_set() and not self.opened.is_set()
-        seen.append((self.store.preview, len(self.store.steps), self.store.total_steps, self.store.step, self.mode))
-        return original(self, store)
+    def slow(reader: LogReader, told: MethodType, together: int) -> RunStore:
+        feed, store = told.__self__, told.__self__.store
+        assert feed.shown.is_set() and not feed.opened.is_set()
+        seen.append((store.preview, len(store.steps), store.total_steps, store.step, feed.mode))
+        return read_whole(reader, told, together)
 
-    monkeypatch.setattr(Feed, "_read_all", slow)
+    monkeypatch.setattr("lumina_tui.feed.read_whole", slow)
     async with long_run(tmp_path, 20_000) as engine:
         engine.emit(rec.Run(state="running", total_steps=20_000))
         async with attached(engine) as feed:
@@ -193,16 +195,15 @@ async def test_c133_a_preview_stands_in_until_all_is_read(tmp_path, small_caches
 
 
 async def test_rs10_a_rewind_while_the_preview_is_shown(tmp_path, small_caches, monkeypatch):
-    original = Feed._read_all
     async with long_run(tmp_path) as engine:
 
-        def slow(self: Feed, store: RunStore) -> RunStore:
+        def slow(*given: Any) -> RunStore:
             engine.emit(rec.Rewind(to_step=1000, reason="resumed"))
             engine.step_number = 1000
             engine.steps(20)
-            return original(self, store)
+            return read_whole(*given)
 
-        monkeypatch.setattr(Feed, "_read_all", slow)
+        monkeypatch.setattr("lumina_tui.feed.read_whole", slow)
         async with attached(engine) as feed:
             await wait(lambda: feed.mode is Mode.LIVE)
             assert feed.store.step == 1020 and len(feed.store.tails) == 1
@@ -343,7 +344,7 @@ def read_all(run: RunDirectory) -> list[rec.Record]:
 
 async def test_closing_while_a_log_is_read_leaves_at_once(tmp_path, small_caches, monkeypatch):
     engine = long_run(tmp_path, 4000)
-    monkeypatch.setattr("lumina_tui.feed.SLICE", 1 << 16)
+    monkeypatch.setattr("lumina_tui.long_log.SLICE", 1 << 16)
     feed = Feed(RunDirectory(engine.run.path))
     feed.start()
     await wait(lambda: feed.progress > 0)
