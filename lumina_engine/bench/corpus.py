@@ -19,6 +19,7 @@ import msgspec
 from ..monitoring import record as rec
 
 COLUMNS = {"loss": 4, "grad_norm": 4, "lr": 6, "step_time": 3, "data_time": 3}  # field -> significant digits
+RARE = ("repeats", "frozen")
 SAME = ("batch", "seq_length")  # the same in every step of a run
 
 
@@ -52,6 +53,7 @@ class Recorded:
         self.steps = {name: [_short(getattr(record, name), digits) for record in steps] for name, digits in COLUMNS.items()}
         self.steps |= {"first": steps[0].step, "skipped": [i for i, record in enumerate(steps) if record.skipped]}
         self.steps |= {name: getattr(steps[0], name) for name in SAME}
+        self.steps["rare"] = {str(i): rare for i, record in enumerate(steps) if (rare := _rare(record))}
         number = 0
         for record in found:
             number += isinstance(record, rec.Step)
@@ -74,6 +76,7 @@ class Recorded:
                 shape = {name: self.steps[name] for name in SAME}
                 step = self.steps["first"] + number - 1
                 skipped = number - 1 in self.steps["skipped"]
+                values |= self.steps.get("rare", {}).get(str(number - 1), {})
                 yield rec.Step(seq=seq, t=clock, inc=1, step=step, skipped=skipped, **shape, **values)
             while waiting and waiting[0]["after"] == number:
                 content = {key: value for key, value in waiting.pop(0).items() if key != "after"}
@@ -104,6 +107,11 @@ def read(path: Path) -> list[Recorded]:
 def write(path: Path, runs: list[Recorded]) -> None:
     """Write a corpus file."""
     path.write_bytes(lzma.compress(msgspec.json.encode(runs), preset=9 | lzma.PRESET_EXTREME))
+
+
+def _rare(record: rec.Step) -> dict[str, Any]:
+    """The fields that few steps have."""
+    return {name: value for name in RARE if (value := getattr(record, name))}
 
 
 def _short(value: float | None, digits: int) -> Any:

@@ -71,6 +71,8 @@ class Step(_Record, tag="step"):
     forward_time: float | None = None
     backward_time: float | None = None
     optimizer_time: float | None = None
+    repeats: Int64 | None = None  # an earlier step of this epoch that had exactly these tokens (of rank 0)
+    frozen: list[str] = []  # parts of the model in which nothing changed over the last 32 steps, while others did
 
 
 class Eval(_Record, tag="eval"):

@@ -21,7 +21,7 @@ class StepFigures:
     """The numbers of one step. Times are seconds; `rows` and `samples` are this rank's, `totals` those of the global batch.
 
     `samples` counts whole rows of the data, of which a curriculum makes several shorter `rows`. `scale` is the loss scale that
-    the step had.
+    the step had. `repeats` is the step of this epoch whose tokens this rank had once more.
     """
 
     step: int
@@ -38,6 +38,7 @@ class StepFigures:
     seconds: float
     data_time: float
     times: dict[str, float | None]
+    repeats: int | None
 
     @property
     def finite(self) -> bool:
@@ -56,11 +57,12 @@ def figures(
     begin: float,
     data_time: float,
     times: dict[str, float | None],
+    repeats: int | None,
 ) -> StepFigures:
     """The figures of a step that began at `begin` (`time.perf_counter`) and ends now."""
     rows, length = sum(b.input_ids_BS.shape[0] for b in batches), batches[0].input_ids_BS.shape[1]
     samples, seconds = sum(len(b.rows) for b in batches), time.perf_counter() - begin
-    return StepFigures(step, lr, *losses, totals, rows, samples, length, result, scale, seconds, data_time, times)
+    return StepFigures(step, lr, *losses, totals, rows, samples, length, result, scale, seconds, data_time, times, repeats)
 
 
 def count(progress: Progress, done: StepFigures, world: int) -> None:
@@ -74,8 +76,8 @@ def count(progress: Progress, done: StepFigures, world: int) -> None:
         progress.nonfinite_in_row = 0 if done.finite else progress.nonfinite_in_row + 1
 
 
-def step_record(done: StepFigures, progress: Progress, utilisation: Utilisation, world: int) -> rec.Step:
-    """The record of a step that has been counted."""
+def step_record(done: StepFigures, progress: Progress, utilisation: Utilisation, world: int, frozen: list[str]) -> rec.Step:
+    """The record of a step that has been counted; `frozen` are the parts of the model that stood still."""
     tokens_per_s = done.totals.tokens / done.seconds
     return rec.Step(
         step=done.step,
@@ -96,6 +98,8 @@ def step_record(done: StepFigures, progress: Progress, utilisation: Utilisation,
         forward_time=done.times["forward"],
         backward_time=done.times["backward"],
         optimizer_time=done.times["optimizer"],
+        repeats=done.repeats,
+        frozen=frozen,
     )
 
 

@@ -42,6 +42,7 @@ from .routing import RoutingWindow
 from .saves import Saves
 from .schedule import Schedule
 from .setup import deepspeed_config, emitter, placed, resolved_for_training, splits_weights, warn_unsupervised
+from .signs import Movement, Repeats
 from .step_clock import StepClock, Utilisation
 from .step_record import StepFigures, count, figures, hopeless, note_scale, step_record, tell_not_finite, tell_spike
 
@@ -107,6 +108,8 @@ class EnhancedConversationTrainer:
         self.switch: Switch | None = None  # of precision, to be made at the next boundary
         self.guard = StepGuard(self.config)
         self.recovery = Recovery()
+        self.repeats = Repeats()
+        self.movement: Movement | None = None  # of the weights, while there is a loop
         self.trouble: Trouble | None = None  # that makes the run go back at the next boundary
         self.overrides: list[dict[str, Any]] = []  # refusals that the user overrode; every later manifest names them
         self.sync_log: Callable[[], object] = lambda: None  # the caller's: what was emitted is on the disk afterwards
@@ -231,13 +234,17 @@ class EnhancedConversationTrainer:
     def _loop(self, loader: TrainLoader) -> None:
         """Train from here to the last step, or to a rollback."""
         self.boundary.begin()
+        self.repeats.forget()
+        self.movement = Movement(self.model, self.progress.step)
         steps = iter(loader)
         while self.progress.step < self.total_steps:
             begin = time.perf_counter()
             self.section(WINDOW if loader.waits() else "data", self.progress.step + 1)
             self.at_boundary = False
             self.step_rng = torch_rng()
-            micro_batches = [batch.to(self.comm.device) for batch in next(steps)]
+            batches = next(steps)
+            self.repeats.take(batches, self.progress.epoch, self.progress.step + 1)
+            micro_batches = [batch.to(self.comm.device) for batch in batches]
             data_time = time.perf_counter() - begin
             self._step(micro_batches, begin, data_time)
             self.progress.epoch, self.progress.index = loader.position.epoch, loader.position.index
@@ -284,7 +291,9 @@ class EnhancedConversationTrainer:
         if result.applied and self.window is not None and cfg.router_bias_rate > 0:
             self.model.update_router_bias(objective.counts_LE, cfg.router_bias_rate)
         losses = (loss_value, balance, z) if self.window is not None else (loss_value, None, None)
-        done = figures(step, lr, losses, micro_batches, totals, result, scale, begin, data_time, self.clock.times())
+        done = figures(
+            step, lr, losses, micro_batches, totals, result, scale, begin, data_time, self.clock.times(), self.repeats.found
+        )
         self._note(done)
 
     def _note(self, done: StepFigures) -> None:
@@ -294,7 +303,8 @@ class EnhancedConversationTrainer:
         count(self.progress, done, self.comm.world_size)
         self.last_loss = done.loss
         if step % self.config.log_interval == 0 or not result.applied:
-            self.emit(step_record(done, self.progress, self.utilisation, self.comm.world_size))
+            frozen = self.movement.look(step) if self.movement is not None else []
+            self.emit(step_record(done, self.progress, self.utilisation, self.comm.world_size, frozen))
         tell_not_finite(self.emit, done)
         self.trouble = tell_spike(self.emit, self.guard, done)
         in_row = self.progress.nonfinite_in_row

@@ -6,6 +6,7 @@ Each says in its docstring what it looks at, from how many values on, and at whi
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator
 from itertools import pairwise
 from statistics import median
@@ -194,6 +195,58 @@ class Overfitting(Detector):
             words = f"step {seen.step}: {up}, training loss down"
             advice = "stop early (early_stopping_patience=3), train on more data, or set dropout=0.1"
             yield Sign("overfitting", True, "warning", words, advice)
+
+
+class RepeatedData(Detector):
+    """4 of the last 8 batches had exactly the tokens of an earlier one of their epoch. Closed after 8 that had not."""
+
+    codes = ("repeated_data",)
+    types = (rec.Step,)
+
+    def __init__(self) -> None:
+        self._again: deque[bool] = deque(maxlen=8)
+
+    def look(self, seen: Windows) -> Iterator[Sign]:
+        assert seen.last is not None
+        before = seen.last.repeats
+        self._again.append(before is not None)
+        if sum(self._again) >= 4 and before is not None:
+            words = (
+                f"step {seen.step}: its tokens are exactly those of step {before}, {sum(self._again)} of 8 batches come again"
+            )
+            advice = (
+                "look for repeats with `lumina-engine data report`; a stream or loader that gives the same again is a defect"
+            )
+            yield Sign("repeated_data", True, "warning", words, advice)
+        elif not any(self._again):
+            yield Sign("repeated_data", False)
+
+
+class FrozenLayer(Detector):
+    """A part of the model in which no weight changed over two looks of the trainer (32 steps each), while others did.
+
+    Closed 64 steps after the last such look.
+    """
+
+    codes = ("frozen_layer",)
+    types = (rec.Step,)
+
+    def __init__(self) -> None:
+        self._before: frozenset[str] = frozenset()
+        self._at = 0
+
+    def look(self, seen: Windows) -> Iterator[Sign]:
+        assert seen.last is not None
+        if seen.last.frozen:
+            still, self._at = frozenset(seen.last.frozen), seen.step
+            found, self._before = sorted(still & self._before), still
+            if found:
+                words = f"step {seen.step}: no weight of {', '.join(found)} has changed in the last steps, others have"
+                advice = "in 16 bit small updates are lost: precision=mixed_bf16; else go back to a checkpoint from before"
+                yield Sign("frozen_layer", True, "warning", words, advice)
+        elif seen.step > self._at + 64:
+            self._before = frozenset()
+            yield Sign("frozen_layer", False)
 
 
 def _lower_rate(seen: Windows) -> str:

@@ -31,6 +31,8 @@ def detectors() -> list[Detector]:
         optimisation.GradientTail(),
         optimisation.Plateau(),
         optimisation.Overfitting(),
+        optimisation.RepeatedData(),
+        optimisation.FrozenLayer(),
         system.Throughput(),
         system.LoaderWait(),
         system.Memory(),

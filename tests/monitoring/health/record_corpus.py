@@ -1,6 +1,6 @@
 """Records the calibration corpus anew, into the files beside it.
 
-`python -m tests.monitoring.health.record_corpus PART`: `healthy 0`, `healthy 1`, `faults 0`, `faults 1`, `whole SEED=LOG…`.
+`python -m tests.monitoring.health.record_corpus PART`: `healthy 0`, `healthy 1`, `faults`, `signs`, `whole SEED=LOG…`.
 Real runs of the real trainer on CPU in this process, some milliseconds a step; `whole` takes logs of the debug preset. Times
 are wall clock: let nothing else run meanwhile. It takes a few minutes.
 """
@@ -11,7 +11,7 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,45 @@ def broken(tiny: Tiny, first: int) -> None:
     at_step(tiny, first, change)
 
 
+def frozen(tiny: Tiny, first: int) -> None:
+    """The first block keeps the weights that it has, as with an optimizer that lost its parameters."""
+    weights = list(tiny.trainer.model.blocks[0].parameters())
+    inner = tiny.trainer.engine.step
+
+    def step(*args: Any) -> Any:
+        before = [weight.detach().clone() for weight in weights]
+        result = inner(*args)
+        if tiny.trainer.progress.step + 1 >= first:
+            with torch.no_grad():
+                for weight, old in zip(weights, before, strict=True):
+                    weight.copy_(old)
+        return result
+
+    tiny.trainer.engine.step = step  # type: ignore[method-assign]
+
+
+class Stuck:
+    """A loader that gives two batches again and again from a step on."""
+
+    def __init__(self, loader: Any, first: int) -> None:
+        self.loader, self.first = loader, first
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loader, name)
+
+    def __iter__(self) -> Iterator[Any]:
+        last: list[Any] = []
+        for number, batches in enumerate(self.loader, 1):
+            if number < self.first:
+                last = [*last[-1:], batches]
+            yield batches if number < self.first else last[number % 2]
+
+
+def stuck(tiny: Tiny, first: int) -> None:
+    loader = tiny.trainer._loader
+    tiny.trainer._loader = lambda: Stuck(loader(), first)  # type: ignore[assignment, return-value]
+
+
 def slow(tiny: Tiny, first: int) -> None:
     pause(tiny, first, "forward", 4)
 
@@ -198,19 +237,27 @@ FAULTS: dict[str, tuple[Inject, list[str], list[str]]] = {
     "broken weights": (broken, ["divergence", "routing_collapse"], ["loss_spike", "gradient_tail", *ROUTING]),
     "slow rank": (slow, [], ["throughput_drop"]),
     "slow loader": (waiting, [], ["loader_wait", "throughput_drop"]),
+    "frozen layer": (frozen, [], ["frozen_layer"]),
+    "data come again": (stuck, [], ["repeated_data"]),
 }
 
 
-def faults(part: int) -> list[Recorded]:
-    """Runs of every second fault, from the first (0) or the second (1) on."""
-    runs = []
+SIGNS = {"frozen layer", "data come again"}  # whose tell-tales are no times
+
+
+def faults(names: Collection[str]) -> list[Recorded]:
+    """Runs of these faults."""
+    runs: list[Recorded] = []
     with tempfile.TemporaryDirectory() as folder:
-        for place, (fault, (inject, critical, warning)) in list(enumerate(FAULTS.items()))[part::2]:
+        for place, (fault, (inject, critical, warning)) in enumerate(FAULTS.items()):
+            if fault not in names:
+                continue
             late, shapes = (120, ["eight", "bias"]) if fault == "uneven router" else (0, MOST)
+            longer = late // 4 + (60 if fault == "frozen layer" else 0)  # the weights are looked at each 32 steps
             for number in range(EACH):
                 seed, shape = 1000 + 10 * place + number, shapes[number % len(shapes)]
                 first = 80 + late + random.Random(seed).randrange(30)
-                tiny = make(Path(folder) / "data", shape, seed, 1500, max_steps=first + AFTER + late // 4)
+                tiny = make(Path(folder) / "data", shape, seed, 1500, max_steps=first + AFTER + longer)
                 inject(tiny, first)
                 run = Recorded(fault, seed, shape, held=number // 2 % 2 == 1, at=first, critical=critical, warning=warning)
                 runs.append(recorded(tiny, run))
@@ -229,8 +276,14 @@ def whole(logs: list[str]) -> list[Recorded]:
 
 def main() -> None:
     part, *words = sys.argv[1:]
-    runs = whole(words) if part == "whole" else (healthy if part == "healthy" else faults)(int(words[0]))
-    file = FOLDER / (f"{part}.json.xz" if part == "whole" else f"{part}-{words[0]}.json.xz")
+    match part:
+        case "whole":
+            runs = whole(words)
+        case "healthy":
+            runs = healthy(int(words[0]))
+        case _:
+            runs = faults(SIGNS if part == "signs" else FAULTS.keys() - SIGNS)
+    file = FOLDER / (f"healthy-{words[0]}.json.xz" if part == "healthy" else f"{part}.json.xz")
     write(file, runs)
     print(part, len(runs), file.stat().st_size)
 

@@ -75,6 +75,8 @@ def test_c093_an_ordinary_run_raises_nothing(seed: int) -> None:
         ({"step_time": 4.0}, "throughput_drop", "warning", 36),
         ({"data_time": 0.6}, "loader_wait", "warning", 48),
         ({"grad_norm": 30.0}, "gradient_tail", "warning", 32),
+        ({"repeats": 190}, "repeated_data", "warning", 4),
+        ({"frozen": lambda step: [] if step % 32 else ["block 0"]}, "frozen_layer", "warning", 64),
     ],
 )
 def test_c093_a_fault_is_one_alert_of_its_code(change: dict[str, Any], code: str, severity: str, within: int) -> None:
@@ -97,6 +99,24 @@ def test_c093_a_fault_that_comes_back_is_told_again_only_after_a_quiet_time() ->
     assert codes(watch).count("nonfinite_run") == 1 and "nonfinite_run" not in watch.open
     watch.replay([*steps(100 + QUIET_STEPS, 359), *steps(4, 459 + QUIET_STEPS, loss=math.nan)])
     assert codes(watch).count("nonfinite_run") == 2
+
+
+def test_c093_a_batch_that_comes_once_more_and_a_part_that_rests_once_are_no_fault() -> None:
+    watch = fed()
+    watch.replay(steps(120, 201, repeats=lambda step: 7 if step % 4 == 0 else None))
+    watch.replay(steps(300, 321, frozen=lambda step: ["block 1"] if step % 96 == 0 else []))
+    watch.replay(steps(64, 621, frozen=lambda step: [] if step % 32 else [f"block {step // 32 % 2}"]))  # another one each time
+    assert codes(watch) == []
+
+
+def test_c093_repeats_and_a_frozen_part_end() -> None:
+    watch = fed()
+    watch.replay(steps(64, 201, repeats=7, frozen=lambda step: [] if step % 32 else ["head"]))
+    assert sorted(watch.open) == ["frozen_layer", "repeated_data"]
+    watch.replay(steps(8, 265))
+    assert sorted(watch.open) == ["frozen_layer"]
+    watch.replay(steps(64, 273))
+    assert not watch.open
 
 
 def test_c093_a_rate_that_somebody_set_is_no_jump_and_a_warm_up_is_none() -> None:
@@ -180,6 +200,7 @@ def test_c091_every_override_in_a_recommendation_is_a_valid_key_and_value() -> N
         tight.replay(steps(100, tight.seen.step + 1))
         tight.observe(rec.Eval(step=tight.seen.step, loss=loss))
     tight.observe(rec.Checkpoint(step=400, bytes=100))
+    tight.replay(steps(64, tight.seen.step + 1, repeats=7, frozen=lambda step: [] if step % 32 else ["head"]))
     hot = rec.Device(index=0, name="GPU", temperature=95.0)
     tight.observe(rec.Hardware(memory_used=995, memory_total=1000, disk_free=200, devices=[hot]))
     advice |= {alert.code: alert.recommendation for alert in tight.alerts}
@@ -274,12 +295,18 @@ def test_c089_a_monitor_without_anything(tmp_path: Path) -> None:
 
 
 def test_a_recorded_run_comes_back(tmp_path: Path) -> None:
-    records = [*steps(30), experts(30, 3, 1), rec.Eval(step=30, loss=1.5, t=30.5), *steps(2, 31, loss=math.nan)]
+    records = [
+        *steps(30, repeats=lambda n: n - 3 if n == 9 else None),
+        experts(30, 3, 1),
+        rec.Eval(step=30, loss=1.5, t=30.5),
+        *steps(2, 31, loss=math.nan),
+    ]
     run = Recorded("not finite", 1, "x", held=False, at=31, critical=["nonfinite_run"]).take(records)
     write(tmp_path / "a.json.xz", [run])
     back = list(read(tmp_path)[0].records())
     assert [type(r) for r in back] == [type(r) for r in records]
     assert [r.loss for r in back if isinstance(r, rec.Step)][:30] == pytest.approx([r.loss for r in steps(30)], rel=1e-3)  # type: ignore[arg-type]
+    assert [r.repeats for r in back if isinstance(r, rec.Step)] == [*[None] * 8, 6, *[None] * 23]
     assert math.isnan(back[-1].loss or 0) and back[30].load == [[3.0, 1.0]]  # type: ignore[union-attr]
     (tmp_path / "b.json.xz").write_bytes(b"no corpus")
     with pytest.raises(ValueError, match=r"b\.json\.xz: no corpus"):
