@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import numpy as np
 import torch
@@ -59,7 +59,8 @@ def _part(name: str) -> str:
 class Repeats:
     """Whether a batch has the very tokens of an earlier one of its epoch. On this rank; the last `REMEMBERED` are known.
 
-    `found` is the step of the earlier one, None if there is none.
+    A batch of one row is left out: data with repeats in them give one row again without any fault of the order. `found` is
+    the step of the earlier one, None if there is none.
     """
 
     def __init__(self) -> None:
@@ -67,15 +68,14 @@ class Repeats:
         self._epoch = 0
         self._steps: OrderedDict[int, int] = OrderedDict()  # digest -> step
 
-    def forget(self) -> None:
-        """What comes now may come again: the run went back."""
-        self._steps.clear()
-
-    def take(self, batches: Iterable[Batch], epoch: int, step: int) -> None:
+    def take(self, batches: Collection[Batch], epoch: int, step: int) -> None:
         """Take the batch of `step`, before it is on a device."""
         if epoch != self._epoch:
             self._epoch = epoch
             self._steps.clear()
+        self.found = None
+        if sum(len(batch.input_ids_BS) for batch in batches) < 2:
+            return
         digest = 0
         for batch in batches:
             digest = zlib.crc32(np.ascontiguousarray(batch.input_ids_BS.numpy()).data, digest)

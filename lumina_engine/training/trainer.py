@@ -234,7 +234,7 @@ class EnhancedConversationTrainer:
     def _loop(self, loader: TrainLoader) -> None:
         """Train from here to the last step, or to a rollback."""
         self.boundary.begin()
-        self.repeats.forget()
+        self.repeats = Repeats()
         self.movement = Movement(self.model, self.progress.step)
         steps = iter(loader)
         while self.progress.step < self.total_steps:
