@@ -26,7 +26,7 @@ from .injector import Fault, fired
 from .tiny_run import ends, final_manifest, prepare, start, steps
 
 PHASES = ("data", "forward", "backward", "step", "save", "eval")
-LONG: dict[str, Any] = {"max_steps": 240, "num_epochs": 18}  # room for ten stops, of which each may come some steps late
+LONG: dict[str, Any] = {"max_steps": 160, "num_epochs": 12}  # room for ten stops, of which each may come some steps late
 ENDLESS: dict[str, Any] = {"max_steps": 100_000, "num_epochs": 10_000}
 RESUME = {"resume": True, "restart_pause_s": 0.01}
 
