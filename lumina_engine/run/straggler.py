@@ -16,7 +16,8 @@ from .channel import RankState, named
 SCORE = 0.7  # below it a rank is a straggler
 WELL = 0.8  # above it it is none any more
 LEAST = 0.002  # s: shorter differences are the clock's and the scheduler's
-LOOKS = 2  # times in a row, with new steps in between, before a word is said
+WINDOW = 32  # steps of a median: the best of many that overlap would be lower the longer a run is, whatever its rank does
+LASTING = 20  # steps for which a rank must be slow before a word is said: 37 steps after it began, where steps scatter little
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +44,10 @@ class Straggler:
 
 @dataclass(slots=True)
 class _Seen:
-    best: float = float("inf")
+    best: float = float("inf")  # of medians that share no step
+    best_at: int = 0  # step count of the newest of them
     steps: int = 0
-    low: dict[str, int] = field(default_factory=dict)  # against whom -> looks in a row
+    low: dict[str, int] = field(default_factory=dict)  # against whom -> step count since which it is slow
     told: set[str] = field(default_factory=set)
 
 
@@ -78,7 +80,8 @@ class Stragglers:
             references = {"the fastest rank": min(v for v in work.values() if v is not None)}
             if self.own_best:
                 references["its own best"] = min(seen.best, own)
-            seen.best = min(seen.best, own)
+            if state.steps - seen.best_at >= WINDOW:
+                seen.best, seen.best_at = min(seen.best, own), state.steps
             for against, reference in references.items():
                 if self._judge(seen, against, own, reference):
                     yield Straggler(rank, state.step, own, reference, against, state.host)
@@ -87,9 +90,10 @@ class Stragglers:
         score = reference / own
         if score > WELL:
             seen.told.discard(against)
-        low = score < SCORE and own - reference > LEAST
-        seen.low[against] = seen.low.get(against, 0) + 1 if low else 0
-        if seen.low[against] < LOOKS or against in seen.told:
+        if not (score < SCORE and own - reference > LEAST):
+            seen.low.pop(against, None)
+            return False
+        if seen.steps - seen.low.setdefault(against, seen.steps) < LASTING or against in seen.told:
             return False
         seen.told.add(against)
         return True

@@ -71,6 +71,8 @@ def _first_cause(ended: Ended) -> tuple[int, str | None]:
         code, reason = policy.CRASHED if failure.code is None else failure.code, failure.reason
         if failure.code is None:
             reason = f"{failure.who} died without a word"
+    if code == -signal.SIGTERM and not ended.pressed:
+        return policy.PREEMPTED, "told to leave while it still started: the newest checkpoint counts"
     wordless = code == -signal.SIGKILL or (failure is not None and failure.code is None)
     if wordless and not ended.killed and ended.kernel_killed:
         return policy.OUT_OF_MEMORY, "the kernel killed a rank for want of memory"

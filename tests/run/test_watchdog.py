@@ -161,15 +161,17 @@ def told(stragglers: Stragglers, work: list[float], steps: int) -> list[str]:
 def test_ft11_a_slow_rank_is_told_once_and_again_when_it_has_caught_up() -> None:
     stragglers = Stragglers()
     assert told(stragglers, [0.02, 0.021], 40) == []
-    assert told(stragglers, [0.02, 0.07], 48) == [], "once is none"
-    first = told(stragglers, [0.02, 0.07], 56)
+    assert [told(stragglers, [0.02, 0.07], steps) for steps in (48, 60, 67)] == [[], [], []], "it does not last yet"
+    first = told(stragglers, [0.02, 0.07], 68)
     assert [line.split(" (")[0] for line in first] == [
         "rank 1 is slow: 70 ms for the forward pass of a step, the fastest rank 20 ms",
         "rank 1 is slow: 70 ms for the forward pass of a step, its own best 21 ms",
     ]
-    assert told(stragglers, [0.02, 0.07], 64) == []
+    assert told(stragglers, [0.02, 0.07], 70) == []
     assert told(stragglers, [0.02, 0.02], 72) == []
-    assert told(stragglers, [0.02, 0.07], 80) == [] and len(told(stragglers, [0.02, 0.07], 88)) == 2
+    assert told(stragglers, [0.02, 0.07], 80) == [] and len(told(stragglers, [0.02, 0.07], 100)) == 2
+    assert told(stragglers, [0.02, 0.02], 101) == [] and told(stragglers, [0.02, 0.07], 110) == []
+    assert told(stragglers, [0.02, 0.02], 120) == [] and told(stragglers, [0.02, 0.07], 131) == [], "not for 20 steps in a row"
 
 
 def test_ft11_a_lone_rank_holds_nobody_up() -> None:
