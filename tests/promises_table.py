@@ -38,7 +38,6 @@ ALSO: dict[int, tuple[str, ...]] = {
 }
 NOT: dict[int, str] = {
     98: "adaptive learning rate: `adaptive=act` is refused until it is there",
-    99: "architecture suggestions: `expert_growth=act` is refused until they are there",
     100: "nothing advises or acts by itself yet; the spike guard's decisions are in test_ft_guard.py",
     109: "import of weights whose shape is left open asks for --shape; no test carries the row",
     118: "one command in a fresh environment: .ci/run is that command, and no test runs it within the suite",

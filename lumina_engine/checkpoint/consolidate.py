@@ -17,7 +17,7 @@ from . import ledger
 from .commit import Staging, commit
 from .files import CheckpointError
 from .keep import leased
-from .payload import PlannedFile, plan_files, rank_files, read_loaded, write_files
+from .payload import Loaded, PlannedFile, plan_files, rank_files, read_loaded, write_files
 from .resolve import resolve_checkpoint
 from .resume import check_ledger
 from .tensors import tensor_file
@@ -63,6 +63,11 @@ class WholeState(Mapping[str, Tensor]):
         return len(self._own) + len(self._parts)
 
 
+def own_tensors(loaded: Loaded) -> dict[str, Tensor]:
+    """What belongs to the rank that read it: random state and routing statistics."""
+    return {name: tensor for name, tensor in loaded.rank_tensors.items() if name.startswith(_OWN)}
+
+
 def consolidate(reference: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, Any]:
     """Commit the checkpoint as one of one rank in the new folder `out`: `out/step-N`.
 
@@ -81,8 +86,7 @@ def consolidate(reference: str | os.PathLike[str], out: str | os.PathLike[str]) 
         report = require(verify(source))
         check_ledger(report)
         loaded = read_loaded(folder, report, 0)
-    own = {name: tensor for name, tensor in loaded.rank_tensors.items() if name.startswith(_OWN)}
-    state = WholeState(loaded.saved_state(), loaded.model, own)
+    state = WholeState(loaded.saved_state(), loaded.model, own_tensors(loaded))
     loaded.rank_tensors = {}
     loaded.rank_state = {**loaded.rank_state, "world": 1, "expert_parallel_size": 1, "begins": {}}
     _, tensors = rank_files(0)

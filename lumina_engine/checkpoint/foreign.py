@@ -30,7 +30,7 @@ from .files import (
     write_file,
 )
 from .keep import leased
-from .payload import MODEL, MODEL_CONFIG, TOKENIZER, Payload, read_json
+from .payload import MODEL_CONFIG, TOKENIZER, Payload, read_json, read_model, with_multiplicity
 from .pickles import SUFFIXES, is_deepspeed, unpack_weights
 from .plain import architecture_diff
 from .resolve import resolve_checkpoint
@@ -69,7 +69,7 @@ def export_checkpoint(reference: str | os.PathLike[str], out: str | os.PathLike[
         report = require(verify(source, select=lambda name: name.startswith("model/")))
         check_ledger(report)
         shape, tokenizer = read_json(folder, MODEL_CONFIG), read_json(folder, TOKENIZER)
-        tensors = read_tensors(folder, MODEL)
+        tensors = read_model(folder, shape)
         config = DeepSeekConfig.from_dict(shape)
         if kind == "hf":
             try:
@@ -132,6 +132,7 @@ def read_foreign(folder: str | os.PathLike[str], tokenizer: str | None = None) -
             config = DeepSeekConfig.from_dict(described).resolved()
     except (LayoutError, ConfigError) as error:
         raise CheckpointError(f"{path}: {error}") from error
+    tensors = with_multiplicity(tensors, config.to_dict())
     _compare(path, config, tensors)
     return Payload(
         step=0,
@@ -290,7 +291,9 @@ def import_folder(
     if result.path is None:
         raise CheckpointError(f"{folder}: {result.failed}")
     config.save(made.config_path)
-    parameters = sum(tensor.numel() for name, tensor in payload.model.items() if not name.endswith("router.bias"))
+    parameters = sum(
+        tensor.numel() for name, tensor in payload.model.items() if ".router." not in name or name.endswith(".weight")
+    )
     return {
         "path": str(result.path),
         "run": run,

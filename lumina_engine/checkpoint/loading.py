@@ -11,11 +11,11 @@ import torch
 
 from .files import CheckpointError
 from .keep import leased
-from .payload import MODEL, MODEL_CONFIG, TOKENIZER, read_json
+from .payload import MODEL, MODEL_CONFIG, TOKENIZER, read_json, read_model
 from .plain import architecture_diff
 from .resolve import resolve_checkpoint
 from .resume import check_ledger
-from .tensors import read_tensors, unpack
+from .tensors import unpack
 from .verify import Report, require, verify
 
 if TYPE_CHECKING:
@@ -53,9 +53,13 @@ def load_model(
         missing = sorted({MODEL, MODEL_CONFIG, TOKENIZER} - {entry.path for entry in report.files})
         if missing:
             raise CheckpointError(f"{path} does not hold {', '.join(missing)}")
-        shape, named, tensors = read_json(folder, MODEL_CONFIG), read_json(folder, TOKENIZER), read_tensors(folder, MODEL)
+        shape, named = read_json(folder, MODEL_CONFIG), read_json(folder, TOKENIZER)
+        tensors = read_model(folder, shape)
     tokenizer = _tokenizer(named, path)
-    model = _build(shape, tensors, path)
+    try:
+        model = build_model(shape, tensors)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
     ids, rows = tokenizer.get_vocab_size(), model.config.vocab_rows
     if ids > rows:
         raise CheckpointError(f"{path}: tokenizer {tokenizer.name} has {ids} ids, the embedding {rows} rows")
@@ -63,7 +67,12 @@ def load_model(
     return model, tokenizer, _facts(report, model, tokenizer)
 
 
-def _build(shape: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) -> DeepSeekTransformer:
+def build_model(shape: dict[str, Any], tensors: dict[str, torch.Tensor]) -> DeepSeekTransformer:
+    """A model of that shape which holds exactly these tensors.
+
+    Raises:
+        CheckpointError: no shape of this version, tensors that are missing, left over or of another shape.
+    """
     from ..config.schema import ConfigError, DeepSeekConfig
     from ..model.transformer import DeepSeekTransformer
 
@@ -71,14 +80,14 @@ def _build(shape: dict[str, Any], tensors: dict[str, torch.Tensor], path: Path) 
         with torch.device("meta"):
             model = DeepSeekTransformer(DeepSeekConfig.from_dict(shape))
     except (ConfigError, ValueError) as error:
-        raise CheckpointError(f"{path}: {MODEL_CONFIG} describes no model of this version: {error}") from error
+        raise CheckpointError(f"{MODEL_CONFIG} describes no model of this version: {error}") from error
     diff = architecture_diff(tensors, model.state_dict())
     if diff:
-        raise CheckpointError(f"{path}: the weights do not fit {MODEL_CONFIG}: {diff}")
+        raise CheckpointError(f"the weights do not fit {MODEL_CONFIG}: {diff}")
     model.load_state_dict(tensors, assign=True)
     empty = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
     if empty:
-        raise CheckpointError(f"{path}: nothing fills {', '.join(empty[:5])} of the model")
+        raise CheckpointError(f"nothing fills {', '.join(empty[:5])} of the model")
     return model
 
 

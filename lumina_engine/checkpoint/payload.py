@@ -8,11 +8,12 @@ state/rank-00000.json, rank-00000.safetensors             every rank its own
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .compress import SUFFIX, compressed, plain_names, read_compressed
@@ -169,12 +170,12 @@ def read_loaded(folder: int, report: Report, rank: int) -> Loaded:
     if missing:
         raise CheckpointError(f"{report.path} does not hold {', '.join(missing)}: it was not written by a run")
     state, tensors = rank_files(rank)
-    trainer, saved_here = read_json(folder, TRAINER), rank < world
+    trainer, shape, saved_here = read_json(folder, TRAINER), read_json(folder, MODEL_CONFIG), rank < world
     head: dict[str, Any] = {name: trainer[name] for name in ("step", "epoch", "tokens", "metrics", "flags", "global_state")}
     return Loaded(
         **head,
-        model=read_tensors(folder, MODEL),
-        model_config=read_json(folder, MODEL_CONFIG),
+        model=read_model(folder, shape),
+        model_config=shape,
         tokenizer=read_json(folder, TOKENIZER),
         rank_state=read_json(folder, state)["state"] if saved_here else {},
         rank_tensors=read_state(folder, tensors, listed) if saved_here else {},
@@ -184,6 +185,19 @@ def read_loaded(folder: int, report: Report, rank: int) -> Loaded:
         config=read_json(folder, CONFIG) if CONFIG in listed else None,
         notes=[f"{name} is not part of the checkpoint and was not read" for name in report.strays],
     )
+
+
+def read_model(folder: int, shape: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The weights of a model of that shape, mapped."""
+    return with_multiplicity(read_tensors(folder, MODEL), shape)
+
+
+def with_multiplicity(tensors: dict[str, Tensor], shape: Mapping[str, Any]) -> dict[str, Tensor]:
+    """`tensors`, with the multiplicity of experts where an earlier version saved none: no expert was split then."""
+    if shape.get("use_moe") and shape.get("moe_top_k") == 1 and shape.get("router_score") == "softmax":
+        for name in [name for name in tensors if name.endswith(".router.bias")]:
+            tensors.setdefault(name.removesuffix("bias") + "log2_multiplicity", torch.zeros_like(tensors[name]))
+    return tensors
 
 
 def read_others(path: Path, rank: int, world: int) -> list[Shard]:

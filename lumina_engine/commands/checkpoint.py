@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from . import experts
 from .common import UserError, add_json, print_json, safe, table
 
 if TYPE_CHECKING:
     from ..checkpoint.commit import Report
 
-HELP = "list, verify, export, import and consolidate checkpoints"
+HELP = "list, verify, export, import, consolidate, grow and shrink checkpoints"
 COLUMNS = ("name", "step", "bytes", "verified", "best", "suspect", "created")
 
 
@@ -42,11 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     joining.add_argument("out", metavar="OUT", help="folder to make; the checkpoint is OUT/step-N")
     for sub in (listing, checking, exporting, importing, joining):
         add_json(sub)
+    experts.add_arguments(actions)
 
 
 def run(args: argparse.Namespace) -> int:
     """Exit code: 0 all good, 1 problems found, 2 nothing there to look at."""
-    actions = {"list": _list, "verify": _verify, "export": _export, "import": _import, "consolidate": _consolidate}
+    actions = {
+        "list": _list,
+        "verify": _verify,
+        "export": _export,
+        "import": _import,
+        "consolidate": _consolidate,
+        "grow": experts.grow,
+        "shrink": experts.shrink,
+    }
     return actions[args.action](args)
 
 

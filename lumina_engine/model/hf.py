@@ -88,6 +88,9 @@ def _experts_to_hf(state: Mapping[str, Tensor], layout: str, theirs: str, ours: 
         out[f"{mlp}.gate.e_score_correction_bias"] = bias
     elif bool(bias.any()):
         raise LayoutError(f"router_bias_rate: the router has a bias, which {layout} cannot hold")
+    split = state.get(f"{ours}.ffn.router.log2_multiplicity")
+    if split is not None and bool(split.any()):
+        raise LayoutError(f"num_experts: {ours} has an expert that was split in two, which {layout} cannot hold")
     for expert, (w13, w2) in enumerate(zip(state[f"{ours}.ffn.w13"], state[f"{ours}.ffn.w2"], strict=True)):
         for name, part in zip(parts, (*w13.chunk(2), w2), strict=True):
             out[f"{mlp}.experts.{expert}.{name}.weight"] = part
@@ -164,6 +167,8 @@ def _experts_from_hf(left: dict[str, Tensor], config: DeepSeekConfig, layout: st
     out = {f"{ours}.router.weight": left.pop(f"{mlp}.gate.weight"), f"{ours}.router.bias": torch.zeros(config.num_experts)}
     if layout in _SIGMOID:
         out[f"{ours}.router.bias"] = left.pop(f"{mlp}.gate.e_score_correction_bias").float()
+    if config.moe_top_k == 1 and config.router_score == "softmax":
+        out[f"{ours}.router.log2_multiplicity"] = torch.zeros(config.num_experts)
     names = [[f"{mlp}.experts.{e}.{part}.weight" for part in parts] for e in range(config.num_experts)]
     out[f"{ours}.w13"] = torch.stack([torch.cat((left.pop(gate), left.pop(up))) for gate, up, _ in names])
     out[f"{ours}.w2"] = torch.stack([left.pop(down) for _, _, down in names])

@@ -10,6 +10,7 @@ D hidden size, H expert width, L expert layers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
@@ -79,9 +80,14 @@ def z_loss(z_sum_L: Tensor, tokens: Tensor) -> Tensor:
 
 
 class Router(nn.Module):
-    """Scores every token for every expert in float32, whatever the precision of the rest."""
+    """Scores every token for every expert in float32, whatever the precision of the rest.
+
+    An expert that was split (checkpoint/growth.py) counts `multiplicity` times in what it gives and once divided by it in the
+    softmax: score = m · exp(l - ln m) / Σ exp(l - ln m). Twins then score what their parent did, and all others the same.
+    """
 
     bias: Tensor
+    log2_multiplicity: Tensor | None  # (E), 0 for an expert that was never split; only where scores depend on each other
 
     def __init__(self, config: DeepSeekConfig) -> None:
         super().__init__()
@@ -90,13 +96,18 @@ class Router(nn.Module):
         self.register_buffer("bias", torch.zeros(config.num_experts, dtype=torch.float32))
         self.top_k, self.score = config.moe_top_k, config.router_score
         self.normalize, self.scale = config.normalizes_gates, config.router_scale
+        may_split = config.moe_top_k == 1 and config.router_score == "softmax"
+        self.register_buffer("log2_multiplicity", torch.zeros_like(self.bias) if may_split else None)
         self.jitter = config.router_jitter_noise
         self.choose: Callable[[Tensor, int], Tensor] = _highest
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        before = self.bias
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        self.bias = self.bias.float() if before.is_meta else before.to(self.bias.device)
+        for name, kept in before.items():
+            now = getattr(self, name)
+            if kept is not None:
+                setattr(self, name, now.float() if kept.is_meta else kept.to(now.device))
         return self
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -106,7 +117,11 @@ class Router(nn.Module):
             if self.training and self.jitter > 0:
                 x_TD = x_TD * torch.empty_like(x_TD).uniform_(1 - self.jitter, 1 + self.jitter)
             logits_TE = F.linear(x_TD, self.weight.float())
+            if self.log2_multiplicity is not None:
+                logits_TE = logits_TE - self.log2_multiplicity * math.log(2)
             scores_TE = logits_TE.softmax(-1) if self.score == "softmax" else logits_TE.sigmoid()
+            if self.log2_multiplicity is not None:
+                scores_TE = scores_TE * self.log2_multiplicity.exp2()
             # The bias takes part in the choice only; the gate comes from the unbiased score.
             experts_TK = self.choose(scores_TE.detach() + self.bias, self.top_k)
             gates_TK = scores_TE.gather(-1, experts_TK)
@@ -119,6 +134,8 @@ class Router(nn.Module):
     def statistics(self, logits_TE: Tensor, scores_TE: Tensor, valid_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Sums over real tokens: probabilities (E), squared logsumexp, top score."""
         probs_TE = scores_TE if self.score == "softmax" else scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
+        if self.log2_multiplicity is not None:
+            probs_TE = probs_TE * (-self.log2_multiplicity).exp2()
         z_T = logits_TE.logsumexp(-1).square()
         top_T = scores_TE.detach().amax(-1)
         if valid_T is None:

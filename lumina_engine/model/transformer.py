@@ -123,7 +123,7 @@ class DeepSeekTransformer(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.copy_(self.first_weight(name, seed))
         for name, buffer in self.named_buffers():
-            if name.endswith("router.bias"):
+            if name.endswith((".router.bias", ".router.log2_multiplicity")):
                 buffer.zero_()
 
     def first_weight(self, name: str, seed: int) -> Tensor:
