@@ -45,7 +45,7 @@ NAMES = [
     "load_model",
     "generate",
 ]
-LATER = {"AdaptiveHyperparameterOptimizer", "ArchitectureEvolution"}  # rows C98, C99
+LATER = {"AdaptiveHyperparameterOptimizer"}  # row C98
 TOP = {"lumina_tui", "lumina_engine", "presets", "tests", "pyproject.toml", "README.md", "LICENSE", "Dockerfile"}
 
 

@@ -28,7 +28,6 @@ NOT_YET: dict[str, tuple[object, ...] | None] = {
     "lr_multiplier_min": None,
     "adaptive_cooldown_steps": None,
     "max_adaptive_actions": None,
-    "max_num_experts": None,
 }
 
 Rule = Callable[[Config], Iterator[Finding]]

@@ -307,10 +307,17 @@ class AdaptiveKeys(Section):
     max_adaptive_actions: int = key(20, "Actions in one run.", minimum=0, resume=True, read_by=_ADAPTIVE)
     expert_growth: Literal["off", "advise", "act"] = key(
         "advise",
-        "Not available yet, whatever the value. Later: whether experts may be added or removed.",
+        "Whether a run says that an expert should be added or removed, with the command; never further than adaptive. act is "
+        "not available yet: checkpoints are rewritten by hand.",
         resume=True,
-        read_by=_ADAPTIVE,
+        read_by="monitoring/growth.py",
     )
     max_num_experts: int = key(
-        64, "Most experts that growth may reach.", unit="experts", minimum=1, maximum=1_024, resume=True, read_by=_ADAPTIVE
+        64,
+        "Most experts that growth may reach.",
+        unit="experts",
+        minimum=1,
+        maximum=1_024,
+        resume=True,
+        read_by="checkpoint/growth.py, monitoring/growth.py",
     )

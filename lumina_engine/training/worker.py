@@ -26,8 +26,9 @@ from ..config.schema import Config
 from ..data.facts import facts_of, rows_of_run
 from ..data.skip_list import SkipList
 from ..monitoring import record as rec
+from ..monitoring.growth import GrowthWatch
 from ..monitoring.hardware import HardwareThread
-from ..monitoring.log import MetricLog, read_records
+from ..monitoring.log import MetricLog, read_records, surviving
 from ..run.directory import RunDirectory
 from ..run.policy import AGAIN, NO_PROGRESS, OUT_OF_MEMORY, REFUSED, USAGE
 from ..run.rank import NullChannel, RankChannel
@@ -49,6 +50,7 @@ class Worker:
         self.rank = int(os.environ.get("RANK", "0"))
         self.config = Config.load(directory.config_path)
         self.log = MetricLog(directory.metrics_path, int(os.environ.get("LUMINA_INC", "1"))) if self.rank == 0 else None
+        self.growth = GrowthWatch(self.config, directory.name)
         self.resume = os.environ.get("LUMINA_RESUME") == "1"
         self.accept_data_change = os.environ.get("LUMINA_ACCEPT_DATA_CHANGE") == "1"
         self.out_of_memory = os.environ.get("LUMINA_AFTER") == "out_of_memory"  # that is how the incarnation before ended
@@ -58,6 +60,8 @@ class Worker:
     def emit(self, record: Any) -> None:
         if self.log is not None:
             self.log.emit(record)
+            if (advice := self.growth.observe(record)) is not None:
+                self.log.emit(advice)
 
     def run(self) -> int:
         """Train; return the exit code. The last record says how it ended."""
@@ -214,6 +218,7 @@ class Worker:
         from .history import rates_after, rollbacks_after
 
         records = list(read_records(self.directory.metrics_path)) if self.log is not None else []
+        self.growth.replay(surviving(records))
         rollbacks = rollbacks_after(records, loaded.global_state.get("log_seq"))
         mine = {
             "rates": list(rates_after(records, 0).items()),

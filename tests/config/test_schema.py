@@ -168,7 +168,7 @@ def test_c045_resume_rules_for_shapes_data_and_ends() -> None:
 
 
 # `off` and `advise` do nothing yet: they watch, and nothing is watched so far; the values that would act are refused
-PROMISES_NOTHING = {"adaptive", "expert_growth"}
+PROMISES_NOTHING = {"adaptive"}
 READ_AS = {
     "vocab_size": "vocab_rows",
     "head_dim": "head_size",

@@ -1,0 +1,119 @@
+"""Suggestions about the number of experts (C99): none for a balanced router, balance before growth, growth when it lasts."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lumina_engine import ArchitectureEvolution, Config
+from lumina_engine.commands.checkpoint import add_arguments
+from lumina_engine.config.counts import parameter_counts
+from lumina_engine.config.schema import DeepSeekConfig
+from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.growth import GrowthWatch
+
+LONG = {"steps": 1_500, "dropped": 0.12, "eval_loss": [3.0, 2.9, 2.8]}
+HOT, DEAD = [60.0, 12.0, 14.0, 14.0], [33.0, 33.0, 33.0, 1.0]
+BALANCING = Config(num_experts=4, router_bias_rate=0.001)
+
+
+def told(load: Any, metrics: Any = None, config: Config | None = None) -> dict[str, Any] | None:
+    return ArchitectureEvolution(config).should_add_expert(expert_utilization=load, performance_metrics=metrics)
+
+
+def test_c099_balanced_is_none_in_every_form() -> None:
+    even = [0.25, 0.24, 0.26, 0.25]
+    forms: list[Any] = [
+        even,
+        [250, 240, 260, 250],
+        np.array(even),
+        {f"expert_{i}": share for i, share in enumerate(even)},
+        {0: even, 1: even},
+        [even, even],
+        rec.Experts(step=5, layers=[1, 2], load=[even, even]),
+        SimpleNamespace(load=[even]),
+        [],
+        [0.0] * 4,
+        [1.0],
+    ]
+    for form in forms:
+        for metrics in (None, {}, {"steps": 9_000, "eval_loss": [3.0, 2.0]}, SimpleNamespace(steps=9_000, dropped=0.01)):
+            assert told(form, metrics) is None and told(form, metrics, BALANCING) is None, (form, metrics)
+    with pytest.raises(TypeError, match="expert_utilization"):
+        told("0.25 0.25")
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_c099_the_scatter_of_an_even_router_is_no_reason(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    experts = int(draw.integers(2, 65))
+    load_LE = draw.multinomial(400 * experts, [1 / experts] * experts, size=3)
+    assert told(load_LE.tolist(), LONG | {"dropped": 0.02}, BALANCING) is None
+
+
+def test_c099_balance_comes_first() -> None:
+    for load in (HOT, [share / 100 for share in HOT], {"a": 60, "b": 12, "c": 14, "d": 14}):
+        found = told(load, LONG)
+        assert found is not None and (found["action"], found["layer"], found["expert"]) == ("rebalance", 0, 0)
+        assert found["setting"] == {"load_balancing_weight": 0.02} and found["statistic"]["value"] == pytest.approx(2.4)
+    drops = told([25.0] * 4, {"dropped": 0.2})
+    assert drops is not None and drops["action"] == "rebalance" and drops["setting"] == {"capacity_factor": 2.5}
+    for setting in (found["setting"], drops["setting"]):
+        Config(**setting)
+
+
+def test_c099_a_dead_expert_is_revived_before_it_is_removed() -> None:
+    found = [told([[25.0] * 4, DEAD], {"steps": steps}, BALANCING) for steps in (999, 1_000, 1_999, 2_000)]
+    assert [None if item is None else (item["action"], item["layer"], item["expert"]) for item in found] == [
+        None,
+        ("revive_expert", 1, 3),
+        ("revive_expert", 1, 3),
+        ("remove_expert", 1, 3),
+    ]
+    last = found[-1]
+    assert last is not None and last["parameters_added"] < 0 and last["memory_added"] == 16 * last["parameters_added"]
+
+
+def test_c099_growth_needs_balancing_time_drops_and_a_falling_loss() -> None:
+    found = told({3: HOT, 4: [25.0] * 4}, LONG, BALANCING)
+    assert found is not None and (found["action"], found["layer"], found["expert"]) == ("add_expert", 3, 0)
+    shape = BALANCING.model_copy(update={"vocab_size": 512})
+    more = [parameter_counts(DeepSeekConfig.from_config(shape.model_copy(update={"num_experts": n}))).total for n in (4, 5)]
+    assert found["parameters_added"] == more[1] - more[0]
+    for change in ({"steps": 999}, {"dropped": 0.04}, {"eval_loss": [2.8, 2.9]}, {"eval_loss": 2.8}):
+        assert told(HOT, LONG | change, BALANCING) is None, change
+    for keys in ({"max_num_experts": 4}, {"moe_top_k": 2}, {"expert_parallel_size": 2}):
+        assert told(HOT, LONG, BALANCING.model_copy(update=keys)) is None, keys
+
+
+def watched(watch: GrowthWatch, load: list[float], first: int, last: int, dropped: float = 0.12) -> list[rec.Alert]:
+    found = []
+    for step in range(first, last + 1, 50):
+        records = [rec.Experts(step=step, layers=[2], load=[load], dropped=[dropped])]
+        found += [watch.observe(record) for record in [*records, rec.Eval(step=step, loss=4 - step / 1e4)]]
+    return [alert for alert in found if alert is not None]
+
+
+def test_c099_a_run_is_told_once_with_a_command_that_exists() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for load, action, verb in ((HOT, "add_expert", "grow"), (DEAD, "remove_expert", "shrink")):
+        watch = GrowthWatch(BALANCING, "mine")
+        alerts = watched(watch, load, 50, 5_000)
+        assert [alert.code for alert in alerts][-1] == action and [alert.code for alert in alerts].count(action) == 1
+        command = shlex.split((alerts[-1].recommendation or "").partition(": ")[2])
+        assert command[:5] == ["lumina-engine", "checkpoint", verb, "mine@latest", "--run"]
+        assert parser.parse_args(command[2:]).action == verb
+    again = GrowthWatch(BALANCING, "mine")
+    again.replay(rec.Experts(step=step, layers=[2], load=[DEAD], dropped=[0.0]) for step in range(50, 3_000, 50))
+    assert watched(again, DEAD, 3_000, 3_500) == []
+
+
+@pytest.mark.parametrize("keys", [{"expert_growth": "off"}, {"adaptive": "off"}, {"use_moe": False}])
+def test_c099_switched_off_says_nothing(keys: dict[str, Any]) -> None:
+    assert watched(GrowthWatch(BALANCING.model_copy(update=keys), "mine"), HOT, 50, 5_000) == []
