@@ -9,7 +9,7 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import common
+from . import common, routing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="FILE", help="the HTML file; the JSON file stands beside it (default: reports/ of the run)"
     )
-    parser.add_argument("--moe", action="store_true", help="also how the experts are used: balance, trend, advice, stability")
+    parser.add_argument("--moe", action="store_true", help="also how the experts are used: balance, stability, specialisation")
+    parser.add_argument(
+        "--rows", type=int, default=64, metavar="N", help="rows of the run for --moe to put through its checkpoints (0: none)"
+    )
     parser.add_argument("--runs", metavar="DIR", help="folder of the runs (default ./runs or $LUMINA_RUNS)")
     common.add_json(parser)
 
@@ -49,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         about = replace(about, missing=(*about.missing, f"metrics.jsonl: cannot be read ({error.strerror or error})"))
     found = document(about, history)
     if args.moe:
-        found["moe"] = routing(directory, about.config)
+        found["moe"] = routing.routing(directory, about.config, args.rows)
     data = target.with_suffix(".json")
     target.parent.mkdir(parents=True, exist_ok=True)
     _replace(target, page(found, history))
@@ -61,40 +64,9 @@ def run(args: argparse.Namespace) -> int:
     print(common.safe(f"written: {target} and {data.name}"))
     for text in found["missing"]:
         print(common.safe(f"  not in it: {text}"))
-    for text in _routing_lines(found["moe"]) if args.moe else ():
+    for text in routing.lines(found["moe"]) if args.moe else ():
         print(common.safe(text))
     return 0
-
-
-def routing(directory: RunDirectory, config: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The diagnostics of `MoEOptimizationManager`, and how far the load moved between the run's checkpoints."""
-    from ..config.schema import Config
-    from ..monitoring.log import read_records
-    from ..monitoring.moe import MoEOptimizationManager, stability
-
-    if not directory.metrics_path.is_file():
-        return {"status": "no_data"}
-    manager = MoEOptimizationManager(Config(**(config or {}))).attach(directory)
-    found = manager.get_routing_diagnostics()
-    if config is None:  # what is set is not known, so neither is what to change
-        found["recommendations"] = []
-    return {**found, "stability": stability(read_records(directory.metrics_path))}
-
-
-def _routing_lines(found: Mapping[str, Any]) -> list[str]:
-    if found["status"] == "no_data":
-        return ["routing   no data: no record of experts in this run"]
-    lines = [
-        f"routing   {found['status']}, score {found['expert_balance_score']:.2f} over {found['observations']} records, "
-        f"{found['load_balance_trend']}; worst layer {found['worst_layer']}; "
-        f"{len(found['dead_experts'])} experts without a token; {100 * found['dropped']:.1f} % dropped at worst"
-    ]
-    for row in found["stability"][-5:]:
-        worst = max(row["moved"])
-        lines.append(
-            f"moved     step {row['from_step']} to {row['to_step']}: {100 * worst:.1f} % of the load in the worst layer"
-        )
-    return lines + [f"try       {text}" for text in found["recommendations"]]
 
 
 def _replace(path: Path, text: str) -> None:

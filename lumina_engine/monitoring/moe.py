@@ -1,7 +1,7 @@
 """Routing analytics from what a model or a run has counted: balance, trend, what to change, stability between checkpoints.
 
-Shape letters: N observations, L expert layers, E experts. Nothing is estimated: which task or position a token had, and which
-experts it used together, is in no record, so neither specialisation nor co-activation of a run is given here.
+Shape letters: N observations, L expert layers, E experts. Which token or task went where is in no record: specialisation.py has
+that from a checkpoint.
 """
 
 from __future__ import annotations

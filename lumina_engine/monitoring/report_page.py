@@ -16,6 +16,7 @@ import numpy as np
 from .curves import SMOOTHING, SPLIT, History
 from .html import Markup, document, table, tag
 from .plot import LABELS, curve, own_ids, svg
+from .routing_page import sections
 from .svg import Series, line_svg
 
 _CHARTS = ("loss", "tokens_per_s", "grad_norm", "lr", "imbalance", "entropy", "dead")
@@ -37,6 +38,7 @@ def page(found: Mapping[str, Any], history: History) -> str:
         *_charts(found, history),
         _split(found["step_split"]),
         _routing(found["routing"]),
+        *sections(found.get("moe", {})),
         _timeline(found["timeline"]),
         _checkpoints(found["checkpoints"]),
         _starts(found["starts"]),
