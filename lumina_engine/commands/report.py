@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
+    from ..monitoring import scaling_page
     from ..monitoring.curves import History, read_history
     from ..monitoring.report import document
     from ..monitoring.report_page import page
@@ -64,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     print(common.safe(f"written: {target} and {data.name}"))
     for text in found["missing"]:
         print(common.safe(f"  not in it: {text}"))
+    for text in scaling_page.lines(found["scaling"]):
+        print(common.safe(text))
     for text in routing.lines(found["moe"]) if args.moe else ():
         print(common.safe(text))
     return 0

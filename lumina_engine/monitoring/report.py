@@ -19,6 +19,7 @@ from . import record as rec
 from .curves import EVAL_METRICS, ROUTING_METRICS, SMOOTHING, SPLIT, STEP_METRICS, History, reduced
 from .experts import LayerLoad
 from .resume_words import resume_words
+from .scaling import scaling
 
 FORMAT = 1
 COLUMNS = 250  # columns that a curve is reduced to in the JSON file; a shorter one is given step by step
@@ -61,6 +62,7 @@ def document(subject: Subject, history: History, now: float | None = None) -> di
         "evals": {"step": history.evals.step.tolist(), **{n: history.evals[n].tolist() for n in EVAL_METRICS}},
         "eval_tasks": dict(history.tasks),
         "step_split": _split(history),
+        "scaling": scaling(history, subject.config),
         "routing": _routing(history),
         "timeline": {"left_out": history.events.left_out, "entries": [_event(item) for item in history.events]},
         "checkpoints": _checkpoints(subject, history),

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from . import scaling_page
 from .curves import SMOOTHING, SPLIT, History
 from .html import Markup, document, table, tag
 from .plot import LABELS, curve, own_ids, svg
@@ -36,6 +37,7 @@ def page(found: Mapping[str, Any], history: History) -> str:
         _missing(found["missing"]),
         _summary(found),
         *_charts(found, history),
+        *scaling_page.sections(found["scaling"], history),
         _split(found["step_split"]),
         _routing(found["routing"]),
         *sections(found.get("moe", {})),
