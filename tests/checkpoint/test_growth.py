@@ -57,7 +57,7 @@ def committed(root: Path, tokenizer: ConversationTokenizer, **keys: Any) -> Path
 
 
 def outputs(path: Path | str, training: bool = False) -> list[torch.Tensor]:
-    """Logits, loss sum, z-loss and dropped choices of the model in a checkpoint on fixed tokens."""
+    """Logits, loss sum, z-loss, dropped choices and whole probability of the model in a checkpoint on fixed tokens."""
     model, _, _ = load_model(path)
     model.train(training)
     tokens = torch.randint(0, 1000, (2, 32), generator=torch.Generator().manual_seed(1))
@@ -65,7 +65,7 @@ def outputs(path: Path | str, training: bool = False) -> list[torch.Tensor]:
         logits = model(tokens)
         out = model(tokens, labels=tokens, return_aux=True)
     assert out.router is not None
-    return [logits, out.loss_sum, out.router.z_sum_L, out.router.dropped_L, out.router.tokens]
+    return [logits, out.loss_sum, out.router.z_sum_L, out.router.dropped_L, out.router.prob_sum_LE.sum(-1)]
 
 
 @pytest.mark.parametrize("router", [{"num_shared_experts": 1}, {"router_normalize": True}, {"router_score": "sigmoid"}])
