@@ -82,8 +82,8 @@ def z_loss(z_sum_L: Tensor, tokens: Tensor) -> Tensor:
 class Router(nn.Module):
     """Scores every token for every expert in float32, whatever the precision of the rest.
 
-    An expert that was split (checkpoint/growth.py) counts `multiplicity` times in what it gives and once divided by it in the
-    softmax: score = m · exp(l - ln m) / Σ exp(l - ln m). Twins then score what their parent did, and all others the same.
+    An expert that was split (checkpoint/growth.py) has the probability exp(l - ln m) / Σ exp(l - ln m) and counts m times in
+    choice and gate, m its multiplicity. Twins then count what their parent did, and all others the same.
     """
 
     bias: Tensor
@@ -120,24 +120,26 @@ class Router(nn.Module):
             if self.log2_multiplicity is not None:
                 logits_TE = logits_TE - self.log2_multiplicity * math.log(2)
             scores_TE = logits_TE.softmax(-1) if self.score == "softmax" else logits_TE.sigmoid()
-            if self.log2_multiplicity is not None:
-                scores_TE = scores_TE * self.log2_multiplicity.exp2()
             # The bias takes part in the choice only; the gate comes from the unbiased score.
-            experts_TK = self.choose(scores_TE.detach() + self.bias, self.top_k)
+            experts_TK = self.choose(self._counted(scores_TE.detach()) + self.bias, self.top_k)
             gates_TK = scores_TE.gather(-1, experts_TK)
+            if self.log2_multiplicity is not None:
+                gates_TK = gates_TK * self.log2_multiplicity.exp2()[experts_TK]
             if self.normalize:
                 gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + 1e-20)
             if self.scale != 1:
                 gates_TK = gates_TK * self.scale
             return logits_TE, scores_TE, experts_TK, gates_TK
 
+    def _counted(self, scores_TE: Tensor) -> Tensor:
+        """Scores as they count in the choice: those of an expert that was split as often as it was."""
+        return scores_TE if self.log2_multiplicity is None else scores_TE * self.log2_multiplicity.exp2()
+
     def statistics(self, logits_TE: Tensor, scores_TE: Tensor, valid_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Sums over real tokens: probabilities (E), squared logsumexp, top score."""
         probs_TE = scores_TE if self.score == "softmax" else scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
-        if self.log2_multiplicity is not None:
-            probs_TE = probs_TE * (-self.log2_multiplicity).exp2()
         z_T = logits_TE.logsumexp(-1).square()
-        top_T = scores_TE.detach().amax(-1)
+        top_T = self._counted(scores_TE.detach()).amax(-1)
         if valid_T is None:
             return probs_TE.sum(0), z_T.sum(), top_T.sum()
         weight_T = valid_T.float()
