@@ -179,7 +179,7 @@ def working_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int, on_cpu: 
 def loss_bytes(
     model: DeepSeekConfig, tokens: int, value_bytes: int, weight_bytes: int | None = None, on_cpu: bool = True
 ) -> int:
-    """Bytes of the loss at its peak: logits of one chunk and the head's gradient in float32.
+    """Bytes of the loss at its peak: logits of one chunk and the head's gradient, summed over several chunks in float32.
 
     `weight_bytes` above `value_bytes` (autocast) means a copy of the head in the smaller type.
     """
@@ -187,7 +187,7 @@ def loss_bytes(
     logits = rows * model.vocab_rows * (value_bytes if on_cpu else value_bytes + 4)
     if on_cpu and value_bytes < 4:  # oneDNN packs the transposed gradient of the logits for its product with the hidden states
         logits += rows * model.vocab_rows * value_bytes
-    head = model.vocab_rows * model.hidden_size * (4 if value_bytes == 4 else 4 + value_bytes)
+    head = model.vocab_rows * model.hidden_size * (value_bytes if rows == tokens or value_bytes == 4 else 4 + value_bytes)
     if (weight_bytes or value_bytes) > value_bytes:
         head += model.vocab_rows * model.hidden_size * value_bytes
     return logits + head + tokens * model.hidden_size * value_bytes

@@ -166,10 +166,8 @@ def _whole(model: DeepSeekConfig, layout: Layout, counts: Counts) -> _State:
     weight, grad, _ = _BYTES[layout.precision]
     several, masters = layout.world > 1, weight < 4
     gradients = count * grad
-    if layout.use_deepspeed:
-        buckets = min(count, _STAGE0_BUCKET) * grad if several else 0
-    else:  # one flat copy of all gradients in fp32, and each of them in fp32 before
-        buckets = count * 4 * (2 if masters else 1) if several else 0
+    # the plain loop: one flat copy of all gradients in fp32, beside which those that it is made of go one by one
+    buckets = (min(count, _STAGE0_BUCKET) * grad if layout.use_deepspeed else count * 4) if several else 0
     return _State(
         weights=count * weight,
         gradients=gradients,

@@ -20,6 +20,8 @@ from lumina_engine.model.product import product
 IGNORED = -100
 # Logits that a CPU turns into their gradient at once: what is made on the way stays in the cache and needs little memory.
 _BLOCK = 1 << 20
+# Values of the head's gradient that are converted at once.
+_PIECE = 1 << 24
 
 
 def shifted_targets(labels_BS: Tensor, document_ids_BS: Tensor | None = None) -> Tensor:
@@ -36,77 +38,98 @@ def shifted_targets(labels_BS: Tensor, document_ids_BS: Tensor | None = None) ->
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of weights · cross-entropy over rows; rows of hidden states and head must have the same dtype."""
+    """Sum of weights · cross-entropy over rows; rows of hidden states and head must have the same dtype.
+
+    Logits are turned into their gradient in any case: without one `cross_entropy_and_correct` is meant.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, weights_N: Tensor | None, chunk: int
     ) -> Tensor:
         loss_sum = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        rows, wants_head = hidden_ND.shape[0], ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden_ND) if ctx.needs_input_grad[0] else None
-        grad_head = torch.zeros(head_VD.shape, dtype=torch.float32, device=head_VD.device) if ctx.needs_input_grad[1] else None
-        rows = hidden_ND.shape[0]
+        grad_head = None
         with torch.autocast(hidden_ND.device.type, enabled=False):
             for start in range(0, rows, chunk or max(rows, 1)):
                 part = slice(start, start + (chunk or rows))
                 scale_C = _scale(targets_N, weights_N, part)
                 grad_rows = None if grad_hidden is None else grad_hidden[part]
-                loss_sum += _chunk(hidden_ND[part], head_VD, targets_N[part], scale_C, grad_rows, grad_head)
-        kept = [grad_hidden, None if grad_head is None else grad_head.to(head_VD.dtype)]
-        ctx.save_for_backward(*kept)
+                loss, grad_CV = _chunk(hidden_ND[part], head_VD, targets_N[part], scale_C, grad_rows)
+                loss_sum += loss
+                if wants_head:
+                    grad_head = _head_gradient(grad_CV, hidden_ND[part], grad_head, alone=len(grad_CV) == rows)
+                del grad_CV  # before there are logits of the next chunk
+        if grad_head is None and wants_head:
+            grad_head = torch.zeros_like(head_VD)
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.dtype = head_VD.dtype
         return loss_sum
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
-        # Out of place: with retain_graph the saved gradients serve again.
-        scaled = [None if kept is None else _times(kept, grad) for kept in (grad_hidden, grad_head)]
+        # With retain_graph the saved gradients serve again; else a second copy of the head's would be the peak of a step.
+        again = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+        scaled = [None if kept is None else _times(kept, grad, ctx.dtype, again) for kept in (grad_hidden, grad_head)]
         return scaled[0], scaled[1], None, None, None
 
 
-def _times(kept: Tensor, factor: Tensor) -> Tensor:
-    """kept · factor, a float32 scalar that is not rounded to the dtype of `kept`: it is common to the whole gradient."""
-    if kept.dtype == factor.dtype or kept.device.type == "cpu":  # the CPU's kernel takes a scalar as it is
-        return kept * factor
-    out = torch.empty_like(kept)
-    rows = max(1, (_BLOCK << 4) // max(1, kept.shape[1]))
+def _times(kept: Tensor, factor: Tensor, dtype: torch.dtype, again: bool) -> Tensor:
+    """kept · factor in `dtype`, in the place of `kept` where that has this dtype and is not needed again.
+
+    `factor` is a float32 scalar that is not rounded to `dtype`: it is common to the whole gradient.
+    """
+    out = kept if kept.dtype == dtype and not again else torch.empty_like(kept, dtype=dtype)
+    if kept.dtype == factor.dtype == dtype or (kept.dtype == dtype and kept.device.type == "cpu"):
+        return torch.mul(kept, factor, out=out)  # the CPU's kernel takes a scalar as it is
+    rows = max(1, (_BLOCK if kept.device.type == "cpu" else _PIECE) // max(1, kept.shape[1]))
     for start in range(0, len(kept), rows):
         part = slice(start, start + rows)
         out[part] = kept[part] * factor.expand(1, 1)
     return out
 
 
+def _head_gradient(grad_CV: Tensor, hidden_CD: Tensor, so_far: Tensor | None, alone: bool) -> Tensor:
+    """The head's gradient with that of one more chunk, in float32; as the product gives it if the chunk is `alone`."""
+    if alone or (so_far is None and grad_CV.dtype == torch.float32):
+        return torch.mm(grad_CV.t(), hidden_CD)
+    if so_far is None:
+        so_far = grad_CV.new_zeros(grad_CV.shape[1], hidden_CD.shape[1], dtype=torch.float32)
+    if so_far.dtype == grad_CV.dtype:
+        return so_far.addmm_(grad_CV.t(), hidden_CD)
+    rows = max(1, _PIECE // hidden_CD.shape[1])  # the product of the whole vocabulary would need as much memory again
+    for start in range(0, len(so_far), rows):
+        part = slice(start, start + rows)
+        so_far[part].add_(torch.mm(grad_CV[:, part].t(), hidden_CD))
+    return so_far
+
+
 def _chunk(
-    hidden_CD: Tensor, head_VD: Tensor, targets_C: Tensor, scale_C: Tensor, grad_hidden: Tensor | None, grad_head: Tensor | None
-) -> Tensor:
-    """Loss sum of one chunk; writes its rows of the hidden states' gradient and adds to the head's."""
+    hidden_CD: Tensor, head_VD: Tensor, targets_C: Tensor, scale_C: Tensor, grad_hidden: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Loss sum of one chunk and the gradient of its logits; writes its rows of the hidden states' gradient."""
     logits_CV = product(hidden_CD, head_VD)
     loss = torch.zeros((), dtype=torch.float32, device=logits_CV.device)
-    wanted = grad_hidden is not None or grad_head is not None
     step = max(1, _BLOCK // logits_CV.shape[1]) if logits_CV.device.type == "cpu" else len(logits_CV)
     for start in range(0, len(logits_CV), max(1, step)):
         part = slice(start, start + step)
-        loss += _block(logits_CV[part], targets_C[part], scale_C[part], wanted)
-    grad_CV = logits_CV
+        loss += _block(logits_CV[part], targets_C[part], scale_C[part])
     if grad_hidden is not None:
-        grad_hidden.copy_(product(grad_CV, head_VD.t()))
-    if grad_head is not None and grad_head.dtype == grad_CV.dtype:
-        grad_head.addmm_(grad_CV.t(), hidden_CD)
-    elif grad_head is not None:
-        grad_head.add_(torch.mm(grad_CV.t(), hidden_CD))
-    return loss
+        grad_hidden.copy_(product(logits_CV, head_VD.t()))
+    return loss, logits_CV
 
 
-def _block(logits_RV: Tensor, targets_R: Tensor, scale_R: Tensor, wanted: bool) -> Tensor:
-    """Loss sum of a few rows; if `wanted` their logits are replaced by their gradient."""
+def _block(logits_RV: Tensor, targets_R: Tensor, scale_R: Tensor) -> Tensor:
+    """Loss sum of a few rows, whose logits are replaced by their gradient."""
     log_probs_RV = F.log_softmax(logits_RV, dim=-1, dtype=torch.float32)
     loss = _weighted_loss(log_probs_RV, targets_R, scale_R)
-    if wanted:
-        grad_RV = log_probs_RV.exp_()
-        index_R1 = targets_R.clamp(min=0)[:, None]
-        grad_RV.scatter_add_(1, index_R1, torch.full_like(index_R1, -1, dtype=torch.float32))
-        logits_RV.copy_(grad_RV.mul_(scale_R[:, None]))
+    grad_RV = log_probs_RV.exp_()
+    index_R1 = targets_R.clamp(min=0)[:, None]
+    grad_RV.scatter_add_(1, index_R1, torch.full_like(index_R1, -1, dtype=torch.float32))
+    logits_RV.copy_(grad_RV.mul_(scale_R[:, None]))
     return loss
 
 

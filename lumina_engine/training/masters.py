@@ -40,7 +40,8 @@ def norm_of_short(gradients: list[Tensor]) -> Tensor:
 class MasterAdamW(torch.optim.AdamW):
     """Fused AdamW whose parameters are the masters of `weights`: gradients are read from those, and results rounded to them.
 
-    A weight without a gradient is left alone. `grad_scale`, a scalar tensor or None, divides the gradients.
+    A master that has a gradient itself, in fp32, takes that one. A weight without any is left alone. `grad_scale`, a scalar
+    tensor or None, divides the gradients.
     """
 
     weights: Mapping[Tensor, nn.Parameter]
@@ -49,25 +50,26 @@ class MasterAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of all masters and weights."""
-        given = [weight.grad for weight in self.weights.values() if weight.grad is not None]
-        if not given:
+        given = {master: master.grad if master.grad is not None else weight.grad for master, weight in self.weights.items()}
+        found = [grad for grad in given.values() if grad is not None]
+        if not found:
             return
-        scratch = _scratch(given)
+        scratch = _scratch(found)
         for group in self.param_groups:
             for master in group["params"]:
-                if self.weights[master].grad is not None:
-                    self._update(master, group, scratch)
+                if (grad := given[master]) is not None:
+                    self._update(master, grad, group, scratch)
 
-    def _update(self, master: Tensor, group: dict[str, Any], scratch: Tensor) -> None:
+    def _update(self, master: Tensor, given: Tensor, group: dict[str, Any], scratch: Tensor) -> None:
         weight, state = self.weights[master], self.state[master]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
         state["step"] += 1
         beta1, beta2 = group["betas"]
-        parts = (weight.grad, weight.view(-1), master.view(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1))
-        for grad, short, *held in _stretches(*parts):  # type: ignore[arg-type]
-            exact = scratch[: len(grad)].copy_(grad)
+        parts = (given, weight.view(-1), master.view(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1))
+        for grad, short, *held in _stretches(*parts):
+            exact = grad if grad.dtype == torch.float32 else scratch[: len(grad)].copy_(grad)
             torch._fused_adamw_(
                 held[:1],
                 [exact],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -60,16 +60,19 @@ class PlainEngine:
     def backward(self, loss: torch.Tensor, last: bool) -> None:
         (loss if self.scale is None else loss * self.scale.value).backward()
 
-    def _sum_over_ranks(self) -> None:
+    def _summed(self) -> list[list[nn.Parameter]]:
+        """The parameters of all ranks and those of this rank's experts, their gradients summed over ranks.
+
+        Where there are masters and several ranks it is the masters that hold the sums, which are in fp32.
+        """
+        found = list(self.experts.split(self.parameters))
         if self.comm.world_size == 1:
-            return
-        everywhere, mine = self.experts.split(self.parameters)
-        _sum_gradients(everywhere, self.comm.sum)
-        _sum_gradients(mine, self.experts.sum)
+            return found
+        sums = [self.comm.sum, self.experts.sum]
+        return [_sum_gradients(parameters, self.masters, add) for parameters, add in zip(found, sums, strict=True)]
 
     def step(self, lr: float, allows: Allows = anything) -> StepResult:
-        self._sum_over_ranks()
-        norm = self.experts.norm(*self.experts.split(self.parameters))
+        norm = self.experts.norm(*self._summed())
         if self.scale is not None:
             norm = norm / self.scale.value
         grad_norm = float(norm)
@@ -92,7 +95,7 @@ class PlainEngine:
 
     def discard(self) -> None:
         """Forget the gradients gathered since the last step."""
-        for parameter in self.parameters:
+        for parameter in (*self.parameters, *self.masters.values()):
             parameter.grad = None
 
     def model_tensors(self) -> dict[str, torch.Tensor]:
@@ -126,12 +129,25 @@ class PlainEngine:
         load_named_state(self.optimizer, self.names, begins, saved)  # type: ignore[arg-type]
 
 
-def _sum_gradients(parameters: list[nn.Parameter], add: Callable[[torch.Tensor], object]) -> None:
-    """Sum gradients over ranks, in fp32 and in one piece. A rank without a gradient adds zeros."""
+def _sum_gradients(
+    parameters: list[nn.Parameter], masters: Mapping[nn.Parameter, nn.Parameter], add: Callable[[torch.Tensor], object]
+) -> list[nn.Parameter]:
+    """Sum gradients over ranks, in fp32 and in one piece; give them to the masters, or the parameters that have none.
+
+    Returns who got them. A rank without a gradient adds zeros.
+    """
     if not parameters:
-        return
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    flat = torch.cat([grad.float().reshape(-1) for grad in grads])
+        return []
+    flat = torch.empty(sum(p.numel() for p in parameters), dtype=torch.float32, device=parameters[0].device)
+    parts = flat.split([p.numel() for p in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        if parameter.grad is None:
+            part.zero_()
+        else:
+            part.view_as(parameter).copy_(parameter.grad)
+            parameter.grad = None
     add(flat)
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-        parameter.grad = part.view_as(parameter).to(parameter.dtype)
+    holders = [masters.get(parameter, parameter) for parameter in parameters]
+    for holder, part in zip(holders, parts, strict=True):
+        holder.grad = part.view_as(holder)
+    return holders

@@ -182,3 +182,35 @@ def test_c071_masters_are_updated_as_if_all_gradients_were_fp32(clip: float, mon
         torch.testing.assert_close(engine.masters[model.get_parameter(name)], copy, atol=1e-6, rtol=1e-6)
         assert torch.equal(model.get_parameter(name), engine.masters[model.get_parameter(name)].bfloat16())
     assert all(torch.equal(model.get_parameter(n), p) for n, p in idle.items())
+
+
+class _OtherRank(Comm):
+    """A second rank whose gradient is the same number everywhere, far below what a bf16 sum could show."""
+
+    def __init__(self, gradient: float) -> None:
+        super().__init__(world_size=2)
+        self.gradient = gradient
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        assert tensor.dtype == torch.float32
+        return tensor.add_(self.gradient)
+
+
+def test_c071_gradients_of_several_ranks_reach_the_masters_as_their_sum_in_fp32() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"out": nn.Linear(30, 7)})
+    other = 2.0**-12
+    engine = PlainEngine(model, settings(precision="bf16"), _OtherRank(other))
+    copies = [nn.Parameter(p.detach().float()) for p in model.parameters()]
+    groups = [{"params": [copy], "weight_decay": decay} for copy, decay in zip(copies, (0.2, 0.0), strict=True)]
+    plain = torch.optim.AdamW(groups, lr=0.1, betas=(0.8, 0.9), eps=1e-3, fused=True)
+    for _ in range(2):
+        for parameter, copy in zip(model.parameters(), copies, strict=True):
+            parameter.grad = torch.randn(copy.shape).bfloat16()
+            copy.grad = parameter.grad.float() + other
+        norm = torch.nn.utils.get_total_norm([copy.grad for copy in copies])
+        plain.step()
+        assert engine.step(0.1).grad_norm == pytest.approx(float(norm), rel=1e-6)
+    for parameter, copy in zip(model.parameters(), copies, strict=True):
+        torch.testing.assert_close(engine.masters[parameter], copy, atol=1e-6, rtol=1e-6)
+        assert parameter.grad is None and engine.masters[parameter].grad is None
