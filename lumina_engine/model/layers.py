@@ -1,6 +1,6 @@
 """RMSNorm and the dense SwiGLU block, as autograd functions that make few passes over memory; and how to recompute a part.
 
-Shapes: T tokens, D hidden size, I intermediate size.
+Shapes: T tokens, R rows of a tile, D hidden size, I intermediate size.
 """
 
 from __future__ import annotations
@@ -14,6 +14,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lumina_engine.model.product import Linear
+
+# Values that a CPU takes through several passes at once, so that what is made on the way stays in the cache.
+_TILE = 1 << 18
+
+
+def tile_rows(x: Tensor, width: int) -> int:
+    """How many rows of `width` values to take through several passes at once: a tile on a CPU, everything elsewhere."""
+    return max(1, _TILE // width) if x.device.type == "cpu" else max(1, x.numel() // width)
 
 
 def runner(recompute: bool) -> Callable[..., Any]:
@@ -49,15 +57,27 @@ class _RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, rstd = ctx.saved_tensors
+        size = x.shape[-1]
+        grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+        grad_weight = torch.zeros(size, dtype=torch.float32, device=x.device)
+        rows = (x.reshape(-1, size), grad.reshape(-1, size), rstd.reshape(-1, 1), grad_x.view(-1, size))
         with torch.autocast(x.device.type, enabled=False):
-            size = x.shape[-1]
-            normed = (x.float() * rstd).view(-1, size)
-            grad32 = grad.float().reshape(-1, size)
-            product = grad32 * normed
-            weight32 = weight.float()
-            shift = torch.mv(product, weight32).mul_(-1.0 / size)
-            grad_x = (grad32 * weight32).addcmul_(normed, shift[:, None]).view(x.shape).mul_(rstd)
-            return grad_x.to(x.dtype), product.sum(0).to(weight.dtype), None
+            for x_RD, grad_RD, rstd_R1, to_RD in zip(*(part.split(tile_rows(x, size)) for part in rows), strict=True):
+                _norm_backward(x_RD, grad_RD, rstd_R1, weight.float(), to_RD, grad_weight)
+        return grad_x, grad_weight.to(weight.dtype), None
+
+
+def _norm_backward(x_RD: Tensor, grad_RD: Tensor, rstd_R1: Tensor, weight: Tensor, to_RD: Tensor, grad_weight: Tensor) -> None:
+    """Writes the gradient of some rows, rstd · (g w - x rstd² mean(g w x)), and adds their part of the weight's, Σ g x rstd."""
+    x32, grad32 = x_RD.float(), grad_RD.float()
+    product_RD = grad32 * x32
+    grad_weight.addmv_(product_RD.t(), rstd_R1.squeeze(1))
+    mean_R1 = torch.mv(product_RD, weight)[:, None].mul_(rstd_R1).mul_(-1.0 / x_RD.shape[1])
+    shift_R1 = mean_R1.mul_(rstd_R1).mul_(rstd_R1)  # one by one: the cube itself would underflow early
+    out_RD = to_RD if to_RD.dtype == torch.float32 else product_RD
+    torch.mul(x32, shift_R1, out=out_RD).addcmul_(grad32 * weight, rstd_R1)
+    if out_RD is not to_RD:
+        to_RD.copy_(out_RD)
 
 
 class RMSNorm(nn.Module):

@@ -124,12 +124,13 @@ def _chunk(
 
 def _block(logits_RV: Tensor, targets_R: Tensor, scale_R: Tensor) -> Tensor:
     """Loss sum of a few rows, whose logits are replaced by their gradient."""
-    log_probs_RV = F.log_softmax(logits_RV, dim=-1, dtype=torch.float32)
-    loss = _weighted_loss(log_probs_RV, targets_R, scale_R)
-    grad_RV = log_probs_RV.exp_()
+    probs_RV = F.softmax(logits_RV, dim=-1, dtype=torch.float32)
     index_R1 = targets_R.clamp(min=0)[:, None]
-    grad_RV.scatter_add_(1, index_R1, torch.full_like(index_R1, -1, dtype=torch.float32))
-    logits_RV.copy_(grad_RV.mul_(scale_R[:, None]))
+    # The most probable token is never rounded to 0, so it tells the normaliser; one exponential for each logit is enough.
+    normaliser_R = logits_RV.amax(-1).float() - probs_RV.amax(-1).log()
+    loss = torch.dot(normaliser_R - logits_RV.gather(1, index_R1).squeeze(1).float(), scale_R)
+    probs_RV.scatter_add_(1, index_R1, torch.full_like(index_R1, -1, dtype=torch.float32))
+    logits_RV.copy_(probs_RV.mul_(scale_R[:, None]))
     return loss
 
 

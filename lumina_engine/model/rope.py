@@ -3,7 +3,8 @@
 Angles are computed in float64 and only their cosines and sines are kept in float32: at position 1,000,000 a float32 angle is
 off by up to 0.06 rad, which is noise for the fast channels.
 
-Shapes: B batch, S sequence, N heads (query and key heads side by side), d head size, P positions.
+Shapes: B batch, S sequence, N heads (query and key heads side by side), d head size, P positions, R rows of a
+tile.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lumina_engine.model.layers import tile_rows
 
 # Up to this many positions the tables are computed once and indexed; beyond, only for the positions of the call.
 _TABLE_LIMIT = 65_536
@@ -114,12 +117,22 @@ class _Rotate(torch.autograd.Function):
 
 
 def _rotated(x_BSNd: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
-    first, second = x_BSNd.float().chunk(2, dim=-1)
-    out = torch.empty(x_BSNd.shape, dtype=torch.float32, device=x_BSNd.device)
+    out = torch.empty(x_BSNd.shape, dtype=x_BSNd.dtype, device=x_BSNd.device)
+    every = (*x_BSNd.shape[:2], 1, x_BSNd.shape[-1] // 2)
+    rows = (x_BSNd.flatten(0, 1), out.flatten(0, 1), cos.expand(every).flatten(0, 1), sin.expand(every).flatten(0, 1))
+    for parts in zip(*(part.split(tile_rows(x_BSNd, out.shape[2] * out.shape[3])) for part in rows), strict=True):
+        _rotate_rows(*parts, sign)
+    return out
+
+
+def _rotate_rows(x_RNd: Tensor, to_RNd: Tensor, cos: Tensor, sin: Tensor, sign: float) -> None:
+    """Writes some rows rotated, computed in float32."""
+    first, second = x_RNd.float().chunk(2, dim=-1)
+    out = torch.empty(x_RNd.shape, dtype=torch.float32, device=x_RNd.device)
     half = first.shape[-1]
     torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-sign)
     torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=sign)
-    return out.to(x_BSNd.dtype)
+    to_RNd.copy_(out)
 
 
 def rotate(x_BSNd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
