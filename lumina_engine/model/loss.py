@@ -72,7 +72,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_head = ctx.saved_tensors
         # With retain_graph the saved gradients serve again; else a second copy of the head's would be the peak of a step.
-        again = torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+        again = torch._C._autograd._get_current_graph_task_keep_graph()
         scaled = [None if kept is None else _times(kept, grad, ctx.dtype, again) for kept in (grad_hidden, grad_head)]
         return scaled[0], scaled[1], None, None, None
 

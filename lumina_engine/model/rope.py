@@ -120,8 +120,9 @@ def _rotated(x_BSNd: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     out = torch.empty(x_BSNd.shape, dtype=x_BSNd.dtype, device=x_BSNd.device)
     every = (*x_BSNd.shape[:2], 1, x_BSNd.shape[-1] // 2)
     rows = (x_BSNd.flatten(0, 1), out.flatten(0, 1), cos.expand(every).flatten(0, 1), sin.expand(every).flatten(0, 1))
-    for parts in zip(*(part.split(tile_rows(x_BSNd, out.shape[2] * out.shape[3])) for part in rows), strict=True):
-        _rotate_rows(*parts, sign)
+    tile = tile_rows(x_BSNd, out.shape[2] * out.shape[3])
+    for x_RNd, to_RNd, *turn in zip(*(part.split(tile) for part in rows), strict=True):
+        _rotate_rows(x_RNd, to_RNd, turn[0], turn[1], sign)
     return out
 
 
