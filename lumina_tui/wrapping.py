@@ -35,7 +35,7 @@ def spans(text: str, width: int) -> list[tuple[int, int]]:
                     end -= 1
                 found.append((start, end))
                 start, cells = space, since
-            else:
+            if cells + size > width:  # no space to break at, or a wide character does not fit behind the last word either
                 found.append((start, index))
                 start, cells = index, 0
             space = -1

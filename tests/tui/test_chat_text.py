@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rich.cells import cell_len
 
@@ -102,6 +102,7 @@ def test_c136_a_growing_reply_shows_each_word_once_and_ends_as_the_whole(width: 
 
 @settings(max_examples=200, deadline=None)
 @given(ODD, st.integers(4, 40))
+@example(" 1111\u0301\t111漢", 4)  # a wide character behind a word that moved to a line of its own
 def test_se01_any_text_in_any_layout_is_safe_and_fits(text: str, width: int) -> None:
     for lines in (
         Markdown().lines(text, width, finished=True),
