@@ -129,8 +129,9 @@ def test_ps10_a_deleted_socket_is_bound_again(tmp_path: Path) -> None:
 def test_ps10_what_takes_the_socket_s_place_is_left_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     server = Server(tmp_path, rebind_time=0.02)
     viewer = Viewer(server)
-    server.path.unlink()
-    server.path.write_text("mine")
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    mine.replace(server.path)  # at once: an empty place would be bound again
     until(lambda: server.viewers._complaint)
     last = emit(server, 1)
     assert viewer.follow(last) == [1], "whoever is connected stays so"
