@@ -103,5 +103,5 @@ def _tell(args: argparse.Namespace, done: dict[str, Any]) -> int:
         kind = "held-out" if done["held_out"] else "training"
         print(safe(f"  loss on {done['rows']} {kind} rows: {done['loss_before']:.4f} before, {done['loss_after']:.4f} after"))
     run = Path(done["run"]).name
-    print(safe(f"  `lumina-engine train --run {run} --resume` goes on from step {done['step']}"))
+    print(safe(f"  `lumina-engine train --run {run} --resume` goes on from step {done['step']:,}"))
     return 0

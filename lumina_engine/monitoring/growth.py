@@ -17,6 +17,7 @@ import numpy as np
 from ..config.schema import Config, DeepSeekConfig
 from . import record as rec
 from .experts import layers_of
+from .say import say
 
 HOT = 2.0  # times the equal share
 COLD = 0.1  # of the equal share
@@ -211,7 +212,8 @@ def _falling(losses: Any) -> bool:
 class GrowthWatch:
     """The suggestions over the records of a run, as alerts with the command to run; each is told once until it changes.
 
-    A rebalance is not told here: the health monitor's alerts of hot experts and dropped tokens do that.
+    A rebalance is not told here: the health monitor's alerts of hot experts and dropped tokens do that. It is rank 0's and not
+    the supervisor's, which has neither the configuration nor numpy in memory.
     """
 
     def __init__(self, config: Config, run: str) -> None:
@@ -227,9 +229,17 @@ class GrowthWatch:
             self.observe(record)
 
     def observe(self, record: rec.Record) -> rec.Alert | None:
-        """The alert that begins with this record."""
+        """The alert that begins with this record. A watch that fails ends itself, with a word in engine.log, never the run."""
         if not self._on:
             return None
+        try:
+            return self._look(record)
+        except Exception as error:
+            self._on = False
+            say(f"lumina: expert_growth: no more advice in this start: {type(error).__name__}: {error}")
+            return None
+
+    def _look(self, record: rec.Record) -> rec.Alert | None:
         if isinstance(record, rec.Eval) and record.loss is not None:
             self._evals.append(record.loss)
         if not isinstance(record, rec.Experts):

@@ -49,7 +49,8 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     for name in ("end", "twice_the_data", "half_the_model"):
         if name in found:
             tokens, loss, interval = _cells(found[name])
-            said.append(f"estimate  loss {loss} ({interval}) {_PLACES[name]}" + (f", {tokens} tokens" if tokens != "-" else ""))
+            value = f"{loss}: {interval}" if loss == "unknown" else f"loss {loss} ({interval})"
+            said.append(f"estimate  {_PLACES[name]}: {value}" + (f", {tokens} tokens" if tokens != "-" else ""))
     return said
 
 

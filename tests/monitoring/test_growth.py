@@ -117,3 +117,10 @@ def test_c099_a_run_is_told_once_with_a_command_that_exists() -> None:
 @pytest.mark.parametrize("keys", [{"expert_growth": "off"}, {"adaptive": "off"}, {"use_moe": False}])
 def test_c099_switched_off_says_nothing(keys: dict[str, Any]) -> None:
     assert watched(GrowthWatch(BALANCING.model_copy(update=keys), "mine"), HOT, 50, 5_000) == []
+
+
+def test_c099_a_watch_that_fails_says_so_and_ends_no_run(capsys: pytest.CaptureFixture[str]) -> None:
+    watch = GrowthWatch(BALANCING, "mine")
+    assert watched(watch, HOT, 50, 200) == []
+    assert watched(watch, HOT[:-1], 250, 400) == []  # another number of experts in the middle of a log
+    assert capsys.readouterr().err.count("no more advice") == 1
