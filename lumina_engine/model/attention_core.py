@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lumina_engine.model.product import widens
+
 # Up to this length blocks train faster in bf16 than SDPA's CPU kernel, whose backward is slow (torch 2.13).
 _SHORT = 512
 # A block has this many queries, or fewer so that its scores stay below the second figure (64 MiB in float32).
@@ -78,6 +80,9 @@ def fused_attention(
     """
     if is_causal and (_windowed(window, key) or _slow_backward(query, value)):
         return block_attention(query, key, value, scale, window)
+    if widens(query):
+        wide = (part.float() for part in (query, key, value))
+        return fused_attention(*wide, None if mask is None else mask.float(), is_causal, scale, window).to(query.dtype)
     gqa = query.shape[1] != key.shape[1]
     narrow = key.shape[-1] - value.shape[-1]
     if narrow < 0:
@@ -102,9 +107,9 @@ def _slow_backward(query: Tensor, value: Tensor) -> bool:
 def block_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, window: int | None = None) -> Tensor:
     """Causal attention (S = T) over blocks of queries, each against the keys that its window reaches.
 
-    Scores and softmax are float32 whatever the dtype of the queries is; the other batched products are in that dtype. The
-    backward computes the scores again. The heads of a group are stacked, so keys and values are not repeated, and the work
-    follows the window.
+    Scores and softmax are float32 whatever the dtype of the queries is; the other batched products are in that dtype, or in
+    float32 where the processor has none of it. The backward computes the scores again. The heads of a group are stacked, so
+    keys and values are not repeated, and the work follows the window.
     """
     return _BlockAttention.apply(query, key, value, scale or query.shape[-1] ** -0.5, window or query.shape[2])
 
@@ -116,22 +121,23 @@ class _BlockAttention(torch.autograd.Function):
         ctx.scale, ctx.window = scale, window
         with torch.autocast(query.device.type, enabled=False):
             query32_PGSd, key32_PTd = _exact(query, key, scale)
-            value_PTe = value.flatten(0, 1).contiguous()
+            value_PTe = value.flatten(0, 1).to(_multiplied(query)).contiguous()
             out = query.new_empty(*query32_PGSd.shape[:3], value.shape[-1])
             for pairs, rows, keys in _blocks(query32_PGSd, window):
                 probs = _probabilities(query32_PGSd[pairs, :, rows], key32_PTd[pairs, keys], rows.start - keys.start, window)
-                out[pairs, :, rows] = torch.bmm(probs.to(value.dtype), value_PTe[pairs, keys]).view_as(out[pairs, :, rows])
+                out[pairs, :, rows] = torch.bmm(probs.to(value_PTe.dtype), value_PTe[pairs, keys]).view_as(out[pairs, :, rows])
         return out.view(*query.shape[:3], -1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         query, key, value = ctx.saved_tensors
-        dtype = query.dtype
+        dtype = _multiplied(query)
         with torch.autocast(grad.device.type, enabled=False):
             query32_PGSd, key32_PTd = _exact(query, key, ctx.scale)
-            query_PGSd, key_PTd, value_PTe = query32_PGSd.to(dtype), key32_PTd.to(dtype), value.flatten(0, 1).contiguous()
-            grad_PGSe = grad.reshape(*query_PGSd.shape[:3], -1)
+            query_PGSd, key_PTd = query32_PGSd.to(dtype), key32_PTd.to(dtype)
+            value_PTe = value.flatten(0, 1).to(dtype).contiguous()
+            grad_PGSe = grad.reshape(*query_PGSd.shape[:3], -1).to(dtype)
             grad_q, grad_k, grad_v = torch.empty_like(query_PGSd), torch.zeros_like(key_PTd), torch.zeros_like(value_PTe)
             for pairs, rows, keys in _blocks(query_PGSd, ctx.window):
                 query_PRd, grad_PRe = query_PGSd[pairs, :, rows].flatten(1, 2), grad_PGSe[pairs, :, rows].flatten(1, 2)
@@ -142,7 +148,14 @@ class _BlockAttention(torch.autograd.Function):
                 grad_s = torch.ops.aten._softmax_backward_data(grad_p, probs, -1, grad_p.dtype).to(dtype)
                 grad_q[pairs, :, rows] = torch.bmm(grad_s, key_PTd[pairs, keys]).view_as(grad_q[pairs, :, rows])
                 grad_k[pairs, keys].baddbmm_(grad_s.transpose(1, 2), query_PRd)
-        return grad_q.mul_(ctx.scale).view(query.shape), grad_k.view(key.shape), grad_v.view(value.shape), None, None
+        grads = zip((grad_q.mul_(ctx.scale), grad_k, grad_v), (query, key, value), strict=True)
+        grad_q, grad_k, grad_v = (part.view(whole.shape).to(whole.dtype) for part, whole in grads)
+        return grad_q, grad_k, grad_v, None, None
+
+
+def _multiplied(query: Tensor) -> torch.dtype:
+    """The dtype of the batched products of a block."""
+    return torch.float32 if widens(query) else query.dtype
 
 
 def _exact(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lumina_engine.model.layers import gated_silu, gated_silu_backward, runner
-from lumina_engine.model.product import product
+from lumina_engine.model.product import product, weight_gradient
 
 # oneDNN generates code for every new number of rows, which costs as much as a product; multiples of up to this recur.
 _MULTIPLE = 32
@@ -98,9 +98,9 @@ class _ExpertsLoop(torch.autograd.Function):
                     grad_act = product(grad_RD, w2[e].t())
                     grad_gates[start:end] = (grad_act * act_RH).sum(-1, dtype=gates_N.dtype)[: end - start]
                     grad_act.mul_(gate_R1)
-                torch.mm(gated_RD.t(), act_RH, out=grad_w2[e])
+                weight_gradient(gated_RD, act_RH, out=grad_w2[e])
                 grad_gate_up = gated_silu_backward(grad_act, gate_up, silu_RH)
-                torch.mm(grad_gate_up.t(), _rows(x_TD, token_R, ctx.filled), out=grad_w13[e])
+                weight_gradient(grad_gate_up, _rows(x_TD, token_R, ctx.filled), out=grad_w13[e])
                 grad_x.index_add_(0, token_R, product(grad_gate_up, w13[e].t())[: end - start])
         return grad_x, grad_gates, grad_w13, grad_w2, None, None, None, None
 

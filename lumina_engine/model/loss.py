@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lumina_engine.model.product import product
+from lumina_engine.model.product import product, weight_gradient
 
 IGNORED = -100
 # Logits that a CPU turns into their gradient at once: what is made on the way stays in the cache and needs little memory.
@@ -95,7 +95,7 @@ def _times(kept: Tensor, factor: Tensor, dtype: torch.dtype, again: bool) -> Ten
 def _head_gradient(grad_CV: Tensor, hidden_CD: Tensor, so_far: Tensor | None, alone: bool) -> Tensor:
     """The head's gradient with that of one more chunk, in float32; as the product gives it if the chunk is `alone`."""
     if alone or (so_far is None and grad_CV.dtype == torch.float32):
-        return torch.mm(grad_CV.t(), hidden_CD)
+        return weight_gradient(grad_CV, hidden_CD)
     if so_far is None:
         so_far = grad_CV.new_zeros(grad_CV.shape[1], hidden_CD.shape[1], dtype=torch.float32)
     if so_far.dtype == grad_CV.dtype:
@@ -103,7 +103,7 @@ def _head_gradient(grad_CV: Tensor, hidden_CD: Tensor, so_far: Tensor | None, al
     rows = max(1, _PIECE // hidden_CD.shape[1])  # the product of the whole vocabulary would need as much memory again
     for start in range(0, len(so_far), rows):
         part = slice(start, start + rows)
-        so_far[part].add_(torch.mm(grad_CV[:, part].t(), hidden_CD))
+        so_far[part].add_(weight_gradient(grad_CV[:, part], hidden_CD))
     return so_far
 
 

@@ -1,9 +1,14 @@
-"""Matrix products by the faster of the libraries that PyTorch brings, and the linear layer made of them.
+"""Matrix products by the fastest of the libraries that PyTorch brings, and the linear layer made of them.
 
-On a CPU `torch.mm` in float32 is MKL, which reaches about 80 % of oneDNN's speed on processors of other makers (measured:
-tests/bench/README.md); in bfloat16 it is oneDNN already. PyTorch offers oneDNN's float32 product only as an operator of its
-compiler, so it is looked up and `torch.mm` stands in where it is absent. Which one is taken depends on device and dtype
-alone: the same machine gives the same bits.
+On a CPU with AVX-512 oneDNN's float32 products are faster than MKL's, which `torch.mm` takes; with AVX2 alone they are as fast
+where the weight is read along its rows, and slower where it is read across them. PyTorch offers oneDNN's product only as an
+operator of its compiler, so it is looked up and `torch.mm` stands in where it is absent.
+
+A CPU that cannot multiply bfloat16 or float16 has fallbacks in PyTorch at a seventh of its float32 speed (measured:
+tests/bench/README.md). There the factors are widened to float32, a part at a time, and the result is rounded: the sums are
+float32, as they are where the processor does it.
+
+Which one is taken depends on device, dtype and layout alone: the same machine gives the same bits.
 
 Shapes: R rows, I inner size, O output size.
 """
@@ -19,6 +24,24 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import register_flop_formula
 
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+_ONLY_AVX2: bool = torch.backends.cpu.get_cpu_capability() == "AVX2"
+# Values of a weight or a result that are widened at a time.
+_PART = 1 << 20
+
+
+def _unsupported() -> frozenset[torch.dtype]:
+    """The 16-bit dtypes for which oneDNN has no products on this CPU."""
+    asked = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+    answers = {dtype: getattr(torch.ops.mkldnn, name, None) for dtype, name in asked.items()}
+    return frozenset(dtype for dtype, supported in answers.items() if supported is not None and not supported())
+
+
+_UNSUPPORTED: frozenset[torch.dtype] = _unsupported()
+
+
+def widens(x: Tensor) -> bool:
+    """Whether products of tensors like `x` are made in float32, since the processor has none of their dtype."""
+    return x.device.type == "cpu" and x.dtype in _UNSUPPORTED and not torch.compiler.is_compiling()
 
 
 def _takes_onednn(x: Tensor) -> bool:
@@ -37,9 +60,33 @@ if _HAS_ONEDNN:
 
 def product(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
     """x @ weight.T, (R, O), without autograd; either may be a transposed view."""
-    if _takes_onednn(x_RI):
+    if widens(x_RI):
+        return _widened(x_RI, weight_OI)
+    if _takes_onednn(x_RI) and not (_ONLY_AVX2 and weight_OI.stride(0) == 1):
         return torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, None, "none", [], "")
     return torch.mm(x_RI, weight_OI.t())
+
+
+def weight_gradient(grad_RO: Tensor, x_RI: Tensor, out: Tensor | None = None) -> Tensor:
+    """grad.T @ x, (O, I), without autograd, into `out` if given."""
+    if widens(x_RI):
+        return _widened(grad_RO.t(), x_RI.t(), out)
+    # In float32 MKL is the faster one everywhere: both factors are read across their rows.
+    return torch.mm(grad_RO.t(), x_RI, out=out) if out is not None else torch.mm(grad_RO.t(), x_RI)
+
+
+def _widened(x_RI: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:
+    """x @ weight.T by float32 products of parts, so that the wide copies stay small."""
+    rows, inner = x_RI.shape
+    out = x_RI.new_empty(rows, len(weight_OI)) if out is None else out
+    some = max(1, _PART // max(inner, 1))
+    with torch.autocast("cpu", enabled=False):
+        for start in range(0, rows, 4 * some):
+            part_PI = x_RI[start : start + 4 * some].float()
+            for first in range(0, len(weight_OI), some):
+                wide_IP = weight_OI[first : first + some].float().t()
+                out[start : start + 4 * some, first : first + some] = torch.mm(part_PI, wide_IP)
+    return out
 
 
 class _Linear(torch.autograd.Function):
@@ -53,8 +100,19 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_RI, weight_OI = ctx.saved_tensors
         grad_x = product(grad_RO, weight_OI.t()) if ctx.needs_input_grad[0] else None
-        # MKL is the faster one here: both factors are read across their rows.
-        return grad_x, torch.mm(grad_RO.t(), x_RI) if ctx.needs_input_grad[1] else None
+        return grad_x, weight_gradient(grad_RO, x_RI) if ctx.needs_input_grad[1] else None
+
+
+def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
+    """x @ weight.T over the last axis, differentiable; under autocast in its dtype, as `F.linear`."""
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if not (x.device.type == "cpu" and dtype in _UNSUPPORTED) or torch.compiler.is_compiling():
+            return F.linear(x, weight_OI)
+        x, weight_OI = x.to(dtype), weight_OI.to(dtype)
+    if widens(x) or (_takes_onednn(x) and torch.is_grad_enabled()):
+        return _Linear.apply(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], -1)
+    return F.linear(x, weight_OI)
 
 
 class Linear(nn.Linear):
@@ -68,7 +126,4 @@ class Linear(nn.Linear):
         self.repeated = False
 
     def forward(self, x: Tensor) -> Tensor:
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if self.repeated or autocast or not _takes_onednn(x) or not torch.is_grad_enabled():
-            return F.linear(x, self.weight)
-        return _Linear.apply(x.reshape(-1, x.shape[-1]), self.weight).view(*x.shape[:-1], -1)
+        return F.linear(x, self.weight) if self.repeated else linear(x, self.weight)

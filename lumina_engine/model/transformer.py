@@ -23,7 +23,7 @@ from lumina_engine.model.latent import LatentAttention
 from lumina_engine.model.layers import RMSNorm, SwiGLU
 from lumina_engine.model.loss import IGNORED, cross_entropy_and_correct, cross_entropy_sum, shifted_targets
 from lumina_engine.model.moe import LayerRoute, LayerStats, MoE, RouterStats
-from lumina_engine.model.product import Linear
+from lumina_engine.model.product import Linear, linear
 from lumina_engine.model.rope import RotaryTables, inverse_frequencies
 from lumina_engine.model.segments import DocumentLayout, Segments
 
@@ -207,7 +207,7 @@ class DeepSeekTransformer(nn.Module):
         if labels is None:
             if logits_to_keep:
                 hidden = hidden[:, -logits_to_keep:]
-            output = ModelOutput(logits=F.linear(self.norm(hidden), self.head_weight))
+            output = ModelOutput(logits=linear(self.norm(hidden), self.head_weight))
         else:
             output = self._loss(self.norm(hidden), shifted_targets(labels, document_ids), weights)
         if return_aux:
