@@ -82,6 +82,20 @@ def test_c148_roofs_are_measured_behind_the_peak_of_memory_and_by_the_fastest_li
         assert matmul_peak.products_rate([Product(8, 8, 8, 3)], torch.device("cpu"), torch.float32) == 2 * 8**3 / 2
 
 
+def test_c148_what_is_many_times_slower_is_tried_twice_only(monkeypatch):
+    clock, tried = [0.0], {"_mm": 0, "model_product": 0}
+
+    def multiply(name, seconds):
+        tried[name] += 1
+        clock[0] += seconds
+
+    monkeypatch.setattr(matmul_peak, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(matmul_peak, "_mm", lambda *_: multiply("_mm", 100.0))
+    monkeypatch.setattr(matmul_peak, "model_product", lambda *_: multiply("model_product", 2.0))
+    assert matmul_peak.products_rate([Product(8, 8, 8, 1)], torch.device("cpu"), torch.bfloat16, repeats=5) == 2 * 8**3 / 2
+    assert tried == {"_mm": 2, "model_product": 6}
+
+
 def test_the_step_s_own_products_are_its_operations_but_for_attention_and_router():
     for changes in ({}, {"num_shared_experts": 1, "num_dense_layers": 1}, {"use_moe": False}, {"attention": "mla"}):
         values = {k: v for k, v in SHAPE.items() if k in DeepSeekConfig.model_fields}

@@ -45,11 +45,23 @@ def losses(done: subprocess.CompletedProcess[str]) -> list[float]:
     return [line["loss"] for line in map(json.loads, done.stdout.splitlines()) if "step" in line]
 
 
+MODES = {
+    "plain": (),
+    "checkpointing": ("gradient_checkpointing=true",),
+    "zero 1": ("use_deepspeed=true", "zero_stage=1"),
+    "bf16": ("precision=bf16",),
+    "mixed": ("precision=mixed_bf16",),
+    "latent attention": ("attention=mla",),
+    "two lengths": ("curriculum_learning=true", "min_seq_length=16", "curriculum_steps=2"),
+}
+
+
 @needs_compiler
 @pytest.mark.slow
-def test_c013_compiled_losses_equal_eager_and_the_first_state_is_compiling(tmp_path):
-    eager = losses(bench())
-    compiled = losses(bench("compile=true", TORCHINDUCTOR_CACHE_DIR=str(tmp_path)))
+@pytest.mark.parametrize("words", MODES.values(), ids=MODES.keys())
+def test_c013_compiled_losses_equal_eager_in_every_mode(tmp_path, words):
+    eager = losses(bench(*words))
+    compiled = losses(bench("compile=true", *words, TORCHINDUCTOR_CACHE_DIR=str(tmp_path)))
     assert compiled == pytest.approx(eager, rel=1e-4)
     assert any(tmp_path.rglob("*.so")), "nothing was compiled"
 
