@@ -1,7 +1,7 @@
-"""`lumina-engine data prepare` against bare tiktoken: `python tests/bench/prepare.py FOLDER [--texts DIR] [--mb 200] [--part …]`.
+"""`lumina-engine data prepare` against bare tiktoken: `python tests/bench/prepare.py FOLDER [--texts DIR] [--mb 200]`.
 
-Writes a JSON Lines file of `--mb` MB into FOLDER, made of paragraphs of the `*.txt` and `*.jsonl` files in DIR (without it, of the
-built-in corpus), no two records alike. Then, one JSON object each:
+Writes a JSON Lines file of `--mb` MB into FOLDER, made of paragraphs of the `*.txt` and `*.jsonl` files in DIR (without it, of
+the built-in corpus), no two records alike. Then, one JSON object each:
 
 - `core`: piece by piece, in one process and on one thread, `encode_ordinary_batch` of tiktoken on the texts of a piece and the
   whole work on that piece (read, check, tokenise, write with digests) in turn; the ratio of their tokens a second.

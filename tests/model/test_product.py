@@ -72,12 +72,16 @@ def test_c071_a_linear_layer_without_the_instructions_keeps_dtype_and_gradients(
         torch.testing.assert_close(mine.double(), exact, rtol=1.6e-2, atol=1e-3)
 
 
+def tiny() -> tuple[DeepSeekTransformer, torch.Tensor]:
+    shape = {"vocab_size": 256, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48}
+    torch.manual_seed(0)
+    model = DeepSeekTransformer(DeepSeekConfig(**shape, use_moe=True, num_experts=4, moe_top_k=2))
+    return model.to(torch.bfloat16), torch.randint(0, 256, (2, 24))
+
+
 def test_c071_no_product_of_a_step_is_left_to_the_slow_fallbacks(without_halves):
     """Forward and backward of a whole model in bfloat16: every matrix product that torch is asked for has float32 factors."""
-    shape = dict(vocab_size=256, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48)
-    torch.manual_seed(0)
-    model = DeepSeekTransformer(DeepSeekConfig(**shape, use_moe=True, num_experts=4, moe_top_k=2)).to(torch.bfloat16)
-    ids = torch.randint(0, 256, (2, 24))
+    model, ids = tiny()
     asked: list[tuple[str, torch.dtype]] = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -95,10 +99,7 @@ def test_c071_no_product_of_a_step_is_left_to_the_slow_fallbacks(without_halves)
 
 def test_c071_a_model_without_the_instructions_computes_what_others_do(monkeypatch):
     """The same step in bfloat16 with and without the processor's own products, where it has them; within bfloat16's noise."""
-    shape = dict(vocab_size=256, hidden_size=64, num_layers=2, num_heads=4, num_kv_heads=2, intermediate_size=48)
-    torch.manual_seed(0)
-    model = DeepSeekTransformer(DeepSeekConfig(**shape, use_moe=True, num_experts=4, moe_top_k=2)).to(torch.bfloat16)
-    ids = torch.randint(0, 256, (2, 24))
+    model, ids = tiny()
     found = {}
     for unsupported in (frozenset(), frozenset(HALVES)):
         monkeypatch.setattr(products, "_UNSUPPORTED", unsupported)
