@@ -124,38 +124,38 @@ class Samples:
         """Build the segment table where some documents are longer than the limit."""
         assert self.limit is not None
         template = Template(self.store.meta["template"])
-        starts: list[np.ndarray] = []
-        sizes: list[np.ndarray] = []
-        counts: list[np.ndarray] = []  # segments of each sample
-        before = 0
-        for document in [*long.tolist(), len(lengths)]:
-            starts.append(self.store.offsets[before:document].astype(np.int64))
-            sizes.append(lengths[before:document])
-            counts.append(np.ones(document - before, dtype=np.int64))
-            before = document + 1
-            if document == len(lengths):
-                break
-            for ranges in self._pieces(document, template):
-                begin = int(self.store.offsets[document])
-                starts.append(np.array([begin + start for start, _ in ranges], dtype=np.int64))
-                sizes.append(np.array([stop - start for start, stop in ranges], dtype=np.int64))
-                counts.append(np.array([len(ranges)], dtype=np.int64))
-        self._starts = np.concatenate(starts)
-        self._sizes = np.concatenate(sizes)
-        self._first = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+        offsets = self.store.offsets.astype(np.int64)
+        texts = long[self.store.tokens[offsets[long]] != template.im_start]
+        conversations = {int(document): self._shortened(int(document), template) for document in np.setdiff1d(long, texts)}
+        is_text = np.zeros(len(lengths), dtype=bool)
+        is_text[texts] = True
+        count = np.ones(len(lengths), dtype=np.int64)  # segments of each document
+        count[texts] = -(-lengths[texts] // self.limit)
+        for document, ranges in conversations.items():
+            count[document] = len(ranges)
+        first = np.cumsum(count) - count
+        owner = np.repeat(np.arange(len(lengths)), count)
+        shift = np.where(is_text[owner], (np.arange(len(owner)) - first[owner]) * self.limit, 0)
+        self._starts = offsets[owner] + shift
+        self._sizes = np.minimum(lengths[owner] - shift, self.limit)
+        for document, ranges in conversations.items():
+            place = slice(first[document], first[document] + len(ranges))
+            begins, ends = np.array(ranges, dtype=np.int64).T
+            self._starts[place], self._sizes[place] = offsets[document] + begins, ends - begins
+        # each piece of a text is a sample, a conversation is one of all its segments
+        of_sample = np.repeat(np.where(is_text, 1, count), np.where(is_text, count, 1))
+        self._first = np.concatenate([[0], np.cumsum(of_sample)])
         self.lengths = np.add.reduceat(self._sizes, self._first[:-1]) if len(self._sizes) else self._sizes
 
-    def _pieces(self, document: int, template: Template) -> list[Ranges]:
-        """The samples of one long document."""
+    def _shortened(self, document: int, template: Template) -> Ranges:
+        """What is kept of one long conversation."""
         assert self.limit is not None
         ids, _ = self.store.document(document)
-        if ids[0] != template.im_start:
-            return [[(start, min(start + self.limit, len(ids)))] for start in range(0, len(ids), self.limit)]
         ranges, done = cut_conversation(np.asarray(ids), self.limit, template)
         self.cut_documents += 1
         self.shortened.update(done)
         self.lost_tokens += len(ids) - sum(stop - start for start, stop in ranges)
-        return [ranges]
+        return ranges
 
     def segments(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(start in the store, tokens, index into `samples`) of every range of `samples`, in order; all int64."""
