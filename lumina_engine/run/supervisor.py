@@ -35,6 +35,7 @@ from .process import (
     boot_id,
     descendants,
     end_marked,
+    held,
     leash,
     myself,
     send_all,
@@ -176,13 +177,14 @@ class Supervisor:
         )
         self.after, self.oom_kills = None, oom_kills()
         self.health.inc = self.inc
-        self.child = subprocess.Popen(
-            self.argv,
-            stdin=subprocess.DEVNULL,
-            cwd=self.run.path,
-            env={**os.environ, **environment},
-            preexec_fn=leash(os.getpid()),
-        )
+        with held():
+            self.child = subprocess.Popen(
+                self.argv,
+                stdin=subprocess.DEVNULL,
+                cwd=self.run.path,
+                env={**os.environ, **environment},
+                preexec_fn=leash(os.getpid()),
+            )
         self.grown_at = time.monotonic()
         self.watchdog.renew(self.grown_at)
         self.stragglers.renew()
