@@ -68,7 +68,7 @@ def _first_cause(ended: Ended) -> tuple[int, str | None]:
     """Exit code and reason of the rank that failed first: a launcher turns codes into 1, and ends the others."""
     code, reason, failure = ended.code, None, ended.failure
     said = failure is not None and failure.code is not None and policy.final_state(failure.code) is not None
-    if code == -signal.SIGTERM and not ended.pressed and not said:
+    if code == -signal.SIGTERM and not (ended.pressed or ended.hang or said):
         return policy.PREEMPTED, "told to leave while it still started: the newest checkpoint counts"
     if code != 0 and failure is not None and (ended.world > 1 or failure.code is not None):
         code, reason = policy.CRASHED if failure.code is None else failure.code, failure.reason

@@ -27,6 +27,7 @@ DEAD, GONE = End(1, 3, "rank 1 said why", 0.0, "node-7"), End(1, None, None, 0.0
         (replace(PLAIN, code=-15, stepped=False), "preempted", 75, "while it still started"),
         (replace(PLAIN, code=-15, pressed=True), None, -15, "SIGTERM"),
         (replace(PLAIN, code=-15, hang=HANG, pressed=True), None, 1, "hang"),
+        (replace(PLAIN, code=-15, hang=HANG, intent="stop"), "failed", 1, "SIGTERM; the newest checkpoint is whole"),
         (replace(PLAIN, code=-15, pressed=True, intent="preempt"), "preempted", 75, "before a checkpoint"),
         (replace(PLAIN, code=-15, pressed=True, intent="stop", stepped=False), "finished", 0, "before its first step"),
         (replace(PLAIN, code=-15, world=2, stepped=False), "preempted", 75, "while it still started"),
