@@ -145,14 +145,16 @@ def test_ft09_a_rank_elsewhere_tells_why(network: Path, runs: Runs, ranks: list[
     assert words in (run.info().reason or "") and marked(run.identity()["nonce"]) == []
 
 
-@pytest.mark.parametrize("where", ["here", "there"])
-@pytest.mark.parametrize("other", ["starting", "polite", "bereft"])
+@pytest.mark.parametrize(
+    ("other", "where"),
+    [*((other, where) for other in ("starting", "polite", "bereft") for where in ("here", "there")), ("stuck", "there")],
+)
 def test_ft03_a_rank_told_to_leave_before_it_listens_preempts_the_run(
-    network: Path, runs: Runs, where: str, other: str
+    network: Path, runs: Runs, other: str, where: str
 ) -> None:
-    """Whether the other one leaves by the TERM of the launcher, by its flag, or fails for want of its partner."""
+    """Whether the other one leaves by the TERM of the launcher or by its flag, fails without its partner, or must be killed."""
     run = runs.make(ranks=[other, "starting"] if where == "there" else ["starting", other])
-    launch.start(run, of_two(run.path), world=2, settings=AT_ONCE)
+    launch.start(run, of_two(run.path), world=2, settings={**AT_ONCE, "survivors_s": 0.1 if other == "stuck" else 10.0})
     until(lambda: [rank["step"] for rank in ranks_of(run)] == [1, 1], "both ranks")
     os.kill(ranks_of(run)[where == "there"]["pid"], signal.SIGTERM)
     assert launch.wait(run, 20) == 75
