@@ -2,7 +2,8 @@
 
 It starts this machine's ranks itself and, over ssh or srun, one agent (node.py) on each other machine. For each rank there it
 holds a connection to the supervisor, so that the supervisor sees all ranks alike. A machine whose line ends, or is silent for
-the time-out, ends the run: its ranks report HOST_LOST with the machine's name, the others are killed.
+the time-out, ends the run: its ranks report HOST_LOST with the machine's name, the others are killed. It ends by TERM itself
+where a rank did that did not listen yet and that nobody here had told to leave.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .line import Line
 from .local_ranks import LocalRanks, rank_variables
 from .node import ALIVE_TIME
 from .policy import CRASHED, HOST_LOST
-from .process import leash
+from .process import end_as, held, leash
 from .signals import SignalQueue
 
 START_TIME = 60.0  # s until every agent must have answered
@@ -73,6 +74,8 @@ class Hosts:
         self.codes: dict[int, int] = {}
         self.failed_at: float | None = None
         self.lost: str | None = None
+        self.asked = False  # somebody sent us a TERM
+        self.left_early = False  # a rank ended by a TERM that was not the end of another one's fault
         self.local: LocalRanks | None = None
         self.remotes: list[Remote] = []
         self.begun = time.monotonic()
@@ -113,7 +116,8 @@ class Hosts:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the ranks there are told over the line, which must stay
 
         argv = REMOTE[self.options.by](name, agent_words())
-        return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=prepare)
+        with held():
+            return subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=prepare)
 
     def _order(self, node: int, first: int) -> dict[str, Any]:
         options = self.options
@@ -133,7 +137,7 @@ class Hosts:
     # --- the loop ------------------------------------------------------------------------------------------------------
 
     def run(self) -> int:
-        """Watch until all ranks have ended; the exit code: 0, that of the first rank that failed, or HOST_LOST."""
+        """Watch until all ranks have ended; the exit code: 0, that of the first rank that failed, -SIGTERM or HOST_LOST."""
         while len(self.codes) < self.world and self.lost is None:
             before = time.monotonic()
             for key, _ in self.selector.select(ALIVE_TIME / 4):
@@ -141,12 +145,15 @@ class Hosts:
             now = time.monotonic()
             self._watch(now, stopped=now - before > ALIVE_TIME * 2)
             for number in self.signals.take():
+                self.asked |= number == signal.SIGTERM
                 self._pass_on(number)
             if self.failed_at is not None and now - self.failed_at > LEAVE_TIME:
                 self._kill()
         if self.lost is not None:
             self._kill()
             return HOST_LOST
+        if self.left_early:
+            return -signal.SIGTERM
         return next((code if code > 0 else CRASHED for code in self.codes.values() if code), 0)
 
     def _watch(self, now: float, stopped: bool) -> None:
@@ -228,9 +235,10 @@ class Hosts:
             if not remote.done:
                 remote.line.send(op="end")
 
-    def _ended(self, rank: int, code: int) -> None:
+    def _ended(self, rank: int, code: int, told: bool) -> None:
         """A rank has ended; when one failed the others are asked to leave, as launchers do."""
         self.codes[rank] = code
+        self.left_early |= code == -signal.SIGTERM and (self.asked or not told)
         if code != 0 and self.failed_at is None:
             self.failed_at = time.monotonic()
             self._pass_on(signal.SIGTERM)
@@ -263,7 +271,7 @@ class Hosts:
                 print(
                     f"lumina: rank {message['rank']} on {remote.name} ended with {message['code']}", file=sys.stderr, flush=True
                 )
-            self._ended(int(message["rank"]), int(message["code"]))
+            self._ended(int(message["rank"]), int(message["code"]), bool(message.get("told")))
         elif op == "bye":
             remote.done = True
 
@@ -339,4 +347,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_as(main())

@@ -17,6 +17,7 @@ from .directory import RunError
 from .hostfile import check_host
 
 AGENT = "lumina_engine.run.node"
+TORCHRUN = "lumina_engine.training.torchrun"
 CONNECT_TIME = 15  # s until a machine must have answered
 # What another machine needs to compute the same; names of devices, paths of this login and the like stay at home.
 _PREFIXES = ("NCCL_", "GLOO_", "TORCH_", "CUBLAS_", "OMP_", "MKL_", "LUMINA_", "PYTHON", "XDG_", "HF_", "TRITON_", "DS_")
@@ -76,7 +77,7 @@ def torchrun_argv(worker: Sequence[str], *, nodes: int, ranks: int, node_rank: i
         "signals-to-handle": "SIGTERM",  # HUP, INT and QUIT are not for the launcher to pass on
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
-    return [sys.executable, "-m", "torch.distributed.run", *flags, *check_words(worker)]
+    return [sys.executable, "-m", TORCHRUN, *flags, *check_words(worker)]
 
 
 def carried(environment: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -8,7 +8,7 @@ import signal
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 
-from .process import Process, descendants, leash, process, send_all, send_signal
+from .process import Process, descendants, held, leash, process, send_all, send_signal
 
 
 def rank_variables(first: int, count: int, world: int, node: int, address: str, port: int) -> list[dict[str, str]]:
@@ -35,7 +35,7 @@ class LocalRanks:
         variables: `rank_variables`.
         environment: what all have in common.
         output: where stdout and stderr go; None: where ours go.
-        ended: called with (rank, exit code) when one has ended.
+        ended: called with (rank, exit code, whether we sent it a TERM) when one has ended.
     """
 
     def __init__(
@@ -44,23 +44,25 @@ class LocalRanks:
         argv: Sequence[str],
         variables: Sequence[Mapping[str, str]],
         environment: Mapping[str, str],
-        ended: Callable[[int, int], None],
+        ended: Callable[[int, int, bool], None],
         output: int | None = None,
     ) -> None:
         self._selector = selector
         self._ended = ended
         self._children: dict[int, subprocess.Popen[bytes]] = {}
+        self._told: set[int] = set()  # pids that we sent a TERM
         if len(variables) > 1:
             environment = {"OMP_NUM_THREADS": "1", **environment}  # as torchrun does: several ranks share the cores
         for own in variables:
-            child = subprocess.Popen(
-                list(argv),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env={**environment, **own},
-                preexec_fn=leash(os.getpid()),
-            )
+            with held():
+                child = subprocess.Popen(
+                    list(argv),
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=output,
+                    env={**environment, **own},
+                    preexec_fn=leash(os.getpid()),
+                )
             self._children[int(own["RANK"])] = child
             self._watch(int(own["RANK"]), child)
 
@@ -71,7 +73,7 @@ class LocalRanks:
             self._selector.unregister(descriptor)
             os.close(descriptor)
             del self._children[rank]
-            self._ended(rank, child.wait())
+            self._ended(rank, child.wait(), child.pid in self._told)
 
         self._selector.register(descriptor, selectors.EVENT_READ, reap)
 
@@ -84,6 +86,8 @@ class LocalRanks:
     def signal(self, number: int) -> None:
         """Signal the ranks themselves."""
         for item in self.living:
+            if number == signal.SIGTERM:
+                self._told.add(item.pid)
             send_signal(item, number)
 
     def kill(self) -> None:

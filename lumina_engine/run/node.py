@@ -123,9 +123,9 @@ class Agent:
 
     # --- from the ranks ------------------------------------------------------------------------------------------------
 
-    def _ended(self, rank: int, code: int) -> None:
+    def _ended(self, rank: int, code: int, told: bool) -> None:
         self.left -= 1
-        self.line.send(op="ended", rank=rank, code=code)
+        self.line.send(op="ended", rank=rank, code=code, told=told)
 
     def _accept(self) -> None:
         assert self._listener is not None

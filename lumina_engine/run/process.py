@@ -5,14 +5,17 @@ Standard library only: the supervisor and every rank import it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import select
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -166,6 +169,7 @@ def leash(parent: int) -> Callable[[], None]:
 
     What asks a rank for stacks or a checkpoint is ignored until the program listens, and by launchers for ever: to a process
     that does not, these signals (a scheduler sends them to everybody) are its end. So is the terminal's interrupt.
+    TERM ends it until it listens, whatever its starter does with it; also one that came while it was `held`.
     """
     library = ctypes.CDLL(None, use_errno=True)  # loaded here: after the fork as little as possible is done
 
@@ -173,10 +177,35 @@ def leash(parent: int) -> Callable[[], None]:
         library.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         for number in _ASKING:
             signal.signal(number, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
         if os.getppid() != parent:
             os._exit(1)
 
     return prepare
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """TERM waits, here and in a process started inside, until `leash` lets it through there.
+
+    A child has its starter's handlers until it executes its program: what they catch in it nobody would ever take up.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_as(code: int) -> NoReturn:
+    """End this process with an exit code or, if it is negative, by that signal (not KILL), as `subprocess` counts."""
+    if code < 0:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    sys.exit(code)
 
 
 def _prctl(option: int, value: int) -> None:

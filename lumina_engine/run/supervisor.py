@@ -35,6 +35,7 @@ from .process import (
     boot_id,
     descendants,
     end_marked,
+    held,
     leash,
     myself,
     send_all,
@@ -54,6 +55,7 @@ TICK = 0.05  # s between two looks at the log
 LOG_CHECK_TIME = 0.5  # s between two looks at the size of engine.log
 SECOND_SIGNAL_TIME = 1.0  # s after which a second TERM or INT kills
 LEFTOVERS_TIME = 15.0  # s that processes of a killed supervisor get to die
+LAUNCHER_TIME = 30.0  # s that a launcher gets to leave once its ranks were killed
 CLEAR_TIME = 5.0  # s that left-over processes of a finished worker get after TERM
 SLOW_SECTIONS = frozenset(
     {"save", "eval", "compile", "dry run", "examination", WINDOW}
@@ -93,6 +95,7 @@ class Supervisor:
         self.kill_at: float | None = None
         self.pressed = False  # TERM was sent to this incarnation
         self.killed = False  # and KILL
+        self.survivors_killed = False  # of one that died: the launcher still tells how
         self.grown_at = 0.0  # when the log grew last
         self.log_checked = 0.0
         self._stack = contextlib.ExitStack()  # what release() undoes, the lock last
@@ -169,20 +172,21 @@ class Supervisor:
         """Start the ranks as a new incarnation. The main thread must do it: PR_SET_PDEATHSIG follows the starting thread."""
         self.inc += 1
         self.ranks.renew()
-        self.pressed = self.killed = False
+        self.pressed = self.killed = self.survivors_killed = False
         self._record(rec.Run(state="preparing", reason=reason, world=self.world))
         environment = rank_environment(
             self.run, channel=self.ranks.path, nonce=self.nonce, inc=self.inc, resume=resume, world=self.world, after=self.after
         )
         self.after, self.oom_kills = None, oom_kills()
         self.health.inc = self.inc
-        self.child = subprocess.Popen(
-            self.argv,
-            stdin=subprocess.DEVNULL,
-            cwd=self.run.path,
-            env={**os.environ, **environment},
-            preexec_fn=leash(os.getpid()),
-        )
+        with held():
+            self.child = subprocess.Popen(
+                self.argv,
+                stdin=subprocess.DEVNULL,
+                cwd=self.run.path,
+                env={**os.environ, **environment},
+                preexec_fn=leash(os.getpid()),
+            )
         self.grown_at = time.monotonic()
         self.watchdog.renew(self.grown_at)
         self.stragglers.renew()
@@ -402,10 +406,16 @@ class Supervisor:
     def _press_survivors(self, now: float) -> None:
         """One rank has died: the others wait for it in a collective, and its launcher waits for them."""
         failure = self.ranks.failure
-        if failure is None or self.killed or now - failure.at < self.settings.survivors_s:
+        if failure is None or self.killed or (failure.code is not None and policy.final_state(failure.code) is not None):
             return
-        if failure.code is None or policy.final_state(failure.code) is None:
-            self._kill(f"{failure.who} has died and the others do not leave")
+        late = now - failure.at - self.settings.survivors_s
+        if late >= LAUNCHER_TIME:
+            self._kill(f"{failure.who} has died and the launcher does not leave")
+        elif late >= 0 and not self.survivors_killed:
+            say(f"lumina: {failure.who} has died and the others do not leave: they are killed")
+            self.survivors_killed = True
+            here = [state.process for state in self.ranks.ranks.values() if state.host is None and state.process.alive]
+            send_all([*here, *(below for rank in here for below in descendants(rank.pid))], signal.SIGKILL)
 
     def _judge(self, now: float) -> None:
         """The worker and everything it started are gone: what now?"""

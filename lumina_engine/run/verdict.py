@@ -16,7 +16,7 @@ class Ended:
     """What is known of an incarnation whose processes are all gone.
 
     Attributes:
-        code: the worker's exit code, negative for a signal.
+        code: exit code of the worker or launcher, negative for a signal.
         failure: the rank that did not end well first. hang: the one that was ended for standing still.
         intent: stop, interrupt or preempt, if somebody wanted the run to end.
         pressed, killed: TERM or KILL was sent to it.
@@ -67,12 +67,13 @@ def judge(ended: Ended) -> Verdict:
 def _first_cause(ended: Ended) -> tuple[int, str | None]:
     """Exit code and reason of the rank that failed first: a launcher turns codes into 1, and ends the others."""
     code, reason, failure = ended.code, None, ended.failure
+    said = failure is not None and failure.code is not None and policy.final_state(failure.code) is not None
+    if code == -signal.SIGTERM and not (ended.pressed or ended.hang or said):
+        return policy.PREEMPTED, "told to leave while it still started: the newest checkpoint counts"
     if code != 0 and failure is not None and (ended.world > 1 or failure.code is not None):
         code, reason = policy.CRASHED if failure.code is None else failure.code, failure.reason
         if failure.code is None:
             reason = f"{failure.who} died without a word"
-    if code == -signal.SIGTERM and not ended.pressed:
-        return policy.PREEMPTED, "told to leave while it still started: the newest checkpoint counts"
     wordless = code == -signal.SIGKILL or (failure is not None and failure.code is None)
     if wordless and not ended.killed and ended.kernel_killed:
         return policy.OUT_OF_MEMORY, "the kernel killed a rank for want of memory"

@@ -13,13 +13,16 @@ from lumina_engine.training.save_benchmark import GOALS
 
 ALARM = 2.0  # times the goal
 WATCHED: dict[str, tuple[list[str], dict[str, float]]] = {
-    "ck19": (["checkpoint"], {name: GOALS[name] for name in ("save_share", "commit_beyond_write_s", "resume_s")}),
+    "ck16_ck19": (
+        ["checkpoint"],
+        {"step_p99_ratio": 1.5, **{name: GOALS[name] for name in ("save_share", "commit_beyond_write_s", "resume_s")}},
+    ),
     "mx04": (
         ["tui", "--only", "open_long,pan_zoom"],
         {"open_1m_warm_s": 1.0, "open_1m_cold_s": 3.0, "open_1m_rss_mb": 300.0, "pan_zoom_p95_ms": 50.0},
     ),
     "mx05": (["tui", "--only", "many_runs"], {"home_list_s": 0.5, "home_cpu_pct": 5.0}),
-    "mx09": (["tui", "--only", "monitor"], {"monitor_cpu_pct": 10.0}),
+    "mx09": (["tui", "--only", "monitor"], {"monitor_80x24_cpu_pct": 10.0, "monitor_cpu_pct": 10.0}),
 }
 
 

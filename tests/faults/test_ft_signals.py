@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from lumina_engine.checkpoint.verify import verify
@@ -251,3 +253,61 @@ def test_ft03_term_to_one_of_two_ranks(tiny_runs: TinyRuns, use_deepspeed: bool,
     reference = tiny_runs.running("unbroken", world=2, **keys)
     assert wait(reference, 200) == 0
     assert whole(run) == whole(reference)
+
+
+def of_rank(run: RunDirectory, number: int) -> psutil.Process | None:
+    """The process of a rank, from its first instruction on."""
+    for item in ranks(run):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found = psutil.Process(item.pid)
+            if found.environ().get("RANK") == str(number):
+                return found
+    return None
+
+
+def cpu(found: psutil.Process) -> float:
+    """Seconds of processor time that a process has taken; without end once it has ended."""
+    try:
+        spent = found.cpu_times()
+    except psutil.NoSuchProcess:
+        return float("inf")
+    return spent.user + spent.system
+
+
+@pytest.mark.nightly
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("launcher", ["auto", "torchrun"])
+def test_ft03_term_to_one_of_two_ranks_that_still_start(
+    tiny_runs: TinyRuns, launcher: str, fault_random: random.Random, figure: Callable[[str, object], None]
+) -> None:
+    """At moments over the start, counted in processor time; and where the rank is known already, but does not listen."""
+    keys: dict[str, Any] = {**ENDLESS, "launcher": launcher, "save_interval": 0, "eval_interval": 0}
+    measured = tiny_runs.running("measured", world=2, **keys)
+    first = until(lambda: of_rank(measured, 1), "rank 1", 120)
+    reached(measured, 1, 240)
+    whole_start = cpu(first)
+    assert send_command(measured, "stop", {"save": False})["ok"] and wait(measured, 200) == 0
+    moments = [0.0, *(fault_random.uniform(0, whole_start) for _ in range(4))]
+    for number, moment in enumerate(moments):
+        run = tiny_runs.running(f"drawn-{number}", world=2, **keys)
+        target = until(lambda run=run: of_rank(run, fault_random.randrange(2)), "a rank", 120)
+        until(lambda target=target, moment=moment: cpu(target) >= moment, f"{moment:.2f} s of its start", 240)
+        target.terminate()
+        assert wait(run, 200) == 75, (moment, run.log_path.read_text()[-2000:])
+        assert {(inc, state) for inc, state, _ in ends(run)} >= {(1, "preempted")} and run.info().inc == 1
+        assert "crashed" not in [state for _, state, _ in ends(run)]
+    figure("start, s of CPU", round(whole_start, 1))
+    known = tiny_runs.running("known", [Fault("signal", None, "data", rank=1, value=signal.SIGTERM)], world=2, **keys)
+    assert wait(known, 200) == 75 and fired(known.path), known.log_path.read_text()[-2000:]
+    assert known.info().inc == 1 and "still started" in (known.info().reason or "")
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("launcher", ["auto", "torchrun"])
+@pytest.mark.parametrize("how", ["kill", "exit"])
+def test_ft03_ft09_one_of_two_ranks_that_dies_while_it_starts_is_a_crash(tiny_runs: TinyRuns, launcher: str, how: str) -> None:
+    """Although the launcher's TERM is the end of the other one, which does not listen either."""
+    fault = Fault(how, None, "data", rank=1)
+    run = tiny_runs.running(faults=[fault], world=2, launcher=launcher, max_steps=2, save_interval=0, eval_interval=0)
+    assert wait(run, 200) == 0, run.log_path.read_text()[-2000:]
+    assert [(inc, state) for inc, state, _ in ends(run) if state == "crashed"] == [(1, "crashed")] and run.info().inc == 2

@@ -1,8 +1,13 @@
-"""RS06, C81: a run goes on with another number of ranks, another stage, another engine; the same batches and losses."""
+"""RS06, C81: a run goes on with another number of ranks, another stage, another engine; the same batches and losses.
+
+The fault seed is the training seed too, and draws the steps at which the chains of RS06 change ranks.
+"""
 
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +47,31 @@ CHAINS: dict[str, tuple[list[Any], list[Any], list[Any]]] = {
 UNBROKEN = {"fp32": [[STEPS, zero(1)]], "bf16 unbroken": [[STEPS, zero(2, precision="bf16")]]}
 
 
+def drawn(seed: int) -> dict[str, list[list[Any]]]:
+    """The chains; those that only change their ranks do so at two steps drawn for each."""
+    chance, chains = random.Random(f"{seed}:world"), {}
+    for name, three in CHAINS.items():
+        if name.startswith("world"):
+            stops = [*sorted(chance.sample(range(1, STEPS), 2)), STEPS]
+            chains[name] = [[[stop, keys]] for stop, [[_, keys]] in zip(stops, three, strict=True)]
+        else:
+            chains[name] = list(three)
+    return chains
+
+
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("world")
-    out: dict[str, Any] = {"folder": str(folder)}
+def found(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> dict[str, Any]:
+    folder, seed = tmp_path_factory.mktemp("world"), int(pytestconfig.getoption("fault_seed"))
+    own, chains = {**UNEVEN, "seed": seed}, drawn(seed)
+    out: dict[str, Any] = {
+        "folder": str(folder),
+        "left by two ranks": {name: two[-1][0] for name, (_, two, _) in chains.items()},
+    }
     data = str(write_data(folder))
     for number, ranks in enumerate((1, 2, 1)):
-        parts = {chain: [[stop, UNEVEN | keys] for stop, keys in three[number]] for chain, three in CHAINS.items()}
+        parts = {chain: [[stop, own | keys] for stop, keys in three[number]] for chain, three in chains.items()}
         if number == 0:
-            parts |= {chain: [[stop, UNEVEN | keys] for stop, keys in one] for chain, one in UNBROKEN.items()}
+            parts |= {chain: [[stop, own | keys] for stop, keys in one] for chain, one in UNBROKEN.items()}
         done = launch(PROGRAM, ranks, data, str(folder), json.dumps(parts), XDG_STATE_HOME=str(folder / "state"))
         for chain, rows in last_line(done, "PARTS ").items():
             out.setdefault(chain, []).extend(rows)
@@ -59,12 +80,18 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("chain", CHAINS)
-def test_rs06_other_ranks_and_stages_go_on_with_the_same_batches(found: dict[str, Any], chain: str) -> None:
+def test_rs06_other_ranks_and_stages_go_on_with_the_same_batches(
+    found: dict[str, Any], chain: str, figure: Callable[[str, object], None]
+) -> None:
     want = found["bf16 unbroken" if chain in ("bf16", "to fp32") else "fp32"]
     got = found[chain]
     assert [row[0] for row in got] == list(range(1, STEPS + 1))
     assert [row[3] for row in got] == [row[3] for row in want]  # tokens, so the same global batches
     bound = 1e-6 if "16" not in chain and "fp32" not in chain else 5e-3
+    if chain.startswith("world"):
+        figure(
+            "largest difference of a loss", float(f"{max(abs(a[1] / b[1] - 1) for a, b in zip(got, want, strict=True)):.1e}")
+        )
     for row, other in zip(got, want, strict=True):
         assert row[1] == pytest.approx(other[1], rel=bound) and row[2] == pytest.approx(other[2], rel=20 * bound)
 
@@ -72,7 +99,8 @@ def test_rs06_other_ranks_and_stages_go_on_with_the_same_batches(found: dict[str
 @pytest.mark.slow
 def test_c081_consolidate_of_two_ranks_at_stage_3(found: dict[str, Any], tmp_path: Path) -> None:
     """The checkpoint that two ranks left at stage 3 as one of one rank: whole tensors, the same values."""
-    source = Path(found["folder"]) / "world zero3" / "checkpoints" / "step-000004"
+    step = found["left by two ranks"]["world zero3"]
+    source = Path(found["folder"]) / "world zero3" / "checkpoints" / f"step-{step:06d}"
     path = Path(consolidate(source, tmp_path / "out")["path"])
     reader = CheckpointManager(Config(), tmp_path / "nobody")
     two, one = (reader.load(folder, same_config=False) for folder in (source, path))

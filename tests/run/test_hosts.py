@@ -14,15 +14,15 @@ from pathlib import Path
 import pytest
 
 from lumina_engine.run import launch, launchers
-from lumina_engine.run.directory import RunError
+from lumina_engine.run.directory import RunDirectory, RunError
 from lumina_engine.run.hosts import hosts_argv
 from lumina_engine.run.line import Line
 from lumina_engine.run.policy import HOST_LOST
-from lumina_engine.run.process import marked
+from lumina_engine.run.process import Process, descendants, marked
 from tests.waiting import until
 
 from .conftest import Runs
-from .looks import ranks_of
+from .looks import ranks_of, states, worker
 from .test_hostfile import BAD_HOSTS
 
 # ssh and srun as the network sees them: the words are kept, and run here by the shell that sshd would use, or as they are
@@ -35,6 +35,7 @@ if os.path.basename(sys.argv[0]) == "ssh":
     os.execv("/bin/sh", ["sh", "-c", sys.argv[at + 2]])
 os.execvp(sys.argv[at + 1], sys.argv[at + 1:])
 """
+AT_ONCE = {"restart_pause_s": 0.001}  # a restart would show
 EVIL = ["$(touch canary)", "; touch canary", "`touch canary`", "a b", "'", '"', "*", "\\", "-oProxyCommand=touch canary"]
 
 
@@ -142,6 +143,55 @@ def test_ft09_a_rank_elsewhere_tells_why(network: Path, runs: Runs, ranks: list[
     launch.start(run, of_two(run.path), world=2, settings={"max_restarts": 0, "survivors_s": 0.1})
     assert launch.wait(run, 20) == 1
     assert words in (run.info().reason or "") and marked(run.identity()["nonce"]) == []
+
+
+@pytest.mark.parametrize(
+    ("other", "where"),
+    [*((other, where) for other in ("starting", "polite", "bereft") for where in ("here", "there")), ("stuck", "there")],
+)
+def test_ft03_a_rank_told_to_leave_before_it_listens_preempts_the_run(
+    network: Path, runs: Runs, other: str, where: str
+) -> None:
+    """Whether the other one leaves by the TERM of the launcher or by its flag, fails without its partner, or must be killed."""
+    run = runs.make(ranks=[other, "starting"] if where == "there" else ["starting", other])
+    launch.start(run, of_two(run.path), world=2, settings={**AT_ONCE, "survivors_s": 0.1 if other == "stuck" else 10.0})
+    until(lambda: [rank["step"] for rank in ranks_of(run)] == [1, 1], "both ranks")
+    os.kill(ranks_of(run)[where == "there"]["pid"], signal.SIGTERM)
+    assert launch.wait(run, 20) == 75
+    assert states(run)[-1] == (1, "preempted") and marked(run.identity()["nonce"]) == []
+
+
+def test_ft03_a_rank_told_to_leave_before_it_has_said_a_word(runs: Runs) -> None:
+    run = runs.make()
+    launch.start(run, hosts_argv(["sleep", "600"], ["localhost"], 2), world=2, settings=AT_ONCE)
+    os.kill(until(lambda: sleepers(run), "both ranks")[1].pid, signal.SIGTERM)
+    assert launch.wait(run, 20) == 75 and states(run)[-1] == (1, "preempted")
+
+
+def test_ft03_a_launcher_told_to_leave_while_its_ranks_start(runs: Runs) -> None:
+    run = runs.make()
+    launch.start(run, hosts_argv(["sleep", "600"], ["localhost"], 2), world=2, settings=AT_ONCE)
+    until(lambda: sleepers(run), "both ranks")
+    os.kill(worker(run).pid, signal.SIGTERM)
+    assert launch.wait(run, 20) == 75 and states(run)[-1] == (1, "preempted")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_ft09_a_rank_that_dies_before_it_has_said_a_word_is_a_crash(runs: Runs, number: int) -> None:
+    """Although the launcher's TERM is the end of the other one."""
+    run = runs.make()
+    launch.start(run, hosts_argv(["sleep", "600"], ["localhost"], 2), world=2, settings={"max_restarts": 0})
+    os.kill(until(lambda: sleepers(run), "both ranks")[1].pid, number)
+    assert launch.wait(run, 20) == 1
+    assert states(run) == [(1, "preparing"), (1, "crashed"), (1, "failed")]
+
+
+def sleepers(run: RunDirectory) -> list[Process]:
+    """Both ranks, once they are `sleep`."""
+    owner = run.owner()
+    assert owner is not None
+    found = [item for item in descendants(owner.pid) if Path(f"/proc/{item.pid}/comm").read_text() == "sleep\n"]
+    return found if len(found) == 2 else []
 
 
 @pytest.mark.parametrize("how", ["kill", "stop"])

@@ -17,7 +17,7 @@ import pytest
 
 from lumina_engine.run import launch, output, policy
 from lumina_engine.run.directory import RunDirectory, RunError
-from lumina_engine.run.process import boot_id, descendants, myself, process, wait_gone
+from lumina_engine.run.process import boot_id, descendants, held, leash, myself, process, wait_gone
 
 
 def config(**changes: Any) -> Any:
@@ -38,7 +38,7 @@ def test_c060_more_ranks_are_started_here_and_meet_on_loopback() -> None:
 
 def test_c060_torchrun_where_it_is_asked_for() -> None:
     argv = launch.rank_argv(config(launcher="torchrun"), "/runs/$(touch x)", 4)
-    assert argv[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert argv[:3] == [sys.executable, "-m", "lumina_engine.training.torchrun"]
     assert argv[-3:] == ["-m", "lumina_engine.training.worker", "/runs/$(touch x)"], "one element, no shell"
     assert {"--nproc-per-node=4", "--nnodes=1", "--node-rank=0", "--master-addr=127.0.0.1", "--max-restarts=0"} <= set(argv)
 
@@ -234,6 +234,48 @@ def test_last_lines(tmp_path: Path) -> None:
     assert output.last_lines(path, mark) == "two | three | four"
     assert output.last_lines(path, mark, 9) == "one | two | three | four"
     assert output.last_lines(tmp_path / "missing") == ""
+
+
+@pytest.mark.parametrize("handler", [lambda *_: None, signal.SIG_IGN], ids=["caught", "ignored"])
+def test_ft03_term_before_the_program_is_executed_is_not_lost(handler: Any) -> None:
+    """Between fork and exec, with a starter that catches TERM (the supervisor, hosts.py) or ignores it (the agent)."""
+    tie = leash(os.getpid())
+
+    def prepare() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        tie()
+
+    before = signal.signal(signal.SIGTERM, handler)
+    try:
+        with held():
+            child = subprocess.Popen(["sleep", "600"], preexec_fn=prepare)
+        try:
+            code = child.wait(10)
+        finally:
+            child.kill()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == (-signal.SIGTERM)
+    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+def test_ft03_term_ends_a_program_that_does_not_listen_whatever_its_starter_does() -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        child = subprocess.Popen(["sleep", "600"], preexec_fn=leash(os.getpid()))
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    child.terminate()
+    try:
+        assert child.wait(10) == -signal.SIGTERM
+    finally:
+        child.kill()
+
+
+@pytest.mark.parametrize("code", [0, 3, -signal.SIGTERM])
+def test_a_process_ends_as_it_says(code: int) -> None:
+    program = f"import signal; from lumina_engine.run.process import end_as; signal.signal(15, lambda *_: 0); end_as({code})"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == code
 
 
 def test_processes_are_named_for_ever() -> None:
