@@ -185,7 +185,7 @@ def test_c031_padding_truncation_and_trained_share_are_told(run, write):
 
 def test_c031_nothing_to_report_on_is_an_error_that_names_the_file(run, write, tmp_path):
     code, out, err = run("report", write("bad.jsonl", "{\n"), "--tokenizer", "lumina-1k")
-    assert code == 65 and out == "" and "bad.jsonl:1: " in err and not list(tmp_path.glob("*.html"))
+    assert code == 65 and out == "" and "bad.jsonl:2: not valid JSON" in err and not list(tmp_path.glob("*.html"))
     code, out, _ = run("report", write("half.jsonl", [{"messages": []}, {"messages": [{"role": "user", "content": "q"}]}]))
     assert code == 65
     good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -202,4 +202,4 @@ def test_c036_prepare_says_where_a_path_goes(run, write):
 def test_c144_a_place_that_cannot_be_written_is_one_line(run, write):
     write("file", "x")
     code, _, err = run("sample", "file/x.jsonl", "--split", "eval")
-    assert code == 2 and "file/x.jsonl: cannot be written (Not a directory); check the folder" in err and err.count("\n") == 1
+    assert code == 2 and "file/x.jsonl: cannot be written (File exists); check the folder" in err and err.count("\n") == 1

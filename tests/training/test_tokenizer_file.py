@@ -69,7 +69,7 @@ def test_r11_another_vocabulary_is_refused_by_resume_and_chat(trained: tuple[Pat
             assert f"saved with tokenizer {vocabulary} of digest {before[:16]}" in reason and after[:16] in reason
         chat = lumina(root, root, "chat", str(run.checkpoints / "step-000006"), "--prompt", "say", "--max-new-tokens", "4")
         assert chat.returncode == 65 and f"trained with tokenizer {vocabulary} of digest {before[:16]}" in chat.stderr
-        assert "put that file back as it was" in chat.stderr and chat.stderr.count("\n") == 1
+        assert "put that file back as it was" in chat.stderr and "Traceback" not in chat.stderr
         vocabulary.unlink()
         chat = lumina(root, root, "chat", str(run.checkpoints / "step-000006"), "--prompt", "say", "--max-new-tokens", "4")
         assert chat.returncode == 65 and f"{vocabulary}: the file cannot be read (No such file or directory)" in chat.stderr
