@@ -219,7 +219,7 @@ def convert(
     bad = Path(rejects) if rejects is not None else target.with_name(f"{target.name}.rejects.jsonl")
     files = expand(inputs, "input")
     for place in (target, bad):
-        if place.exists() and any(place.samefile(path) for path in files):
+        if place.exists() and any(isinstance(path, Path) and place.samefile(path) for path in files):  # no URL is a file here
             raise DataError("the output is one of the inputs", path=place, fix="name another output", exit_code=2)
     nonce = secrets.token_hex(4)
     staging = target.with_name(f".{target.name}.{nonce}.tmp")

@@ -142,6 +142,7 @@ def test_an_existing_file_is_replaced_only_by_force(run, write, tmp_path):
         mine.write_text("mine\n")
     (tmp_path / "folder").mkdir()
     assert "is a folder: name a file" in run("convert", source, "folder", "--force")[2]
+    assert run("convert", source.as_uri(), mine, "--force")[0] == 0  # a URL is never the output
 
 
 def test_no_input_is_written_over_even_by_force(run, write, tmp_path):
