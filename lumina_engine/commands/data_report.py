@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -153,4 +153,5 @@ def _filtered(targets: list[str] | None) -> Iterator[Judged | None]:
         ) from None
     finally:
         for staging in stagings:
-            staging.unlink(missing_ok=True)
+            with suppress(OSError):  # it was never made
+                staging.unlink()

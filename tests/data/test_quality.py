@@ -182,7 +182,11 @@ def test_c030_nothing_to_judge_is_no_score(write, tokenizer):
 def test_c031_report_is_one_page_and_its_figures_are_those_of_the_check(planted, tmp_path, tokenizer):
     assert lumina_engine.create_data_summary_report is create_data_summary_report
     page = create_data_summary_report(str(planted), tmp_path / "new" / "r.html").read_text()
-    assert "default-src 'none'" in page and "<script" not in page and "http:" not in page.replace("http-equiv", "")
+    assert (
+        "default-src 'none'" in page
+        and "<script" not in page
+        and "http:" not in page.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    )
     for words in ("planted.jsonl:8", "repeated_lines", "no messages", "10 conversations in 1 file.", "padding at"):
         assert words in page, words
     figures = json.loads(create_data_summary_report(planted, tmp_path / "r.json").read_text())
@@ -224,9 +228,9 @@ def test_c031_the_worst_conversations_come_first_and_are_quoted_on_request(write
 
 
 def test_c031_no_more_than_twenty_worst_are_kept(tokenizer):
-    quality = Quality()
+    quality = Quality(near=False)
     for n in range(50):
-        quality.judge(talk("I'm sorry, but I can't help with that." + "!" * n), 100 + n % 25, Where("x", n))
+        quality.judge(talk(f"I'm sorry, but I can't help with that {n}."), 100 + n % 25, Where("x", n))
     worst = quality.worst
     assert [w.tokens for w in worst] == sorted((100 + n % 25 for n in range(50)), reverse=True)[:20]
     assert [w.where.line for w in worst[:4]] == [24, 49, 23, 48]
