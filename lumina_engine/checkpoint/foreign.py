@@ -43,7 +43,9 @@ if TYPE_CHECKING:
 
 FORMATS = ("hf", "safetensors")
 WEIGHTS, INDEX, SHAPE = "model.safetensors", "model.safetensors.index.json", "config.json"
-_TOKENIZER_ENTRY = "lumina_tokenizer"  # in an exported config.json: what the ids mean, by name and digest
+_TOKENIZER_ENTRY = (
+    "lumina_tokenizer"  # in an exported config.json: what the ids mean, by name and digest, and the template of turns
+)
 MAX_DESCRIPTION_BYTES = 16 << 20
 
 
@@ -51,7 +53,7 @@ def export_checkpoint(reference: str | os.PathLike[str], out: str | os.PathLike[
     """Write the model of a committed checkpoint into a new folder.
 
     `hf` is the Hugging Face layout that computes the same function, `safetensors` has our own names. Weights keep their dtype;
-    there are no tokenizer files, the entry `lumina_tokenizer` of config.json names the tokenizer.
+    there are no tokenizer files, the entry `lumina_tokenizer` of config.json names the tokenizer and has the chat template.
 
     Returns:
         path, layout (model_type, or lumina), tensors, bytes.
@@ -60,6 +62,7 @@ def export_checkpoint(reference: str | os.PathLike[str], out: str | os.PathLike[
         CheckpointError: damaged or foreign, `out` exists, or no layout can hold the model (the key is named).
     """
     from ..config.schema import DeepSeekConfig
+    from ..data.tokenizer import CHAT_TEMPLATE
     from ..model.hf import LayoutError, hf_config, to_hf
 
     source, target = resolve_checkpoint(reference), Path(out).expanduser().resolve()
@@ -79,7 +82,7 @@ def export_checkpoint(reference: str | os.PathLike[str], out: str | os.PathLike[
             described |= {"dtype": str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")}
         else:
             described = config.to_dict()
-        described[_TOKENIZER_ENTRY] = tokenizer
+        described[_TOKENIZER_ENTRY] = {**tokenizer, "chat_template": CHAT_TEMPLATE}
         size = _write_folder(target, described, tensors)
     layout = described["model_type"] if kind == "hf" else "lumina"
     return {"path": str(target), "layout": layout, "tensors": len(tensors), "bytes": size}
@@ -225,7 +228,8 @@ def _tokenizer(path: Path, wanted: str | None, named: object, rows: int) -> dict
     name = wanted or noted.get("name")
     if not isinstance(name, str):
         raise CheckpointError(
-            f"{path} does not say what its ids mean: give --tokenizer (gpt-4, gpt-4o, lumina-1k, a .tiktoken file)"
+            f"{path} does not say what its ids mean: give --tokenizer (gpt-4, gpt-4o, lumina-1k, a .tiktoken file "
+            "or a tokenizer.json)"
         )
     try:
         tokenizer = ConversationTokenizer(name)

@@ -104,7 +104,8 @@ def _tokenizer(named: dict[str, Any], path: Path) -> ConversationTokenizer:
     if tokenizer.digest != digest:
         raise CheckpointError(
             f"{path} was trained with tokenizer {name} of digest {digest[:16]}, the one here has "
-            f"{tokenizer.digest[:16]}: other ids, so its words would be wrong; use the Lumina that it was trained with"
+            f"{tokenizer.digest[:16]}: other ids, so its words would be wrong; "
+            f"{'put that file back as it was' if Path(name).is_absolute() else 'use the Lumina that it was trained with'}"
         )
     return tokenizer
 

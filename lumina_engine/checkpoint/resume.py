@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,21 @@ def check_config(saved: dict[str, Any] | None, config: Any, path: Path) -> None:
         raise CheckpointError(
             f"{path} was saved under another configuration: {'; '.join(differing)}. Set these back, or start a new run"
         )
+
+
+def check_tokenizer(saved: Mapping[str, Any], tokenizer: Any, path: Path) -> None:
+    """Refuse to go on with other ids than those of the checkpoint, even where the data make the same ones.
+
+    Raises:
+        CheckpointError: the digests differ.
+    """
+    then, now = saved.get("digest"), getattr(tokenizer, "digest", None)
+    if then is None or now is None or then == now:
+        return  # not known of a tokenizer of a user's own kind
+    raise CheckpointError(
+        f"{path} was saved with tokenizer {saved.get('name')} of digest {str(then)[:16]}, {tokenizer.name} has {now[:16]} now: "
+        "its ids mean other text. Put the vocabulary back as it was, or start a new run"
+    )
 
 
 def _same(one: Any, other: Any) -> bool:

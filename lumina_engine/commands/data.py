@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import data_report
 from .common import UserError, add_config_arguments, add_json, load_config, print_json, safe, table
-from .data_parts import Meter, add_format, add_progress, at_least, words
+from .data_parts import Meter, add_force, add_format, add_progress, at_least, counted, require_new, token_lines, words
 
 if TYPE_CHECKING:
     from ..data.check import Check, Sofar
@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert = add("convert", "any known layout to conversation JSON Lines")
     convert.add_argument("inputs", nargs="+", metavar="IN", help="files, folders or globs")
     convert.add_argument("out", metavar="OUT", help="the file to write")
+    add_force(convert)
     add_format(convert)
     convert.add_argument("--strict", action="store_true", help="a record that would be dropped or cut is an error")
     convert.add_argument("--rejects", metavar="FILE", help="a line for each dropped record (default OUT.rejects.jsonl)")
@@ -71,16 +72,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sample.add_argument("out", nargs="?", metavar="OUT", help="file to write (default: standard output)")
     sample.add_argument("--split", choices=("train", "eval"), default="train")
     sample.add_argument("--skills", metavar="LIST", help="only these skills, separated by commas")
+    add_force(sample)
     add_json(sample)
 
 
 def _add_tree_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--paths", choices=("best", "all"), default="best", help="best-ranked path (default) or every path")
-    group.add_argument("--languages", metavar="LIST", help="only these languages, such as en,de (default: all)")
+    group.add_argument("--languages", "--lang", metavar="LIST", help="only these languages, such as en,de (default: all)")
     group.add_argument("--max-rank", type=int, metavar="N", help="leave out answers ranked behind N (0 is the best)")
     group.add_argument("--deleted", action="store_true", help="use deleted messages too")
     group.add_argument("--rejected", action="store_true", help="use messages that review rejected too")
-    group.add_argument("--reviewed", action="store_true", help="use only messages that review accepted")
+    group.add_argument("--reviewed", "--reviewed-only", action="store_true", help="use only messages that review accepted")
     group.add_argument("--no-synthetic", action="store_true", help="leave out messages written by a model")
     group.add_argument("--tree-states", metavar="LIST", help="states of trees to read (default ready_for_export)")
 
@@ -132,6 +134,7 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 def _convert(args: argparse.Namespace) -> int:
     from ..data.formats import convert
 
+    require_new([args.out, *([args.rejects] if args.rejects else [])], args.force)
     meter = Meter("conversations read", args.progress)
     options = _tree_options(args)
     result = convert(
@@ -189,22 +192,14 @@ def _print_check(check: Check) -> None:
     rows = [(safe(entry["path"]), entry["format"] or "?", f"{entry['conversations']:,}") for entry in check.files]
     print(table(rows, ("file", "format", "conversations"), right=(2,)))
     roles = ", ".join(f"{count:,} {role}" for role, count in sorted(check.messages.items()))
-    print(f"{check.conversations:,} conversations" + (f": {roles}" if roles else ""))
+    print(counted(check.conversations, "conversation") + (f": {roles}" if roles else ""))
     figures = check.to_dict()
-    if "tokens" in figures:
-        basis = figures["tokens_basis"] if check.measured else f"guessed from {figures['sampled_conversations']:,}"
-        print(
-            f"{figures['tokens']:,} tokens ({basis}), {figures['trained_tokens']:,} trained "
-            f"({100 * figures['trained_share']:.1f} %), longest conversation {figures['longest']:,}"
-        )
-        if figures["cut"] and figures["cut"]["conversations"]:
-            cut = figures["cut"]
-            how = ", ".join(f"{kind} in {count:,}" for kind, count in sorted(cut["how"].items()))
-            print(f"{cut['conversations']:,} longer than {cut['seq_length']:,}: {cut['lost_tokens']:,} tokens cut off ({how})")
-    for what, repeats in (("repeats of earlier ones", check.duplicates), ("also in the evaluation data", check.overlap)):
+    for line in token_lines(figures):
+        print(line)
+    for what, repeats in (("repeating an earlier one", check.duplicates), ("also in the evaluation data", check.overlap)):
         if repeats is not None and repeats.conversations:
             first = repeats.examples[0]
-            print(safe(f"{repeats.conversations:,} {what}, the first: {first.path}:{first.line}"))
+            print(safe(f"{counted(repeats.conversations, 'conversation')} {what}, the first: {first.path}:{first.line}"))
     total = check.counts.total()
     for problem in check.problems[:_SHOWN_PROBLEMS]:
         print(safe(str(problem)))
@@ -212,7 +207,7 @@ def _print_check(check: Check) -> None:
         print(f"… and {total - _SHOWN_PROBLEMS:,} more")
     for reason, count in check.counts.most_common():
         print(f"  {count:,} × {safe(reason)}")
-    print("no problems" if not total else f"{total:,} problem{'s' if total > 1 else ''}")
+    print("no problems" if not total else counted(total, "problem"))
 
 
 def _preview(args: argparse.Namespace) -> int:
@@ -275,7 +270,8 @@ def _row_json(row: PreviewRow) -> dict[str, Any]:
 
 
 def _print_row(number: int, row: PreviewRow) -> None:
-    print(f"\nrow {number}: {row.documents} documents, {row.tokens:,} tokens, {row.trained:,} trained, {row.padding:,} padding")
+    what = f"{counted(row.documents, 'document')}, {row.tokens:,} tokens, {row.trained:,} trained, {row.padding:,} padding"
+    print(f"\nrow {number}: {what}")
     document = 0
     for piece in row.pieces:
         if piece.kind == "padding":
@@ -291,6 +287,9 @@ def _print_row(number: int, row: PreviewRow) -> None:
 
 def _prepare(args: argparse.Namespace) -> int:
     at_least(args, workers=1)
+    for word in args.overrides:
+        if "=" not in word:
+            raise UserError(f"{word}: prepare takes keys of the configuration; write train_data_path={word}")
     config = load_config(args, default_preset="debug").config
     from ..data.mixed import stores_of
     from ..data.store import open_data
@@ -345,7 +344,13 @@ def _sample(args: argparse.Namespace) -> int:
         for conversation in sample.conversations(args.split, skills):
             sys.stdout.write(json.dumps(conversation.to_record(), ensure_ascii=False) + "\n")
         return 0
-    written = sample.write_sample(args.out, args.split, skills)
+    require_new([args.out], args.force)
+    try:
+        written = sample.write_sample(args.out, args.split, skills)
+    except OSError as error:
+        raise UserError(
+            f"{args.out}: cannot be written ({error.strerror or error}); check the folder and the free space"
+        ) from None
     if args.json:
         print_json({"path": args.out, "split": args.split, "written": written})
     else:

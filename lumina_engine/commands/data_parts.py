@@ -6,6 +6,9 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 from .common import UserError, add_json
 
@@ -19,6 +22,43 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format", metavar="NAME", default="auto", help="auto (by content), messages, oasst, alpaca, sharegpt or text"
     )
+
+
+def add_force(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--force", action="store_true", help="replace files that exist")
+
+
+def require_new(paths: Iterable[str | Path], force: bool) -> None:
+    """Refuse to write to a folder, or over a file that exists unless `force`."""
+    for path in map(Path, paths):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: name a file")
+        if path.exists() and not force:
+            raise UserError(f"{path} exists: name another file, or add --force to replace it")
+
+
+def token_lines(figures: Mapping[str, Any]) -> list[str]:
+    """Tokens, the share that is trained, what rows cut off, and their padding, from the figures of a check or report."""
+    if "tokens" not in figures:
+        return []
+    measured = figures["tokens_basis"] == "measured"
+    basis = figures["tokens_basis"] if measured else f"guessed from {figures['sampled_conversations']:,}"
+    lines = [
+        f"{figures['tokens']:,} tokens ({basis}), {figures['trained_tokens']:,} trained "
+        f"({100 * figures['trained_share']:.1f} %), longest conversation {figures['longest']:,}"
+    ]
+    cut, packing = figures["cut"], figures["packing"]
+    if cut is not None:
+        how = ", ".join(f"{kind} in {count:,}" for kind, count in sorted(cut["how"].items()))
+        what = f"{cut['lost_tokens']:,} tokens cut off ({how})" if cut["conversations"] else "nothing is cut off"
+        lines.append(f"{cut['conversations']:,} longer than {cut['seq_length']:,}: {what}")
+        lines.append(f"rows of {cut['seq_length']:,}: {packing['rows']:,}, {100 * packing['padding_share']:.1f} % padding")
+    return lines
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things: "1 problem", "2 problems"."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def words(text: str | None) -> list[str]:

@@ -6,16 +6,18 @@ import argparse
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import UserError, print_json, safe, table
-from .data_parts import Meter, add_format, add_progress, at_least, words
+from .data_parts import Meter, add_force, add_format, add_progress, at_least, require_new, token_lines, words
 
 if TYPE_CHECKING:
     from ..data.check import Judged, Sofar
     from ..data.conversation import Document
+
+_SHOWN_PROBLEMS = 5
 
 HELP = "lengths, repeats, overlap, quality by rule, flags: one HTML page or JSON file"
 
@@ -30,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--languages", metavar="LIST", help="wanted languages of the answers, such as en,de")
     parser.add_argument("--against", action="append", metavar="EVAL", help="evaluation data to look for the same ones in")
     parser.add_argument("--filter", nargs=2, metavar=("KEPT", "DROPPED"), help="write what passes and what fails (judges all)")
+    parser.add_argument("--texts", action="store_true", help="quote the worst conversations, not only their places")
+    add_force(parser)
     add_progress(parser)
 
 
@@ -40,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     at_least(args, sample=0, seq_length=1)
     if args.filter and args.sample:
         raise UserError("--filter judges every conversation: leave --sample out")
+    _require_targets(args)
     sample = 0 if args.filter else SAMPLE if args.sample is None else args.sample
     meter = Meter("conversations checked", args.progress)
 
@@ -55,9 +60,11 @@ def run(args: argparse.Namespace) -> int:
             seq_length=args.seq_length,
             languages=[word.lower() for word in words(args.languages)],
             against=args.against,
+            texts=args.texts,
             judged=judged,
             progress=told,
         )
+        _require_some(found)
     meter.end()
     out = write_report(found, args.out)
     if args.json:
@@ -66,6 +73,29 @@ def run(args: argparse.Namespace) -> int:
     _print_quality(found)
     print(safe(f"report: {out}"))
     return 0
+
+
+def _require_targets(args: argparse.Namespace) -> None:
+    """Refuse to write over data: over an input, or a file that exists and is no report. Raises `UserError`, `DataError`."""
+    from ..data.files import expand
+    from ..data.report import is_report
+
+    targets = [*(args.filter or []), *([] if is_report(args.out) else [args.out])]
+    require_new(targets, args.force)
+    inputs = [path for path in expand(args.paths) if isinstance(path, Path)] if args.paths else []
+    for target in map(Path, [*(args.filter or []), args.out]):
+        if target.exists() and any(target.samefile(path) for path in inputs):
+            raise UserError(f"{target} is one of the inputs: name another file")
+
+
+def _require_some(found: dict[str, Any]) -> None:
+    """Raises `DataError` with the first problem where not one conversation could be read: there is nothing to report on."""
+    if found["total_conversations"] or not found["problems"]:
+        return
+    from ..data.conversation import DataError
+
+    first = {key: found["problems"][0][key] for key in ("message", "path", "line", "fix", "reason")}
+    raise DataError(**first)
 
 
 def _print_quality(found: dict[str, Any]) -> None:
@@ -81,11 +111,15 @@ def _print_quality(found: dict[str, Any]) -> None:
     ]
     if rows:
         print(table(rows, ("rule or flag", "conversations", "the first"), right=(1,)))
-    if found.get("packing"):
-        packing = found["packing"]
-        print(f"rows of {found['seq_length']:,}: {packing['rows']:,}, {100 * packing['padding_share']:.1f} % padding")
+    for line in token_lines(found):
+        print(line)
     problems = sum(found["problem_counts"].values())
     print(f"{problems:,} record{'s' * (problems > 1)} with a problem" if problems else "no record with a problem")
+    for problem in found["problems"][:_SHOWN_PROBLEMS]:
+        place = problem["path"] if problem["line"] is None else f"{problem['path']}:{problem['line']}"
+        print(safe(f"  {place}: {problem['message']}; {problem['fix']}"))
+    if problems > _SHOWN_PROBLEMS:
+        print(f"  … and {problems - _SHOWN_PROBLEMS:,} more")
 
 
 @contextmanager
@@ -99,6 +133,8 @@ def _filtered(targets: list[str] | None) -> Iterator[Judged | None]:
         raise UserError("--filter: name two files")
     stagings = [place.with_name(f".{place.name}.{os.getpid()}.tmp") for place in places]
     try:
+        for place in places:
+            place.parent.mkdir(parents=True, exist_ok=True)
         with stagings[0].open("w", encoding="utf-8") as kept, stagings[1].open("w", encoding="utf-8") as dropped:
 
             def judged(document: Document, broken: list[str]) -> None:
@@ -111,7 +147,11 @@ def _filtered(targets: list[str] | None) -> Iterator[Judged | None]:
         for staging, place in zip(stagings, places, strict=True):
             staging.replace(place)
     except OSError as error:
-        raise UserError(f"--filter: {error.filename or targets[0]}: {error.strerror or error}") from None
+        where = " and ".join(targets)
+        raise UserError(
+            f"--filter: {where}: cannot be written ({error.strerror or error}); check the folder and the free space"
+        ) from None
     finally:
         for staging in stagings:
-            staging.unlink(missing_ok=True)
+            with suppress(OSError):  # it was never made
+                staging.unlink()

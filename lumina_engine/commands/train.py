@@ -120,6 +120,7 @@ def _checked(config: Config, preset: str | None) -> Plan:
     fix_paths(config)
     world = world_size(config, machine)
     tokenizer = ConversationTokenizer(config.tokenizer)
+    config.tokenizer = tokenizer.name  # of a file the absolute path
     resolved = resolve(config, machine, tokenizer_vocab=tokenizer.get_vocab_size(), world=world)
     if errors := [f for f in check(resolved) if f.severity == "error"]:
         raise ConfigError(errors)  # of values that were auto
@@ -150,11 +151,13 @@ def fix_paths(config: Config) -> None:
 
 
 def _fixed(key: str, given: str | list[str], layout: str) -> str | list[str]:
-    """A data path made absolute, once the heads of its files were read. Raises `DataError`."""
+    """A data path made absolute, once the heads of its files were read; a URL is so already. Raises `DataError`."""
+    from ..data.remote import is_remote
     from ..data.size import check_head
 
     check_head(given, layout, key=key)
-    absolute = [os.path.abspath(Path(entry).expanduser()) for entry in ([given] if isinstance(given, str) else given)]  # noqa: PTH100
+    entries = [given] if isinstance(given, str) else given
+    absolute = [entry if is_remote(entry) else os.path.abspath(Path(entry).expanduser()) for entry in entries]  # noqa: PTH100
     return absolute[0] if isinstance(given, str) else absolute
 
 

@@ -186,11 +186,11 @@ class DataKeys(Section):
     section_name: ClassVar[str] = "data"
 
     train_data_path: str | list[str] | None = key(
-        None, "File, folder, glob or list of them. null is the built-in corpus.", read_by="data/store.py"
+        None, "File, folder, glob, URL (s3://…) or list of them. null is the built-in corpus.", read_by="data/store.py"
     )
     eval_data_path: str | list[str] | None = key(
         None,
-        "Data to evaluate on: file, folder, glob or list. null holds back eval_split of the training data.",
+        "Data to evaluate on: file, folder, glob, URL or list. null holds back eval_split of the training data.",
         read_by="data/store.py",
     )
     eval_split: float = key(
@@ -204,7 +204,10 @@ class DataKeys(Section):
         "auto", "Layout of the data files; auto looks into them.", read_by="data/formats.py"
     )
     tokenizer: str = key(
-        "gpt-4", "gpt-4, gpt-4o, lumina-1k, or the path of a tiktoken vocabulary file.", read_by="data/tokenizer.py"
+        "gpt-4",
+        "gpt-4, gpt-4o, lumina-1k, or the path of a .tiktoken vocabulary (GPT-2: r50k_base.tiktoken) or of a Hugging Face "
+        "tokenizer.json.",
+        read_by="data/tokenizer.py",
     )
     train_on: Literal["assistant", "all"] = key("assistant", "Which tokens carry loss.", read_by=_BATCH)
     assistant_loss_weight: float = key(

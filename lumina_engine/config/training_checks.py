@@ -10,7 +10,7 @@ from lumina_engine.config.declare import show
 from lumina_engine.config.finding import Finding, error, finding, nearest
 from lumina_engine.config.micro_batch import candidates, rows_of_a_rank
 from lumina_engine.config.offload import least_stage
-from lumina_engine.config.resolve import TOKENIZER_IDS, vocabulary_findings
+from lumina_engine.config.resolve import TOKENIZER_FILES, TOKENIZER_IDS, vocabulary_findings
 from lumina_engine.config.schema import Config
 from lumina_engine.config.task_checks import train_paths
 
@@ -20,9 +20,13 @@ def tokenizer(config: Config) -> Iterator[Finding]:
     name = config.tokenizer
     if name in TOKENIZER_IDS:
         yield from vocabulary_findings(config, TOKENIZER_IDS[name])
+    elif name in TOKENIZER_FILES and not Path(name).exists():
+        message = f"tokenizer = {name}: its vocabulary is not part of Lumina"
+        yield error("tokenizer", "tokenizer", message, TOKENIZER_FILES[name])
     elif "/" not in name and "." not in name and not Path(name).is_file():
         near = nearest(name, TOKENIZER_IDS)
-        fix = f"set {near}" if near else f"set one of {', '.join(TOKENIZER_IDS)} or the path of a .tiktoken file"
+        files = "the path of a .tiktoken file or tokenizer.json"
+        fix = f"set {near}" if near else f"set one of {', '.join(TOKENIZER_IDS)} or {files}"
         yield error("tokenizer", "tokenizer", f"tokenizer = {name}: no such tokenizer", fix)
 
 

@@ -327,7 +327,11 @@ def parse_conversation(obj: object, path: object = None, line: int | None = None
         raise place.error(f"the record is {shown(obj)}, not an object", 'write {"messages": [...]}', "record is not an object")
     if "messages" not in obj:
         like = nearest("messages", [key for key in obj if isinstance(key, str)])
-        fix = f"rename {like!r} to 'messages'" if like else 'write {"messages": [...]}, or set data_format'
+        fix = (
+            f"rename {like!r} to 'messages'"
+            if like
+            else 'write {"messages": [...]}, or name its format (data_format, --format)'
+        )
         raise place.error("the record has no 'messages'", fix, "no messages")
     entries = obj["messages"]
     if not isinstance(entries, list):

@@ -39,7 +39,7 @@ def _detect(path: Path) -> tuple[str, str]:
         return kind, "text"
     first = next(records(path, kind), None)
     if first is None:
-        raise DataError("the list is empty", path=path, fix="name a file with conversations", reason="empty file")
+        raise DataError("it holds no record", path=path, fix="name a file with conversations", reason="empty file")
     layout = layout_of(first.value)
     if layout is None:
         keys = ", ".join(sorted(map(str, first.value))[:8]) if isinstance(first.value, Mapping) else shown(first.value)
@@ -58,7 +58,7 @@ def _as(path: Path, layout: str) -> tuple[str, str]:
     """(container, layout) where the user named the layout."""
     kind = container(path)
     if kind == "text" and layout != "text":
-        raise DataError(f"plain text, not {layout}", path=path, line=1, fix="set data_format=auto")
+        raise DataError(f"plain text, not {layout}", path=path, line=1, fix="let auto tell the format of each file")
     if kind != "text" and layout == "text":
         try:
             first = next(records(path, kind), None)
@@ -210,16 +210,16 @@ def convert(
 ) -> Converted:
     """Write the conversations of `inputs` to `output` as JSON Lines of the messages layout (text documents as `{"text"}`).
 
-    `output` appears whole or not at all. A record that is malformed or has nothing to train on is dropped and counted, with a
-    line in `rejects` (default: the output's name with .rejects.jsonl); with `strict` the first one that would be dropped or cut
-    is an error. `oasst` says what is taken from message trees. `progress` gets the number read so far. Raises `DataError`, also
-    where the rest of a file cannot be read.
+    `output` appears whole or not at all, and replaces a file of that name. A record that is malformed or has nothing to train
+    on is dropped and counted, with a line in `rejects` (default: the output's name with .rejects.jsonl); with `strict` the
+    first one that would be dropped or cut is an error. `oasst` says what is taken from message trees. `progress` gets the
+    number read so far. Raises `DataError`, also where the rest of a file cannot be read.
     """
     target = Path(output)
     bad = Path(rejects) if rejects is not None else target.with_name(f"{target.name}.rejects.jsonl")
     files = expand(inputs, "input")
     for place in (target, bad):
-        if place.exists() and any(place.samefile(path) for path in files):
+        if place.exists() and any(isinstance(path, Path) and place.samefile(path) for path in files):  # no URL is a file here
             raise DataError("the output is one of the inputs", path=place, fix="name another output", exit_code=2)
     nonce = secrets.token_hex(4)
     staging = target.with_name(f".{target.name}.{nonce}.tmp")

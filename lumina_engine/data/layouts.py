@@ -104,7 +104,7 @@ def _object(record: Record, key: str, layout: str) -> Mapping[str, object]:
         cause, fix = f"the record has the {found} layout among {layout} records", "put each layout into its own file"
     else:
         cause, fix = f"the record has no {key!r}", f"rename {like!r} to {key!r}" if like else f"add {key!r}"
-    raise _place(record).error(cause, fix, f"not a {layout} record")
+    raise _place(record).error(cause, fix, f"no {layout} record")
 
 
 def _turns(value: Mapping[str, object], key: str, place: Place, roles: Mapping[str, str]) -> list[Message]:
@@ -250,7 +250,7 @@ def _alpaca(record: Record, tally: Tally) -> Iterator[Conversation]:
     for row in rows:
         answer = next((key for key in _ANSWER if key in row), None) if isinstance(row, Mapping) else None
         if not isinstance(row, Mapping) or answer is None:
-            raise place.error("the record has no 'output'", "add 'output', the answer", "not an alpaca record")
+            raise place.error("the record has no 'output'", "add 'output', the answer", "no alpaca record")
         context = next((key for key in _CONTEXT if key in row), "input")
         question = _joined(_field(value, ask, place), _field(row, context, place))
         system = _field(value, "system", place)

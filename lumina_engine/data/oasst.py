@@ -131,7 +131,7 @@ class OasstReader:
             raise place.error(
                 "no OASST record: neither 'prompt', 'messages', 'thread' nor 'message_id'",
                 f"rename {like!r} to 'message_id'" if like else "give OASST trees, messages or conversations",
-                "not an oasst record",
+                "no oasst record",
             )
 
     # ---- messages -------------------------------------------------------------------------------------------------------

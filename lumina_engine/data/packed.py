@@ -108,7 +108,7 @@ def opened(path: Path) -> Iterator[DataFile]:
                 yield DataFile(cast(IO[bytes], io.BufferedReader(opener(raw), 1 << 16)), raw.tell)
     except (gzip.BadGzipFile, EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
         raise DataError(
-            f"the packed file is damaged ({error})", path=path, fix="pack it again", reason="damaged file"
+            f"the packed file is damaged ({error})", path=path, fix="fetch or pack it again", reason="damaged file"
         ) from None
     except OSError as error:
         raise unreadable(path, error) from None

@@ -51,7 +51,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, int]]:
     except pyarrow.ArrowException as error:
         cause = str(error).partition("\n")[0]
         raise DataError(
-            f"the Parquet file is damaged ({cause})", path=path, fix="write it again", reason="damaged file"
+            f"the Parquet file is damaged ({cause})", path=path, fix="fetch or write it again", reason="damaged file"
         ) from None
     except OSError as error:
         raise unreadable(path, error) from None

@@ -7,6 +7,7 @@ never lower it: patterns cannot tell an example address from a real one.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import math
 import re
 import unicodedata
@@ -39,6 +40,8 @@ FLAGS = {
     "key": "the shape of an access key",
     "insult": "an insult",
 }
+_WORST = 20  # conversations shown as examples
+_EXCERPT = 400  # characters of each
 _EXAMPLES = 100  # places kept for each rule; all are counted
 _LEAST_WORDS = 50  # an answer of fewer is too short to call repetitive
 _LEAST_LINES = 6
@@ -95,6 +98,21 @@ class Rule:
         return {"what": what, "conversations": self.conversations, "tokens": self.tokens, "places": places}
 
 
+@dataclass(frozen=True, slots=True)
+class Worst:
+    """One of the conversations that break most rules; `text` is its beginning where texts are wanted."""
+
+    where: Where
+    rules: tuple[str, ...]
+    tokens: int
+    text: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        told = {"path": self.where.path, "line": self.where.line, "rules": list(self.rules), "tokens": self.tokens}
+        return told if self.text is None else told | {"text": self.text}
+
+
 class Quality:
     """Judges conversations one after the other; a repeat is a repeat of one that came before.
 
@@ -103,6 +121,7 @@ class Quality:
         languages: wanted language codes such as ("en", "de"); empty leaves the rule out.
         evaluation: digests of the evaluation data, see `normal_digest`; empty leaves the rule out.
         near: look for near duplicates, at 300 bytes and about a millisecond a conversation.
+        texts: keep the beginnings of the worst conversations, not only their places.
     """
 
     def __init__(
@@ -111,7 +130,10 @@ class Quality:
         languages: Sequence[str] = (),
         evaluation: frozenset[bytes] = frozenset(),
         near: bool = True,
+        texts: bool = False,
     ) -> None:
+        self.texts = texts
+        self._worst: list[tuple[int, int, int, Worst]] = []  # a heap by rules broken, tokens, the earlier one
         self.seq_length, self.languages, self.evaluation = seq_length, frozenset(languages), evaluation
         self.rules = {name: Rule() for name in RULES}
         self.flags = {name: Rule() for name in FLAGS}
@@ -128,11 +150,26 @@ class Quality:
             self.rules[name].add(where, tokens)
         for name in flags_of(document):
             self.flags[name].add(where, tokens)
+        if broken:
+            self._keep(document, broken, tokens, where)
         self.conversations += 1
         self.tokens += tokens
         self._squares += tokens * tokens
         self.good_tokens += 0 if broken else tokens
         return broken
+
+    def _keep(self, document: Document, broken: list[str], tokens: int, where: Where) -> None:
+        rank = (len(broken), tokens, -self.conversations)
+        if len(self._worst) == _WORST and rank < self._worst[0][:3]:
+            return
+        text = "\n".join(texts_of(document))[:_EXCERPT] if self.texts else None
+        entry = (*rank, Worst(where, tuple(broken), tokens, text))
+        (heapq.heappush if len(self._worst) < _WORST else heapq.heapreplace)(self._worst, entry)
+
+    @property
+    def worst(self) -> list[Worst]:
+        """Up to twenty conversations: those that break most rules, of these the longest first."""
+        return [entry[3] for entry in sorted(self._worst, reverse=True, key=lambda entry: entry[:3])]
 
     def _broken(self, document: Document, tokens: int) -> list[str]:
         answers = _answers(document)
@@ -188,6 +225,7 @@ class Quality:
             "rules": {name: rule.to_dict(RULES[name]) for name, rule in self.rules.items()},
             "flags": {name: rule.to_dict(FLAGS[name]) for name, rule in self.flags.items()},
             "languages": dict(self.spoken.most_common()),
+            "worst": [worst.to_dict() for worst in self.worst],
         }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..monitoring.html import Markup, document, table, tag
+from ..monitoring.svg import bars_svg
 from .check import Judged, Sofar, check_files, readable
 from .conversation import DataError
 from .files import Paths
@@ -17,7 +18,8 @@ from .quality import Quality, normal_digest
 
 FORMAT = 1
 SAMPLE = 10_000  # conversations that a report tokenises and judges unless told otherwise
-_BAR = 40  # characters of the longest bar
+_LANGUAGES = 12  # that are drawn
+_TITLE = "Data report"
 _PLACES = 5  # of each rule on the page
 
 
@@ -36,7 +38,8 @@ def validate_data_comprehensive(data_path: Paths, tokenizer: Any, sample_size: i
 
 
 def create_data_summary_report(data_path: Paths, output_path: str | os.PathLike[str]) -> Path:
-    """Write the report of a data set to `output_path`, a page for .html, figures for .json; folders are made.
+    """Write the report of a data set to `output_path`, a page for .html, figures for .json; folders are made, a file of that
+    name is replaced.
 
     Counts tokens with the tokenizer of `ConversationTokenizer()`. Returns the path. Raises `DataError`.
     """
@@ -54,10 +57,14 @@ def summary(
     seq_length: int | None = None,
     languages: Sequence[str] = (),
     against: Paths | None = None,
+    texts: bool = False,
     judged: Judged | None = None,
     progress: Callable[[Sofar], None] | None = None,
 ) -> dict[str, Any]:
-    """The report as plain values; see `check_files` and `Quality` for what they mean. `paths` None: the built-in corpus."""
+    """The report as plain values; see `check_files` and `Quality` for what they mean. `paths` None: the built-in corpus.
+
+    With `texts` the worst conversations are quoted, not only named.
+    """
     limit = seq_length if seq_length is not None else getattr(tokenizer, "max_context_length", None)
     evaluation = frozenset(map(normal_digest, readable(against))) if against is not None else frozenset()
     found = check_files(
@@ -67,7 +74,7 @@ def summary(
         sample=sample,
         seq_length=limit,
         against=against,
-        quality=Quality(limit, languages, evaluation),
+        quality=Quality(limit, languages, evaluation, texts=texts),
         judged=judged,
         progress=progress,
     )
@@ -81,7 +88,7 @@ def summary(
 
 
 def write_report(found: Mapping[str, Any], output: str | os.PathLike[str]) -> Path:
-    """Write a summary as a page or as JSON, by suffix; the file appears whole."""
+    """Write a summary as a page or as JSON, by suffix; the file appears whole and replaces one of that name."""
     target = Path(output)
     suffix = target.suffix.lower()
     if suffix not in (".html", ".htm", ".json"):
@@ -101,13 +108,25 @@ def write_report(found: Mapping[str, Any], output: str | os.PathLike[str]) -> Pa
     return target
 
 
+def is_report(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is a report that `write_report` wrote."""
+    try:
+        with Path(path).open("rb") as file:
+            head = file.read(4096)
+    except OSError:
+        return False
+    return head.startswith(f'{{\n "format": {FORMAT},\n "made": '.encode()) or (
+        head.startswith(b"<!DOCTYPE html>") and f"<title>{_TITLE}</title>".encode() in head
+    )
+
+
 def page(found: Mapping[str, Any]) -> str:
     """The page of a summary."""
     made = time.strftime("%Y-%m-%d %H:%M", time.localtime(found["made"]))
     files = len(found["files"])
     lead = f"{found['total_conversations']:,} conversations in {files:,} file{'s' * (files != 1)}. Report of {made}."
-    parts = [tag("h1", "Data report"), tag("p", lead), _cards(found), _files(found), _lengths(found), _quality(found)]
-    return document("Data report", [*parts, _problems(found)])
+    parts = [tag("h1", _TITLE), tag("p", lead), _cards(found), _files(found), _lengths(found), _quality(found)]
+    return document(_TITLE, [*parts, _problems(found)])
 
 
 def _cards(found: Mapping[str, Any]) -> Markup:
@@ -152,18 +171,16 @@ def _bytes(size: int | None) -> str:
 
 
 def _lengths(found: Mapping[str, Any]) -> Markup:
-    """The histogram, as a table with bars."""
+    """The histogram, drawn and as a table."""
     if "lengths" not in found:
         return Markup("")
     lengths = found["lengths"]
-    most = max(lengths["counts"])
-    rows = [
-        (f"{low + 1:,} to {high:,}", f"{count:,}", "█" * round(_BAR * count / most) or ("▏" if count else ""))
-        for low, high, count in zip(lengths["edges"], lengths["edges"][1:], lengths["counts"], strict=False)
-    ]
+    edges = list(zip(lengths["edges"], lengths["edges"][1:], strict=False))
+    rows = [(f"{low + 1:,} to {high:,}", f"{count:,}") for (low, high), count in zip(edges, lengths["counts"], strict=True)]
     words = f"median {lengths['median']:,.0f}, 95 % below {lengths['p95']:,.0f}, longest {lengths['longest']:,} tokens"
     basis = f" ({found['sampled_conversations']:,} conversations, tokenizer {found['tokenizer']})"
-    return Markup(tag("h2", "Lengths") + tag("p", words + basis) + table(("tokens", "conversations", ""), rows, (1,)))
+    drawn = bars_svg([f"≤ {high:,}" for _, high in edges], lengths["counts"], title="conversations by length", x_label="tokens")
+    return Markup(tag("h2", "Lengths") + tag("p", words + basis) + drawn + table(("tokens", "conversations"), rows, (1,)))
 
 
 def _quality(found: Mapping[str, Any]) -> Markup:
@@ -171,11 +188,31 @@ def _quality(found: Mapping[str, Any]) -> Markup:
     quality = found["quality"]
     parts = [tag("h2", "Quality"), tag("p", f"{quality['conversations']:,} conversations judged by these rules:")]
     parts.append(_rules(quality["rules"]))
+    broken = {name: rule["conversations"] for name, rule in quality["rules"].items() if rule["conversations"]}
+    if broken:
+        parts.append(Markup(bars_svg(list(broken), list(broken.values()), title="conversations that break each rule")))
     parts.append(tag("p", "Flags, which do not lower the score:"))
     parts.append(_rules(quality["flags"]))
-    told = ", ".join(f"{code} {count:,}" for code, count in list(quality["languages"].items())[:12])
+    parts.append(_worst(quality["worst"]))
+    spoken = list(quality["languages"].items())[:_LANGUAGES]
+    told = ", ".join(f"{code} {count:,}" for code, count in spoken)
     parts.append(tag("p", f"languages of the answers, where there is enough text to tell: {told or 'none'}"))
+    if spoken:
+        names, counts = zip(*spoken, strict=True)
+        parts.append(Markup(bars_svg(names, counts, title="conversations by language of the answers")))
     return Markup("".join(parts))
+
+
+def _worst(worst: Sequence[Mapping[str, Any]]) -> Markup:
+    """The conversations that break most rules."""
+    if not worst:
+        return Markup("")
+    columns = ["place", "rules that it breaks", "tokens", *(["its beginning"] if "text" in worst[0] else [])]
+    rows = [
+        [f"{w['path']}:{w['line']}", ", ".join(w["rules"]), f"{w['tokens']:,}", *([w["text"]] if "text" in w else [])]
+        for w in worst
+    ]
+    return Markup(tag("h2", "Worst conversations") + table(columns, rows, (2,)))
 
 
 def _rules(rules: Mapping[str, Any]) -> Markup:

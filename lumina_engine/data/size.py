@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..config.resolve import TOKENIZER_IDS
 from ..config.task_checks import train_paths
 from .conversation import DataError
 from .files import Paths, expand
@@ -117,18 +119,35 @@ def counted(config: Config, digest: str) -> Counted | None:
 
 
 def stored(config: Config, digest: str) -> tuple[Path, dict[str, Any]] | None:
-    """The store of a source with this digest under the configured tokenizer, and what its meta.json says."""
+    """The store of a source with this digest under the configured tokenizer, and what its meta.json says.
+
+    A vocabulary file is known by its path and time, since it is not read here: a store that is older than the file is none.
+    """
     best: tuple[Path, dict[str, Any]] | None = None
+    name, since = _tokenizer(config.tokenizer)
     for path, meta in _stores(Path(config.data_cache_dir).expanduser()):
         try:
-            if meta["source"]["digest"] != digest or meta["tokenizer"]["name"] != config.tokenizer:
+            if meta["source"]["digest"] != digest or meta["tokenizer"]["name"] != name:
+                continue
+            if since and (path / "meta.json").stat().st_mtime_ns < since:
                 continue
             larger = int(meta["documents"]) > 0 and (best is None or int(meta["tokens"]) > int(best[1]["tokens"]))
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OSError):
             continue
         if larger and isinstance(meta.get("fingerprint"), str):  # the larger part is the one that is trained on
             best = path, meta
     return best
+
+
+def _tokenizer(name: str) -> tuple[str, int]:
+    """The name of a tokenizer as stores have it, and of a file its time in nanoseconds, else 0."""
+    if name in TOKENIZER_IDS:
+        return name, 0
+    try:
+        path = Path(os.path.abspath(Path(name).expanduser()))  # noqa: PTH100
+        return str(path), path.stat().st_mtime_ns
+    except (OSError, ValueError, RuntimeError):  # no such file, name or home: no store is its
+        return name, 0
 
 
 def _stores(cache: Path) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -121,7 +121,9 @@ def _closing_notes(config: Any, data: Data) -> list[str]:
                 note = Samples(store, int(config.seq_length)).note(f"{name} ({task})" if task else name)
                 notes += [note] if note else []
     if not held_out:
-        return [*notes, "no evaluation data: set eval_data_path or eval_split"]
+        split = float(getattr(config, "eval_split", 0.0))
+        why = "one conversation cannot be split; set eval_data_path" if split else "set eval_data_path or eval_split"
+        return [*notes, f"no evaluation data: {why}"]
     apart = [store for store in held_out.values() if isinstance(store, TokenStore)]
     return notes + _overlap_note(sum(_shared(store, other) for store in train.values() for other in apart))
 

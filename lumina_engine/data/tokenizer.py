@@ -14,9 +14,14 @@ from typing import Any
 
 from lumina_engine.data.vocabulary import NAMES, TokenizerError, load_vocabulary
 
-__all__ = ["NAMES", "TEMPLATE_VERSION", "ConversationTokenizer", "StreamDecoder", "TokenizerError"]
+__all__ = ["CHAT_TEMPLATE", "NAMES", "TEMPLATE_VERSION", "ConversationTokenizer", "StreamDecoder", "TokenizerError"]
 
 TEMPLATE_VERSION = 1  # part of every token store's key: raise it when the ids or the mask of a conversation change
+# The same in Jinja, as Hugging Face writes chat templates: for exported models; nothing here renders it.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 MAX_WHITESPACE_RUN = 100_000  # characters; tiktoken panics near a million
 VOCAB_MULTIPLE = 128  # embedding rows are padded to this
 _REPLACEMENT = "\ufffd".encode()
@@ -24,8 +29,9 @@ _WHITESPACE = re.compile(r"\s*")
 
 
 class ConversationTokenizer:
-    """Encodes text and conversations with a tiktoken vocabulary; see `NAMES`, or give the path of a `.tiktoken` file.
+    """Encodes text and conversations with a vocabulary: one of `NAMES`, or the path of a `.tiktoken` file or `tokenizer.json`.
 
+    `name` is the name, or the absolute path; `digest` (64 hex digits) changes with any id of any text.
     `max_context_length` (tokens) is used only by `truncate=True`. Raises `TokenizerError` for an unknown or damaged vocabulary.
     """
 
@@ -33,7 +39,7 @@ class ConversationTokenizer:
         if max_context_length < 16:
             raise TokenizerError(f"max_context_length is {max_context_length}; give at least 16 tokens")
         vocabulary = load_vocabulary(str(model_name))
-        self.name = str(model_name)
+        self.name = vocabulary.name
         self.max_context_length = max_context_length
         self.digest = vocabulary.digest
         self.im_start_id = vocabulary.im_start_id
@@ -81,10 +87,14 @@ class ConversationTokenizer:
         return [token for part in split_whitespace_runs(text) for token in self._encoding.encode_ordinary(part)]
 
     def encode_batch(self, texts: Sequence[str], num_threads: int | None = None) -> list[list[int]]:
-        """`encode` of each text on `num_threads` threads (default: the processors this process may use)."""
-        if any(len(text) > MAX_WHITESPACE_RUN for text in texts):
-            return [self.encode(text) for text in texts]
-        return self._encoding.encode_ordinary_batch(list(texts), num_threads=num_threads or _cpu_count())
+        """`encode` of each text on `num_threads` threads (default: the processors this process may use).
+
+        A `tokenizer.json` is encoded on its library's own threads, one for each processor, unless `num_threads` is 1.
+        """
+        parts = [split_whitespace_runs(text) for text in texts]
+        flat = [part for split in parts for part in split]
+        found = iter(self._encoding.encode_ordinary_batch(flat, num_threads=num_threads or _cpu_count()))
+        return [[token for _ in split for token in next(found)] if len(split) > 1 else next(found) for split in parts]
 
     def encode_iter(self, texts: Iterable[str], batch: int = 1024, num_threads: int | None = None) -> Iterator[list[int]]:
         """`encode` of a stream of texts (lines of a file, say), with `batch` texts in memory at a time."""

@@ -3,7 +3,8 @@
 `cl100k_base` and `o200k_base` are OpenAI's vocabularies, re-packed: an xz stream of one length byte and the token's bytes for
 each rank from 0. They are accepted only if they rebuild OpenAI's file bit for bit (SHA-256 constants of tiktoken 0.14.0,
 `tiktoken_ext/openai_public.py`; the split patterns come from there, too). `lumina-1k` is a `.tiktoken` text file (base64 of the
-token, a space, its rank), trained by `bpe.py` on the built-in corpus. Nothing here needs the network or a cache folder.
+token, a space, its rank), trained by `bpe.py` on the built-in corpus. A user's file is such a text file or the `tokenizer.json`
+of a model. Nothing here needs the network or a cache folder.
 """
 
 from __future__ import annotations
@@ -12,14 +13,19 @@ import base64
 import binascii
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config.resolve import TOKENIZER_FILES
+
 if TYPE_CHECKING:
     import tiktoken
+
+    from .tokenizer_json import JsonEncoding
 
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
@@ -88,14 +94,18 @@ _PACKED = {"gpt-4": "cl100k_base", "gpt-4o": "o200k_base"}
 LUMINA_1K = "lumina-1k"
 LUMINA_1K_MERGES = 764
 NAMES = (*_PACKED, LUMINA_1K)
+MAX_FILE = 1 << 28  # bytes of a vocabulary file
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """A tiktoken encoding with the turn tokens in it, its digest and the ids that mean nothing below `size`."""
+    """An encoding with the turn tokens in it, its digest and the ids that mean nothing below `size`.
+
+    `name` is one of `NAMES`, or the absolute path of the file.
+    """
 
     name: str
-    encoding: tiktoken.Encoding
+    encoding: tiktoken.Encoding | JsonEncoding
     digest: str
     size: int  # highest id + 1
     unused: frozenset[int]
@@ -106,19 +116,42 @@ class Vocabulary:
 
 
 def load_vocabulary(name: str) -> Vocabulary:
-    """The vocabulary called `name` (one of `NAMES`), or read from a `.tiktoken` file at that path.
+    """The vocabulary called `name` (one of `NAMES`), or read from a `.tiktoken` file or `tokenizer.json` at that path.
 
     Built at the first use and kept for the life of the process. Raises `TokenizerError`; no tokenizer stands in for another.
     """
     if name in NAMES:
         return _named(name)
-    path = Path(name)
-    if path.is_file():
+    if name in TOKENIZER_FILES and not Path(name).exists():
+        raise TokenizerError(f"tokenizer {name}: its vocabulary is not part of Lumina; {TOKENIZER_FILES[name]}")
+    path = file_path(name)
+    try:
         stat = path.stat()
-        return _from_file(str(path), stat.st_mtime_ns, stat.st_size)
-    raise TokenizerError(
-        f"tokenizer {name!r} is unknown; choose one of {', '.join(NAMES)} or give the path of a .tiktoken vocabulary file"
-    )
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        if os.sep not in name and not path.suffix:
+            raise TokenizerError(
+                f"tokenizer {name!r} is unknown; choose one of {', '.join(NAMES)} or give the path of a .tiktoken vocabulary "
+                "file or a tokenizer.json"
+            ) from None
+        raise TokenizerError(
+            f"tokenizer {name}: the file cannot be read ({getattr(error, 'strerror', error)}); correct the path, or choose one "
+            f"of {', '.join(NAMES)}"
+        ) from None
+    if path.is_dir():
+        raise TokenizerError(f"tokenizer {name}: a folder; give the tokenizer.json or .tiktoken file in it")
+    if stat.st_size > MAX_FILE:
+        raise TokenizerError(
+            f"tokenizer {name}: {stat.st_size:,} bytes are no vocabulary; give a .tiktoken file or tokenizer.json"
+        )
+    return _from_file(str(path), stat.st_mtime_ns, stat.st_size)
+
+
+def file_path(name: str) -> Path:
+    """The absolute path of a vocabulary file."""
+    try:
+        return Path(os.path.abspath(Path(name).expanduser()))  # noqa: PTH100 -- a link is kept: what it points to may change
+    except RuntimeError:  # ~name of nobody
+        raise TokenizerError(f"tokenizer {name}: there is no such home folder; write the whole path") from None
 
 
 @lru_cache(maxsize=len(NAMES))
@@ -137,16 +170,33 @@ def _named(name: str) -> Vocabulary:
 @lru_cache(maxsize=4)
 def _from_file(path: str, _mtime_ns: int, _size: int) -> Vocabulary:
     """A vocabulary file: published ones are known by their SHA-256; any other is split as cl100k_base splits."""
-    data = Path(path).read_bytes()
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise TokenizerError(f"tokenizer {path}: the file cannot be read ({error.strerror}); check its rights") from None
+    if data.lstrip()[:1] == b"{":
+        return _from_json(data, path)
     digest = hashlib.sha256(data).hexdigest()
     tokens = _parse(data, path)
-    name = Path(path).name
     if digest == hashlib.sha256(_package_data("lumina-1k.tiktoken")).hexdigest():
-        return _build(name, tokens, LUMINA_PATTERN, {}, None)
+        return _build(path, tokens, LUMINA_PATTERN, {}, None)
     for official in _OFFICIAL:
         if digest == official.sha256:
-            return _build(name, tokens, official.pattern, official.special, official.turns)
-    return _build(name, tokens, CL100K_PATTERN, {}, None)
+            return _build(path, tokens, official.pattern, official.special, official.turns)
+    return _build(path, tokens, CL100K_PATTERN, {}, None)
+
+
+def _from_json(data: bytes, path: str) -> Vocabulary:
+    from .tokenizer_json import JsonEncoding, Unusable
+
+    try:
+        found = JsonEncoding(data)
+    except Unusable as error:
+        raise TokenizerError(f"tokenizer {path}: {error.cause}; {error.fix}") from None
+    except ImportError:
+        raise TokenizerError(f"tokenizer {path}: a tokenizer.json needs tokenizers; pip install 'lumina[tokenizers]'") from None
+    turns = (found.special[name] for name in (IM_START, IM_END, PAD, END_OF_TEXT))
+    return Vocabulary(path, found, found.digest, found.size, found.unused, *turns)
 
 
 def _package_data(file: str) -> bytes:
@@ -180,13 +230,14 @@ def _parse(data: bytes, file: str) -> list[bytes]:
     tokens: list[bytes] = []
     for line_number, line in enumerate(data.splitlines(), start=1):
         try:
-            encoded, rank = line.split()
+            encoded, rank = _two_words(line)
             token = base64.b64decode(encoded, validate=True)
             if int(rank) != len(tokens):
                 raise ValueError(f"rank {int(rank)} where {len(tokens)} must stand")
         except (ValueError, binascii.Error) as error:
             raise TokenizerError(
-                f"{file}:{line_number}: not a line of a .tiktoken vocabulary ({error}); each line is base64, a space, the rank"
+                f"{file}:{line_number}: not a line of a .tiktoken vocabulary ({error}); each line is base64, a space, the rank "
+                "(or give a tokenizer.json)"
             ) from error
         tokens.append(token)
     known = set(tokens)
@@ -196,6 +247,13 @@ def _parse(data: bytes, file: str) -> list[bytes]:
     if missing:
         raise TokenizerError(f"{file}: {len(missing)} of the 256 single bytes are missing; some text could not be encoded")
     return tokens
+
+
+def _two_words(line: bytes) -> list[bytes]:
+    words = line.split()
+    if len(words) != 2:
+        raise ValueError(f"{len(words)} words")
+    return words
 
 
 def tiktoken_file(tokens: list[bytes]) -> bytes:

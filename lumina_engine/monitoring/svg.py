@@ -1,4 +1,4 @@
-"""Line charts as SVG, drawn from the data: what the terminal exports and reports embed. numpy and strings, nothing else.
+"""Line and bar charts as SVG, drawn from the data: what the terminal exports and reports embed. numpy and strings, no more.
 
 The picture is a function of its arguments (no clock, no random ids), carries no script and refers to nothing outside itself, so
 it can stand in a self-contained page. Long series are reduced to their minimum and maximum per pixel column: no spike is lost.
@@ -120,9 +120,43 @@ def line_svg(
         if one.style == "events":
             _events(picture, one, x, height)
     _heading(picture, title, notes, names, width)
+    return _document(picture, title or y_label, width, height)
+
+
+def bars_svg(
+    names: Sequence[str], values: Sequence[float], *, title: str = "", x_label: str = "", width: int = 960, height: int = 300
+) -> str:
+    """A bar of its value for each name, from left to right, as an SVG document of `width` x `height` px.
+
+    Raises:
+        ValueError: names and values differ in number, there are none, or a value is negative or not finite.
+    """
+    if len(names) != len(values) or not values or not all(math.isfinite(value) and value >= 0 for value in values):
+        raise ValueError(f"bars need a value from 0 on for each name: {len(names)} names, values {list(values)!r:.80}")
+    most = max(values) or 1.0
+    bottom, room, picture = height - _BOTTOM, (width - _LEFT - _RIGHT) / len(values), _Picture()
+    y = _Axis(0.0, most, bottom, _TOP, False)
+    marks = ticks(0.0, most, max(2, (height - 88) // 50), False)
+    picture.parts.append(f'<g stroke="#dddddd" stroke-width="1" style="{_FONT};font-size:12px">')
+    for at, label in zip(y.at(np.array(marks)).tolist(), value_labels(marks, False), strict=True):
+        picture.add("line", x1=_LEFT, y1=_px(at), x2=width - _RIGHT, y2=_px(at))
+        picture.add("text", label, x=_LEFT - 6, y=_px(at + 4), text_anchor="end", fill="#555555", stroke="none")
+    for index, (name, top) in enumerate(zip(names, y.at(np.array(values, float)).tolist(), strict=True)):
+        left = _LEFT + index * room
+        bar = {"x": _px(left + 0.1 * room), "y": _px(top), "width": _px(0.8 * room), "height": _px(bottom - top)}
+        picture.add("rect", **bar, fill=COLOURS[0], stroke="none")
+        middle = _px(left + room / 2)
+        picture.add("text", name, x=middle, y=bottom + 18, text_anchor="middle", fill="#555555", stroke="none")
+    picture.add("text", x_label, x=width - _RIGHT, y=height - 8, text_anchor="end", fill="#222222", stroke="none")
+    picture.parts.append("</g>")
+    _heading(picture, title, (), (), width)
+    return _document(picture, title, width, height)
+
+
+def _document(picture: _Picture, label: str, width: int, height: int) -> str:
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" aria-label="{_safe(title or y_label)}">'
+        f'role="img" aria-label="{_safe(label)}">'
     )
     back = f'<rect width="{width}" height="{height}" fill="#ffffff"/>'
     return "\n".join([head, back, *picture.parts, "</svg>"]) + "\n"

@@ -170,6 +170,7 @@ class Worker:
 
     def _restore(self, data: Any) -> None:
         """Go on from the newest checkpoint that passes its digests; without any checkpoint the run starts at step 0."""
+        from ..checkpoint.resume import check_tokenizer
         from ..data.tasks import changed_sources
         from .proof import resume_proof
         from .state import restore
@@ -184,6 +185,7 @@ class Worker:
         loaded = self.manager.load(path)
         for note in loaded.notes:
             self.emit(rec.Alert(severity="warning", code="checkpoint_note", message=note))
+        check_tokenizer(loaded.tokenizer, self.tokenizer, path)
         saved = loaded.global_state.get("data_fingerprint")
         changed = saved != data.train.fingerprint
         if changed and not self.accept_data_change:

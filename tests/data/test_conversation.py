@@ -21,7 +21,7 @@ BROKEN = [
     (7, "the record is 7, not an object"),
     ({}, "the record has no 'messages'"),
     ({"message": [U, A]}, "rename 'message' to 'messages'"),
-    ({"conversations": [U, A]}, "or set data_format"),
+    ({"conversations": [U, A]}, "or name its format"),
     ({"messages": None}, "'messages' is None, not a list"),
     ({"messages": "hello"}, "'messages' is 'hello', not a list"),
     ({"messages": {"role": "user"}}, "'messages' is dict, not a list"),

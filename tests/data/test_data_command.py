@@ -43,8 +43,8 @@ def test_c028_convert(run, write, tmp_path):
     code, out, _ = run("convert", source, write("t.json", [NO_ANSWER, ROW]), tmp_path / "p.jsonl")
     assert code == 0 and "2 of 4 conversations written" in out and "2 dropped: no assistant turn" in out
     assert run("convert", source, tmp_path / "q.jsonl", "--strict")[0] == 65
-    assert "neither 'prompt'" in run("convert", source, "o.jsonl", "--format", "oasst")[2]
-    assert run("convert", "nowhere.json", "o.jsonl")[0] == 2
+    assert "neither 'prompt'" in run("convert", source, "n.jsonl", "--format", "oasst")[2]
+    assert run("convert", "nowhere.json", "n.jsonl")[0] == 2
     code, out, err = run("convert", write("bad.jsonl", '{"messages": 1}\n{'), tmp_path / "q.jsonl")
     assert code == 65 and err.count("\n") == 1 and "bad.jsonl:1: " in err and not (tmp_path / "q.jsonl").exists()
 
@@ -121,3 +121,86 @@ def test_every_action_is_shown():
     command.add_arguments(parser)
     text = parser.format_help()
     assert all(name in text for name in ("convert", "validate", "report", "preview", "prepare", "sample"))
+
+
+def test_an_existing_file_is_replaced_only_by_force(run, write, tmp_path):
+    source, mine = write("s.json", [ROW]), write("mine.jsonl", "mine\n")
+    for words in (
+        ("convert", source, mine),
+        ("convert", source, tmp_path / "o.jsonl", "--rejects", mine),
+        ("sample", mine, "--split", "eval"),
+        ("report", source, "--tokenizer", "lumina-1k", "--filter", "kept.jsonl", mine),
+        ("report", source, "--tokenizer", "lumina-1k", "--out", write("mine.json", "mine\n")),
+    ):
+        code, out, err = run(*words)
+        assert code == 2 and out == "" and "exists: name another file, or add --force" in err and err.count("\n") == 1
+        assert {path.read_text() for path in tmp_path.glob("mine.*")} == {"mine\n"}
+        assert not (tmp_path / "o.jsonl").exists() and not (tmp_path / "kept.jsonl").exists()
+        assert run(*words, "--force")[0] == 0
+        for made in (tmp_path / "o.jsonl", tmp_path / "kept.jsonl"):
+            made.unlink(missing_ok=True)
+        mine.write_text("mine\n")
+    (tmp_path / "folder").mkdir()
+    assert "is a folder: name a file" in run("convert", source, "folder", "--force")[2]
+    assert run("convert", source.as_uri(), mine, "--force")[0] == 0  # a URL is never the output
+
+
+def test_no_input_is_written_over_even_by_force(run, write, tmp_path):
+    source = write("s.json", [ROW] * 3)
+    before = source.read_bytes()
+    for words in (
+        ("convert", source, source, "--force"),
+        ("report", source, "--filter", source, "d.jsonl", "--force"),
+        ("report", source, "--filter", "k.jsonl", source, "--force"),
+        ("report", source, "--out", source, "--force"),
+        ("report", tmp_path, "--out", source, "--force"),
+    ):
+        code, out, err = run(*words)
+        assert code == 2 and out == "" and "one of the inputs" in err and source.read_bytes() == before, words
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_c031_a_report_replaces_a_report(run, write, tmp_path):
+    source = write("s.json", [ROW] * 3)
+    for out in ("r.html", "r.json"):
+        for _ in range(2):
+            code, out_text, _ = run("report", source, "--tokenizer", "lumina-1k", "--out", out)
+            assert code == 0 and f"report: {out}" in out_text
+
+
+def test_c031_padding_truncation_and_trained_share_are_told(run, write):
+    long = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "word " * 80}]}
+    short = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "word " * 30}]}
+    path = write("s.jsonl", [long] + [short] * 3)
+    words = ("--tokenizer", "lumina-1k", "--seq-length", "64")
+    for verb in ("validate", "report"):
+        told, figures = run(verb, path, *words)[1], json.loads(run(verb, path, *words, "--json")[1])
+        assert figures["cut"]["conversations"] >= 1 and 0 < figures["packing"]["padding_share"] < 1
+        assert f"trained ({100 * figures['trained_share']:.1f} %)" in told
+        assert f"{figures['cut']['lost_tokens']:,} tokens cut off (" in told
+        assert f"{100 * figures['packing']['padding_share']:.1f} % padding" in told
+    assert (
+        "0 longer than 8,192: nothing is cut off" in run("report", path, "--tokenizer", "lumina-1k", "--seq-length", "8192")[1]
+    )
+
+
+def test_c031_nothing_to_report_on_is_an_error_that_names_the_file(run, write, tmp_path):
+    code, out, err = run("report", write("bad.jsonl", "{\n"), "--tokenizer", "lumina-1k")
+    assert code == 65 and out == "" and "bad.jsonl:2: not valid JSON" in err and not list(tmp_path.glob("*.html"))
+    code, out, _ = run("report", write("half.jsonl", [{"messages": []}, {"messages": [{"role": "user", "content": "q"}]}]))
+    assert code == 65
+    good = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    code, out, _ = run("report", write("half.jsonl", [{"messages": []}, good]), "--tokenizer", "lumina-1k")
+    assert code == 0 and "1 record with a problem" in out and "half.jsonl:1: 'messages' is empty; " in out
+
+
+def test_c036_prepare_says_where_a_path_goes(run, write):
+    path = write("s.json", [ROW])
+    code, _, err = run("prepare", path)
+    assert code == 2 and f"write train_data_path={path}" in err
+
+
+def test_c144_a_place_that_cannot_be_written_is_one_line(run, write):
+    write("file", "x")
+    code, _, err = run("sample", "file/x.jsonl", "--split", "eval")
+    assert code == 2 and "file/x.jsonl: cannot be written (File exists); check the folder" in err and err.count("\n") == 1

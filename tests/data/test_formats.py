@@ -174,7 +174,7 @@ def test_c028_tidying_is_counted_and_an_empty_answer_is_never_a_target(write, ro
         ("s.json", [{"conversations": "q"}], "s.json:2: 'conversations' is 'q', not a list"),
         ("s.json", [sharegpt(("human", "q"), ("gpt", 3))], "s.json:2: the content of turn 2 is 3, not text"),
         ("x.jsonl", [{"ask": "q", "answer": "a"}], "x.jsonl:1: no known layout (found: 'answer, ask')"),
-        ("x.json", "[]", "x.json: the list is empty"),
+        ("x.json", "[]", "x.json: it holds no record"),
         ("x.json", "[1, 2]", "x.json:1: no known layout (found: '1')"),
         ("empty.jsonl", "", "empty.jsonl: the file is empty"),
         ("blank.jsonl", "\n \n", "blank.jsonl: the file is empty"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
+from xml.etree import ElementTree
 
 import pytest
 
@@ -14,7 +16,7 @@ from lumina_engine.data.conversation import Conversation, DataError, Message, Te
 from lumina_engine.data.formats import read_conversations
 from lumina_engine.data.near import NearDuplicates
 from lumina_engine.data.quality import FLAGS, RULES, Quality, Where, flags_of, wilson
-from lumina_engine.data.report import create_data_summary_report, summary, validate_data_comprehensive
+from lumina_engine.data.report import create_data_summary_report, page, summary, validate_data_comprehensive
 from lumina_engine.data.sample import conversations
 
 WORDS = ["river", "stone", "cloud", "paper", "window", "garden", "yellow", "quiet", "morning", "letter", "distant", "copper"]
@@ -180,7 +182,11 @@ def test_c030_nothing_to_judge_is_no_score(write, tokenizer):
 def test_c031_report_is_one_page_and_its_figures_are_those_of_the_check(planted, tmp_path, tokenizer):
     assert lumina_engine.create_data_summary_report is create_data_summary_report
     page = create_data_summary_report(str(planted), tmp_path / "new" / "r.html").read_text()
-    assert "default-src 'none'" in page and "<script" not in page and "http:" not in page.replace("http-equiv", "")
+    assert (
+        "default-src 'none'" in page
+        and "<script" not in page
+        and "http:" not in page.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    )
     for words in ("planted.jsonl:8", "repeated_lines", "no messages", "10 conversations in 1 file.", "padding at"):
         assert words in page, words
     figures = json.loads(create_data_summary_report(planted, tmp_path / "r.json").read_text())
@@ -199,6 +205,45 @@ def test_c031_hostile_text_stays_text(write, tmp_path):
     good = {"messages": [{"role": "user", "content": "<img src=x>"}, {"role": "assistant", "content": "\x1b[2J</table>"}]}
     page = create_data_summary_report(write("a<b>.jsonl", [good, bad]), tmp_path / "r.html").read_text()
     assert "<script" not in page and "<img" not in page and "\x1b" not in page and "a&lt;b&gt;.jsonl" in page
+
+
+def test_c031_the_worst_conversations_come_first_and_are_quoted_on_request(write, tokenizer, tmp_path):
+    rows = [talk(prose(60, n)) for n in range(30)]
+    rows[7] = talk("I'm sorry, but I can't help with that.\n" + "<b>same</b>\n" * 9)
+    rows[12] = rows[21] = talk("I'm sorry, but I can't help with that.")
+    path = write("w.jsonl", [{"messages": [{"role": m.role, "content": m.content} for m in row.messages]} for row in rows])
+    found = summary(path, tokenizer, sample=0)
+    worst = found["quality"]["worst"]
+    assert [(w["line"], w["rules"]) for w in worst] == [
+        (8, ["repeated_lines", "refusal"]),
+        (22, ["refusal", "duplicate"]),
+        (13, ["refusal"]),
+    ]
+    assert all("text" not in w for w in worst) and "can't help" not in page(found)
+    quoted = summary(path, tokenizer, sample=0, texts=True)
+    assert [w.pop("text")[:12] for w in quoted["quality"]["worst"]] == ["What is it?\n"] * 3
+    assert quoted["quality"]["worst"] == worst
+    shown = page(summary(path, tokenizer, sample=0, texts=True))
+    assert "w.jsonl:8" in shown and "&lt;b&gt;same&lt;/b&gt;" in shown and "<b>same" not in shown
+
+
+def test_c031_no_more_than_twenty_worst_are_kept(tokenizer):
+    quality = Quality(near=False)
+    for n in range(50):
+        quality.judge(talk(f"I'm sorry, but I can't help with that {n}."), 100 + n % 25, Where("x", n))
+    worst = quality.worst
+    assert [w.tokens for w in worst] == sorted((100 + n % 25 for n in range(50)), reverse=True)[:20]
+    assert [w.where.line for w in worst[:4]] == [24, 49, 23, 48]
+
+
+def test_c031_the_page_draws_lengths_rules_and_languages(planted, tokenizer):
+    shown = page(summary(planted, tokenizer, seq_length=128, sample=0))
+    drawn = ElementTree.fromstring(re.search(r"<svg.*?</svg>", shown, re.DOTALL)[0])
+    found = summary(planted, tokenizer, seq_length=128, sample=0)
+    bars = [r for r in drawn.iter("{http://www.w3.org/2000/svg}rect") if r.get("x")]
+    counts = found["lengths"]["counts"]
+    assert [round(float(bar.get("height")) * max(counts) / 212) for bar in bars] == counts  # 300 px without the margins
+    assert shown.count("<svg") == 3 and "conversations that break each rule" in shown
 
 
 def test_77_filter_writes_both_sides_and_they_add_up(planted, tmp_path, capsys, monkeypatch):
@@ -225,8 +270,9 @@ def test_77_filter_writes_both_sides_and_they_add_up(planted, tmp_path, capsys, 
 
     with pytest.raises(UserError, match="judges every conversation"):
         run("--filter", "a", "b", "--sample", "5")
-    with pytest.raises(UserError, match="--filter"):
-        run("--filter", "no/such/folder/a", "b")
+    with pytest.raises(UserError, match=r"--filter: kept\.jsonl/a and b: cannot be written"):
+        run("--filter", "kept.jsonl/a", "b")
+    assert run("--filter", "new/folder/a", "b") == 0 and (tmp_path / "new" / "folder" / "a").read_text()
     assert not list(tmp_path.glob(".*tmp"))
 
 

@@ -125,6 +125,50 @@ def test_c028_every_file_is_read_in_full(shared, name, kept, changed):
     assert all(m.content.strip() for d in documents for m in getattr(d, "messages", ()) if m.role == "assistant")
 
 
+# Every file of the folder but the vocabularies and the model: conversations (of text: documents of at most 32,768 characters).
+# The rows of the folder's own table, but for trees, which become one conversation each.
+TABLE = {
+    "alpaca/identity.json": 91,
+    "alpaca/instruction-data.json": 1100,
+    "alpaca/seed_tasks.jsonl": 175,
+    "messages/oasst1_en_val_top1.messages.jsonl": 40,
+    "messages/toy_chat_fine_tuning.jsonl": 5,
+    "oasst/en_100_tree.jsonl": 100,
+    "oasst/oasst1_en_val_40trees.messages.jsonl": 40,
+    "oasst/oasst1_en_val_40trees.trees.jsonl": 40,
+    "oasst/oasst1_en_val_top1.conversations.jsonl": 40,
+    "sharegpt/axolotl_conversation.json": 1,
+    "sharegpt/axolotl_conversation.missingturns.json": 1,
+    "sharegpt/dummy_conversation.json": 500,
+    "sharegpt/glaive_toolcall_en_demo.json": 300,
+    "sharegpt/oasst1_en_val_top1.sharegpt.json": 40,
+    "text/c4_demo.jsonl": 300,
+    "text/code/export.py": None,
+    "text/code/model.py": None,
+    "text/code/run.c": None,
+    "text/code/tinystories.py": None,
+    "text/devils_dictionary.txt": None,
+    "text/jargon-4.4.7.txt": None,
+    "text/the-verdict.txt": None,
+    "text/tinyshakespeare.txt": None,
+    "text/udhr_20langs.txt": None,
+}
+
+
+def test_shown_by_1_every_file_converts_with_the_counts_of_its_table(shared, tmp_path):
+    folders = ("alpaca", "messages", "oasst", "sharegpt", "text")
+    assert {str(p.relative_to(shared)) for f in folders for p in (shared / f).rglob("*") if p.is_file()} == set(TABLE)
+    for name, rows in TABLE.items():
+        done = convert(shared / name, tmp_path / "out.jsonl")
+        written = list(read_conversations(tmp_path / "out.jsonl"))
+        assert done.written == len(written) and done.tally.dropped == {} and done.rejects is None, name
+        if rows is None:
+            assert "".join(d.text for d in written) == (shared / name).read_text(encoding="utf-8"), name
+            assert len(written) == done.tally.read and max(len(d.text) for d in written) <= 1 << 15
+        else:
+            assert done.written == done.tally.read == rows, name
+
+
 def test_c028_placeholders_are_plain_text(shared):
     texts = [m.content for d in read_conversations(shared / "alpaca/identity.json") for m in d.messages]
     assert sum("{{name}}" in t for t in texts) > 0 and sum("{{author}}" in t for t in texts) > 0

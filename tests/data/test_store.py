@@ -265,7 +265,7 @@ def test_c038_a_small_source_holds_out_one(write, tokenizer, settings, count, he
     data = open_data(settings(train_data_path=str(path), eval_split=0.0001), tokenizer)
     assert len(data.train) == count - held
     assert (data.eval is None) == (held == 0) and (held == 0 or len(data.eval) == held)
-    assert held or "no evaluation data: set eval_data_path or eval_split" in data.notes
+    assert held or "no evaluation data: one conversation cannot be split; set eval_data_path" in data.notes
 
 
 def test_c038_a_missing_half_is_built_again(write, tokenizer, settings):
