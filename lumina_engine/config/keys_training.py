@@ -201,7 +201,7 @@ class DataKeys(Section):
         read_by="data/store.py",
     )
     data_format: Literal["auto", "messages", "oasst", "alpaca", "sharegpt", "text"] = key(
-        "auto", "Layout of the data files; auto looks into them.", read_by="data/formats.py"
+        "auto", "Layout of the data files; auto looks into them.", read_by="data/store.py"
     )
     tokenizer: str = key(
         "gpt-4",
