@@ -23,11 +23,7 @@ from lumina_engine.secrets import looks_secret
 # Keys whose feature does not exist yet, with the values that are allowed meanwhile (None: only the default).
 NOT_YET: dict[str, tuple[object, ...] | None] = {
     "data_format": ("auto", "messages", "alpaca", "sharegpt", "text"),
-    "adaptive": ("off", "advise"),
     "expert_growth": ("off", "advise"),
-    "lr_multiplier_min": None,
-    "adaptive_cooldown_steps": None,
-    "max_adaptive_actions": None,
 }
 
 Rule = Callable[[Config], Iterator[Finding]]

@@ -144,8 +144,8 @@ class RateController:
 
     @property
     def factor(self) -> float:
-        """In [`lr_multiplier_min`, 1]."""
-        return self._s.factor
+        """In [`lr_multiplier_min`, 1]; 1 from the choice of a person on."""
+        return 1.0 if self._s.chosen is not None else self._s.factor
 
     @property
     def spent(self) -> int:

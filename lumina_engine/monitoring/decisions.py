@@ -75,7 +75,7 @@ def back_of(record: rec.Rewind, actions: list[dict[str, Any]]) -> Back:
 
 @dataclass(slots=True)
 class Replayed:
-    """The decisions of a log. `differences` are lines for a person: none, if the log has exactly what the controller decides."""
+    """The decisions of a log. `differences` are lines for a person: none, if the log has exactly what is decided again."""
 
     decisions: list[rec.Change | rec.Alert] = field(default_factory=list)
     differences: list[str] = field(default_factory=list)

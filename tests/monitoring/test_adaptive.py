@@ -356,9 +356,9 @@ def test_c098_the_rate_of_a_person_is_the_rate() -> None:
     assert controller.factor == 0.5
     for by in ("user", "recovery"):
         controller.observe(rec.Change(what="learning_rate", step=121, before=1.0, after=2.0, by=by))
-    assert controller.factor == 0.5  # until its step comes
-    controller.observe(step(121, 2.0))
-    assert controller.factor == 1.0
+        assert controller.factor == 1.0
+    found = fed(controller, noisy(5.0, 100, 2), 121)  # and what it does to the loss is looked at as before
+    assert [d.kind for d in found][:1] == ["cut"] and controller.factor < 1.0
 
 
 def test_c100_advice_is_a_command_with_the_rate_and_changes_nothing() -> None:

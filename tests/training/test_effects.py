@@ -176,20 +176,22 @@ ELSEWHERE = {
     "spike_sigma": "training/test_guard.py::test_ft06_a_value_beyond_the_bound_is_refused_and_one_inside_is_not",
     "spike_window": "training/test_guard.py::test_ft06_a_value_beyond_the_bound_is_refused_and_one_inside_is_not",
     "spike_recover_steps": "training/test_guard.py::test_ft06_a_new_level_is_not_left_out_for_ever",
+    "adaptive": "training/test_adaptive.py::test_c100_off_advise_and_act",
+    "lr_multiplier_min": "training/test_adaptive.py::test_c098_bounds_and_pace_are_those_of_the_keys",
+    "adaptive_cooldown_steps": "training/test_adaptive.py::test_c098_bounds_and_pace_are_those_of_the_keys",
+    "max_adaptive_actions": "training/test_adaptive.py::test_c098_bounds_and_pace_are_those_of_the_keys",
     "expert_growth": "monitoring/test_growth.py::test_c099_switched_off_says_nothing",
     "max_num_experts": "checkpoint/test_growth.py::test_c099_growing_refuses_what_it_cannot_do_exactly",
     "spike_policy": "faults/test_ft_guard.py::test_ft06_a_spike_goes_back_where_the_policy_says_so",
 }
 # tested below
 HERE = {"deepspeed_log_level", "hardware_interval_s", "startup_timeout_s"}
-# Off and advise are accepted and do nothing: there is no controller yet, and what would act is refused.
-NOTHING = {"adaptive": "act"}
-ACTS = NOTHING | {"expert_growth": "act"}
+ACTS = {"expert_growth": "act"}
 EXISTING = [info.name for info in fields_info() if NOT_YET.get(info.name, ()) is not None]
 
 
 def test_r36_every_key_has_a_row() -> None:
-    rows = [*SEEN, *LAUNCHED, *ELSEWHERE, *HERE, *NOTHING]
+    rows = [*SEEN, *LAUNCHED, *ELSEWHERE, *HERE]
     assert sorted(rows) == sorted(EXISTING), set(rows) ^ set(EXISTING)
 
 
