@@ -295,7 +295,8 @@ class AdaptiveKeys(Section):
     adaptive: Literal["off", "advise", "act"] = key(
         "advise",
         "What is done when a loss that rises and stays up says that the learning rate is too high. advise: an alert with the "
-        "command; act: the rate is lowered, at last the run goes back (spike_policy=rollback) or ends; off: nothing is computed.",
+        "command; act: the rate is lowered, then the run goes back (spike_policy=rollback), at last it ends; off: nothing is "
+        "computed.",
         resume=True,
         read_by="monitoring/adaptive.py, monitoring/growth.py",
     )

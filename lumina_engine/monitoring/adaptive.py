@@ -63,6 +63,7 @@ class Rules:
     lowest: float = 0.1
     most: int = 20
     rollback: bool = False
+    gives_back: bool = True  # whether a calm run gets its rate back
     run: str = "RUN"
 
     @classmethod
@@ -87,6 +88,8 @@ class Decision:
     kind: Kind
     record: rec.Change | rec.Alert
     first: int = 0
+    statistic: float = 0.0
+    threshold: float = 0.0
 
     @property
     def reason(self) -> str:
@@ -116,6 +119,7 @@ class _State:
     medians: list[float] = field(default_factory=list)  # at the last looks, calm or not
     skips: list[int] = field(default_factory=list)  # which finite steps were left out, of the last 64
     seen: int = 0  # finite steps
+    step: int = 0  # number of the last one
     shape: list[int | None] = field(default_factory=lambda: [None, None])  # rows and length of a batch
     lr: float | None = None
     out: int = 0  # looks in a row that are high
@@ -146,6 +150,11 @@ class RateController:
     def factor(self) -> float:
         """In [`lr_multiplier_min`, 1]; 1 from the choice of a person on."""
         return 1.0 if self._s.chosen is not None else self._s.factor
+
+    @property
+    def step(self) -> int:
+        """Number of the last step whose figures were finite."""
+        return self._s.step
 
     @property
     def spent(self) -> int:
@@ -218,6 +227,7 @@ class RateController:
         if s.shape != shape:  # losses of another length or number of rows do not compare
             s.recent, s.before, s.levels, s.medians, s.out, s.shape = [], [], [], [], 0, shape
         s.seen += 1
+        s.step = record.step
         s.lr = record.lr
         self._push(math.log(max(loss, TINY)))
         s.skips = [number for number in s.skips if number > s.seen - SKIP_SPAN] + [s.seen] * record.skipped
@@ -333,13 +343,13 @@ class RateController:
         s.actions.append(evidence)
         if kind != "raise":
             s.waiting = {**evidence, "due": step + self.rules.cooldown}
-        return Decision(kind, record, trouble.first)
+        return Decision(kind, record, trouble.first, trouble.statistic, trouble.threshold)
 
     def _raise(self, step: int) -> Decision | None:
         """A tenth back, when nothing was wrong for long."""
         s, rules = self._s, self.rules
         calm = step - max(s.uneasy, s.acted or 0)
-        if s.factor >= 1.0 or rules.mode != "act" or self.spent >= rules.most:
+        if s.factor >= 1.0 or rules.mode != "act" or not rules.gives_back or self.spent >= rules.most:
             return None
         if calm < CALM * rules.cooldown or step - s.raised < rules.cooldown:
             return None
@@ -395,7 +405,7 @@ class RateController:
         }[code]
         message = f"step {step}: {trouble.words} ({trouble.rule}); {words[0]}"
         record = rec.Alert(severity=severity, code=code, message=message, recommendation=words[1], step=step)
-        return Decision(kind, record, trouble.first)
+        return Decision(kind, record, trouble.first, trouble.statistic, trouble.threshold)
 
 
 def _falls(values: list[float], sigma: float) -> bool:

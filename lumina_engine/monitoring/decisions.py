@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import msgspec
 
@@ -41,11 +41,24 @@ class _Ruled:
 _Item = rec.Step | rec.Change | Back | _Ruled
 
 
-def of_controller(record: rec.Record) -> bool:
+def of_controller(record: rec.Record) -> TypeGuard[rec.Change | rec.Alert]:
     """Whether a record is a decision of the rate controller."""
     if isinstance(record, rec.Change):
         return record.what in (FACTOR, OUTCOME)
     return isinstance(record, rec.Alert) and record.code in ADVICE
+
+
+def decisions_of(records: Iterable[rec.Record]) -> list[dict[str, Any]]:
+    """The decisions of a log as JSON values, in order."""
+    return [as_dict(record) for record in records if of_controller(record)]
+
+
+def as_dict(record: rec.Change | rec.Alert) -> dict[str, Any]:
+    """A decision as JSON values: a change has its evidence, an alert its severity and advice."""
+    if isinstance(record, rec.Alert):
+        words = {"what": record.code, "reason": record.message, "advice": record.recommendation}
+        return {"step": record.step, "severity": record.severity, **words}
+    return {name: getattr(record, name) for name in ("step", "what", "before", "after", "reason", "evidence")}
 
 
 def backs_after(records: Iterable[rec.Record], seq: int | None) -> list[Back]:
@@ -108,7 +121,7 @@ class Replay:
         elif isinstance(record, rec.Rewind):
             self._rewind(record)
         elif of_controller(record):
-            self._compare(record)  # type: ignore[arg-type]
+            self._compare(record)
         elif isinstance(record, rec.Step | rec.Change):
             if isinstance(record, rec.Step):
                 self._missing(record.step)

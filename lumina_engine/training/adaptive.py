@@ -1,4 +1,4 @@
-"""The rate controller in a trainer: it takes the records that the log gets, and what it decides is in force from the next step on.
+"""The rate controller in a trainer: it takes the records that the log gets; what it decides is in force from the next step on.
 
 Every rank has one and decides alike, since loss and gradient norm are the same on all of them; the rules and the statistics are
 in `monitoring/adaptive.py`.

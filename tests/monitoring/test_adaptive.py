@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lumina_engine import AdaptiveHyperparameterOptimizer
 from lumina_engine.bench.corpus import read
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.adaptive import FACTOR, LEAST, OUTCOME, RECENT, Decision, RateController, Rules
@@ -366,6 +367,40 @@ def test_c100_advice_is_a_command_with_the_rate_and_changes_nothing() -> None:
     found = fed(controller, noisy(2.0, 100) + noisy(5.0, 60, 1))
     assert [d.record.code for d in found] == ["lower_rate"] * len(found) and found and controller.factor == 1.0
     assert found[0].record.recommendation == "halve the rate: lumina-engine runs set-lr first 0.0005"
+
+
+# ---- for a loop of one's own ----------------------------------------------------------------------------------------------
+
+
+def asked(losses: list[float], form: Callable[[dict[str, Any]], Any] = dict, **config: Any) -> list[dict[str, Any]]:
+    optimizer = AdaptiveHyperparameterOptimizer(SimpleNamespace(**vars(configured(ACT)) | config))
+    answers = [optimizer.should_adjust_learning_rate(form({"step": n, "loss": loss})) for n, loss in enumerate(losses, 1)]
+    return [answer for answer in answers if answer is not None]
+
+
+@pytest.mark.parametrize("form", [dict, lambda given: SimpleNamespace(**given)])
+def test_c098_a_mapping_or_an_object_gives_the_factor_and_why(form: Callable[[dict[str, Any]], Any]) -> None:
+    first, second, third = asked(noisy(2.0, 100) + noisy(5.0, 120, 1), form)[:3]
+    assert first["factor"] == second["factor"] == 0.5 and not first["stop"] and third["stop"] and third["factor"] < 1
+    assert 100 < first["step"] <= 132 and first["statistic"] >= first["threshold"] == 8 and "loss went from" in first["reason"]
+    assert asked(noisy(2.0, 400), form) == []
+
+
+def test_c098_an_emergency_never_raises_the_rate() -> None:
+    for seed in range(20):
+        figures = regimes(seed)
+        answers = asked([figures(0, n)[0] for n in range(1, 600)], adaptive_cooldown_steps=10, max_adaptive_actions=50)
+        assert all(0 < answer["factor"] < 1 for answer in answers)
+    assert asked([math.nan] * 300) == [] == asked([math.inf] * 300)
+
+
+def test_c098_without_a_step_each_call_is_one_and_what_is_no_number_is_named() -> None:
+    optimizer = AdaptiveHyperparameterOptimizer()
+    answers = [optimizer.should_adjust_learning_rate({"loss": loss}) for loss in noisy(2.0, 100) + noisy(5.0, 40, 1)]
+    (found,) = (answer for answer in answers if answer)
+    assert answers.index(found) + 1 == found["step"]
+    with pytest.raises(TypeError, match="loss: must be a number, not str"):
+        optimizer.should_adjust_learning_rate({"loss": "much"})
 
 
 # ---- recorded runs --------------------------------------------------------------------------------------------------------

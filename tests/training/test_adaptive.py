@@ -31,7 +31,7 @@ FAULT = 60  # step in which it begins
 
 
 def lifted(tiny: Tiny, factor: Callable[[int], float]) -> Tiny:
-    """The loss of a step is so many times what it is; the gradient with it, which the optimizer and clipping make nothing of."""
+    """The loss of a step is so many times what it is, and its gradient too, of which clipping makes nothing."""
     forward = tiny.trainer.engine.forward
 
     def disturbed(*args: Any, **kwargs: Any) -> Any:
@@ -126,8 +126,8 @@ def test_c098_the_second_rung_goes_back_and_the_cut_stays(tmp_path: Path) -> Non
     (first, _), (second, factor), *_ = factors(tiny)
     (to_step, failed), *_ = rewinds(tiny)
     assert (failed, factor) == (second - 1, 0.25) and to_step < FAULT + 16 < first
-    after = [r for r in tiny.records[tiny.records.index(next(r for r in tiny.records if isinstance(r, rec.Rewind))) :]]
-    rate = next(r.lr for r in after if isinstance(r, rec.Step))
+    back = next(place for place, r in enumerate(tiny.records) if isinstance(r, rec.Rewind))
+    rate = next(r.lr for r in tiny.records[back:] if isinstance(r, rec.Step))
     assert rate == rates(tiny)[1] / tiny.trainer.schedule.shape(1) * 0.25 and agrees(tiny)  # type: ignore[union-attr]
 
 
