@@ -66,9 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     adaptive.add_argument("--json", action="store_true", help="a JSON object a line for each run; the last line has the table")
     adaptive.add_argument("--seeds", type=int, default=5, metavar="N", help="of each fault and arm (default 5)")
     adaptive.add_argument("--healthy", type=int, default=40, metavar="N", help="healthy runs (default 40)")
-    adaptive.add_argument(
-        "--policies", default="skip,rollback", metavar="LIST", help="spike_policy of both arms (default skip,rollback)"
-    )
+    adaptive.add_argument("--policies", default="skip", metavar="LIST", help="spike_policy of both arms (default skip)")
     tui = add("tui", "start-up, key delay, CPU, bytes and memory of `lumina` in a pseudo-terminal (about 12 minutes)")
     tui.add_argument("--json", action="store_true", help="a JSON object a line for each figure; the last line has all")
     tui.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, not what it costs")

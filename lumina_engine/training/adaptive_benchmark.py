@@ -6,6 +6,7 @@ what it was before the fault, *steps lost* are the steps until then.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -29,23 +30,23 @@ from .comm import Comm
 from .setup import seed_all
 from .trainer import EnhancedConversationTrainer
 
-STEPS, FAULT_AT = 320, 100
+STEPS, FAULT_AT = 260, 70
+HEALTHY_STEPS = 160
 NEAR = 32  # steps whose median loss is that of a moment
 WORDS = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "river", "stone", "bird", "tree"]
 KEYS: dict[str, Any] = {
     "hidden_size": 64,
-    "num_layers": 2,
+    "num_layers": 1,
     "num_heads": 2,
     "num_kv_heads": 1,
     "intermediate_size": 48,
-    "num_experts": 4,
-    "moe_top_k": 2,
+    "use_moe": False,
     "seq_length": 32,
     "batch_size": 4,
     "gradient_accumulation_steps": 1,
     "tokenizer": "lumina-1k",
     "rope_theta": 10_000.0,
-    "learning_rate": 1e-2,  # near the edge for this size: ten times it is no rate to learn with
+    "learning_rate": 5e-3,  # near the edge for this size: ten times it is no rate to learn with
     "lr_schedule": "constant",
     "warmup_steps": 10,
     "max_steps": STEPS,
@@ -54,19 +55,19 @@ KEYS: dict[str, Any] = {
     "eval_interval": 0,
     "eval_split": 0.0,
     "best_metric": "loss",
-    "save_interval": 20,
+    "save_interval": 0,
     "keep_checkpoints": 20,
     "async_save": False,
     "backup_every_n_hours": 0.0,
     "expert_log_interval": 1000,
     "use_deepspeed": False,
-    "adaptive_cooldown_steps": 30,
+    "adaptive_cooldown_steps": 40,
 }
 SHAPES: tuple[dict[str, Any], ...] = (
     {},
-    {"moe_top_k": 1, "learning_rate": 3e-3},
-    {"use_moe": False, "lr_schedule": "cosine"},
-    {"num_experts": 8, "lr_schedule": "wsd", "learning_rate": 3e-3},
+    {"use_moe": True, "num_experts": 4, "moe_top_k": 1, "learning_rate": 3e-3},
+    {"lr_schedule": "cosine", "learning_rate": 3e-3},
+    {"use_moe": True, "num_experts": 4, "moe_top_k": 2, "lr_schedule": "wsd", "learning_rate": 3e-3},
 )
 
 
@@ -226,14 +227,13 @@ def lost(losses: list[float], at: int, before: float) -> int | None:
 def measure(folder: Path, seeds: int, healthy: int, policies: tuple[str, ...]) -> Iterator[Run]:
     """All runs, one after the other."""
     for policy in policies:
-        for fault in FAULTS:
-            for seed in range(seeds):
-                for mode in ("off", "act"):
-                    run = one(folder, fault, seed, mode, {"spike_policy": policy})
-                    run.fault = f"{fault}, {policy}"
-                    yield run
+        keys = {"spike_policy": policy, "save_interval": 20 if policy == "rollback" else 0}
+        for seed, fault, mode in itertools.product(range(seeds), FAULTS, ("off", "act")):
+            run = one(folder, fault, seed, mode, keys)
+            run.fault = f"{fault}, {policy}"
+            yield run
     for seed in range(healthy):
-        yield one(folder, "healthy", seed, "act", {"max_steps": 200, "save_interval": 0} | SHAPES[seed % len(SHAPES)])
+        yield one(folder, "healthy", seed, "act", {"max_steps": HEALTHY_STEPS} | SHAPES[seed % len(SHAPES)])
 
 
 def table(runs: list[Run]) -> list[dict[str, Any]]:
