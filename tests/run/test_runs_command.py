@@ -187,7 +187,7 @@ def decided(root: Path, steps: int) -> RunDirectory:
 
 
 def test_c100_decisions_are_shown_with_evidence_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = decided(tmp_path, 140)
+    run = decided(tmp_path, 150)
     assert call("decisions", "r", "--runs", str(tmp_path)) == 0
     text = capsys.readouterr().out
     assert "cut: factor 1 to 0.5: the loss went from" in text and "outcome of step" in text and "not recovered" in text
