@@ -159,7 +159,8 @@ def one_bad_batch(trainer: Any, first: int) -> None:
 
 def broken_weights(trainer: Any, first: int) -> None:
     """The last block's weights are not those that were learned, once, as after a bad load."""
-    inner, done = trainer.engine.forward, []
+    inner = trainer.engine.forward
+    done: list[int] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         if trainer.progress.step + 1 == first and not done:
