@@ -25,6 +25,7 @@ _PUBLIC = {
     "DeepSeekTransformer": "lumina_engine.model.transformer",
     "EnhancedConversationTrainer": "lumina_engine.training.trainer",
     "AdaptiveTrainingOrchestrator": "lumina_engine.training.orchestrator",
+    "AdaptiveHyperparameterOptimizer": "lumina_engine.monitoring.hyperparameters",
     "ArchitectureEvolution": "lumina_engine.monitoring.growth",
     "CheckpointManager": "lumina_engine.checkpoint.manager",
     "MoEOptimizationManager": "lumina_engine.monitoring.moe",

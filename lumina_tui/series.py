@@ -225,6 +225,8 @@ class RunStore:
                 self._event(Event(record.step, "|", ". ".join(resume_words(record)), record.t))
             case rec.Change():
                 text = f"{record.what} {_plain(record.before)} to {_plain(record.after)}"
+                if record.by == "adaptive":
+                    text += f", by itself: {record.reason}" if record.reason else ", by itself"
                 self._event(Event(record.step if record.step is not None else self.step or 0, "D", text, record.t))
 
     def _take_run(self, record: rec.Run) -> None:

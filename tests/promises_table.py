@@ -37,8 +37,6 @@ ALSO: dict[int, tuple[str, ...]] = {
     147: ("test_rs02_killed_at_ten_instants_equals_unbroken", "test_rs01_given_up_after_any_step_equals_unbroken"),
 }
 NOT: dict[int, str] = {
-    98: "adaptive learning rate: `adaptive=act` is refused until it is there",
-    100: "nothing advises or acts by itself yet; the spike guard's decisions are in test_ft_guard.py",
     109: "import of weights whose shape is left open asks for --shape; no test carries the row",
     118: "one command in a fresh environment: .ci/run is that command, and no test runs it within the suite",
     126: "the default command needs minutes: `.ci`'s start and test_c144_* show its parts; README has the measured run",

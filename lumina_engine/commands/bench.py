@@ -62,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     health = add("health", "how often the health monitor is right, on recorded runs whose faults are known")
     health.add_argument("--json", action="store_true", help="a JSON object a line for each fault; the last line has all")
     health.add_argument("--corpus", metavar="PATH", help="a corpus file or folder (default: that of the source tree's tests)")
+    adaptive = add("adaptive", "the rate controller on and off, in tiny real runs with an injected fault and in healthy ones")
+    adaptive.add_argument("--json", action="store_true", help="a JSON object a line for each run; the last line has the table")
+    adaptive.add_argument("--seeds", type=int, default=5, metavar="N", help="of each fault and arm (default 5)")
+    adaptive.add_argument("--healthy", type=int, default=40, metavar="N", help="healthy runs (default 40)")
+    adaptive.add_argument("--policies", default="skip", metavar="LIST", help="spike_policy of both arms (default skip)")
     tui = add("tui", "start-up, key delay, CPU, bytes and memory of `lumina` in a pseudo-terminal (about 12 minutes)")
     tui.add_argument("--json", action="store_true", help="a JSON object a line for each figure; the last line has all")
     tui.add_argument("--quick", action="store_true", help="tiny sizes: shows that it works, not what it costs")
@@ -83,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         "checkpoint": _checkpoint,
         "tui": _tui,
         "health": _health,
+        "adaptive": _adaptive,
     }
     return actions[args.action](args)
 
@@ -345,6 +351,51 @@ def _health_row(label: str, row: dict[str, Any]) -> str:
     critical = f"critical recall {share(row['critical_recall'])}  false {row['critical_false_alarms']:>2}  delay {delay:>3}"
     warnings = f"warnings {row['warnings']:>3}, precision {share(row['warning_precision'])}"
     return f"{label:<20} runs {row['runs']:>3}  {critical}  {warnings}"
+
+
+def _adaptive(args: argparse.Namespace) -> int:
+    import tempfile
+    from dataclasses import asdict
+    from pathlib import Path
+
+    import torch
+
+    from ..training.adaptive_benchmark import measure, table
+
+    policies = tuple(word for word in args.policies.split(",") if word)
+    if unknown := [word for word in policies if word not in ("alert", "skip", "rollback")]:
+        raise UserError(f"--policies {unknown[0]}: there are alert, skip, rollback")
+    if args.seeds < 0 or args.healthy < 0 or not ((args.seeds and policies) or args.healthy):
+        raise UserError("--seeds and --healthy: give at least one run")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    runs = []
+    try:
+        with tempfile.TemporaryDirectory(prefix="lumina-bench-") as folder:
+            for run in measure(Path(folder), args.seeds, args.healthy, policies):
+                runs.append(run)
+                if args.json:
+                    print_json(asdict(run), lines=True)
+                else:
+                    print(f"{run.fault:<26} seed {run.seed:>2}  {run.mode:<4} loss {run.loss:.3f}  {' '.join(run.actions)}")
+                sys.stdout.flush()
+    finally:
+        torch.set_num_threads(threads)
+    rows = table(runs)
+    if args.json:
+        print_json({"table": rows}, lines=True)
+    for row in [] if args.json else rows:
+        print(_adaptive_row(row))
+    return 0
+
+
+def _adaptive_row(row: dict[str, Any]) -> str:
+    words = f"{row['fault']:<26} {row['adaptive']:<4} runs {row['runs']:>3}  loss at the end {row['loss']:.3f}"
+    if "recovered" in row:
+        lost = "-" if row["lost"] is None else f"{row['lost']:g}"
+        words += f" (before {row['before']:.3f})  recovered {row['recovered']}  steps lost {lost}  ended {row['ended']}"
+    agrees = "agrees" if row["replay_agrees"] else "DIFFERS"
+    return f"{words}  without action {row['without_action']}  replay {agrees}"
 
 
 def _tui(args: argparse.Namespace) -> int:

@@ -93,7 +93,8 @@ class _Follower:
         elif isinstance(item, rec.Alert):
             self.say(f"{item.severity}: {item.message}" + (f" - {item.recommendation}" if item.recommendation else ""))
         elif isinstance(item, rec.Change):
-            self.say(f"{item.what}: {item.before} -> {item.after} at step {item.step}")
+            why = f" ({item.reason})" if item.reason else ""
+            self.say(f"{item.what}: {item.before} -> {item.after} at step {item.step}{why}")
         elif isinstance(item, rec.Resume):
             for line in resume_words(item):
                 self.say(line)

@@ -1,4 +1,4 @@
-"""`lumina-engine runs`: list, show, tail, stop, plot."""
+"""`lumina-engine runs`: list, show, tail, stop, plot, set-lr, decisions."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from . import common, plot
+from . import common, decisions, plot
 
 if TYPE_CHECKING:
     from ..monitoring import record as rec
     from ..run.directory import RunDirectory, RunInfo
 
-HELP = "list, show, tail, stop, plot"
+HELP = "list, show, tail, stop, plot, set-lr, decisions"
 POLL_TIME = 0.2  # s between two looks at a log that is followed
 _COLUMNS = ("name", "state", "step", "loss", "tokens/s", "left", "age", "alerts", "path")
 
@@ -41,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stop.add_argument("--no-save", action="store_true", help="stop at the next step without a checkpoint")
     stop.add_argument("--no-wait", action="store_true", help="return when the run has accepted the command")
     plot.add_arguments(action("plot", "curves of a run, printed or as SVG"))
+    decisions.add_rate(action("set-lr", "give a living run another learning rate from its next step on"))
+    action("decisions", "what the rate controller decided, why, what came of it, and whether the log gives the same again")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,7 +53,15 @@ def run(args: argparse.Namespace) -> int:
     root = Path(args.runs) if args.runs else runs_root()
     if args.action == "list":
         return _list(args, root)
-    return {"show": _show, "tail": _tail, "stop": _stop, "plot": plot.run}[args.action](args, find(args.run, root))
+    actions = {
+        "show": _show,
+        "tail": _tail,
+        "stop": _stop,
+        "plot": plot.run,
+        "set-lr": decisions.set_rate,
+        "decisions": decisions.show,
+    }
+    return actions[args.action](args, find(args.run, root))
 
 
 def _out(text: str) -> None:

@@ -20,13 +20,9 @@ from lumina_engine.config.trackers import to_install
 from lumina_engine.config.training_checks import paths
 from lumina_engine.secrets import looks_secret
 
-# Keys whose feature does not exist yet, with the values that are allowed meanwhile (None: only the default).
-NOT_YET: dict[str, tuple[object, ...] | None] = {
-    "adaptive": ("off", "advise"),
+# Keys of which not every value exists yet, with those that do.
+NOT_YET: dict[str, tuple[object, ...]] = {
     "expert_growth": ("off", "advise"),
-    "lr_multiplier_min": None,
-    "adaptive_cooldown_steps": None,
-    "max_adaptive_actions": None,
 }
 
 Rule = Callable[[Config], Iterator[Finding]]
@@ -48,10 +44,9 @@ def check(config: Config, machine: Machine | None = None) -> list[Finding]:
 
 def _not_yet(config: Config) -> Iterator[Finding]:
     for name, allowed in NOT_YET.items():
-        value, info = getattr(config, name), infos_of(Config)[name]
-        ok = value == info.default if allowed is None else any(value == a and type(value) is type(a) for a in allowed)
-        if not ok:
-            fix = f"set {show(info.default)}" if allowed is None else "set " + " or ".join(show(a) for a in allowed)
+        value = getattr(config, name)
+        if not any(value == known and type(value) is type(known) for known in allowed):
+            fix = "set " + " or ".join(show(known) for known in allowed)
             yield error("not_yet", name, f"{name} = {show(value)}: not available yet", fix)
 
 

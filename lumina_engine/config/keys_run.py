@@ -12,7 +12,7 @@ _WORKER = "training/worker.py"
 _LAUNCH = "run/launch.py"
 _SUPERVISOR = "run/supervisor.py"
 _MANAGER = "checkpoint/manager.py"
-_ADAPTIVE = "training/adaptive.py"
+_ADAPTIVE = "monitoring/adaptive.py"
 _GUARD = "training/guard.py"
 _HOST = r"auto|[A-Za-z0-9][A-Za-z0-9.-]{0,252}"
 _HOST_FORM = "auto, or a host name or address"
@@ -294,17 +294,26 @@ class AdaptiveKeys(Section):
 
     adaptive: Literal["off", "advise", "act"] = key(
         "advise",
-        "Not available yet: nothing is computed, advised or done, whatever the value. Later: off, advise, act.",
+        "What is done when a loss that rises and stays up says that the learning rate is too high. advise: an alert with the "
+        "command; act: the rate is lowered, then the run goes back (spike_policy=rollback), at last it ends; off: nothing is "
+        "computed.",
         resume=True,
-        read_by="training/orchestrator.py",
+        read_by="monitoring/adaptive.py, monitoring/growth.py",
     )
     lr_multiplier_min: float = key(
-        0.1, "Lowest factor that act may put on the learning rate.", minimum=0.01, maximum=1, resume=True, read_by=_ADAPTIVE
+        0.1, "Lowest factor that act may put on the schedule's rate.", minimum=0.01, maximum=1, resume=True, read_by=_ADAPTIVE
     )
     adaptive_cooldown_steps: int = key(
-        200, "Steps between two actions.", unit="steps", minimum=10, resume=True, read_by=_ADAPTIVE
+        200,
+        "Steps between two actions of act, after which each is judged.",
+        unit="steps",
+        minimum=10,
+        resume=True,
+        read_by=_ADAPTIVE,
     )
-    max_adaptive_actions: int = key(20, "Actions in one run.", minimum=0, resume=True, read_by=_ADAPTIVE)
+    max_adaptive_actions: int = key(
+        20, "Changes of the rate by act, or pieces of advice, in one run.", minimum=0, resume=True, read_by=_ADAPTIVE
+    )
     expert_growth: Literal["off", "advise", "act"] = key(
         "advise",
         "Whether a run says that an expert should be added or removed, with the command; never further than adaptive. act is "

@@ -81,8 +81,9 @@ def fused_attention(
     if is_causal and (_windowed(window, key) or _slow_backward(query, value)):
         return block_attention(query, key, value, scale, window)
     if widens(query):
-        wide = (part.float() for part in (query, key, value))
-        return fused_attention(*wide, None if mask is None else mask.float(), is_causal, scale, window).to(query.dtype)
+        wide_mask = None if mask is None else mask.float()
+        out = fused_attention(query.float(), key.float(), value.float(), wide_mask, is_causal, scale, window)
+        return out.to(query.dtype)
     gqa = query.shape[1] != key.shape[1]
     narrow = key.shape[-1] - value.shape[-1]
     if narrow < 0:

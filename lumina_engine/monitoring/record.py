@@ -155,7 +155,11 @@ class Alert(_Record, tag="alert"):
 
 
 class Change(_Record, tag="change"):
-    """Something was changed at run time. `by` is user, adaptive or recovery; `id` is the command's id."""
+    """Something was changed at run time. `by` is user, adaptive or recovery; `id` is the command's id.
+
+    `evidence` is what a decision of the adaptive controller rests on: rule, statistic, threshold, window, cooldown, factor, and
+    what it was compared with.
+    """
 
     what: str
     step: Int64 | None = None
@@ -164,6 +168,7 @@ class Change(_Record, tag="change"):
     by: str | None = None
     id: str | None = None
     reason: str | None = None
+    evidence: dict[str, Any] | None = None
 
 
 class Rewind(_Record, tag="rewind"):

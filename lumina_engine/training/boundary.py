@@ -42,6 +42,7 @@ class Boundary:
         self.trainer.saves.settle()
         self.obey_all(requests)
         self.trainer.make_switch()
+        self.trainer.adaptive.end_of_ladder()
         if self.trainer.trouble is None:
             self.tasks(final=False)
 
@@ -174,9 +175,10 @@ class Boundary:
         if by == "user":  # a newer choice: what was set in an abandoned branch does not come back
             self.replay = {}
         self.rates[step] = lr
-        before = schedule.lr(step)
+        change = rec.Change(what="learning_rate", step=step, before=schedule.lr(step), after=lr, by=by, id=id)
         schedule.set_lr(step, lr)
-        trainer.emit(rec.Change(what="learning_rate", step=step, before=before, after=lr, by=by, id=id))
+        trainer.adaptive.observe(change)
+        trainer.emit(change)
 
     def forget_rates(self, after: int) -> dict[int, float]:
         """Take back what the user set for later steps than this, now that the run goes back there. Returns it."""

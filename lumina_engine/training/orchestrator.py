@@ -10,6 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..monitoring.decisions import decisions_of
+from ..monitoring.log import read_records
 from ..run.directory import RunDirectory, RunError, runs_root
 from ..run.launch import wait
 
@@ -22,7 +24,7 @@ class AdaptiveTrainingOrchestrator:
 
     The ranks are processes of their own, so what the script has set up before (a process group, say) is not in their way, and
     an interrupted script leaves the run going: `lumina-engine runs stop NAME` ends it. What may be changed in a run by itself
-    is set by `spike_policy`, `dynamic_batching`, `dynamic_precision` and `max_restarts`.
+    is set by `adaptive`, `spike_policy`, `dynamic_batching`, `dynamic_precision` and `max_restarts`.
 
     Args:
         config: a `Config`; what is `auto` is resolved at the start.
@@ -48,7 +50,8 @@ class AdaptiveTrainingOrchestrator:
 
     def run_adaptive_training(self) -> dict[str, Any]:
         """Start the run, wait for its end, and return `run`, `path`, `state`, `exit_code`, `reason`, `step`, `total_steps`,
-        `loss`, `starts` (1 plus the restarts). A second call gives the same summary.
+        `loss`, `starts` (1 plus the restarts), `decisions` (about the learning rate, in order: step, what, before, after,
+        reason, evidence; for advice its severity and command). A second call gives the same summary.
 
         Raises:
             RunError: it could not be started (the name is taken, the configuration is refused), or this script is itself a
@@ -65,6 +68,7 @@ class AdaptiveTrainingOrchestrator:
                 "path": str(run.path),
                 **{name: getattr(info, name) for name in ("state", "exit_code", "reason", "step", "total_steps", "loss")},
                 "starts": info.inc,
+                "decisions": decisions_of(read_records(run.metrics_path)),
             }
         return self.summary
 

@@ -94,9 +94,13 @@ def roll_back(trainer: EnhancedConversationTrainer, trouble: Trouble) -> bool:
     trainer.sync_log()
     from .state import restore
 
-    recovery = trainer.recovery.after([went_back])  # the checkpoint does not know of it
+    recovery, adaptive = (
+        trainer.recovery.after([went_back]),
+        trainer.adaptive.state_dict(),
+    )  # the checkpoint does not know of it
     restore(trainer, loaded)
     trainer.recovery = recovery
+    trainer.adaptive.rolled_back(went_back, adaptive)
     dropped = trainer.boundary.forget_rates(after=loaded.step)
     _tell(trainer, trouble, loaded, recovery, dropped)
     return True

@@ -14,7 +14,7 @@ class Schedule:
     Steps count from 1, and the rate of step 1 is never 0 (`peak / warmup_steps` while warming up). After `total_steps` the
     floor holds. WSD (warm-up, stable, decay) follows MiniCPM, arXiv:2404.06395, with a linear decay over the last `decay_ratio`
     of all steps. `multiplier` scales every rate; it is part of the saved state, so a change made at run time survives a
-    restart.
+    restart. `factor` does so too: the rate controller's, which keeps it (`adaptive.py`).
     """
 
     kind: str
@@ -24,6 +24,7 @@ class Schedule:
     min_lr_ratio: float
     decay_ratio: float
     multiplier: float = 1.0
+    factor: float = 1.0
 
     @classmethod
     def from_config(cls, config: Any, total_steps: int) -> Schedule:
@@ -53,10 +54,11 @@ class Schedule:
 
     def lr(self, step: int) -> float:
         """The learning rate of `step`, counted from 1."""
-        return self.peak * self.shape(step) * self.multiplier
+        return self.peak * self.shape(step) * self.multiplier * self.factor
 
     def set_lr(self, step: int, lr: float) -> float:
         """Choose the multiplier so that `step` has the rate `lr`; later steps keep the schedule's shape. Returns it."""
+        self.factor = 1.0
         self.multiplier = lr / (self.peak * self.shape(step))
         return self.multiplier
 

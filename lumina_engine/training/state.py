@@ -60,6 +60,7 @@ def payload(trainer: EnhancedConversationTrainer) -> Payload:
             "precision_ladder": None if trainer.ladder is None else trainer.ladder.state_dict(),
             "guard": trainer.guard.state_dict(),
             "recovery": trainer.recovery.state_dict(),
+            "adaptive": trainer.adaptive.state_dict(),
             **trainer.extra_state(),
         },
         rank_state={
@@ -106,6 +107,7 @@ def restore(trainer: EnhancedConversationTrainer, loaded: Loaded) -> None:
     if "guard" in state:  # not in a checkpoint of an earlier version
         trainer.guard.load_state_dict(state["guard"])
         trainer.recovery = Recovery.from_state_dict(state["recovery"])
+    trainer.adaptive.load_state_dict(state.get("adaptive", {}))
     trainer.overrides = list(loaded.flags.get("overrides", []))
     trainer.saves.newest = loaded.step
     trainer.last_loss = float(loaded.metrics.get("loss", math.nan))

@@ -23,6 +23,7 @@ from ..monitoring import record as rec
 from ..run.policy import AGAIN
 from ..run.sections import WINDOW
 from . import memory
+from .adaptive import AdaptiveRate
 from .boundary import Boundary
 from .comm import Comm
 from .compiling import compile_blocks, explained
@@ -107,6 +108,7 @@ class EnhancedConversationTrainer:
         self.ladder = self._make_ladder()
         self.switch: Switch | None = None  # of precision, to be made at the next boundary
         self.guard = StepGuard(self.config)
+        self.adaptive = AdaptiveRate(self)
         self.recovery = Recovery()
         self.repeats = Repeats()
         self.movement: Movement | None = None  # of the weights, while there is a loop
@@ -302,11 +304,15 @@ class EnhancedConversationTrainer:
         note_scale(self.emit, done)
         count(self.progress, done, self.comm.world_size)
         self.last_loss = done.loss
+        record: rec.Step | None = None
         if step % self.config.log_interval == 0 or not result.applied:
             frozen = self.movement.look(step) if self.movement is not None else []
-            self.emit(step_record(done, self.progress, self.utilisation, self.comm.world_size, frozen))
+            record = step_record(done, self.progress, self.utilisation, self.comm.world_size, frozen)
+            self.emit(record)
         tell_not_finite(self.emit, done)
         self.trouble = tell_spike(self.emit, self.guard, done)
+        if record is not None:  # what the log does not have cannot be decided by
+            self.trouble = self.adaptive.observe(record) or self.trouble
         in_row = self.progress.nonfinite_in_row
         is_hopeless = in_row >= self.config.max_nonfinite_in_row
         if self.ladder is not None:

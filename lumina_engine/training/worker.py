@@ -26,6 +26,7 @@ from ..config.schema import Config
 from ..data.facts import facts_of, rows_of_run
 from ..data.skip_list import SkipList
 from ..monitoring import record as rec
+from ..monitoring.decisions import Back, backs_after
 from ..monitoring.growth import GrowthWatch
 from ..monitoring.hardware import HardwareThread
 from ..monitoring.log import MetricLog, read_records, surviving
@@ -122,6 +123,7 @@ class Worker:
         )
         self.trainer = trainer
         trainer.progress.eval_batch = configured
+        trainer.adaptive.name_run(self.directory.name)
         sources = data.sources if len(data.sources) <= _NAMED_FILES else {}
         trainer.extra_state = lambda: {**self._log_position(), "data_sources": sources}
         trainer.sync_log = sync or trainer.sync_log
@@ -216,20 +218,23 @@ class Worker:
         return max(steps, default=0)
 
     def _catch_up(self, loaded: Any) -> None:
-        """What the log knows beyond the checkpoint: the user's rates after that step, and rollbacks since."""
+        """What the log knows beyond the checkpoint: the user's rates after that step, rollbacks since, and what they cost."""
         from .history import rates_after, rollbacks_after
 
         records = list(read_records(self.directory.metrics_path)) if self.log is not None else []
         self.growth.replay(surviving(records))
-        rollbacks = rollbacks_after(records, loaded.global_state.get("log_seq"))
+        seq = loaded.global_state.get("log_seq")
+        rollbacks = rollbacks_after(records, seq)
         mine = {
             "rates": list(rates_after(records, 0).items()),
             "rollbacks": [[item.to_step, item.failed_step, item.skip] for item in rollbacks],
+            "backs": [[back.to_step, back.decision, back.dropped] for back in backs_after(records, seq)],
         }
         shared = self.trainer.comm.broadcast(mine)
         trainer = self.trainer
         trainer.boundary.rates = {int(step): float(rate) for step, rate in shared["rates"]}
         trainer.boundary.replay = {step: rate for step, rate in trainer.boundary.rates.items() if step > loaded.step}
+        trainer.adaptive.catch_up(Back(*back) for back in shared["backs"])
         trainer.recovery = trainer.recovery.after(
             rec.Rewind(to_step=to_step, failed_step=failed, skip=skip) for to_step, failed, skip in shared["rollbacks"]
         )

@@ -167,8 +167,6 @@ def test_c045_resume_rules_for_shapes_data_and_ends() -> None:
     assert all(may[name] for name in free.split())
 
 
-# `off` and `advise` do nothing yet: they watch, and nothing is watched so far; the values that would act are refused
-PROMISES_NOTHING = {"adaptive"}
 READ_AS = {
     "vocab_size": "vocab_rows",
     "head_dim": "head_size",
@@ -179,11 +177,7 @@ READ_AS = {
 
 
 @pytest.mark.parametrize("info", fields_info(), ids=lambda info: info.name)
-def test_c053_each_key_is_read_where_it_says_or_refused(info) -> None:
-    from lumina_engine.config.checks import NOT_YET
-
-    if info.name in PROMISES_NOTHING or NOT_YET.get(info.name, ()) is None:
-        return
+def test_c053_each_key_is_read_where_it_says(info) -> None:
     package = Path(__file__).resolve().parents[2] / "lumina_engine"
     word = re.compile(rf"\b({info.name}|{READ_AS.get(info.name, info.name)})\b")
     for name in info.read_by.split(", "):

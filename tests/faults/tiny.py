@@ -159,6 +159,7 @@ class Tiny:
             "scale": None if trainer.engine.scale is None else trainer.engine.scale.state_dict(),
             "guard": trainer.guard.state_dict(),
             "recovery": trainer.recovery.state_dict(),
+            "adaptive": trainer.adaptive.state_dict(),
         }
 
     def loader(self) -> TrainLoader:

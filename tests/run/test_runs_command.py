@@ -14,8 +14,10 @@ import pytest
 
 from lumina_engine.commands import runs as command
 from lumina_engine.commands.common import UserError
+from lumina_engine.config.schema import Config
 from lumina_engine.monitoring import record as rec
-from lumina_engine.monitoring.log import MetricLog
+from lumina_engine.monitoring.adaptive import RateController, Rules
+from lumina_engine.monitoring.log import MetricLog, last_records
 from lumina_engine.run import launch
 from lumina_engine.run.directory import RunDirectory, RunError
 from tests.waiting import until
@@ -153,6 +155,57 @@ def test_c146_tail_follows_to_the_end_and_stop_waits_for_it(runs: Runs, capsys: 
     assert run.newest_step() is None, "--no-save"
     with pytest.raises(RunError, match="is not running"):
         call("stop", "r")
+
+
+def test_c098_set_lr_goes_to_the_living_run_and_nowhere_else(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    run = runs.running()
+    assert call("set-lr", "r", "2e-4", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == {"run": "r", "learning_rate": 2e-4}
+    seen = until(lambda: [c for c in last_records(run.metrics_path, None, ["change"]) if c.what == "learning_rate"])
+    assert seen[0].after == 2e-4
+    with pytest.raises(UserError, match="at most 1"):
+        call("set-lr", "r", "2")
+    assert call("stop", "r", "--no-save") == 0
+    with pytest.raises(RunError, match="is not running"):
+        call("set-lr", "r", "2e-4")
+
+
+def decided(root: Path, steps: int) -> RunDirectory:
+    """A run whose loss jumps at step 101, and what the controller decided in it."""
+    run = RunDirectory.create(root, "r", preset="debug")
+    config = Config(adaptive="act", adaptive_cooldown_steps=20)
+    config.save(run.config_path)
+    controller = RateController(Rules.from_config(config))
+    with MetricLog(run.metrics_path, 1, sync_interval=0) as log:
+        for step in range(1, steps + 1):
+            level = 2.0 if step <= 100 else 5.0
+            record = rec.Step(step=step, loss=level * (1 + 0.03 * (step * 7 % 11 - 5) / 5), grad_norm=1.0, lr=1e-3)
+            log.emit(record)
+            for decision in controller.observe(record):
+                log.emit(decision.record)
+    return run
+
+
+def test_c100_decisions_are_shown_with_evidence_and_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = decided(tmp_path, 150)
+    assert call("decisions", "r", "--runs", str(tmp_path)) == 0
+    text = capsys.readouterr().out
+    assert "cut: factor 1 to 0.5: the loss went from" in text and "outcome of step" in text and "not recovered" in text
+    assert "loss_level" in text and "the log alone gives the same decisions" in text
+    assert call("decisions", "r", "--runs", str(tmp_path), "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["agrees"] and found["factor"] == 0.25 and found["decisions"][0]["evidence"]["cooldown"] == 20
+    Config(adaptive="act", adaptive_cooldown_steps=50).save(run.config_path)
+    assert call("decisions", "r", "--runs", str(tmp_path)) == 1
+    assert "differs: step" in capsys.readouterr().err
+
+
+def test_c100_a_run_without_decisions_or_without_its_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = filled(tmp_path)
+    with pytest.raises(UserError, match=r"config\.yaml is not there"):
+        call("decisions", "r", "--runs", str(tmp_path))
+    Config().save(run.config_path)
+    assert call("decisions", "r", "--runs", str(tmp_path)) == 0 and "no decision" in capsys.readouterr().out
 
 
 def test_stop_without_waiting(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:

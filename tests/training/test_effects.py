@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from lumina_engine.config.checks import NOT_YET, check
+from lumina_engine.config.checks import check
 from lumina_engine.config.resolve import resolve
 from lumina_engine.config.schema import Config, fields_info
 from lumina_engine.run.directory import RunDirectory
@@ -176,44 +176,27 @@ ELSEWHERE = {
     "spike_sigma": "training/test_guard.py::test_ft06_a_value_beyond_the_bound_is_refused_and_one_inside_is_not",
     "spike_window": "training/test_guard.py::test_ft06_a_value_beyond_the_bound_is_refused_and_one_inside_is_not",
     "spike_recover_steps": "training/test_guard.py::test_ft06_a_new_level_is_not_left_out_for_ever",
+    "adaptive": "training/test_adaptive.py::test_c100_off_advise_and_act",
+    "lr_multiplier_min": "training/test_adaptive.py::test_c098_bounds_and_pace_are_those_of_the_keys",
+    "adaptive_cooldown_steps": "training/test_adaptive.py::test_c098_bounds_and_pace_are_those_of_the_keys",
+    "max_adaptive_actions": "training/test_adaptive.py::test_c098_bounds_and_pace_are_those_of_the_keys",
     "expert_growth": "monitoring/test_growth.py::test_c099_switched_off_says_nothing",
     "max_num_experts": "checkpoint/test_growth.py::test_c099_growing_refuses_what_it_cannot_do_exactly",
     "spike_policy": "faults/test_ft_guard.py::test_ft06_a_spike_goes_back_where_the_policy_says_so",
 }
 # tested below
 HERE = {"deepspeed_log_level", "hardware_interval_s", "startup_timeout_s"}
-# Off and advise are accepted and do nothing: there is no controller yet, and what would act is refused.
-NOTHING = {"adaptive": "act"}
-ACTS = NOTHING | {"expert_growth": "act"}
-EXISTING = [info.name for info in fields_info() if NOT_YET.get(info.name, ()) is not None]
+ACTS = {"expert_growth": "act"}
 
 
 def test_r36_every_key_has_a_row() -> None:
-    rows = [*SEEN, *LAUNCHED, *ELSEWHERE, *HERE, *NOTHING]
-    assert sorted(rows) == sorted(EXISTING), set(rows) ^ set(EXISTING)
+    rows = [*SEEN, *LAUNCHED, *ELSEWHERE, *HERE]
+    assert sorted(rows) == sorted(info.name for info in fields_info())
 
 
 @pytest.mark.parametrize("name", ACTS)
 def test_r36_what_would_act_is_refused_until_it_exists(name: str) -> None:
     assert any(f.severity == "error" and name in f.keys for f in check(Config(**{name: ACTS[name]})))
-
-
-@pytest.mark.parametrize("name", [name for name, allowed in NOT_YET.items() if allowed is None])
-def test_r36_keys_without_a_feature_are_refused_by_name(name: str) -> None:
-    info = next(i for i in fields_info() if i.name == name)
-    found = check(Config().model_copy(update={name: other_than(info)}))
-    assert any(f.severity == "error" and f.code == "not_yet" and f.keys == (name,) and name in f.message for f in found)
-
-
-def other_than(info: Any) -> Any:
-    """A value of a key that is not its default."""
-    if isinstance(info.default, bool):
-        return not info.default
-    if isinstance(info.default, int | float):
-        return info.default * 2 + 1
-    if info.kind == "choice":
-        return next(value for value in info.choices if value != info.default)
-    return {"list": ["x"], "mapping": {"x": 1.0}, "int": 3, "float": 3.0}.get(info.kind, "elsewhere")
 
 
 def values(name: str, value: Any, folder: Path) -> dict[str, Any]:

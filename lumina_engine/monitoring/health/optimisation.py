@@ -172,9 +172,11 @@ class Plateau(Detector):
             yield Sign("eval_plateau", False)
         elif low <= 0 <= high and abs(slope) < 0.01:
             words = f"step {seen.step}: the evaluation loss has not moved over 5 evaluations ({100 * slope:+.2f} % each)"
-            yield Sign(
-                "eval_plateau", True, "info", words, "begin the decay (lr_schedule=wsd), or stop: early_stopping_patience=3"
+            advice = (
+                "end it (`lumina-engine runs stop RUN`), or stop and go on with a decay to the end "
+                "(`lumina-engine train --run RUN --resume lr_schedule=wsd`)"
             )
+            yield Sign("eval_plateau", True, "info", words, advice)
 
 
 class Overfitting(Detector):

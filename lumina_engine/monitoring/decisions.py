@@ -1,0 +1,211 @@
+"""The decisions of the rate controller again, from a log alone: what it decided, what came of it, and whether the log agrees.
+
+A run that was killed goes on from a checkpoint: what it had decided after that one is decided again, at the same steps from the
+same figures. A rollback leaves the state of the branch that is abandoned, but its actions stay counted, and the decision for
+which it was made stays in force. Between a step's record and that of its decision a kill may fall: then there is nothing to
+compare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeGuard
+
+import msgspec
+
+from . import record as rec
+from .adaptive import ADVICE, FACTOR, OUTCOME, Decision, RateController, Rules
+
+KEYS = ("adaptive", "spike_window", "adaptive_cooldown_steps", "lr_multiplier_min", "max_adaptive_actions", "spike_policy")
+
+
+@dataclass(frozen=True, slots=True)
+class Back:
+    """A rollback, as the controller is told of it: see `RateController.rolled_back`."""
+
+    to_step: int
+    decision: dict[str, Any] | None
+    dropped: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Ruled:
+    """A resume, and the rules from there on."""
+
+    step: int
+    rules: Rules
+
+
+_Item = rec.Step | rec.Change | Back | _Ruled
+
+
+def of_controller(record: rec.Record) -> TypeGuard[rec.Change | rec.Alert]:
+    """Whether a record is a decision of the rate controller."""
+    if isinstance(record, rec.Change):
+        return record.what in (FACTOR, OUTCOME)
+    return isinstance(record, rec.Alert) and record.code in ADVICE
+
+
+def decisions_of(records: Iterable[rec.Record]) -> list[dict[str, Any]]:
+    """The decisions of a log as JSON values, in order."""
+    return [as_dict(record) for record in records if of_controller(record)]
+
+
+def as_dict(record: rec.Change | rec.Alert) -> dict[str, Any]:
+    """A decision as JSON values: a change has its evidence, an alert its severity and advice."""
+    if isinstance(record, rec.Alert):
+        words = {"what": record.code, "reason": record.message, "advice": record.recommendation}
+        return {"step": record.step, "severity": record.severity, **words}
+    return {name: getattr(record, name) for name in ("step", "what", "before", "after", "reason", "evidence")}
+
+
+def backs_after(records: Iterable[rec.Record], seq: int | None) -> list[Back]:
+    """The rollbacks written after record `seq`, the last one before a restored checkpoint. None: unknown, so there are none."""
+    found: list[Back] = []
+    actions: list[dict[str, Any]] = []  # evidence of those that are in force
+    for record in records if seq is not None else []:
+        if seq is None or record.seq <= seq:
+            continue
+        if isinstance(record, rec.Change) and record.what == FACTOR and record.evidence is not None:
+            actions.append(record.evidence)
+        elif isinstance(record, rec.Alert) and record.code == "lower_rate":
+            actions.append({"action": "advice", "step": record.step})
+        elif isinstance(record, rec.Rewind):
+            if record.failed_step is not None:
+                found.append(back_of(record, actions))
+            actions = [action for action in actions if action["step"] <= record.to_step]
+    return found
+
+
+def back_of(record: rec.Rewind, actions: list[dict[str, Any]]) -> Back:
+    """What a rollback leaves behind: `actions` are those in force before it."""
+    last = actions[-1] if actions else None
+    own = last is not None and last["action"] == "rollback" and last["step"] == record.failed_step
+    return Back(record.to_step, last if own else None, sum(action["step"] > record.to_step for action in actions))
+
+
+@dataclass(slots=True)
+class Replayed:
+    """The decisions of a log. `differences` are lines for a person: none, if the log has exactly what is decided again."""
+
+    decisions: list[rec.Change | rec.Alert] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
+    unwritten: int = 0  # decided again after a kill that came before their record
+    factor: float = 1.0
+    spent: int = 0
+
+    @property
+    def agrees(self) -> bool:
+        return not self.differences
+
+
+class Replay:
+    """Takes the records of a log in their order."""
+
+    def __init__(self, rules: Mapping[str, Any]) -> None:
+        self._first = Rules.from_config(rules)
+        self.controller = RateController(self._first)
+        self.result = Replayed()
+        self._values = dict(rules)
+        self._kept: list[_Item] = []  # what the state of the branch comes from
+        self._due: list[Decision] = []  # decided, and not met in the log yet
+
+    def take(self, record: rec.Record) -> None:
+        """The next record."""
+        if isinstance(record, rec.Resume):
+            self._values = self._values | {name: now for name, (_, now) in record.changed.items() if name in KEYS}
+            self._kept.append(_Ruled(record.step, Rules.from_config(self._values)))
+            self.controller.use(Rules.from_config(self._values))
+        elif isinstance(record, rec.Rewind):
+            self._rewind(record)
+        elif of_controller(record):
+            self._compare(record)
+        elif isinstance(record, rec.Step | rec.Change):
+            if isinstance(record, rec.Step):
+                self._missing(record.step)
+            self._kept.append(record)
+            self._due += self.controller.observe(record)
+
+    def end(self) -> Replayed:
+        """No more records: the run was killed here, or is about to write what is due."""
+        self.result.unwritten += len(self._due)
+        self.result.factor, self.result.spent = self.controller.factor, self.controller.spent
+        return self.result
+
+    def _compare(self, record: rec.Change | rec.Alert) -> None:
+        self.result.decisions.append(record)
+        if not self._due:
+            self.result.differences.append(
+                f"step {record.step}: {_name(record)} is in the log, and follows from nothing before it"
+            )
+            return
+        mine = self._due.pop(0).record
+        alike = type(mine) is type(record)
+        other = [name for name in _fields(mine) if getattr(mine, name) != getattr(record, name)] if alike else []
+        if other or not alike:
+            names = ", ".join(other) or _name(mine)
+            self.result.differences.append(f"step {record.step}: {_name(record)} is another than what follows: {names}")
+
+    def _missing(self, step: int) -> None:
+        for decision in self._due:
+            self.result.differences.append(f"step {step}: before it {_name(decision.record)} follows, and is not in the log")
+        self._due.clear()
+
+    def _rewind(self, record: rec.Rewind) -> None:
+        """Back to the state of a step, from the records that led to it."""
+        self.result.unwritten += len(self._due)
+        self._due.clear()
+        before = self.controller
+        back: Back | None = None
+        if record.failed_step is not None:
+            back = back_of(record, before.in_force())
+        self._kept = [item for item in map(partial(_cut, to_step=record.to_step), self._kept) if item is not None]
+        self.controller = RateController(self._first)
+        for item in self._kept:
+            if isinstance(item, Back):
+                self.controller.rolled_back(item.to_step, item.decision, item.dropped)
+            elif isinstance(item, _Ruled):
+                self.controller.use(item.rules)
+            else:
+                self.controller.observe(item)
+        self.controller.use(before.rules)
+        if back is not None:
+            self._kept.append(back)
+            self.controller.rolled_back(back.to_step, back.decision, back.dropped)
+
+
+def _cut(item: _Item, to_step: int) -> _Item | None:
+    """What is left of something when the run is back at `to_step`. What rollbacks have spent stays spent."""
+    if isinstance(item, Back):
+        return item if item.to_step <= to_step else Back(to_step, None, item.dropped)
+    return item if (item.step or 0) <= to_step else None
+
+
+def _name(record: rec.Change | rec.Alert) -> str:
+    if isinstance(record, rec.Alert):
+        return record.code
+    return f"{record.what} {(record.evidence or {}).get('action', '')}".rstrip()
+
+
+def _fields(record: rec.Change | rec.Alert) -> list[str]:
+    """What must be equal: not the place in the log, nor the advice, which has the run's name in it."""
+    return [name for name in msgspec.structs.asdict(record) if name not in ("seq", "t", "inc", "recommendation")]
+
+
+def replay(records: Iterable[rec.Record], config: Any) -> Replayed:
+    """Decide a whole log again.
+
+    Args:
+        config: the configuration of the run as it is now (keys `KEYS`); what it was before a resume is in the log.
+    """
+    known = list(records)
+    values = {name: getattr(config, name) for name in KEYS}
+    for record in reversed(known):
+        if isinstance(record, rec.Resume):
+            values |= {name: before for name, (before, _) in record.changed.items() if name in KEYS}
+    again = Replay(values)
+    for record in known:
+        again.take(record)
+    return again.end()

@@ -1,0 +1,85 @@
+"""The rate controller in a trainer: it takes the records that the log gets; what it decides is in force from the next step on.
+
+Every rank has one and decides alike, since loss and gradient norm are the same on all of them; the rules and the statistics are
+in `monitoring/adaptive.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..monitoring import record as rec
+from ..monitoring.adaptive import RateController, Rules
+from ..monitoring.decisions import Back, back_of
+from ..run.policy import NO_PROGRESS
+from .progress import Stop, Trouble
+
+if TYPE_CHECKING:
+    from .trainer import EnhancedConversationTrainer
+
+
+class AdaptiveRate:
+    """The controller of one trainer.
+
+    Args:
+        trainer: its config (adaptive, lr_multiplier_min, adaptive_cooldown_steps, max_adaptive_actions, spike_window,
+            spike_policy), and the schedule that gets the factor.
+    """
+
+    def __init__(self, trainer: EnhancedConversationTrainer) -> None:
+        self.trainer = trainer
+        self._controller = RateController(Rules.from_config(trainer.config, trainer.config.experiment_name))
+        self._stop: Stop | None = None
+
+    def name_run(self, name: str) -> None:
+        """The name by which commands know the run, for advice."""
+        self._controller.use(replace(self._controller.rules, run=name))
+
+    def observe(self, record: rec.Step | rec.Change) -> Trouble | None:
+        """Take what was recorded; emit what that decides. Returns why the run must go back, if it must."""
+        back: Trouble | None = None
+        for decision in self._controller.observe(record):
+            self.trainer.emit(decision.record)
+            step = record.step or 0
+            if decision.kind == "rollback":
+                back = Trouble(decision.first, step, f"step {step}: {decision.reason}", fatal=False)
+            elif decision.kind == "stop":
+                self._stop = Stop(
+                    "failed", NO_PROGRESS, f"{decision.reason}: start again with a lower learning_rate", save=False
+                )
+        self._apply()
+        return back
+
+    def end_of_ladder(self) -> None:
+        """At a boundary.
+
+        Raises:
+            Stop: everything that the controller may do has been done, and did not help.
+        """
+        if self._stop is not None:
+            raise self._stop
+
+    def rolled_back(self, rewind: rec.Rewind, before: Mapping[str, Any]) -> None:
+        """The trainer has been put back by `rewind`; `before` is the state that this had until then."""
+        back = back_of(rewind, before["actions"])
+        self._controller.load_state_dict(self._controller.state_dict() | {"dropped": before["dropped"]})
+        self.catch_up([back])
+
+    def catch_up(self, backs: Iterable[Back]) -> None:
+        """Take note of rollbacks that the restored checkpoint does not know of."""
+        for back in backs:
+            self._controller.rolled_back(back.to_step, back.decision, back.dropped)
+        self._apply()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._controller.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._controller.load_state_dict(state)
+        self._apply()
+
+    def _apply(self) -> None:
+        if self.trainer.schedule is not None:
+            self.trainer.schedule.factor = self._controller.factor

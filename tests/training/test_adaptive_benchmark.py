@@ -1,0 +1,45 @@
+"""What `lumina-engine bench adaptive` measures, and real runs at ten times their rate with the controller on and off (C98)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lumina_engine.cli import main
+from lumina_engine.training.adaptive_benchmark import NEAR, Run, lost, one, table
+
+
+@pytest.fixture
+def one_thread() -> object:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_c098_steps_lost_end_when_the_loss_is_back() -> None:
+    losses = [2.0] * 50 + [4.0] * 30 + [1.9] * 60
+    found = lost(losses, 50, 2.0)
+    assert found is not None and abs(found - (30 - NEAR // 2)) <= 1
+    assert lost(losses[:90], 50, 2.0) is None and lost([2.0] * 200, 50, 2.0) == 0
+
+
+def test_c098_the_table_counts_arms_apart() -> None:
+    runs = [Run("f", seed, mode, 2.0 + seed, 1.0, lost=seed or None) for seed in range(3) for mode in ("off", "act")]
+    runs += [Run("healthy", seed, "act", 1.0, actions=["cut"] * (seed == 0)) for seed in range(4)]
+    off, act, healthy = table(runs)
+    assert (off["adaptive"], act["adaptive"]) == ("off", "act") and off["runs"] == 3 and off["recovered"] == 2
+    assert (healthy["runs"], healthy["without_action"]) == (4, 3) and "recovered" not in healthy
+
+
+def test_c098_what_cannot_be_measured_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "adaptive", "--policies", "skp"]) == 2 and "skip" in capsys.readouterr().err
+    assert main(["bench", "adaptive", "--seeds", "0", "--healthy", "0"]) == 2 and "--seeds" in capsys.readouterr().err
+
+
+def test_c098_ten_times_the_rate_is_cut_and_recovers_and_without_does_not(tmp_path: Path, one_thread: object) -> None:
+    off, act = (one(tmp_path, "rate x 10", 0, mode, {"spike_policy": "skip"}) for mode in ("off", "act"))
+    assert off.actions == [] and not off.recovered
+    assert "cut" in act.actions and act.recovered and act.loss < off.loss and act.agrees
