@@ -37,7 +37,7 @@ def bench(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
     shape = [f"{name}={value}" for name, value in TINY.items()]
     command = [sys.executable, "-m", "lumina_engine.cli", "bench", "train", "--json", *shape, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environ}
-    return subprocess.run(command, capture_output=True, text=True, timeout=290, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=580, env=environment)
 
 
 def losses(done: subprocess.CompletedProcess[str]) -> list[float]:
