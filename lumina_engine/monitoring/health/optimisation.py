@@ -173,8 +173,8 @@ class Plateau(Detector):
         elif low <= 0 <= high and abs(slope) < 0.01:
             words = f"step {seen.step}: the evaluation loss has not moved over 5 evaluations ({100 * slope:+.2f} % each)"
             advice = (
-                "end it (`lumina-engine runs stop RUN`), or stop and go on with a decay to the end "
-                "(`lumina-engine train --run RUN --resume lr_schedule=wsd`)"
+                "end it by lumina-engine runs stop RUN, and to go on with a decay to the end: "
+                "lumina-engine train --run RUN --resume lr_schedule=wsd"
             )
             yield Sign("eval_plateau", True, "info", words, advice)
 
