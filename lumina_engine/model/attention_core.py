@@ -82,7 +82,8 @@ def fused_attention(
         return block_attention(query, key, value, scale, window)
     if widens(query):
         wide_mask = None if mask is None else mask.float()
-        out = fused_attention(query.float(), key.float(), value.float(), wide_mask, is_causal, scale, window)
+        with torch.autocast("cpu", enabled=False):  # it would make SDPA's arguments narrow again
+            out = fused_attention(query.float(), key.float(), value.float(), wide_mask, is_causal, scale, window)
         return out.to(query.dtype)
     gqa = query.shape[1] != key.shape[1]
     narrow = key.shape[-1] - value.shape[-1]

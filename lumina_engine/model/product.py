@@ -10,11 +10,12 @@ float32, as they are where the processor does it.
 
 Which one is taken depends on device, dtype and layout alone: the same machine gives the same bits.
 
-Shapes: R rows, I inner size, O output size.
+Shapes: R rows, I inner size, O output size; P and Q rows and outputs of a part.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,8 +26,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _ONLY_AVX2: bool = torch.backends.cpu.get_cpu_capability() == "AVX2"
-# Values of a weight or a result that are widened at a time.
-_PART = 1 << 20
+# Rows, columns and inner size of the parts that are widened at a time: 4 MiB each, and products of full speed.
+_SIDE = 1024
 
 
 def _unsupported() -> frozenset[torch.dtype]:
@@ -77,15 +78,17 @@ def weight_gradient(grad_RO: Tensor, x_RI: Tensor, out: Tensor | None = None) ->
 
 def _widened(x_RI: Tensor, weight_OI: Tensor, out: Tensor | None = None) -> Tensor:
     """x @ weight.T by float32 products of parts, so that the wide copies stay small."""
-    rows, inner = x_RI.shape
-    out = x_RI.new_empty(rows, len(weight_OI)) if out is None else out
-    some = max(1, _PART // max(inner, 1))
+    rows, inner, outer = *x_RI.shape, len(weight_OI)
+    out = x_RI.new_empty(rows, outer) if out is None else out
+    if not inner:
+        return out.zero_()
     with torch.autocast("cpu", enabled=False):
-        for start in range(0, rows, 4 * some):
-            part_PI = x_RI[start : start + 4 * some].float()
-            for first in range(0, len(weight_OI), some):
-                wide_IP = weight_OI[first : first + some].float().t()
-                out[start : start + 4 * some, first : first + some] = torch.mm(part_PI, wide_IP)
+        for start, first in itertools.product(range(0, rows, _SIDE), range(0, outer, _SIDE)):
+            x_PI, weight_QI = x_RI[start : start + _SIDE], weight_OI[first : first + _SIDE]
+            sums_PQ = torch.mm(x_PI[:, :_SIDE].float(), weight_QI[:, :_SIDE].float().t())
+            for begin in range(_SIDE, inner, _SIDE):
+                sums_PQ.addmm_(x_PI[:, begin : begin + _SIDE].float(), weight_QI[:, begin : begin + _SIDE].float().t())
+            out[start : start + _SIDE, first : first + _SIDE] = sums_PQ
     return out
 
 
@@ -103,22 +106,28 @@ class _Linear(torch.autograd.Function):
         return grad_x, weight_gradient(grad_RO, x_RI) if ctx.needs_input_grad[1] else None
 
 
-def linear(x: Tensor, weight_OI: Tensor) -> Tensor:
-    """x @ weight.T over the last axis, differentiable; under autocast in its dtype, as `F.linear`."""
+def linear(x: Tensor, weight_OI: Tensor, repeated: bool = False) -> Tensor:
+    """x @ weight.T over the last axis, differentiable; under autocast in its dtype, as `F.linear`.
+
+    With `repeated` it is an operator of torch's own, at which a checkpoint that computes it again can stop.
+    """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        if not (x.device.type == "cpu" and dtype in _UNSUPPORTED) or torch.compiler.is_compiling():
+        if x.device.type != "cpu" or dtype not in _UNSUPPORTED or torch.compiler.is_compiling():
             return F.linear(x, weight_OI)
         x, weight_OI = x.to(dtype), weight_OI.to(dtype)
-    if widens(x) or (_takes_onednn(x) and torch.is_grad_enabled()):
-        return _Linear.apply(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], -1)
+    if repeated and widens(x):
+        with torch.autocast("cpu", enabled=False):
+            return F.linear(x.float(), weight_OI.float()).to(x.dtype)
+    if not repeated and (widens(x) or (_takes_onednn(x) and torch.is_grad_enabled())):
+        return _Linear.apply(x.reshape(-1, x.shape[-1]), weight_OI).view(*x.shape[:-1], len(weight_OI))
     return F.linear(x, weight_OI)
 
 
 class Linear(nn.Linear):
     """`nn.Linear` without bias; the same numbers up to rounding.
 
-    While `repeated` it is torch's own: selective checkpointing runs it again up to the product, and can stop there only.
+    `repeated`: selective checkpointing runs it again up to the product (see `linear`).
     """
 
     def __init__(self, in_features: int, out_features: int) -> None:
@@ -126,4 +135,4 @@ class Linear(nn.Linear):
         self.repeated = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight) if self.repeated else linear(x, self.weight)
+        return linear(x, self.weight, self.repeated)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ def rounded_once(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> t
     return (x.double() @ weight.double().t()).to(dtype)
 
 
-@given(rows=size, inner=size, outer=size, part=st.integers(1, 500), dtype=st.sampled_from(HALVES), turned=st.booleans())
+@given(rows=size, inner=size, outer=size, part=st.integers(1, 50), dtype=st.sampled_from(HALVES), turned=st.booleans())
 def test_c071_widened_parts_give_the_product_rounded_once(rows, inner, outer, part, dtype, turned):
     generator = torch.Generator().manual_seed(rows + 41 * inner)
     x = torch.randn(rows, inner, generator=generator).to(dtype)
@@ -35,7 +37,7 @@ def test_c071_widened_parts_give_the_product_rounded_once(rows, inner, outer, pa
     weight = weight.t() if turned else weight
     into = torch.full((rows, outer), float("nan"), dtype=dtype)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(products, "_PART", part)
+        patch.setattr(products, "_SIDE", part)
         result = products._widened(x, weight, into)
     assert result is into
     # sums of float32 differ from those of float64 by less than one rounding to 16 bits
@@ -72,16 +74,20 @@ def test_c071_a_linear_layer_without_the_instructions_keeps_dtype_and_gradients(
         torch.testing.assert_close(mine.double(), exact, rtol=1.6e-2, atol=1e-3)
 
 
-def tiny() -> tuple[DeepSeekTransformer, torch.Tensor]:
+def tiny(**keys: Any) -> tuple[DeepSeekTransformer, torch.Tensor]:
     shape = {"vocab_size": 256, "hidden_size": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "intermediate_size": 48}
     torch.manual_seed(0)
-    model = DeepSeekTransformer(DeepSeekConfig(**shape, use_moe=True, num_experts=4, moe_top_k=2))
+    model = DeepSeekTransformer(DeepSeekConfig(**shape, use_moe=True, num_experts=4, moe_top_k=2, **keys))
     return model.to(torch.bfloat16), torch.randint(0, 256, (2, 24))
 
 
-def test_c071_no_product_of_a_step_is_left_to_the_slow_fallbacks(without_halves):
+@pytest.mark.parametrize("way", ["weights", "autocast", "selective", "selective autocast"])
+@pytest.mark.parametrize("length", [24, 600], ids=["blocks", "sdpa"])
+def test_c071_no_product_of_a_step_is_left_to_the_slow_fallbacks(without_halves, way, length):
     """Forward and backward of a whole model in bfloat16: every matrix product that torch is asked for has float32 factors."""
-    model, ids = tiny()
+    model, _ = tiny(gradient_checkpointing="selective" if "selective" in way else False)
+    autocast = "autocast" in way
+    model, ids = model.float() if autocast else model, torch.randint(0, 256, (1, length))
     asked: list[tuple[str, torch.dtype]] = []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -91,10 +97,12 @@ def test_c071_no_product_of_a_step_is_left_to_the_slow_fallbacks(without_halves)
                 asked.append((name, args[0].dtype))
             return func(*args, **(kwargs or {}))
 
+    with Watch(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        loss = model(ids, labels=ids)
     with Watch():
-        model(ids, labels=ids).backward()
+        loss.backward()
     assert len(asked) > 50 and {dtype for _, dtype in asked} == {torch.float32}
-    assert all(part.grad is not None and part.grad.dtype == torch.bfloat16 for part in model.parameters())
+    assert all(part.grad is not None and part.grad.dtype == part.dtype for part in model.parameters())
 
 
 def test_c071_a_model_without_the_instructions_computes_what_others_do(monkeypatch):
@@ -115,3 +123,8 @@ def test_c071_a_model_without_the_instructions_computes_what_others_do(monkeypat
 def test_c071_linear_is_torchs_under_another_autocast(without_halves):
     x, weight = torch.randn(4, 8), torch.randn(5, 8)
     torch.testing.assert_close(linear(x, weight), F.linear(x, weight))
+
+
+def test_c071_no_rows_at_all_are_rows_too(without_halves):
+    layer = Linear(8, 5).to(torch.bfloat16)
+    assert layer(torch.empty(2, 0, 8, dtype=torch.bfloat16)).shape == (2, 0, 5)
