@@ -146,6 +146,23 @@ def load_vocabulary(name: str) -> Vocabulary:
     return _from_file(str(path), stat.st_mtime_ns, stat.st_size)
 
 
+def full_name(name: str) -> str:
+    """The name of a tokenizer wherever the process works: of a file its absolute path. Looks only at whether the file is there.
+
+    Raises `TokenizerError` for the home folder of nobody.
+    """
+    known = name in NAMES or (name in TOKENIZER_FILES and not Path(name).exists())
+    return name if known or _is_word(name) else str(file_path(name))
+
+
+def _is_word(name: str) -> bool:
+    """Whether a name is of no file: neither is one there nor does it look like one."""
+    try:
+        return os.sep not in name and not Path(name).suffix and not file_path(name).exists()
+    except ValueError:  # a NUL
+        return True
+
+
 def file_path(name: str) -> Path:
     """The absolute path of a vocabulary file."""
     try:
