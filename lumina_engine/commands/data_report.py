@@ -76,13 +76,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _require_targets(args: argparse.Namespace) -> None:
-    """Refuse to write over data: over an input, or a file that exists and is no report. Raises `UserError`, `DataError`."""
+    """Refuse to write over data: over what is read, or a file that exists and is no report. Raises `UserError`, `DataError`."""
     from ..data.files import expand
     from ..data.report import is_report
 
     targets = [*(args.filter or []), *([] if is_report(args.out) else [args.out])]
     require_new(targets, args.force)
-    inputs = [path for path in expand(args.paths) if isinstance(path, Path)] if args.paths else []
+    read = [*(expand(args.paths) if args.paths else []), *(expand(args.against, "--against") if args.against else [])]
+    inputs = [path for path in read if isinstance(path, Path)]  # no URL is a file here
     for target in map(Path, [*(args.filter or []), args.out]):
         if target.exists() and any(target.samefile(path) for path in inputs):
             raise UserError(f"{target} is one of the inputs: name another file")

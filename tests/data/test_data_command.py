@@ -146,7 +146,7 @@ def test_an_existing_file_is_replaced_only_by_force(run, write, tmp_path):
 
 
 def test_no_input_is_written_over_even_by_force(run, write, tmp_path):
-    source = write("s.json", [ROW] * 3)
+    source, other = write("s.json", [ROW] * 3), write("t.json", [ROW])
     before = source.read_bytes()
     for words in (
         ("convert", source, source, "--force"),
@@ -154,6 +154,9 @@ def test_no_input_is_written_over_even_by_force(run, write, tmp_path):
         ("report", source, "--filter", "k.jsonl", source, "--force"),
         ("report", source, "--out", source, "--force"),
         ("report", tmp_path, "--out", source, "--force"),
+        ("report", other, "--against", source, "--filter", source, "d.jsonl", "--force"),
+        ("report", other, "--against", other, "--against", tmp_path, "--filter", "k.jsonl", source, "--force"),
+        ("report", "--against", source, "--out", source, "--force"),
     ):
         code, out, err = run(*words)
         assert code == 2 and out == "" and "one of the inputs" in err and source.read_bytes() == before, words
