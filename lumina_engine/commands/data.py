@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import data_report
 from .common import UserError, add_config_arguments, add_json, load_config, print_json, safe, table
-from .data_parts import Meter, add_force, add_format, add_progress, at_least, counted, require_new, token_lines, words
+from .data_parts import (
+    Meter,
+    add_force,
+    add_format,
+    add_progress,
+    at_least,
+    counted,
+    require_different,
+    require_new,
+    token_lines,
+    words,
+)
 
 if TYPE_CHECKING:
     from ..data.check import Check, Sofar
@@ -134,7 +145,9 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 def _convert(args: argparse.Namespace) -> int:
     from ..data.formats import convert
 
-    require_new([args.out, *([args.rejects] if args.rejects else [])], args.force)
+    targets = [args.out, *([args.rejects] if args.rejects else [])]
+    require_different(targets)
+    require_new(targets, args.force)
     meter = Meter("conversations read", args.progress)
     options = _tree_options(args)
     result = convert(

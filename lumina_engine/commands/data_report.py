@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import UserError, print_json, safe, table
-from .data_parts import Meter, add_force, add_format, add_progress, at_least, require_new, token_lines, words
+from .data_parts import Meter, add_force, add_format, add_progress, at_least, require_different, require_new, token_lines, words
 
 if TYPE_CHECKING:
     from ..data.check import Judged, Sofar
@@ -80,6 +80,7 @@ def _require_targets(args: argparse.Namespace) -> None:
     from ..data.files import expand
     from ..data.report import is_report
 
+    require_different([args.out, *(args.filter or [])])
     targets = [*(args.filter or []), *([] if is_report(args.out) else [args.out])]
     require_new(targets, args.force)
     read = [*(expand(args.paths) if args.paths else []), *(expand(args.against, "--against") if args.against else [])]
@@ -130,8 +131,6 @@ def _filtered(targets: list[str] | None) -> Iterator[Judged | None]:
         yield None
         return
     places = [Path(target) for target in targets]
-    if places[0] == places[1]:
-        raise UserError("--filter: name two files")
     stagings = [place.with_name(f".{place.name}.{os.getpid()}.tmp") for place in places]
     try:
         for place in places:

@@ -163,6 +163,24 @@ def test_no_input_is_written_over_even_by_force(run, write, tmp_path):
     assert not list(tmp_path.glob("*.jsonl"))
 
 
+def test_two_outputs_are_two_files_by_any_spelling(run, write, tmp_path):
+    source, there = write("s.json", [ROW, NO_ANSWER]), write("there.json", "mine\n")
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "hard.json").hardlink_to(there)
+    for words in (
+        ("report", source, "--out", "o.json", "--filter", "o.json", "d.json"),
+        ("report", source, "--out", "o.json", "--filter", "k.json", "link/o.json"),
+        ("report", source, "--out", "o.json", "--filter", tmp_path / "x.json", "./link/../" + tmp_path.name + "/x.json"),
+        ("report", source, "--out", there, "--filter", "k.json", "hard.json"),
+        ("convert", source, "o.json", "--rejects", "./o.json"),
+        ("convert", source, "hard.json", "--rejects", there),
+    ):
+        code, out, err = run(*words, "--force")
+        assert code == 2 and out == "" and "are one file: name two" in err and err.count("\n") == 1, words
+        assert {path.name for path in tmp_path.iterdir()} == {"s.json", "there.json", "hard.json", "link"}
+        assert there.read_text() == "mine\n"
+
+
 def test_c031_a_report_replaces_a_report(run, write, tmp_path):
     source = write("s.json", [ROW] * 3)
     for out in ("r.html", "r.json"):
