@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_force(convert)
     add_format(convert)
     convert.add_argument("--strict", action="store_true", help="a record that would be dropped or cut is an error")
-    convert.add_argument("--rejects", metavar="FILE", help="a line for each dropped record (default OUT.rejects.jsonl)")
+    text = "a line for each dropped record (default OUT.rejects.jsonl); --force removes an earlier one where none is dropped"
+    convert.add_argument("--rejects", metavar="FILE", help=text)
     _add_tree_options(convert.add_argument_group("message trees (oasst)"))
     add_progress(convert)
 
@@ -143,9 +144,9 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from ..data.formats import convert
+    from ..data.formats import convert, rejects_path
 
-    targets = [args.out, *([args.rejects] if args.rejects else [])]
+    targets = [args.out, args.rejects or rejects_path(args.out)]
     require_different(targets)
     require_new(targets, args.force)
     meter = Meter("conversations read", args.progress)

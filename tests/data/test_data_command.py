@@ -163,6 +163,17 @@ def test_no_input_is_written_over_even_by_force(run, write, tmp_path):
     assert not list(tmp_path.glob("*.jsonl"))
 
 
+@pytest.mark.parametrize("rows", [[ROW], [ROW, NO_ANSWER]])
+def test_the_default_file_of_rejects_is_replaced_only_by_force(run, write, tmp_path, rows):
+    source, mine = write("s.json", rows), write("c.jsonl.rejects.jsonl", "mine\n")
+    code, out, err = run("convert", source, "c.jsonl")
+    assert code == 2 and out == "" and "c.jsonl.rejects.jsonl exists: name another file, or add --force" in err
+    assert mine.read_text() == "mine\n" and not (tmp_path / "c.jsonl").exists()
+    assert run("convert", source, "c.jsonl", "--rejects", "other.jsonl")[0] == 0 and mine.read_text() == "mine\n"
+    assert run("convert", source, "c.jsonl", "--force")[0] == 0
+    assert "no assistant turn" in mine.read_text() if NO_ANSWER in rows else not mine.exists()
+
+
 def test_two_outputs_are_two_files_by_any_spelling(run, write, tmp_path):
     source, there = write("s.json", [ROW, NO_ANSWER]), write("there.json", "mine\n")
     (tmp_path / "link").symlink_to(tmp_path)
