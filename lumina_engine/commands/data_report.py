@@ -76,10 +76,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _require_targets(args: argparse.Namespace) -> None:
-    """Refuse to write over data: over what is read, or a file that exists and is no report. Raises `UserError`, `DataError`."""
-    from ..data.files import expand
-    from ..data.report import is_report
+    """Refuse a suffix that no report has, two outputs in one file, and to write over what is read or what is no report.
 
+    Raises `UserError`, `DataError`.
+    """
+    from ..data.files import expand
+    from ..data.report import is_report, require_suffix
+
+    require_suffix(args.out)
     require_different([args.out, *(args.filter or [])])
     targets = [*(args.filter or []), *([] if is_report(args.out) else [args.out])]
     require_new(targets, args.force)

@@ -200,6 +200,14 @@ def test_c031_a_report_replaces_a_report(run, write, tmp_path):
             assert code == 0 and f"report: {out}" in out_text
 
 
+def test_c031_a_bad_suffix_is_refused_before_anything_is_judged_or_written(run, write, tmp_path):
+    source = write("s.json", [ROW] * 3)
+    for out in ("r.pdf", "new/r", "r.html.gz"):
+        code, told, err = run("report", source, "--tokenizer", "nowhere.json", "--out", out, "--filter", "k.jsonl", "d.jsonl")
+        assert code == 2 and told == "" and f"{out}: a report is .html or .json, not " in err
+        assert {path.name for path in tmp_path.iterdir()} == {"s.json"}
+
+
 def test_c031_padding_truncation_and_trained_share_are_told(run, write):
     long = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "word " * 80}]}
     short = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "word " * 30}]}
