@@ -136,10 +136,13 @@ def _read(data: bytes) -> dict[str, Any]:
     changing += [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
     if changing:
         raise Unusable(f"it changes the text ({', '.join(changing)})", _WANTED)
+    added = spec.get("added_tokens")
+    if added is not None and not isinstance(added, list):
+        raise Unusable("its added_tokens are no list", "fetch the file again")
     kept = {key: value for key, value in model.items() if key not in ("dropout", "unk_token", "fuse_unk", "byte_fallback")}
     return {
         "version": "1.0",
-        "added_tokens": [_added(token) for token in spec.get("added_tokens") or []],
+        "added_tokens": [_added(token) for token in added or []],
         "pre_tokenizer": _whole_steps(spec["pre_tokenizer"]),
         "model": kept,
         **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder")),

@@ -204,6 +204,10 @@ def _split(pattern: str, behavior: str, invert: bool = False) -> dict[str, Any]:
         (lambda: _vocab(lambda vocab: vocab.update({"!": 2**40})), r"the id of '!' is 1099511627776; ids are whole numbers"),
         (lambda: _vocab(lambda vocab: vocab.update({"x\u4e00": 700})), "is not made of bytes"),
         (lambda: _model(merges=[["qq", "zz"]]), "no tokenizer.json that can be read"),
+        *(
+            (lambda bad=bad: _changed(added_tokens=bad), "its added_tokens are no list")
+            for bad in (5, 0, "", {}, {"a": 1}, True)
+        ),
         (lambda: _changed(added_tokens=[{"id": 1}]), "an entry of its added_tokens has no content or no id"),
         (
             lambda: _changed(added_tokens=[{"id": 600, "content": "<x>", "special": False, "lstrip": True}]),
