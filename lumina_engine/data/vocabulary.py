@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING
 
 from ..config.resolve import TOKENIZER_FILES
@@ -139,6 +140,8 @@ def load_vocabulary(name: str) -> Vocabulary:
         ) from None
     if path.is_dir():
         raise TokenizerError(f"tokenizer {name}: a folder; give the tokenizer.json or .tiktoken file in it")
+    if not S_ISREG(stat.st_mode):
+        raise TokenizerError(f"tokenizer {name}: no regular file, so no vocabulary; give a .tiktoken file or tokenizer.json")
     if stat.st_size > MAX_FILE:
         raise TokenizerError(
             f"tokenizer {name}: {stat.st_size:,} bytes are no vocabulary; give a .tiktoken file or tokenizer.json"
@@ -188,9 +191,14 @@ def _named(name: str) -> Vocabulary:
 def _from_file(path: str, _mtime_ns: int, _size: int) -> Vocabulary:
     """A vocabulary file: published ones are known by their SHA-256; any other is split as cl100k_base splits."""
     try:
-        data = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_FILE + 1)
     except OSError as error:
         raise TokenizerError(f"tokenizer {path}: the file cannot be read ({error.strerror}); check its rights") from None
+    if len(data) > MAX_FILE:
+        raise TokenizerError(
+            f"tokenizer {path}: more than {MAX_FILE:,} bytes are no vocabulary; give a .tiktoken file or tokenizer.json"
+        )
     if data.lstrip()[:1] == b"{":
         return _from_json(data, path)
     digest = hashlib.sha256(data).hexdigest()
