@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from . import data_report
 from .common import UserError, add_config_arguments, add_json, load_config, print_json, safe, table
-from .data_parts import Meter, add_force, add_format, add_progress, at_least, counted, require_new, token_lines, words
+from .data_parts import (
+    Meter,
+    add_force,
+    add_format,
+    add_progress,
+    at_least,
+    counted,
+    require_different,
+    require_new,
+    token_lines,
+    words,
+)
 
 if TYPE_CHECKING:
     from ..data.check import Check, Sofar
@@ -37,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_force(convert)
     add_format(convert)
     convert.add_argument("--strict", action="store_true", help="a record that would be dropped or cut is an error")
-    convert.add_argument("--rejects", metavar="FILE", help="a line for each dropped record (default OUT.rejects.jsonl)")
+    text = "a line for each dropped record (default OUT.rejects.jsonl); --force removes an earlier one where none is dropped"
+    convert.add_argument("--rejects", metavar="FILE", help=text)
     _add_tree_options(convert.add_argument_group("message trees (oasst)"))
     add_progress(convert)
 
@@ -132,9 +144,11 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from ..data.formats import convert
+    from ..data.formats import convert, rejects_path
 
-    require_new([args.out, *([args.rejects] if args.rejects else [])], args.force)
+    targets = [args.out, args.rejects or rejects_path(args.out)]
+    require_different(targets)
+    require_new(targets, args.force)
     meter = Meter("conversations read", args.progress)
     options = _tree_options(args)
     result = convert(

@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,13 @@ def require_new(paths: Iterable[str | Path], force: bool) -> None:
             raise UserError(f"{path} is a folder: name a file")
         if path.exists() and not force:
             raise UserError(f"{path} exists: name another file, or add --force to replace it")
+
+
+def require_different(paths: Iterable[str | Path]) -> None:
+    """Refuse outputs of which one would replace another: the same file by any spelling."""
+    for one, other in combinations(map(Path, paths), 2):
+        if one.resolve() == other.resolve() or (one.exists() and other.exists() and one.samefile(other)):
+            raise UserError(f"{one} and {other} are one file: name two")
 
 
 def token_lines(figures: Mapping[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import UserError, print_json, safe, table
-from .data_parts import Meter, add_force, add_format, add_progress, at_least, require_new, token_lines, words
+from .data_parts import Meter, add_force, add_format, add_progress, at_least, require_different, require_new, token_lines, words
 
 if TYPE_CHECKING:
     from ..data.check import Judged, Sofar
@@ -76,13 +76,19 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _require_targets(args: argparse.Namespace) -> None:
-    """Refuse to write over data: over an input, or a file that exists and is no report. Raises `UserError`, `DataError`."""
-    from ..data.files import expand
-    from ..data.report import is_report
+    """Refuse a suffix that no report has, two outputs in one file, and to write over what is read or what is no report.
 
+    Raises `UserError`, `DataError`.
+    """
+    from ..data.files import expand
+    from ..data.report import is_report, require_suffix
+
+    require_suffix(args.out)
+    require_different([args.out, *(args.filter or [])])
     targets = [*(args.filter or []), *([] if is_report(args.out) else [args.out])]
     require_new(targets, args.force)
-    inputs = [path for path in expand(args.paths) if isinstance(path, Path)] if args.paths else []
+    read = [*(expand(args.paths) if args.paths else []), *(expand(args.against, "--against") if args.against else [])]
+    inputs = [path for path in read if isinstance(path, Path)]  # no URL is a file here
     for target in map(Path, [*(args.filter or []), args.out]):
         if target.exists() and any(target.samefile(path) for path in inputs):
             raise UserError(f"{target} is one of the inputs: name another file")
@@ -129,8 +135,6 @@ def _filtered(targets: list[str] | None) -> Iterator[Judged | None]:
         yield None
         return
     places = [Path(target) for target in targets]
-    if places[0] == places[1]:
-        raise UserError("--filter: name two files")
     stagings = [place.with_name(f".{place.name}.{os.getpid()}.tmp") for place in places]
     try:
         for place in places:

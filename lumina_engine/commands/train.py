@@ -120,7 +120,6 @@ def _checked(config: Config, preset: str | None) -> Plan:
     fix_paths(config)
     world = world_size(config, machine)
     tokenizer = ConversationTokenizer(config.tokenizer)
-    config.tokenizer = tokenizer.name  # of a file the absolute path
     resolved = resolve(config, machine, tokenizer_vocab=tokenizer.get_vocab_size(), world=world)
     if errors := [f for f in check(resolved) if f.severity == "error"]:
         raise ConfigError(errors)  # of values that were auto
@@ -135,30 +134,42 @@ def fix_paths(config: Config) -> None:
             the key or the file and line, and what to do.
     """
     from ..config.task_checks import train_paths
-
-    given = {**train_paths(config), "eval_data_path": config.eval_data_path}
-    fixed = {key: _fixed(key, value, config.data_format) for key, value in given.items() if value is not None}
-    for key in ("train_data_path", "eval_data_path"):
-        if key in fixed:
-            setattr(config, key, fixed[key])
-    if config.multi_task:
-        config.task_data_paths = {name: fixed[f"task_data_paths.{name}"] for name in config.task_data_paths}
-    config.data_cache_dir = os.path.abspath(Path(config.data_cache_dir).expanduser())  # noqa: PTH100
-    if config.hostfile is not None:
-        config.hostfile = os.path.abspath(Path(config.hostfile).expanduser())  # noqa: PTH100
-    if config.backup_path is not None:
-        config.backup_path = os.path.abspath(Path(config.backup_path).expanduser())  # noqa: PTH100
-
-
-def _fixed(key: str, given: str | list[str], layout: str) -> str | list[str]:
-    """A data path made absolute, once the heads of its files were read; a URL is so already. Raises `DataError`."""
-    from ..data.remote import is_remote
     from ..data.size import check_head
 
-    check_head(given, layout, key=key)
-    entries = [given] if isinstance(given, str) else given
-    absolute = [entry if is_remote(entry) else os.path.abspath(Path(entry).expanduser()) for entry in entries]  # noqa: PTH100
-    return absolute[0] if isinstance(given, str) else absolute
+    for key, value in {**train_paths(config), "eval_data_path": config.eval_data_path}.items():
+        if value is not None:
+            check_head(value, config.data_format, key=key)
+    make_absolute(config)
+
+
+def make_absolute(config: Config) -> None:
+    """Make the relative paths of a configuration absolute, that of a tokenizer's file too; a URL stays as it is. Reads no file.
+
+    Raises:
+        TokenizerError: a tokenizer in the home folder of nobody.
+    """
+    from ..data.vocabulary import full_name
+
+    for key in ("train_data_path", "eval_data_path"):
+        setattr(config, key, _absolute(getattr(config, key)))
+    config.task_data_paths = {name: _absolute(value) for name, value in config.task_data_paths.items()}
+    for key in ("data_cache_dir", "hostfile", "backup_path"):
+        value = getattr(config, key)
+        setattr(config, key, value if value is None else _absolute_path(value))
+    config.tokenizer = full_name(config.tokenizer)
+
+
+def _absolute(given: Any) -> Any:
+    """A data path, or each of a list, made absolute; a URL is so already."""
+    from ..data.remote import is_remote
+
+    if isinstance(given, list):
+        return [_absolute(entry) for entry in given]
+    return given if given is None or is_remote(given) else _absolute_path(given)
+
+
+def _absolute_path(given: str) -> str:
+    return os.path.abspath(os.path.expanduser(given))  # noqa: PTH100, PTH111 -- a link stays, and so does ~name of nobody
 
 
 def _show(args: argparse.Namespace, plan: Plan) -> int:
@@ -300,6 +311,7 @@ def _changed(config: Config, args: argparse.Namespace) -> Config:
     from ..monitoring.hardware import detect
 
     wanted = merge(args.preset, Path(args.config) if args.config else None, list(args.overrides))
+    make_absolute(wanted.config)  # as the run's own are
     given = [key for key, origin in wanted.origins.items() if origin != "default" and key != "experiment_name"]
     changes = {key: getattr(wanted.config, key) for key in given if getattr(wanted.config, key) != "auto"}
     if "num_gpus" in changes and config.launcher in ("none", "torchrun"):  # what auto chose for one rank, and for several

@@ -198,6 +198,11 @@ class _Rejects:
         self._staging.unlink(missing_ok=True)
 
 
+def rejects_path(output: str | os.PathLike[str]) -> Path:
+    """Where `convert` lists what it drops unless told otherwise: OUTPUT.rejects.jsonl."""
+    return Path(f"{Path(output)}.rejects.jsonl")
+
+
 def convert(
     inputs: Paths,
     output: str | os.PathLike[str],
@@ -211,12 +216,13 @@ def convert(
     """Write the conversations of `inputs` to `output` as JSON Lines of the messages layout (text documents as `{"text"}`).
 
     `output` appears whole or not at all, and replaces a file of that name. A record that is malformed or has nothing to train
-    on is dropped and counted, with a line in `rejects` (default: the output's name with .rejects.jsonl); with `strict` the
-    first one that would be dropped or cut is an error. `oasst` says what is taken from message trees. `progress` gets the
-    number read so far. Raises `DataError`, also where the rest of a file cannot be read.
+    on is dropped and counted, with a line in `rejects` (default: `rejects_path`), which replaces a file of that name; where
+    none is dropped that file goes. With `strict` the first one that would be dropped or cut is an error. `oasst` says what is
+    taken from message trees. `progress` gets the number read so far. Raises `DataError`, also where the rest of a file cannot
+    be read.
     """
     target = Path(output)
-    bad = Path(rejects) if rejects is not None else target.with_name(f"{target.name}.rejects.jsonl")
+    bad = Path(rejects) if rejects is not None else rejects_path(target)
     files = expand(inputs, "input")
     for place in (target, bad):
         if place.exists() and any(isinstance(path, Path) and place.samefile(path) for path in files):  # no URL is a file here

@@ -45,7 +45,8 @@ def create_data_summary_report(data_path: Paths, output_path: str | os.PathLike[
     """
     from .tokenizer import ConversationTokenizer
 
-    return write_report(summary(data_path, ConversationTokenizer()), output_path)
+    target = require_suffix(output_path)
+    return write_report(summary(data_path, ConversationTokenizer()), target)
 
 
 def summary(
@@ -89,11 +90,8 @@ def summary(
 
 def write_report(found: Mapping[str, Any], output: str | os.PathLike[str]) -> Path:
     """Write a summary as a page or as JSON, by suffix; the file appears whole and replaces one of that name."""
-    target = Path(output)
-    suffix = target.suffix.lower()
-    if suffix not in (".html", ".htm", ".json"):
-        raise DataError(f"a report is .html or .json, not {suffix!r}", path=target, fix="name it so", exit_code=2)
-    text = json.dumps(found, ensure_ascii=False, indent=1) + "\n" if suffix == ".json" else page(found)
+    target = require_suffix(output)
+    text = json.dumps(found, ensure_ascii=False, indent=1) + "\n" if target.suffix.lower() == ".json" else page(found)
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -105,6 +103,14 @@ def write_report(found: Mapping[str, Any], output: str | os.PathLike[str]) -> Pa
     except OSError as error:
         cause = f"cannot be written ({error.strerror or error})"
         raise DataError(cause, path=target, fix="check the folder and the free space", exit_code=2) from None
+    return target
+
+
+def require_suffix(output: str | os.PathLike[str]) -> Path:
+    """The path of a report. Raises `DataError` for a suffix that no report has."""
+    target = Path(output)
+    if target.suffix.lower() not in (".html", ".htm", ".json"):
+        raise DataError(f"a report is .html or .json, not {target.suffix!r}", path=target, fix="name it so", exit_code=2)
     return target
 
 

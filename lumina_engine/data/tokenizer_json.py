@@ -19,6 +19,8 @@ END_OF_TEXT = "<|endoftext|>"
 TURNS = ("<|im_start|>", "<|im_end|>", "<|pad|>")
 MAX_IDS = 1_000_000
 _RESERVED = re.compile(r"reserved|unused", re.IGNORECASE)
+# Steps that only split, unless `Removed`; UnicodeScripts loses white space at the beginning of a text.
+_WHOLE = ("ByteLevel", "Split", "Punctuation", "Digits", "FixedLength")
 # What a text must survive: every kind of white space, parts that compose, scripts, control characters, digits, contractions.
 _PROBES = (
     " Hello  world!\n\n\tdon't we're 12345 x  \r\n \n end ",
@@ -134,11 +136,14 @@ def _read(data: bytes) -> dict[str, Any]:
     changing += [key for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix") if model.get(key)]
     if changing:
         raise Unusable(f"it changes the text ({', '.join(changing)})", _WANTED)
+    added = spec.get("added_tokens")
+    if added is not None and not isinstance(added, list):
+        raise Unusable("its added_tokens are no list", "fetch the file again")
     kept = {key: value for key, value in model.items() if key not in ("dropout", "unk_token", "fuse_unk", "byte_fallback")}
     return {
         "version": "1.0",
-        "added_tokens": [_added(token) for token in spec.get("added_tokens") or []],
-        "pre_tokenizer": spec["pre_tokenizer"],
+        "added_tokens": [_added(token) for token in added or []],
+        "pre_tokenizer": _whole_steps(spec["pre_tokenizer"]),
         "model": kept,
         **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor", "decoder")),
     }
@@ -153,6 +158,25 @@ def _steps(part: Any, key: str) -> Iterator[dict[str, Any]]:
                 yield from _steps(step, key)
         else:
             yield part
+
+
+def _whole_steps(part: Any) -> Any:
+    """A pre-tokenizer with the same pieces that leaves out no text. Raises `Unusable` where its pieces would be others.
+
+    A split that keeps only its matches (`Removed`, `invert`) keeps what is between them too: published files use it with an
+    expression that matches every text from end to end.
+    """
+    if not isinstance(part, dict):
+        raise Unusable("a step of its pre_tokenizer is no object", "fetch the file again")
+    kind, inner = part.get("type"), part.get("pretokenizers")
+    if kind == "Sequence" and isinstance(inner, list):
+        return {**part, "pretokenizers": [_whole_steps(step) for step in inner]}
+    removes = part.get("behavior") == "Removed"
+    if kind == "Split" and removes and part.get("invert") is True:
+        return {**part, "behavior": "Isolated"}
+    if removes or kind not in _WHOLE:
+        raise Unusable(f"its pre_tokenizer may leave out text ({kind}{' Removed' * removes})", _WANTED)
+    return part
 
 
 def _added(token: Any) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING
 
 from ..config.resolve import TOKENIZER_FILES
@@ -139,11 +140,30 @@ def load_vocabulary(name: str) -> Vocabulary:
         ) from None
     if path.is_dir():
         raise TokenizerError(f"tokenizer {name}: a folder; give the tokenizer.json or .tiktoken file in it")
+    if not S_ISREG(stat.st_mode):
+        raise TokenizerError(f"tokenizer {name}: no regular file, so no vocabulary; give a .tiktoken file or tokenizer.json")
     if stat.st_size > MAX_FILE:
         raise TokenizerError(
             f"tokenizer {name}: {stat.st_size:,} bytes are no vocabulary; give a .tiktoken file or tokenizer.json"
         )
     return _from_file(str(path), stat.st_mtime_ns, stat.st_size)
+
+
+def full_name(name: str) -> str:
+    """The name of a tokenizer wherever the process works: of a file its absolute path. Looks only at whether the file is there.
+
+    Raises `TokenizerError` for the home folder of nobody.
+    """
+    known = name in NAMES or (name in TOKENIZER_FILES and not Path(name).exists())
+    return name if known or _is_word(name) else str(file_path(name))
+
+
+def _is_word(name: str) -> bool:
+    """Whether a name is of no file: neither is one there nor does it look like one."""
+    try:
+        return os.sep not in name and not Path(name).suffix and not file_path(name).exists()
+    except ValueError:  # a NUL
+        return True
 
 
 def file_path(name: str) -> Path:
@@ -171,9 +191,14 @@ def _named(name: str) -> Vocabulary:
 def _from_file(path: str, _mtime_ns: int, _size: int) -> Vocabulary:
     """A vocabulary file: published ones are known by their SHA-256; any other is split as cl100k_base splits."""
     try:
-        data = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_FILE + 1)
     except OSError as error:
         raise TokenizerError(f"tokenizer {path}: the file cannot be read ({error.strerror}); check its rights") from None
+    if len(data) > MAX_FILE:
+        raise TokenizerError(
+            f"tokenizer {path}: more than {MAX_FILE:,} bytes are no vocabulary; give a .tiktoken file or tokenizer.json"
+        )
     if data.lstrip()[:1] == b"{":
         return _from_json(data, path)
     digest = hashlib.sha256(data).hexdigest()

@@ -146,7 +146,7 @@ def test_an_existing_file_is_replaced_only_by_force(run, write, tmp_path):
 
 
 def test_no_input_is_written_over_even_by_force(run, write, tmp_path):
-    source = write("s.json", [ROW] * 3)
+    source, other = write("s.json", [ROW] * 3), write("t.json", [ROW])
     before = source.read_bytes()
     for words in (
         ("convert", source, source, "--force"),
@@ -154,10 +154,42 @@ def test_no_input_is_written_over_even_by_force(run, write, tmp_path):
         ("report", source, "--filter", "k.jsonl", source, "--force"),
         ("report", source, "--out", source, "--force"),
         ("report", tmp_path, "--out", source, "--force"),
+        ("report", other, "--against", source, "--filter", source, "d.jsonl", "--force"),
+        ("report", other, "--against", other, "--against", tmp_path, "--filter", "k.jsonl", source, "--force"),
+        ("report", "--against", source, "--out", source, "--force"),
     ):
         code, out, err = run(*words)
         assert code == 2 and out == "" and "one of the inputs" in err and source.read_bytes() == before, words
     assert not list(tmp_path.glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("rows", [[ROW], [ROW, NO_ANSWER]])
+def test_the_default_file_of_rejects_is_replaced_only_by_force(run, write, tmp_path, rows):
+    source, mine = write("s.json", rows), write("c.jsonl.rejects.jsonl", "mine\n")
+    code, out, err = run("convert", source, "c.jsonl")
+    assert code == 2 and out == "" and "c.jsonl.rejects.jsonl exists: name another file, or add --force" in err
+    assert mine.read_text() == "mine\n" and not (tmp_path / "c.jsonl").exists()
+    assert run("convert", source, "c.jsonl", "--rejects", "other.jsonl")[0] == 0 and mine.read_text() == "mine\n"
+    assert run("convert", source, "c.jsonl", "--force")[0] == 0
+    assert "no assistant turn" in mine.read_text() if NO_ANSWER in rows else not mine.exists()
+
+
+def test_two_outputs_are_two_files_by_any_spelling(run, write, tmp_path):
+    source, there = write("s.json", [ROW, NO_ANSWER]), write("there.json", "mine\n")
+    (tmp_path / "link").symlink_to(tmp_path)
+    (tmp_path / "hard.json").hardlink_to(there)
+    for words in (
+        ("report", source, "--out", "o.json", "--filter", "o.json", "d.json"),
+        ("report", source, "--out", "o.json", "--filter", "k.json", "link/o.json"),
+        ("report", source, "--out", "o.json", "--filter", tmp_path / "x.json", "./link/../" + tmp_path.name + "/x.json"),
+        ("report", source, "--out", there, "--filter", "k.json", "hard.json"),
+        ("convert", source, "o.json", "--rejects", "./o.json"),
+        ("convert", source, "hard.json", "--rejects", there),
+    ):
+        code, out, err = run(*words, "--force")
+        assert code == 2 and out == "" and "are one file: name two" in err and err.count("\n") == 1, words
+        assert {path.name for path in tmp_path.iterdir()} == {"s.json", "there.json", "hard.json", "link"}
+        assert there.read_text() == "mine\n"
 
 
 def test_c031_a_report_replaces_a_report(run, write, tmp_path):
@@ -166,6 +198,14 @@ def test_c031_a_report_replaces_a_report(run, write, tmp_path):
         for _ in range(2):
             code, out_text, _ = run("report", source, "--tokenizer", "lumina-1k", "--out", out)
             assert code == 0 and f"report: {out}" in out_text
+
+
+def test_c031_a_bad_suffix_is_refused_before_anything_is_judged_or_written(run, write, tmp_path):
+    source = write("s.json", [ROW] * 3)
+    for out in ("r.pdf", "new/r", "r.html.gz"):
+        code, told, err = run("report", source, "--tokenizer", "nowhere.json", "--out", out, "--filter", "k.jsonl", "d.jsonl")
+        assert code == 2 and told == "" and f"{out}: a report is .html or .json, not " in err
+        assert {path.name for path in tmp_path.iterdir()} == {"s.json"}
 
 
 def test_c031_padding_truncation_and_trained_share_are_told(run, write):

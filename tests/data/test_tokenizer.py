@@ -225,6 +225,8 @@ def test_c040_an_unknown_name_lists_the_choices() -> None:
         ("~nobody-of-that-name/x.tiktoken", "there is no such home folder"),
         ("a\0.tiktoken", "the file cannot be read"),
         ("big.tiktoken", "268,435,457 bytes are no vocabulary"),
+        (os.devnull, "no regular file, so no vocabulary"),
+        ("pipe", "no regular file, so no vocabulary"),
         ("empty.tiktoken", "256 of the 256 single bytes are missing"),
     ],
 )
@@ -234,11 +236,21 @@ def test_c040_a_file_that_is_not_there_is_named(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty.tiktoken").touch()
+    os.mkfifo(tmp_path / "pipe")
     with (tmp_path / "big.tiktoken").open("wb") as file:
         file.truncate(vocabulary.MAX_FILE + 1)
     with pytest.raises(TokenizerError, match=message) as error:
         ConversationTokenizer(name)
     assert "\n" not in str(error.value)
+
+
+def test_c040_no_more_is_read_than_a_vocabulary_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file that grows after it was looked at."""
+    path = tmp_path / "grows.tiktoken"
+    path.write_bytes(vocabulary.tiktoken_file([bytes((byte,)) for byte in range(256)]))
+    monkeypatch.setattr(vocabulary, "MAX_FILE", 100)
+    with pytest.raises(TokenizerError, match=r"grows\.tiktoken: more than 100 bytes are no vocabulary"):
+        vocabulary._from_file.__wrapped__(str(path), 0, 100)
 
 
 def test_r11_a_file_is_known_by_its_absolute_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

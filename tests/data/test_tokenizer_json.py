@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from lumina_engine.data import sample
 from lumina_engine.data.tokenizer import ConversationTokenizer, StreamDecoder, TokenizerError
+from lumina_engine.data.tokenizer_json import JsonEncoding, Unusable
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -170,7 +171,16 @@ def _vocab(change: Callable[[dict[str, int]], Any]) -> bytes:
 
 PIECE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
 LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-GONE = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, LEVEL]}
+BEHAVIORS = ["Removed", "Isolated", "MergedWithPrevious", "MergedWithNext", "Contiguous"]
+
+
+def _steps(*steps: dict[str, Any]) -> dict[str, Any]:
+    """A pre-tokenizer of the steps and, unless one has it, bytes at the end."""
+    return {"type": "Sequence", "pretokenizers": [*steps, *([] if "ByteLevel" in str(steps) else [LEVEL])]}
+
+
+def _split(pattern: str, behavior: str, invert: bool = False) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}
 
 
 @pytest.mark.parametrize(
@@ -185,12 +195,19 @@ GONE = {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, LEVEL
         (lambda: _model(dropout=0.1), r"changes the text \(dropout\)"),
         (lambda: _model(end_of_word_suffix="</w>"), "end_of_word_suffix"),
         (lambda: _changed(pre_tokenizer={**LEVEL, "add_prefix_space": True}), "a space before each text"),
-        (lambda: _changed(pre_tokenizer=GONE), r"text does not come back: .* Hello  world!"),
+        (lambda: _changed(pre_tokenizer=_steps({"type": "WhitespaceSplit"})), r"may leave out text \(WhitespaceSplit\)"),
+        (lambda: _changed(pre_tokenizer=_steps({"type": "CharDelimiterSplit", "delimiter": "@"})), r"\(CharDelimiterSplit\)"),
+        (lambda: _changed(pre_tokenizer=_steps(_split("q", "Removed"))), r"may leave out text \(Split Removed\)"),
+        (lambda: _changed(pre_tokenizer=_steps(_steps({"type": "Punctuation", "behavior": "Removed"}))), "Punctuation Removed"),
         (lambda: _vocab(lambda vocab: vocab.pop("!")), "1 of the 256 single bytes are missing"),
         (lambda: _vocab(lambda vocab: vocab.update({"!": 5})), "two of its tokens have one id"),
         (lambda: _vocab(lambda vocab: vocab.update({"!": 2**40})), r"the id of '!' is 1099511627776; ids are whole numbers"),
         (lambda: _vocab(lambda vocab: vocab.update({"x\u4e00": 700})), "is not made of bytes"),
         (lambda: _model(merges=[["qq", "zz"]]), "no tokenizer.json that can be read"),
+        *(
+            (lambda bad=bad: _changed(added_tokens=bad), "its added_tokens are no list")
+            for bad in (5, 0, "", {}, {"a": 1}, True)
+        ),
         (lambda: _changed(added_tokens=[{"id": 1}]), "an entry of its added_tokens has no content or no id"),
         (
             lambda: _changed(added_tokens=[{"id": 600, "content": "<x>", "special": False, "lstrip": True}]),
@@ -206,6 +223,39 @@ def test_c040_what_cannot_be_the_tokenizer_is_refused_by_its_cause(
     with pytest.raises(TokenizerError, match=message) as error:
         ConversationTokenizer(str(path))
     assert str(path) in str(error.value) and "\n" not in str(error.value)
+
+
+step = st.one_of(
+    st.builds(
+        _split, st.sampled_from(["q", r"\s+", r"\p{L}+", r"\d", LLAMA_PATTERN]), st.sampled_from(BEHAVIORS), st.booleans()
+    ),
+    st.fixed_dictionaries({"type": st.just("Punctuation"), "behavior": st.sampled_from(BEHAVIORS)}),
+    st.fixed_dictionaries({"type": st.just("Digits"), "individual_digits": st.booleans()}),
+    st.fixed_dictionaries({"type": st.just("CharDelimiterSplit"), "delimiter": st.sampled_from("@q ")}),
+    st.sampled_from([{"type": "UnicodeScripts"}, {"type": "Whitespace"}, {"type": "FixedLength", "length": 3}]),
+)
+
+
+@given(before=st.lists(step, max_size=2), behind=st.lists(step, max_size=1), text=any_text)
+@settings(deadline=None, derandomize=True, max_examples=150)
+def test_c040_a_pre_tokenizer_is_refused_or_every_text_comes_back(before: Any, behind: Any, text: str) -> None:
+    try:
+        encoding = JsonEncoding(_changed(pre_tokenizer=_steps(*before, LEVEL, *behind)))
+    except Unusable as error:
+        assert "may leave out text" in error.cause, error.cause
+        return
+    for each in (text, f"{text} quick a@b.de 12"):
+        assert encoding.decode_bytes(encoding.encode_ordinary(each)).decode() == each
+
+
+def test_c040_a_split_that_keeps_its_matches_gives_the_ids_of_its_own_library() -> None:
+    """Published conversions of GPT-4's vocabulary split so, by an expression that covers every text."""
+    level = {**LEVEL, "use_regex": False}
+    data = _changed(pre_tokenizer=_steps(_split(LLAMA_PATTERN, "Removed", invert=True), level))
+    own = tokenizers.Tokenizer.from_buffer(data)
+    own.no_truncation()
+    encoding = JsonEncoding(data)
+    assert all(encoding.encode_ordinary(text) == own.encode(text, add_special_tokens=False).ids for text in corpus())
 
 
 def test_r09_a_special_token_that_text_can_spell_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from lumina_engine.config.presets import ConfigPresets
 from lumina_engine.config.schema import Config, ConfigError
 from lumina_engine.data import size
 from lumina_engine.data.conversation import DataError
+from lumina_engine.data.vocabulary import tiktoken_file
 from lumina_engine.run import directory
 from lumina_engine.run.directory import RunDirectory, RunError, auto_name, check_name
 
@@ -107,6 +108,34 @@ def test_c085_resume_has_one_rule_for_what_may_change(tmp_path: Path) -> None:
     arguments.overrides = ["batch_size=4", "gradient_accumulation_steps=2", "max_steps=9", "zero_stage=1"]
     new = train._changed(old, arguments)
     assert (new.batch_size, new.max_steps, new.hidden_size, new.zero_stage) == (4, 9, 128, 1)
+
+
+@pytest.mark.parametrize("tasks", [False, True])
+def test_c085_the_same_command_resumes_with_relative_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tasks: bool
+) -> None:
+    """One command serves a requeued job: what its first start stored as absolute paths is what the second one means."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "ev"):
+        (tmp_path / f"{name}.jsonl").write_text(GOOD * 50)
+    (tmp_path / "own.tiktoken").write_bytes(tiktoken_file([bytes((byte,)) for byte in range(256)]))
+    words = ["train", "--preset", "debug", "--runs", "runs", "--run", "mine", "--resume", "--dry-run", "tokenizer=own.tiktoken"]
+    words += ["eval_data_path=./ev.jsonl", "data_cache_dir=cache", "backup_path=../backups"]
+    if tasks:
+        words += ["multi_task=true", "task_data_paths={x: a.jsonl, y: [b.jsonl]}", "task_weights={x: 1, y: 1}"]
+    else:
+        words += ["train_data_path=[a.jsonl, b.jsonl]"]
+    parser = train.argparse.ArgumentParser()
+    train.add_arguments(parser)
+    args = parser.parse_args(words[1:])
+    plan = train._plan(args, "mine")
+    run = RunDirectory.create(tmp_path / "runs", "mine", preset=plan.preset)
+    train._write_plan(run, plan)
+    assert Config.load(run.config_path).tokenizer == str(tmp_path / "own.tiktoken")
+    assert train.run(args) == 0
+    args.overrides.append("tokenizer=other.tiktoken")
+    with pytest.raises(ConfigError, match=r"tokenizer = .*other\.tiktoken: cannot change"):
+        train.run(args)
 
 
 def test_c130_names_made_up_are_names(tmp_path: Path) -> None:
