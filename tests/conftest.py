@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.faults.plugin import (
     fault_random,
@@ -28,6 +29,9 @@ __all__ = [
     "pytest_report_header",
     "pytest_runtest_makereport",
 ]
+
+settings.register_profile("any machine", deadline=None)  # no test is timed
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)
