@@ -96,7 +96,7 @@ def test_ft07_the_screen_s_question_finds_the_rank_too(tiny_runs: TinyRuns) -> N
 @pytest.mark.nightly
 def test_ft11_a_slow_rank_is_told_within_50_steps(tiny_runs: TinyRuns, figure: Callable[[str, object], None]) -> None:
     slow = Fault("slow", None, "forward", rank=1, count=60, value=0.05, times=None)
-    run = tiny_runs.running(faults=[slow], world=2, max_steps=150, num_epochs=10, save_interval=100, eval_interval=0)
+    run = tiny_runs.running(faults=[slow], world=2, max_steps=150, num_epochs=40, save_interval=100, eval_interval=0)
     assert wait(run, 240) == 0, run.log_path.read_text()[-2000:]
     told = alerts(run.metrics_path, "straggler")
     assert told and all(alert.message.startswith("rank 1 is slow") for alert in told)
