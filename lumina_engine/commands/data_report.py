@@ -89,6 +89,7 @@ def _require_targets(args: argparse.Namespace) -> None:
     require_new(targets, args.force)
     read = [*(expand(args.paths) if args.paths else []), *(expand(args.against, "--against") if args.against else [])]
     inputs = [path for path in read if isinstance(path, Path)]  # no URL is a file here
+    inputs += [path for path in [Path(args.tokenizer)] if path.is_file()]  # or a name
     for target in map(Path, [*(args.filter or []), args.out]):
         if target.exists() and any(target.samefile(path) for path in inputs):
             raise UserError(f"{target} is one of the inputs: name another file")

@@ -157,6 +157,7 @@ def test_no_input_is_written_over_even_by_force(run, write, tmp_path):
         ("report", other, "--against", source, "--filter", source, "d.jsonl", "--force"),
         ("report", other, "--against", other, "--against", tmp_path, "--filter", "k.jsonl", source, "--force"),
         ("report", "--against", source, "--out", source, "--force"),
+        ("report", other, "--tokenizer", source, "--out", source, "--force"),
     ):
         code, out, err = run(*words)
         assert code == 2 and out == "" and "one of the inputs" in err and source.read_bytes() == before, words
