@@ -27,7 +27,7 @@ to the schedule's own rate.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Literal
@@ -97,6 +97,24 @@ class Decision:
         return str(self.record.reason if isinstance(self.record, rec.Change) else self.record.message)
 
 
+@dataclass(frozen=True, slots=True)
+class Back:
+    """A rollback, as the controller is told of it.
+
+    Attributes:
+        decision: the evidence of the decision for which the run went back; None if another guard did, then nothing is kept.
+        dropped: actions after `to_step` that are not in force any more; they count all the same.
+    """
+
+    to_step: int
+    decision: dict[str, Any] | None
+    dropped: int
+
+    def seen_from(self, step: int) -> Back:
+        """The same for a run that is back at `step` or before it: a decision from behind it is not in force any more."""
+        return self if self.to_step <= step else Back(step, None, self.dropped)
+
+
 @dataclass(slots=True)
 class _Trouble:
     """A rule that is met."""
@@ -135,6 +153,7 @@ class _State:
     spent_told: bool = False
     actions: list[dict[str, Any]] = field(default_factory=list)  # their evidence
     dropped: int = 0  # actions in branches that rollbacks left
+    backs: list[list[Any]] = field(default_factory=list)  # all rollbacks: fields of `Back`
     waiting: dict[str, Any] | None = None  # evidence of the decision whose outcome is still to come
     chosen: int | None = None  # step for which a person has set the rate
 
@@ -162,9 +181,9 @@ class RateController:
         return len(self._s.actions) + self._s.dropped
 
     @property
-    def dropped(self) -> int:
-        """Actions in branches that rollbacks left."""
-        return self._s.dropped
+    def backs(self) -> list[Back]:
+        """The rollbacks so far. What a checkpoint has is the beginning of it: the rest came after it."""
+        return [Back(*item) for item in self._s.backs]
 
     def in_force(self) -> list[dict[str, Any]]:
         """The evidence of the actions of this branch."""
@@ -197,22 +216,20 @@ class RateController:
         if rules.mode != "act":
             s.factor, s.rung, s.waiting = 1.0, 0, None
 
-    def rolled_back(self, to_step: int, decision: Mapping[str, Any] | None, dropped: int) -> None:
-        """The run has gone back to `to_step`, whose state has been put back.
-
-        Args:
-            decision: the evidence of the decision for which it went back; None if another guard did, then nothing is kept.
-            dropped: actions after `to_step` that are not in force any more; they count all the same.
-        """
+    def rolled_back(self, backs: Iterable[Back], step: int) -> None:
+        """The state of the checkpoint of `step` has been put back; `backs` are the rollbacks since it was saved, in order."""
         s = self._s
-        s.dropped += dropped
-        if s.chosen is not None and s.chosen > to_step:
-            s.chosen = None
-        if decision is not None:
-            s.factor = min(s.factor, float(decision["factor"]))
-            s.rung, s.acted, s.uneasy = int(decision["rung"]), to_step, to_step
-            s.low, s.low_at, s.ended = None, to_step, False
-            s.waiting = {**decision, "due": to_step + self.rules.cooldown}
+        for back in (item.seen_from(step) for item in backs):
+            s.backs = [*s.backs, [back.to_step, back.decision, back.dropped]]
+            s.dropped += back.dropped
+            if s.chosen is not None and s.chosen > back.to_step:
+                s.chosen = None
+            if back.decision is not None:
+                s.factor = min(s.factor, float(back.decision["factor"]))
+                s.rung, s.acted, s.uneasy = int(back.decision["rung"]), back.to_step, back.to_step
+                s.low, s.low_at, s.ended = None, back.to_step, False
+                s.waiting = {**back.decision, "due": back.to_step + self.rules.cooldown}
+        self.use(self.rules)
 
     # ---- one step -------------------------------------------------------------------------------------------------------
 

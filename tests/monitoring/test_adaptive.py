@@ -69,6 +69,7 @@ class World:
     steps: int = 200
     every: int = 10  # steps between saves
     chosen: dict[int, float] = field(default_factory=dict)  # step -> rate that a person sets for it
+    guard: dict[int, int] = field(default_factory=dict)  # branch -> steps after its beginning, when the guard goes back too
     kill: int | None = None  # after so many records
     log: list[Any] = field(default_factory=list)
 
@@ -100,14 +101,21 @@ class World:
         seq, state = self.saves.get(self.step, (None, RateController(self.rules).state_dict()))
         self.controller = RateController(self.rules)
         self.controller.load_state_dict(copy.deepcopy(state))
-        for back in backs_after(self.log, seq):
-            self.controller.rolled_back(back.to_step, back.decision, back.dropped)
+        self.controller.rolled_back(backs_after(self.log, seq), self.step)
         self.emit(rec.Rewind(to_step=self.step))
         self._choose("recovery")
 
     @property
     def branch(self) -> int:
-        return sum(isinstance(r, rec.Rewind) and r.failed_step is not None for r in self.log)
+        return len(self._rollbacks())
+
+    @property
+    def begun(self) -> int:
+        """The step to which the last rollback went."""
+        return max((r.seq, r.to_step) for r in [rec.Rewind(to_step=0, seq=0), *self._rollbacks()])[1]
+
+    def _rollbacks(self) -> list[rec.Rewind]:
+        return [r for r in self.log if isinstance(r, rec.Rewind) and r.failed_step is not None]
 
     def _choose(self, by: str) -> None:
         if (rate := self.chosen.get(self.step + 1)) is not None:
@@ -127,22 +135,24 @@ class World:
                 self.emit(decision.record)
             self._choose("user")
             back = next((d for d in decisions if d.kind == "rollback"), None)
-            if back is not None and self._back(back):
+            if back is not None and self._back(back.first):
+                continue
+            if back is None and self.guard.get(self.branch) == self.step - self.begun and self._back(self.step):
                 continue
             if any(d.kind == "stop" for d in decisions):
                 return
             if self.step % self.every == 0:
                 self.saves[self.step] = (len(self.log), copy.deepcopy(self.controller.state_dict()))
 
-    def _back(self, decision: Decision) -> bool:
-        target = max((at for at in self.saves if at < decision.first), default=None)
+    def _back(self, first: int) -> bool:
+        target = max((at for at in self.saves if at < first), default=None)
         if target is None:
             return False
         self.saves = {at: save for at, save in self.saves.items() if at <= target}
         record = rec.Rewind(to_step=target, failed_step=self.step)
-        back = back_of(record, self.controller.in_force())
-        self.controller.load_state_dict(copy.deepcopy(self.saves[target][1]) | {"dropped": self.controller.dropped})
-        self.controller.rolled_back(back.to_step, back.decision, back.dropped)
+        backs = [*self.controller.backs, back_of(record, self.controller.in_force())]
+        self.controller.load_state_dict(copy.deepcopy(self.saves[target][1]))
+        self.controller.rolled_back(backs[len(self.controller.backs) :], target)
         self.chosen = {at: rate for at, rate in self.chosen.items() if at <= target}
         self.step = target
         self.emit(record)
@@ -185,12 +195,15 @@ RULES = st.builds(
 )
 
 
+GUARD = st.dictionaries(st.integers(0, 3), st.integers(1, 60), max_size=3)
+
+
 @settings(max_examples=40, deadline=None)
-@given(RULES, st.integers(0, 10_000), st.dictionaries(st.integers(40, 190), st.just(5e-4), max_size=2))
+@given(RULES, st.integers(0, 10_000), st.dictionaries(st.integers(40, 190), st.just(5e-4), max_size=2), GUARD)
 def test_c100_every_cut_lowers_within_bounds_and_budget_and_the_log_gives_it_again(
-    rules: Rules, seed: int, chosen: dict[int, float]
+    rules: Rules, seed: int, chosen: dict[int, float], guard: dict[int, int]
 ) -> None:
-    world = World(rules, regimes(seed), chosen=chosen).run()
+    world = World(rules, regimes(seed), chosen=chosen, guard=guard).run()
     for record in world.decisions():
         if isinstance(record, rec.Change) and record.what == FACTOR:
             evidence = record.evidence
@@ -206,12 +219,15 @@ def test_c100_every_cut_lowers_within_bounds_and_budget_and_the_log_gives_it_aga
 
 
 @settings(max_examples=60, deadline=None)
-@given(RULES, st.integers(0, 10_000), st.dictionaries(st.integers(40, 190), st.just(5e-4), max_size=1), st.floats(0, 1))
+@given(
+    RULES, st.integers(0, 10_000), st.dictionaries(st.integers(40, 190), st.just(5e-4), max_size=1), GUARD, st.floats(0, 1)
+)
 def test_c100_killed_after_any_record_it_decides_as_the_unbroken_run(
-    rules: Rules, seed: int, chosen: dict[int, float], share: float
+    rules: Rules, seed: int, chosen: dict[int, float], guard: dict[int, int], share: float
 ) -> None:
-    whole = World(rules, regimes(seed), chosen=dict(chosen)).run()
-    killed = World(rules, regimes(seed), chosen=dict(chosen), kill=max(1, round(share * len(whole.log)))).run()
+    whole = World(rules, regimes(seed), chosen=dict(chosen), guard=guard).run()
+    kill = max(1, round(share * len(whole.log)))
+    killed = World(rules, regimes(seed), chosen=dict(chosen), guard=guard, kill=kill).run()
     assert killed.controller.state_dict() == whole.controller.state_dict()
     assert killed.factors == whole.factors
     again = replay(killed.log, configured(rules))
@@ -219,6 +235,21 @@ def test_c100_killed_after_any_record_it_decides_as_the_unbroken_run(
     assert (again.factor, again.spent) == (whole.controller.factor, whole.controller.spent)
     kept = told(killed.decisions())
     assert [r for r in told(whole.decisions()) if r not in kept] == []
+
+
+@pytest.mark.parametrize("after", [4, 25])
+def test_c100_what_a_rollback_decided_outlives_the_next_one_to_the_same_checkpoint(after: int) -> None:
+    def figures(branch: int, number: int) -> Figures:
+        return noisy(5.0 if branch == 0 and number > 120 else 2.0, 1, number)[0], 1.0, False
+
+    rules = replace(ACT, rollback=True)
+    unsaved = World(rules, figures, every=100, guard={1: after}).run()
+    assert [r.to_step for r in unsaved.log if isinstance(r, rec.Rewind)] == [100, 100]
+    (failed,) = (r.evidence["step"] for r in unsaved.decisions() if (r.evidence or {}).get("action") == "rollback")
+    assert (unsaved.factors[101], unsaved.factors[failed]) == (0.25, 0.25) and unsaved.controller.state_dict()["rung"] == 2
+    resumed = World(rules, figures, every=100, guard={1: after}, kill=failed + 20 + after).run()
+    assert resumed.controller.state_dict() == unsaved.controller.state_dict()
+    assert replay(unsaved.log, configured(rules)).factor == unsaved.controller.factor
 
 
 @settings(max_examples=30, deadline=None)
