@@ -60,7 +60,7 @@ def backs_after(records: Iterable[rec.Record], seq: int | None) -> list[Back]:
         if seq is None or record.seq <= seq:
             continue
         if isinstance(record, rec.Change) and record.what == FACTOR and record.evidence is not None:
-            actions.append(record.evidence)
+            actions += [record.evidence] if record.evidence["action"] != "raise" else []
         elif isinstance(record, rec.Alert) and record.code == "lower_rate":
             actions.append({"action": "advice", "step": record.step})
         elif isinstance(record, rec.Rewind):

@@ -210,7 +210,8 @@ def test_c100_every_cut_lowers_within_bounds_and_budget_and_the_log_gives_it_aga
             assert rules.mode == "act" and rules.lowest <= record.after <= 1.0 and evidence["factor"] == record.after
             assert record.after > record.before if evidence["action"] == "raise" else record.after < record.before
             assert {"statistic", "threshold", "window", "cooldown", "factor", "rule", "level", "sigma"} <= set(evidence)
-    actions = [r for r in world.decisions() if getattr(r, "what", "") == FACTOR or getattr(r, "code", "") == "lower_rate"]
+    lowered = [r for r in world.decisions() if getattr(r, "what", "") == FACTOR and r.evidence["action"] != "raise"]
+    actions = lowered + [r for r in world.decisions() if getattr(r, "code", "") == "lower_rate"]
     assert len(actions) == world.controller.spent <= rules.most
     assert all(rules.lowest <= factor <= 1.0 for factor in world.factors.values())
     again = replay(world.log, configured(rules))
@@ -219,9 +220,7 @@ def test_c100_every_cut_lowers_within_bounds_and_budget_and_the_log_gives_it_aga
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    RULES, st.integers(0, 10_000), st.dictionaries(st.integers(40, 190), st.just(5e-4), max_size=1), GUARD, st.floats(0, 1)
-)
+@given(RULES, st.integers(0, 10_000), st.dictionaries(st.integers(40, 190), st.just(5e-4), max_size=1), GUARD, st.floats(0, 1))
 def test_c100_killed_after_any_record_it_decides_as_the_unbroken_run(
     rules: Rules, seed: int, chosen: dict[int, float], guard: dict[int, int], share: float
 ) -> None:
@@ -347,7 +346,7 @@ def test_c098_what_helps_is_given_time() -> None:
 
 
 def test_c098_given_back_after_four_calm_cooldowns_never_above_the_schedule() -> None:
-    controller = RateController(replace(ACT, most=50))
+    controller = RateController(replace(ACT, most=1))  # and that is no action
     fed(controller, noisy(2.0, 100) + noisy(5.0, 20, 1))
     assert controller.factor == 0.5
     found = [d for d in fed(controller, noisy(2.0, 1000, 2), 121) if d.kind == "raise"]
@@ -364,6 +363,35 @@ def test_c098_three_skips_in_64_and_no_fewer() -> None:
             d for n, loss in enumerate(noisy(2.0, 200), 1) for d in controller.observe(step(n, loss, skipped=n in left_out))
         ]
         assert [d.record.evidence["rule"] for d in found if d.kind == "cut"] == (["skips"] if cut else [])
+
+
+def test_c098_steps_are_counted_where_only_each_tenth_has_a_record() -> None:
+    controller = RateController(replace(ACT, rollback=True))
+    losses = noisy(2.0, 100) + noisy(5.0, 60, 1)
+    found = [d for n, loss in enumerate(losses, 1) for d in controller.observe(step(10 * n, loss))]
+    cut = next(d for d in found if d.kind == "cut")
+    assert 1000 - 10 * RECENT < cut.first <= 1000  # a rollback must go to a step before it
+    outcome = next(d for d in found if d.kind == "outcome")
+    assert outcome.record.step >= cut.record.step - 1 + 10 * RECENT  # all of its losses are from after the cut
+    for gap, kinds in ((20, ["cut"]), (300, [])):
+        controller, left_out = RateController(ACT), {1003, 1003 + gap, 1003 + 2 * gap}
+        found = []
+        for n, loss in enumerate(noisy(2.0, 2000), 1):
+            if n % 10 == 0 or n in left_out:
+                found += controller.observe(step(n, loss, skipped=n in left_out))
+        assert [d.kind for d in found if d.kind == "cut"] == kinds
+    controller = RateController(ACT)  # warm-up is over after 32 steps, not after 32 records
+    found = [d for n in range(40, 400, 10) for d in controller.observe(step(n, 2.0, skipped=160 <= n <= 180))]
+    assert [d.kind for d in found][:1] == ["cut"]
+
+
+def test_c098_an_outcome_compares_losses_of_one_length() -> None:
+    controller = RateController(ACT)
+    assert [d.kind for d in fed(controller, noisy(2.0, 100) + noisy(5.0, 30, 1))] == ["cut"]
+    longer = [rec.Step(step=n, loss=2.0, grad_norm=1.0, lr=1e-3, batch=4, seq_length=64) for n in range(131, 280)]
+    assert [d for record in longer for d in controller.observe(record)] == []
+    state = controller.state_dict()
+    assert state["low"] is None and state["waiting"] is None and state["ended"]
 
 
 def test_c098_silent_in_warm_up_and_on_what_is_not_finite() -> None:
