@@ -69,7 +69,10 @@ class AdaptiveRate:
 
     def catch_up(self, backs: Iterable[Back], step: int) -> None:
         """Take note of rollbacks that the restored checkpoint of `step` does not know of."""
-        self._controller.rolled_back(backs, step)
+        known = list(backs)
+        self._controller.rolled_back(known, step)
+        if known and self.trainer.schedule is not None:
+            self.trainer.schedule.take_back(after=step)
         self._apply()
 
     def state_dict(self) -> dict[str, Any]:
