@@ -408,6 +408,15 @@ class RateController:
         )
         return Decision("outcome", record)
 
+    def _ladder_words(self) -> str:
+        """Why nothing is left to be done."""
+        factor, lowest = self._s.factor, self.rules.lowest
+        if lowest >= 1.0:
+            return "lr_multiplier_min=1 allows no lower rate: the run ends"
+        if factor <= lowest:
+            return f"the rate is {factor:.3g} of the schedule's already, the lowest allowed (lr_multiplier_min): the run ends"
+        return f"the rate is {factor:.3g} of the schedule's already, and that did not help: the run ends"
+
     def _spent(self, trouble: _Trouble, step: int) -> Decision | None:
         """The budget is used up: said once."""
         if self._s.spent_told:
@@ -423,7 +432,7 @@ class RateController:
             "lower_rate": ("the learning rate is too high for it", f"halve the rate: {lower}"),
             "adaptive_spent": (f"all {self.rules.most} actions of the run are used up (max_adaptive_actions)", lower),
             "rate_ladder_end": (
-                f"the rate is {self._s.factor:.3g} of the schedule's already, and that did not help: the run ends",
+                self._ladder_words(),
                 f"see `lumina-engine runs decisions {run}`; start from an earlier checkpoint with a lower learning_rate",
             ),
         }[code]

@@ -336,6 +336,10 @@ def test_c098_the_ladder_and_its_end() -> None:
     found = [d for d in fed(controller, noisy(2.0, 100) + noisy(5.0, 150, 1)) if getattr(d.record, "what", "") != OUTCOME]
     assert [d.kind for d in found][:2] == ["cut", "stop"] and controller.factor == 0.6
     assert found[1].record.code == "rate_ladder_end" and found[1].record.severity == "critical"
+    assert "the lowest allowed (lr_multiplier_min)" in found[1].record.message
+    controller = RateController(replace(ACT, lowest=1.0))
+    (stop,) = fed(controller, noisy(2.0, 100) + noisy(5.0, 30, 1))
+    assert stop.kind == "stop" and "lr_multiplier_min=1 allows no lower rate" in stop.reason
 
 
 def test_c098_what_helps_is_given_time() -> None:
