@@ -86,10 +86,16 @@ class Replayed:
     unwritten: int = 0  # decided again after a kill that came before their record
     factor: float = 1.0
     spent: int = 0
+    controlled: bool = False  # whether the log is of a run with a controller
 
     @property
     def agrees(self) -> bool:
         return not self.differences
+
+    @property
+    def known(self) -> bool:
+        """Whether it can be said: a log that was written without a controller cannot have what is decided now."""
+        return self.controlled or self.agrees
 
 
 class Replay:
@@ -199,4 +205,6 @@ def replay(records: Iterable[rec.Record], config: Any) -> Replayed:
     again = Replay(values)
     for record in known:
         again.take(record)
-    return again.end()
+    found = again.end()
+    found.controlled = any(of_controller(r) or (isinstance(r, rec.Run) and r.adaptive is not None) for r in known)
+    return found
