@@ -50,9 +50,9 @@ def show(args: argparse.Namespace, directory: RunDirectory) -> int:
     else:
         for line in lines(found):
             print(common.safe(line))
-    for line in found.differences:
+    for line in found.differences if found.known else []:
         print(common.safe(f"differs: {line}"), file=sys.stderr)
-    return 0 if found.agrees else 1
+    return 0 if found.agrees or not found.known else 1
 
 
 def as_json(found: Replayed) -> dict[str, Any]:
@@ -64,8 +64,8 @@ def as_json(found: Replayed) -> dict[str, Any]:
         "factor": found.factor,
         "actions": found.spent,
         "unwritten": found.unwritten,
-        "agrees": found.agrees,
-        "differences": found.differences,
+        "agrees": found.agrees if found.known else None,
+        "differences": found.differences if found.known else [],
     }
 
 
@@ -73,6 +73,8 @@ def lines(found: Replayed) -> list[str]:
     """A replay for a person."""
     from ..monitoring.decisions import as_dict
 
+    if not found.known:
+        return ["not known: the log was written without the rate controller"]
     shown = [_line(as_dict(record)) for record in found.decisions]
     if not shown:
         shown = ["no decision about the learning rate"]

@@ -72,6 +72,7 @@ _RULES: tuple[Rule, ...] = (
     training_checks.schedule,
     training_checks.curriculum,
     training_checks.data,
+    training_checks.adaptive,
     task_checks.tasks,
     training_checks.precision,
     training_checks.deepspeed,

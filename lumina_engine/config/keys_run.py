@@ -312,7 +312,11 @@ class AdaptiveKeys(Section):
         read_by=_ADAPTIVE,
     )
     max_adaptive_actions: int = key(
-        20, "Changes of the rate by act, or pieces of advice, in one run.", minimum=0, resume=True, read_by=_ADAPTIVE
+        20,
+        "Cuts of the rate by act, or pieces of advice, in one run; what is given back does not count.",
+        minimum=0,
+        resume=True,
+        read_by=_ADAPTIVE,
     )
     expert_growth: Literal["off", "advise", "act"] = key(
         "advise",

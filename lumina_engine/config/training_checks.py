@@ -116,6 +116,14 @@ def data(config: Config) -> Iterator[Finding]:
         )
 
 
+def adaptive(config: Config) -> Iterator[Finding]:
+    """Whether the rate controller has anything that it may do."""
+    if config.adaptive == "act" and config.lr_multiplier_min >= 1:
+        message = "adaptive = act with lr_multiplier_min = 1: no rate can be lowered, so the first lasting trouble ends the run"
+        fix = "set lr_multiplier_min=0.1, or adaptive=advise"
+        yield finding("warning", "adaptive_bound", "lr_multiplier_min adaptive", message, fix)
+
+
 def paths(value: str | list[str] | None) -> list[str]:
     """The paths of a key that takes none, one or several."""
     return [] if value is None else [value] if isinstance(value, str) else value

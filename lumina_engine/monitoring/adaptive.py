@@ -27,7 +27,7 @@ to the schedule's own rate.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Literal
@@ -97,6 +97,24 @@ class Decision:
         return str(self.record.reason if isinstance(self.record, rec.Change) else self.record.message)
 
 
+@dataclass(frozen=True, slots=True)
+class Back:
+    """A rollback, as the controller is told of it.
+
+    Attributes:
+        decision: the evidence of the decision for which the run went back; None if another guard did, then nothing is kept.
+        dropped: actions after `to_step` that are not in force any more; they count all the same.
+    """
+
+    to_step: int
+    decision: dict[str, Any] | None
+    dropped: int
+
+    def seen_from(self, step: int) -> Back:
+        """The same for a run that is back at `step` or before it: a decision from behind it is not in force any more."""
+        return self if self.to_step <= step else Back(step, None, self.dropped)
+
+
 @dataclass(slots=True)
 class _Trouble:
     """A rule that is met."""
@@ -114,10 +132,11 @@ class _State:
     """Everything that the decisions depend on beside the rules; part of a checkpoint."""
 
     recent: list[float] = field(default_factory=list)
+    recent_steps: list[int] = field(default_factory=list)  # their numbers: not every step has a record (`log_interval`)
     before: list[float] = field(default_factory=list)  # calm losses before the recent ones
     levels: list[float] = field(default_factory=list)  # medians of 16 at calm looks
     medians: list[float] = field(default_factory=list)  # at the last looks, calm or not
-    skips: list[int] = field(default_factory=list)  # which finite steps were left out, of the last 64
+    skips: list[int] = field(default_factory=list)  # finite steps of the last 64 that were left out
     seen: int = 0  # finite steps
     step: int = 0  # number of the last one
     shape: list[int | None] = field(default_factory=lambda: [None, None])  # rows and length of a batch
@@ -135,6 +154,7 @@ class _State:
     spent_told: bool = False
     actions: list[dict[str, Any]] = field(default_factory=list)  # their evidence
     dropped: int = 0  # actions in branches that rollbacks left
+    backs: list[list[Any]] = field(default_factory=list)  # all rollbacks: fields of `Back`
     waiting: dict[str, Any] | None = None  # evidence of the decision whose outcome is still to come
     chosen: int | None = None  # step for which a person has set the rate
 
@@ -162,9 +182,9 @@ class RateController:
         return len(self._s.actions) + self._s.dropped
 
     @property
-    def dropped(self) -> int:
-        """Actions in branches that rollbacks left."""
-        return self._s.dropped
+    def backs(self) -> list[Back]:
+        """The rollbacks so far. What a checkpoint has is the beginning of it: the rest came after it."""
+        return [Back(*item) for item in self._s.backs]
 
     def in_force(self) -> list[dict[str, Any]]:
         """The evidence of the actions of this branch."""
@@ -197,22 +217,20 @@ class RateController:
         if rules.mode != "act":
             s.factor, s.rung, s.waiting = 1.0, 0, None
 
-    def rolled_back(self, to_step: int, decision: Mapping[str, Any] | None, dropped: int) -> None:
-        """The run has gone back to `to_step`, whose state has been put back.
-
-        Args:
-            decision: the evidence of the decision for which it went back; None if another guard did, then nothing is kept.
-            dropped: actions after `to_step` that are not in force any more; they count all the same.
-        """
+    def rolled_back(self, backs: Iterable[Back], step: int) -> None:
+        """The state of the checkpoint of `step` has been put back; `backs` are the rollbacks since it was saved, in order."""
         s = self._s
-        s.dropped += dropped
-        if s.chosen is not None and s.chosen > to_step:
-            s.chosen = None
-        if decision is not None:
-            s.factor = min(s.factor, float(decision["factor"]))
-            s.rung, s.acted, s.uneasy = int(decision["rung"]), to_step, to_step
-            s.low, s.low_at, s.ended = None, to_step, False
-            s.waiting = {**decision, "due": to_step + self.rules.cooldown}
+        for back in (item.seen_from(step) for item in backs):
+            s.backs = [*s.backs, [back.to_step, back.decision, back.dropped]]
+            s.dropped += back.dropped
+            if s.chosen is not None and s.chosen > back.to_step:
+                s.chosen = None
+            if back.decision is not None:
+                s.factor = min(s.factor, float(back.decision["factor"]))
+                s.rung, s.acted, s.uneasy = int(back.decision["rung"]), back.to_step, back.to_step
+                s.low, s.low_at, s.ended = None, back.to_step, False
+                s.waiting = {**back.decision, "since": back.to_step, "due": back.to_step + self.rules.cooldown}
+        self.use(self.rules)
 
     # ---- one step -------------------------------------------------------------------------------------------------------
 
@@ -225,21 +243,20 @@ class RateController:
             return []
         shape = [record.batch, record.seq_length]
         if s.shape != shape:  # losses of another length or number of rows do not compare
-            s.recent, s.before, s.levels, s.medians, s.out, s.shape = [], [], [], [], 0, shape
+            s.recent, s.recent_steps, s.before, s.levels, s.medians, s.out, s.shape = [], [], [], [], [], 0, shape
+            s.low, s.low_at, s.ended, s.waiting = None, record.step, True, None
         s.seen += 1
         s.step = record.step
         s.lr = record.lr
-        self._push(math.log(max(loss, TINY)))
-        s.skips = [number for number in s.skips if number > s.seen - SKIP_SPAN] + [s.seen] * record.skipped
+        self._push(math.log(max(loss, TINY)), record.step)
+        s.skips = [number for number in s.skips if number > record.step - SKIP_SPAN] + [record.step] * record.skipped
         looks = s.seen % LOOK == 0 and len(s.recent) == RECENT
         trouble = self._look(record.step) if looks else None
         if trouble is None and record.skipped and len(s.skips) >= SKIPS:
             words = f"{len(s.skips)} steps were left out by the guard within {SKIP_SPAN}"
-            trouble = _Trouble(
-                "skips", float(len(s.skips)), float(SKIPS), SKIP_SPAN, record.step - (s.seen - s.skips[0]), words
-            )
-        found = [self._outcome(record.step)] if s.waiting is not None and record.step >= s.waiting["due"] else []
-        if trouble is not None and s.seen > WARM:
+            trouble = _Trouble("skips", float(len(s.skips)), float(SKIPS), SKIP_SPAN, s.skips[0], words)
+        found = [self._outcome(record.step)] if self._known() else []
+        if trouble is not None and record.step > WARM:
             s.uneasy = record.step
             found.append(self._against(trouble, record.step))
         elif s.out:
@@ -254,8 +271,9 @@ class RateController:
         s.chosen, s.factor, s.rung, s.acted, s.waiting = None, 1.0, 0, None, None
         s.skips = []
 
-    def _push(self, value: float) -> None:
+    def _push(self, value: float, step: int) -> None:
         s = self._s
+        s.recent_steps = [*s.recent_steps[1 - RECENT :], step]
         if len(s.recent) == RECENT:
             left = s.recent.pop(0)
             if not s.out:
@@ -278,7 +296,7 @@ class RateController:
             return None
         s.out += 1
         if s.out == 1:
-            s.first = step - RECENT + 1
+            s.first = s.recent_steps[0]
         if s.low is None or middle < s.low - SINKING * sigma:
             s.low, s.low_at = middle, step
         if s.acted is not None and not s.ended and step - s.low_at < self.rules.cooldown:
@@ -340,16 +358,16 @@ class RateController:
             what=FACTOR, step=step + 1, before=s.factor, after=factor, by="adaptive", reason=trouble.words, evidence=evidence
         )
         s.factor = factor
-        s.actions.append(evidence)
-        if kind != "raise":
-            s.waiting = {**evidence, "due": step + self.rules.cooldown}
+        if kind != "raise":  # what gives back is no action against trouble
+            s.actions.append(evidence)
+            s.waiting = {**evidence, "since": step, "due": step + self.rules.cooldown}
         return Decision(kind, record, trouble.first, trouble.statistic, trouble.threshold)
 
     def _raise(self, step: int) -> Decision | None:
         """A tenth back, when nothing was wrong for long."""
         s, rules = self._s, self.rules
         calm = step - max(s.uneasy, s.acted or 0)
-        if s.factor >= 1.0 or rules.mode != "act" or not rules.gives_back or self.spent >= rules.most:
+        if s.factor >= 1.0 or rules.mode != "act" or not rules.gives_back:
             return None
         if calm < CALM * rules.cooldown or step - s.raised < rules.cooldown:
             return None
@@ -358,12 +376,18 @@ class RateController:
         trouble = _Trouble("calm", float(calm), float(CALM * rules.cooldown), CALM * rules.cooldown, step, words)
         return self._change("raise", trouble, step, min(1.0, s.factor * RAISE), s.rung)
 
+    def _known(self) -> bool:
+        """Whether an outcome is due, and enough losses came since the action."""
+        s = self._s
+        if s.waiting is None or s.step < s.waiting["due"] or len(s.recent) < RECENT:
+            return False
+        since, enough = s.waiting["since"], min(RECENT, s.waiting["due"] - s.waiting["since"])
+        return sum(step > since for step in s.recent_steps) >= enough
+
     def _outcome(self, step: int) -> Decision | None:
         """Whether the loss is back where it was before the trouble, one cooldown after the action."""
         s = self._s
         assert s.waiting is not None
-        if len(s.recent) < RECENT:
-            return None
         decided, s.waiting = s.waiting, None
         middle, level = median(s.recent), float(decided["level"])
         bound = max(INSIDE * float(decided["sigma"]), RISEN)
@@ -384,6 +408,15 @@ class RateController:
         )
         return Decision("outcome", record)
 
+    def _ladder_words(self) -> str:
+        """Why nothing is left to be done."""
+        factor, lowest = self._s.factor, self.rules.lowest
+        if lowest >= 1.0:
+            return "lr_multiplier_min=1 allows no lower rate: the run ends"
+        if factor <= lowest:
+            return f"the rate is {factor:.3g} of the schedule's already, the lowest allowed (lr_multiplier_min): the run ends"
+        return f"the rate is {factor:.3g} of the schedule's already, and that did not help: the run ends"
+
     def _spent(self, trouble: _Trouble, step: int) -> Decision | None:
         """The budget is used up: said once."""
         if self._s.spent_told:
@@ -399,7 +432,7 @@ class RateController:
             "lower_rate": ("the learning rate is too high for it", f"halve the rate: {lower}"),
             "adaptive_spent": (f"all {self.rules.most} actions of the run are used up (max_adaptive_actions)", lower),
             "rate_ladder_end": (
-                f"the rate is {self._s.factor:.3g} of the schedule's already, and that did not help: the run ends",
+                self._ladder_words(),
                 f"see `lumina-engine runs decisions {run}`; start from an earlier checkpoint with a lower learning_rate",
             ),
         }[code]

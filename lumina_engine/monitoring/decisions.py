@@ -16,18 +16,9 @@ from typing import Any, TypeGuard
 import msgspec
 
 from . import record as rec
-from .adaptive import ADVICE, FACTOR, OUTCOME, Decision, RateController, Rules
+from .adaptive import ADVICE, FACTOR, OUTCOME, Back, Decision, RateController, Rules
 
 KEYS = ("adaptive", "spike_window", "adaptive_cooldown_steps", "lr_multiplier_min", "max_adaptive_actions", "spike_policy")
-
-
-@dataclass(frozen=True, slots=True)
-class Back:
-    """A rollback, as the controller is told of it: see `RateController.rolled_back`."""
-
-    to_step: int
-    decision: dict[str, Any] | None
-    dropped: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +60,7 @@ def backs_after(records: Iterable[rec.Record], seq: int | None) -> list[Back]:
         if seq is None or record.seq <= seq:
             continue
         if isinstance(record, rec.Change) and record.what == FACTOR and record.evidence is not None:
-            actions.append(record.evidence)
+            actions += [record.evidence] if record.evidence["action"] != "raise" else []
         elif isinstance(record, rec.Alert) and record.code == "lower_rate":
             actions.append({"action": "advice", "step": record.step})
         elif isinstance(record, rec.Rewind):
@@ -95,10 +86,16 @@ class Replayed:
     unwritten: int = 0  # decided again after a kill that came before their record
     factor: float = 1.0
     spent: int = 0
+    controlled: bool = False  # whether the log is of a run with a controller
 
     @property
     def agrees(self) -> bool:
         return not self.differences
+
+    @property
+    def known(self) -> bool:
+        """Whether it can be said: a log that was written without a controller cannot have what is decided now."""
+        return self.controlled or self.agrees
 
 
 class Replay:
@@ -165,7 +162,7 @@ class Replay:
         self.controller = RateController(self._first)
         for item in self._kept:
             if isinstance(item, Back):
-                self.controller.rolled_back(item.to_step, item.decision, item.dropped)
+                self.controller.rolled_back([item], record.to_step)
             elif isinstance(item, _Ruled):
                 self.controller.use(item.rules)
             else:
@@ -173,13 +170,13 @@ class Replay:
         self.controller.use(before.rules)
         if back is not None:
             self._kept.append(back)
-            self.controller.rolled_back(back.to_step, back.decision, back.dropped)
+            self.controller.rolled_back([back], record.to_step)
 
 
 def _cut(item: _Item, to_step: int) -> _Item | None:
     """What is left of something when the run is back at `to_step`. What rollbacks have spent stays spent."""
     if isinstance(item, Back):
-        return item if item.to_step <= to_step else Back(to_step, None, item.dropped)
+        return item.seen_from(to_step)
     return item if (item.step or 0) <= to_step else None
 
 
@@ -208,4 +205,6 @@ def replay(records: Iterable[rec.Record], config: Any) -> Replayed:
     again = Replay(values)
     for record in known:
         again.take(record)
-    return again.end()
+    found = again.end()
+    found.controlled = any(of_controller(r) or (isinstance(r, rec.Run) and r.adaptive is not None) for r in known)
+    return found

@@ -34,7 +34,8 @@ class AdaptiveHyperparameterOptimizer:
 
         Returns:
             `factor` (multiply the present rate by it; below 1), `reason`, `statistic`, `threshold`, `step`, and `stop`: True
-            when it has been lowered twice in vain, and going on is of no use.
+            when it has been lowered twice in vain, or trouble comes while it is at `lr_multiplier_min` (which cuts of separate
+            troubles reach too: here nothing is given back).
 
         Raises:
             TypeError: a value is no number.

@@ -42,6 +42,7 @@ class Run(_Record, tag="run"):
     total_steps: Int64 | None = None
     total_tokens: Int64 | None = None
     world: Int64 | None = None
+    adaptive: str | None = None  # mode of the rate controller, when a trainer begins; versions without one write none
     id: str | None = None  # the command that caused it
 
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ..monitoring import record as rec
-from ..monitoring.adaptive import RateController, Rules
-from ..monitoring.decisions import Back, back_of
+from ..monitoring.adaptive import Back, RateController, Rules
+from ..monitoring.decisions import back_of
 from ..run.policy import NO_PROGRESS
 from .progress import Stop, Trouble
 
@@ -63,14 +63,16 @@ class AdaptiveRate:
 
     def rolled_back(self, rewind: rec.Rewind, before: Mapping[str, Any]) -> None:
         """The trainer has been put back by `rewind`; `before` is the state that this had until then."""
-        back = back_of(rewind, before["actions"])
-        self._controller.load_state_dict(self._controller.state_dict() | {"dropped": before["dropped"]})
-        self.catch_up([back])
+        known = len(self._controller.backs)
+        since = [Back(*item) for item in before["backs"][known:]]
+        self.catch_up([*since, back_of(rewind, before["actions"])], rewind.to_step)
 
-    def catch_up(self, backs: Iterable[Back]) -> None:
-        """Take note of rollbacks that the restored checkpoint does not know of."""
-        for back in backs:
-            self._controller.rolled_back(back.to_step, back.decision, back.dropped)
+    def catch_up(self, backs: Iterable[Back], step: int) -> None:
+        """Take note of rollbacks that the restored checkpoint of `step` does not know of."""
+        known = list(backs)
+        self._controller.rolled_back(known, step)
+        if known and self.trainer.schedule is not None:
+            self.trainer.schedule.take_back(after=step)
         self._apply()
 
     def state_dict(self) -> dict[str, Any]:

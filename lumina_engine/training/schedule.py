@@ -25,6 +25,8 @@ class Schedule:
     decay_ratio: float
     multiplier: float = 1.0
     factor: float = 1.0
+    chosen_at: int = 0  # step for which the multiplier was set, and what it was before
+    replaced: float = 1.0
 
     @classmethod
     def from_config(cls, config: Any, total_steps: int) -> Schedule:
@@ -59,11 +61,19 @@ class Schedule:
     def set_lr(self, step: int, lr: float) -> float:
         """Choose the multiplier so that `step` has the rate `lr`; later steps keep the schedule's shape. Returns it."""
         self.factor = 1.0
+        if step != self.chosen_at:  # of two choices for one step the second replaces the first
+            self.chosen_at, self.replaced = step, self.multiplier
         self.multiplier = lr / (self.peak * self.shape(step))
         return self.multiplier
 
+    def take_back(self, after: int) -> None:
+        """Undo what was set for a later step than this. The checkpoint of a step may have what was set for the next one."""
+        if self.chosen_at > after:
+            self.multiplier, self.chosen_at = self.replaced, 0
+
     def state_dict(self) -> dict[str, float]:
-        return {"multiplier": self.multiplier}
+        return {"multiplier": self.multiplier, "chosen_at": self.chosen_at, "replaced": self.replaced}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         self.multiplier = float(state["multiplier"])
+        self.chosen_at, self.replaced = int(state.get("chosen_at", 0)), float(state.get("replaced", 1.0))

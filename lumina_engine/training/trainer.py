@@ -169,7 +169,8 @@ class EnhancedConversationTrainer:
         """
         started = time.monotonic()
         self.prepare(train_dataset, eval_dataset)
-        self.emit(rec.Run(state="running", total_steps=self.total_steps, world=self.comm.world_size))
+        mode = self.config.adaptive
+        self.emit(rec.Run(state="running", total_steps=self.total_steps, world=self.comm.world_size, adaptive=mode))
         try:
             with explained():  # what is compiled for a new shape
                 self._loop(self._loader())

@@ -26,7 +26,8 @@ from ..config.schema import Config
 from ..data.facts import facts_of, rows_of_run
 from ..data.skip_list import SkipList
 from ..monitoring import record as rec
-from ..monitoring.decisions import Back, backs_after
+from ..monitoring.adaptive import Back
+from ..monitoring.decisions import backs_after
 from ..monitoring.growth import GrowthWatch
 from ..monitoring.hardware import HardwareThread
 from ..monitoring.log import MetricLog, read_records, surviving
@@ -234,7 +235,7 @@ class Worker:
         trainer = self.trainer
         trainer.boundary.rates = {int(step): float(rate) for step, rate in shared["rates"]}
         trainer.boundary.replay = {step: rate for step, rate in trainer.boundary.rates.items() if step > loaded.step}
-        trainer.adaptive.catch_up(Back(*back) for back in shared["backs"])
+        trainer.adaptive.catch_up((Back(*back) for back in shared["backs"]), loaded.step)
         trainer.recovery = trainer.recovery.after(
             rec.Rewind(to_step=to_step, failed_step=failed, skip=skip) for to_step, failed, skip in shared["rollbacks"]
         )

@@ -13,6 +13,13 @@ LAPTOP = Machine([], 16 * GB, 4, 100 * GB)
 # changes, code, severity, words of the line, changes that mend it
 CASES = [
     (
+        {"adaptive": "act", "lr_multiplier_min": 1.0},
+        "adaptive_bound",
+        "warning",
+        "no rate can be lowered, so the first lasting trouble ends the run; set lr_multiplier_min=0.1",
+        {"lr_multiplier_min": 0.1},
+    ),
+    (
         {"hidden_size": 500, "num_heads": 8},
         "heads",
         "error",

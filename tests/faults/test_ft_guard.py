@@ -178,17 +178,18 @@ def test_ft05_a_damaged_checkpoint_is_no_target(tmp_path: Path) -> None:
     assert rewinds(tiny) == [(10, 15)] and "checkpoint_damaged" in tiny.alerts()
 
 
-def test_ft05_a_rate_set_since_is_named_and_not_in_force(tmp_path: Path) -> None:
+@pytest.mark.parametrize("set_at", [8, 10])  # 8: the checkpoint to which the run goes back has it
+def test_ft05_a_rate_set_since_is_named_and_not_in_force(tmp_path: Path, set_at: int) -> None:
     plain = Tiny(tmp_path, "plain", documents=MANY, max_steps=16)
     plain.train()
     bad = {row for step in (13, 14, 15) for row in plain.rows[step]}
     tiny = Tiny(tmp_path, max_steps=16, save_interval=4)
-    tiny.channel.commands[10] = [Command(id="c", cmd="set_lr", args={"lr": 1e-2})]
+    tiny.channel.commands[set_at] = [Command(id="c", cmd="set_lr", args={"lr": 1e-2})]
     disturb(tiny, set(range(1, 17)), lambda out: times(math.nan)(out) if bad & set(tiny.rows[_now(tiny)]) else out)
     tiny.train()
     assert rewinds(tiny) == [(8, 15)]
     alert = next(r for r in tiny.records if isinstance(r, rec.Alert) and r.code == "rate_dropped")
-    assert "0.01 at step 11" in alert.message
+    assert f"0.01 at step {set_at + 1}" in alert.message
     assert [tiny.losses[step][4] for step in range(9, 17)] == [plain.losses[step][4] for step in range(9, 17)]
 
 

@@ -69,6 +69,7 @@ class World:
     steps: int = 200
     every: int = 10  # steps between saves
     chosen: dict[int, float] = field(default_factory=dict)  # step -> rate that a person sets for it
+    guard: dict[int, int] = field(default_factory=dict)  # branch -> steps after its beginning, when the guard goes back too
     kill: int | None = None  # after so many records
     log: list[Any] = field(default_factory=list)
 
@@ -100,14 +101,21 @@ class World:
         seq, state = self.saves.get(self.step, (None, RateController(self.rules).state_dict()))
         self.controller = RateController(self.rules)
         self.controller.load_state_dict(copy.deepcopy(state))
-        for back in backs_after(self.log, seq):
-            self.controller.rolled_back(back.to_step, back.decision, back.dropped)
+        self.controller.rolled_back(backs_after(self.log, seq), self.step)
         self.emit(rec.Rewind(to_step=self.step))
         self._choose("recovery")
 
     @property
     def branch(self) -> int:
-        return sum(isinstance(r, rec.Rewind) and r.failed_step is not None for r in self.log)
+        return len(self._rollbacks())
+
+    @property
+    def begun(self) -> int:
+        """The step to which the last rollback went."""
+        return max((r.seq, r.to_step) for r in [rec.Rewind(to_step=0, seq=0), *self._rollbacks()])[1]
+
+    def _rollbacks(self) -> list[rec.Rewind]:
+        return [r for r in self.log if isinstance(r, rec.Rewind) and r.failed_step is not None]
 
     def _choose(self, by: str) -> None:
         if (rate := self.chosen.get(self.step + 1)) is not None:
@@ -127,22 +135,24 @@ class World:
                 self.emit(decision.record)
             self._choose("user")
             back = next((d for d in decisions if d.kind == "rollback"), None)
-            if back is not None and self._back(back):
+            if back is not None and self._back(back.first):
+                continue
+            if back is None and self.guard.get(self.branch) == self.step - self.begun and self._back(self.step):
                 continue
             if any(d.kind == "stop" for d in decisions):
                 return
             if self.step % self.every == 0:
                 self.saves[self.step] = (len(self.log), copy.deepcopy(self.controller.state_dict()))
 
-    def _back(self, decision: Decision) -> bool:
-        target = max((at for at in self.saves if at < decision.first), default=None)
+    def _back(self, first: int) -> bool:
+        target = max((at for at in self.saves if at < first), default=None)
         if target is None:
             return False
         self.saves = {at: save for at, save in self.saves.items() if at <= target}
         record = rec.Rewind(to_step=target, failed_step=self.step)
-        back = back_of(record, self.controller.in_force())
-        self.controller.load_state_dict(copy.deepcopy(self.saves[target][1]) | {"dropped": self.controller.dropped})
-        self.controller.rolled_back(back.to_step, back.decision, back.dropped)
+        backs = [*self.controller.backs, back_of(record, self.controller.in_force())]
+        self.controller.load_state_dict(copy.deepcopy(self.saves[target][1]))
+        self.controller.rolled_back(backs[len(self.controller.backs) :], target)
         self.chosen = {at: rate for at, rate in self.chosen.items() if at <= target}
         self.step = target
         self.emit(record)
@@ -185,19 +195,23 @@ RULES = st.builds(
 )
 
 
+GUARD = st.dictionaries(st.integers(0, 3), st.integers(1, 60), max_size=3)
+
+
 @settings(max_examples=40, deadline=None)
-@given(RULES, st.integers(0, 10_000), st.dictionaries(st.integers(40, 190), st.just(5e-4), max_size=2))
+@given(RULES, st.integers(0, 10_000), st.dictionaries(st.integers(40, 190), st.just(5e-4), max_size=2), GUARD)
 def test_c100_every_cut_lowers_within_bounds_and_budget_and_the_log_gives_it_again(
-    rules: Rules, seed: int, chosen: dict[int, float]
+    rules: Rules, seed: int, chosen: dict[int, float], guard: dict[int, int]
 ) -> None:
-    world = World(rules, regimes(seed), chosen=chosen).run()
+    world = World(rules, regimes(seed), chosen=chosen, guard=guard).run()
     for record in world.decisions():
         if isinstance(record, rec.Change) and record.what == FACTOR:
             evidence = record.evidence
             assert rules.mode == "act" and rules.lowest <= record.after <= 1.0 and evidence["factor"] == record.after
             assert record.after > record.before if evidence["action"] == "raise" else record.after < record.before
             assert {"statistic", "threshold", "window", "cooldown", "factor", "rule", "level", "sigma"} <= set(evidence)
-    actions = [r for r in world.decisions() if getattr(r, "what", "") == FACTOR or getattr(r, "code", "") == "lower_rate"]
+    lowered = [r for r in world.decisions() if getattr(r, "what", "") == FACTOR and r.evidence["action"] != "raise"]
+    actions = lowered + [r for r in world.decisions() if getattr(r, "code", "") == "lower_rate"]
     assert len(actions) == world.controller.spent <= rules.most
     assert all(rules.lowest <= factor <= 1.0 for factor in world.factors.values())
     again = replay(world.log, configured(rules))
@@ -206,12 +220,13 @@ def test_c100_every_cut_lowers_within_bounds_and_budget_and_the_log_gives_it_aga
 
 
 @settings(max_examples=60, deadline=None)
-@given(RULES, st.integers(0, 10_000), st.dictionaries(st.integers(40, 190), st.just(5e-4), max_size=1), st.floats(0, 1))
+@given(RULES, st.integers(0, 10_000), st.dictionaries(st.integers(40, 190), st.just(5e-4), max_size=1), GUARD, st.floats(0, 1))
 def test_c100_killed_after_any_record_it_decides_as_the_unbroken_run(
-    rules: Rules, seed: int, chosen: dict[int, float], share: float
+    rules: Rules, seed: int, chosen: dict[int, float], guard: dict[int, int], share: float
 ) -> None:
-    whole = World(rules, regimes(seed), chosen=dict(chosen)).run()
-    killed = World(rules, regimes(seed), chosen=dict(chosen), kill=max(1, round(share * len(whole.log)))).run()
+    whole = World(rules, regimes(seed), chosen=dict(chosen), guard=guard).run()
+    kill = max(1, round(share * len(whole.log)))
+    killed = World(rules, regimes(seed), chosen=dict(chosen), guard=guard, kill=kill).run()
     assert killed.controller.state_dict() == whole.controller.state_dict()
     assert killed.factors == whole.factors
     again = replay(killed.log, configured(rules))
@@ -219,6 +234,21 @@ def test_c100_killed_after_any_record_it_decides_as_the_unbroken_run(
     assert (again.factor, again.spent) == (whole.controller.factor, whole.controller.spent)
     kept = told(killed.decisions())
     assert [r for r in told(whole.decisions()) if r not in kept] == []
+
+
+@pytest.mark.parametrize("after", [4, 25])
+def test_c100_what_a_rollback_decided_outlives_the_next_one_to_the_same_checkpoint(after: int) -> None:
+    def figures(branch: int, number: int) -> Figures:
+        return noisy(5.0 if branch == 0 and number > 120 else 2.0, 1, number)[0], 1.0, False
+
+    rules = replace(ACT, rollback=True)
+    unsaved = World(rules, figures, every=100, guard={1: after}).run()
+    assert [r.to_step for r in unsaved.log if isinstance(r, rec.Rewind)] == [100, 100]
+    (failed,) = (r.evidence["step"] for r in unsaved.decisions() if (r.evidence or {}).get("action") == "rollback")
+    assert (unsaved.factors[101], unsaved.factors[failed]) == (0.25, 0.25) and unsaved.controller.state_dict()["rung"] == 2
+    resumed = World(rules, figures, every=100, guard={1: after}, kill=failed + 20 + after).run()
+    assert resumed.controller.state_dict() == unsaved.controller.state_dict()
+    assert replay(unsaved.log, configured(rules)).factor == unsaved.controller.factor
 
 
 @settings(max_examples=30, deadline=None)
@@ -306,6 +336,10 @@ def test_c098_the_ladder_and_its_end() -> None:
     found = [d for d in fed(controller, noisy(2.0, 100) + noisy(5.0, 150, 1)) if getattr(d.record, "what", "") != OUTCOME]
     assert [d.kind for d in found][:2] == ["cut", "stop"] and controller.factor == 0.6
     assert found[1].record.code == "rate_ladder_end" and found[1].record.severity == "critical"
+    assert "the lowest allowed (lr_multiplier_min)" in found[1].record.message
+    controller = RateController(replace(ACT, lowest=1.0))
+    (stop,) = fed(controller, noisy(2.0, 100) + noisy(5.0, 30, 1))
+    assert stop.kind == "stop" and "lr_multiplier_min=1 allows no lower rate" in stop.reason
 
 
 def test_c098_what_helps_is_given_time() -> None:
@@ -316,7 +350,7 @@ def test_c098_what_helps_is_given_time() -> None:
 
 
 def test_c098_given_back_after_four_calm_cooldowns_never_above_the_schedule() -> None:
-    controller = RateController(replace(ACT, most=50))
+    controller = RateController(replace(ACT, most=1))  # and that is no action
     fed(controller, noisy(2.0, 100) + noisy(5.0, 20, 1))
     assert controller.factor == 0.5
     found = [d for d in fed(controller, noisy(2.0, 1000, 2), 121) if d.kind == "raise"]
@@ -333,6 +367,35 @@ def test_c098_three_skips_in_64_and_no_fewer() -> None:
             d for n, loss in enumerate(noisy(2.0, 200), 1) for d in controller.observe(step(n, loss, skipped=n in left_out))
         ]
         assert [d.record.evidence["rule"] for d in found if d.kind == "cut"] == (["skips"] if cut else [])
+
+
+def test_c098_steps_are_counted_where_only_each_tenth_has_a_record() -> None:
+    controller = RateController(replace(ACT, rollback=True))
+    losses = noisy(2.0, 100) + noisy(5.0, 60, 1)
+    found = [d for n, loss in enumerate(losses, 1) for d in controller.observe(step(10 * n, loss))]
+    cut = next(d for d in found if d.kind == "cut")
+    assert 1000 - 10 * RECENT < cut.first <= 1000  # a rollback must go to a step before it
+    outcome = next(d for d in found if d.kind == "outcome")
+    assert outcome.record.step >= cut.record.step - 1 + 10 * RECENT  # all of its losses are from after the cut
+    for gap, kinds in ((20, ["cut"]), (300, [])):
+        controller, left_out = RateController(ACT), {1003, 1003 + gap, 1003 + 2 * gap}
+        found = []
+        for n, loss in enumerate(noisy(2.0, 2000), 1):
+            if n % 10 == 0 or n in left_out:
+                found += controller.observe(step(n, loss, skipped=n in left_out))
+        assert [d.kind for d in found if d.kind == "cut"] == kinds
+    controller = RateController(ACT)  # warm-up is over after 32 steps, not after 32 records
+    found = [d for n in range(40, 400, 10) for d in controller.observe(step(n, 2.0, skipped=160 <= n <= 180))]
+    assert [d.kind for d in found][:1] == ["cut"]
+
+
+def test_c098_an_outcome_compares_losses_of_one_length() -> None:
+    controller = RateController(ACT)
+    assert [d.kind for d in fed(controller, noisy(2.0, 100) + noisy(5.0, 30, 1))] == ["cut"]
+    longer = [rec.Step(step=n, loss=2.0, grad_norm=1.0, lr=1e-3, batch=4, seq_length=64) for n in range(131, 280)]
+    assert [d for record in longer for d in controller.observe(record)] == []
+    state = controller.state_dict()
+    assert state["low"] is None and state["waiting"] is None and state["ended"]
 
 
 def test_c098_silent_in_warm_up_and_on_what_is_not_finite() -> None:

@@ -200,6 +200,21 @@ def test_c100_decisions_are_shown_with_evidence_and_checked(tmp_path: Path, caps
     assert "differs: step" in capsys.readouterr().err
 
 
+def test_c100_a_log_of_a_version_without_the_controller_is_not_judged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, mode, code in (("old", None, 0), ("new", "act", 1)):
+        run = RunDirectory.create(tmp_path, name, preset="debug")
+        Config(adaptive="act", adaptive_cooldown_steps=20).save(run.config_path)
+        with MetricLog(run.metrics_path, 1, sync_interval=0) as log:
+            log.emit(rec.Run(state="running", adaptive=mode))
+            for step in range(1, 151):
+                log.emit(rec.Step(step=step, loss=(2.0 if step <= 100 else 5.0) + 0.01 * (step * 7 % 11), grad_norm=1.0))
+        assert call("decisions", name, "--runs", str(tmp_path)) == code
+        shown = capsys.readouterr()
+        assert ("written without the rate controller" in shown.out, "differs" in shown.err) == (not code, bool(code))
+
+
 def test_c100_a_run_without_decisions_or_without_its_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = filled(tmp_path)
     with pytest.raises(UserError, match=r"config\.yaml is not there"):

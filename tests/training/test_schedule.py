@@ -64,6 +64,22 @@ def test_rates_stay_between_floor_and_peak(kind: str, total: int, warmup: int, f
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(after))  # never up again after the warm-up
 
 
+def test_r29_a_choice_for_a_later_step_is_taken_back_from_what_was_saved_with_it() -> None:
+    schedule = Schedule("constant", 1e-3, 1000, 0, 0.1, 0.2)
+    schedule.set_lr(50, 5e-4)
+    schedule.set_lr(125, 2e-4)
+    schedule.set_lr(125, 4e-4)
+    again = Schedule("constant", 1e-3, 1000, 0, 0.1, 0.2)
+    again.load_state_dict(schedule.state_dict())
+    again.take_back(after=125)
+    assert again.lr(125) == pytest.approx(4e-4)
+    again.take_back(after=124)
+    assert again.lr(125) == pytest.approx(5e-4)
+    again.load_state_dict({"multiplier": 0.25})  # of an earlier version
+    again.take_back(after=0)
+    assert again.lr(1) == 2.5e-4
+
+
 def test_r29_multiplier_scales_later_steps_and_survives_a_restart() -> None:
     s, fresh = schedule("cosine"), schedule("cosine")
     s.set_lr(40, 2e-4)
