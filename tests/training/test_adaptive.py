@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,28 @@ def test_c098_the_second_rung_goes_back_and_the_cut_stays(tmp_path: Path) -> Non
     assert (failed, factor) == (second - 1, 0.25) and to_step < FAULT + 16 < first
     back = next(place for place, r in enumerate(tiny.records) if isinstance(r, rec.Rewind))
     rate = next(r.lr for r in tiny.records[back:] if isinstance(r, rec.Step))
+    assert rate == rates(tiny)[1] / tiny.trainer.schedule.shape(1) * 0.25 and agrees(tiny)  # type: ignore[union-attr]
+
+
+def test_c098_the_cut_outlives_a_guard_that_goes_back_to_the_same_checkpoint(tmp_path: Path) -> None:
+    keys = KEYS | {
+        "spike_policy": "rollback",
+        "spike_sigma": 20.0,
+        "save_interval": 10,
+        "max_nonfinite_in_row": 2,
+        "max_steps": 140,
+    }
+    tiny = Tiny(tmp_path, documents=MANY, **keys)
+
+    def how(step: int) -> float:
+        back = rewinds(tiny)
+        return slope(step) if not back else math.nan if len(back) == 1 and step > back[0][0] + 12 else 1.0
+
+    lifted(tiny, how).train()
+    (to_step, _), (again, _) = rewinds(tiny)
+    assert again == to_step
+    begun = [place for place, r in enumerate(tiny.records) if isinstance(r, rec.Rewind)][-1]
+    rate = next(r.lr for r in tiny.records[begun:] if isinstance(r, rec.Step))
     assert rate == rates(tiny)[1] / tiny.trainer.schedule.shape(1) * 0.25 and agrees(tiny)  # type: ignore[union-attr]
 
 
