@@ -43,9 +43,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("hf", "safetensors")
 WEIGHTS, INDEX, SHAPE = "model.safetensors", "model.safetensors.index.json", "config.json"
-_TOKENIZER_ENTRY = (
-    "lumina_tokenizer"  # in an exported config.json: what the ids mean, by name and digest, and the template of turns
-)
+# In an exported config.json: what the ids mean, by name and digest, and the template of turns.
+_TOKENIZER_ENTRY = "lumina_tokenizer"
 MAX_DESCRIPTION_BYTES = 16 << 20
 
 

@@ -102,10 +102,10 @@ def _tokenizer(named: dict[str, Any], path: Path) -> ConversationTokenizer:
     except TokenizerError as error:
         raise CheckpointError(f"{path} needs tokenizer {name}: {error}") from error
     if tokenizer.digest != digest:
+        fix = "put that file back as it was" if Path(name).is_absolute() else "use the Lumina that it was trained with"
         raise CheckpointError(
             f"{path} was trained with tokenizer {name} of digest {digest[:16]}, the one here has "
-            f"{tokenizer.digest[:16]}: other ids, so its words would be wrong; "
-            f"{'put that file back as it was' if Path(name).is_absolute() else 'use the Lumina that it was trained with'}"
+            f"{tokenizer.digest[:16]}: other ids, so its words would be wrong; {fix}"
         )
     return tokenizer
 

@@ -94,10 +94,8 @@ def roll_back(trainer: EnhancedConversationTrainer, trouble: Trouble) -> bool:
     trainer.sync_log()
     from .state import restore
 
-    recovery, adaptive = (
-        trainer.recovery.after([went_back]),
-        trainer.adaptive.state_dict(),
-    )  # the checkpoint does not know of it
+    # of these the checkpoint does not know
+    recovery, adaptive = trainer.recovery.after([went_back]), trainer.adaptive.state_dict()
     restore(trainer, loaded)
     trainer.recovery = recovery
     trainer.adaptive.rolled_back(went_back, adaptive)
