@@ -12,11 +12,8 @@ from lumina_engine.config.memory import Layout, Memory, training_memory
 from lumina_engine.config.micro_batch import candidates, split
 from lumina_engine.config.offload import least_stage, offload_of
 from lumina_engine.config.schema import Config, DeepSeekConfig
+from lumina_engine.config.tokenizers import TOKENIZER_IDS
 
-# Highest id + 1 of the tokenizers that ship with Lumina.
-TOKENIZER_IDS = {"gpt-4": 100_277, "gpt-4o": 200_019, "lumina-1k": 1_024}
-# Names whose vocabulary does not ship, and what to give instead.
-TOKENIZER_FILES = {"gpt2": "give the path of OpenAI's r50k_base.tiktoken or of GPT-2's tokenizer.json"}
 # Memory that a rank's Python, torch and DeepSpeed take: a guess, named in the budget's `basis`.
 RANK_BYTES = 700_000_000
 STAGES = (0, 1, 2, 3)

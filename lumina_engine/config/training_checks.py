@@ -10,9 +10,10 @@ from lumina_engine.config.declare import show
 from lumina_engine.config.finding import Finding, error, finding, nearest
 from lumina_engine.config.micro_batch import candidates, rows_of_a_rank
 from lumina_engine.config.offload import least_stage
-from lumina_engine.config.resolve import TOKENIZER_FILES, TOKENIZER_IDS, vocabulary_findings
+from lumina_engine.config.resolve import vocabulary_findings
 from lumina_engine.config.schema import Config
 from lumina_engine.config.task_checks import train_paths
+from lumina_engine.config.tokenizers import TOKENIZER_FILES, TOKENIZER_IDS
 
 
 def tokenizer(config: Config) -> Iterator[Finding]:

@@ -15,8 +15,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..config.resolve import TOKENIZER_IDS
 from ..config.task_checks import train_paths
+from ..config.tokenizers import TOKENIZER_IDS
 from .conversation import DataError
 from .files import Paths, expand
 from .formats import read_conversations

@@ -93,8 +93,9 @@ class StoreWriter:
         codes = np.arange(256, dtype=np.uint8)
         for code, weight in enumerate(store.meta["weights"][1:], start=1):
             codes[code] = self._code(weight)
+        renamed = any(code != number for number, code in enumerate(codes))
         self._copy(store, "tokens.u32")
-        self._copy(store, "mask.u8", lambda block: codes[block])
+        self._copy(store, "mask.u8", (lambda block: codes[block]) if renamed else None)
         self._copy(store, "offsets.u64", lambda block: block + np.uint64(self.tokens), skip=1)
         self._copy(store, "digests.u64")
         self.documents += len(store)
@@ -103,14 +104,15 @@ class StoreWriter:
         self.longest = max(self.longest, int(store.meta["longest"]))
 
     def _copy(
-        self, store: TokenStore, name: str, change: Callable[[np.ndarray], np.ndarray] = lambda block: block, skip: int = 0
+        self, store: TokenStore, name: str, change: Callable[[np.ndarray], np.ndarray] | None = None, skip: int = 0
     ) -> None:
         """Append a file of `store` without its first `skip` items. Read, not mapped, so that it leaves memory again."""
         dtype = np.dtype(FILES[name]).newbyteorder("<")
         with (store.path / name).open("rb") as file:
             file.seek(skip * dtype.itemsize)
             while data := file.read(_FLUSH_ITEMS * dtype.itemsize):
-                data = change(np.frombuffer(data, dtype)).astype(dtype, copy=False).tobytes()
+                if change is not None:
+                    data = change(np.frombuffer(data, dtype)).astype(dtype, copy=False).tobytes()
                 self._handles[name].write(data)
                 self._hashes[name].update(data)
                 self._bytes[name] += len(data)

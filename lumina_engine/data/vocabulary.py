@@ -21,7 +21,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import TYPE_CHECKING
 
-from ..config.resolve import TOKENIZER_FILES
+from ..config.tokenizers import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     import tiktoken
