@@ -19,7 +19,8 @@ from lumina_engine.data import size
 from lumina_engine.data.conversation import DataError
 from lumina_engine.data.stream_open import is_streamed
 from lumina_engine.run.directory import RunError, auto_name, free_space
-from lumina_engine.run.launch import free_port
+from lumina_engine.run.interface import free_port
+from lumina_engine.run.launch import MASTER_PORT
 from lumina_engine.run.socket import prepare_folder, socket_folder
 
 from .checking import Tokens, data_lines, figures_of
@@ -245,6 +246,10 @@ def _ports(force: InForce) -> Iterator[Row]:
     if force.resolved is None or force.world == 1:
         return
     wanted = force.resolved.master_port
+    if wanted == "auto":
+        alone = force.resolved.num_nodes == 1
+        yield Row("ok", "port", "127.0.0.1, any free one" if alone else f"{MASTER_PORT} of the first machine")
+        return
     port = free_port(wanted)
     text = f"127.0.0.1:{port}" + ("" if port == wanted else f" ({wanted} is taken)")
     yield Row("ok", "port", text)

@@ -153,7 +153,14 @@ class RunKeys(Section):
         resume=True,
         read_by=_LAUNCH,
     )
-    master_port: int = key(29_500, "Port of the first machine.", minimum=1, maximum=65_535, resume=True, read_by=_LAUNCH)
+    master_port: int | Literal["auto"] = key(
+        "auto",
+        "Port of the first machine. auto: 29,500, for one machine any free one.",
+        minimum=1,
+        maximum=65_535,
+        resume=True,
+        read_by=_LAUNCH,
+    )
     max_restarts: int = key(
         3,
         "Restarts in a row without a newer checkpoint before the run is given up.",

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .hostfile import check_host
-from .interface import interface_of, socket_variables
+from .interface import free_port, interface_of, socket_variables
 from .launchers import REMOTE, agent_words, carried, check_words
 from .line import Line
 from .local_ranks import LocalRanks, rank_variables
@@ -88,7 +88,7 @@ class Hosts:
 
         Raises:
             OSError: ssh, srun or the ranks' program cannot be started.
-            RunError: a variable of the environment cannot go over.
+            RunError: a variable of the environment cannot go over, or there is no free port.
         """
         options = self.options
         for node, name in enumerate(options.host[1:], 1):
@@ -97,7 +97,8 @@ class Hosts:
             self.remotes.append(remote)
             self.selector.register(remote.line.reading, selectors.EVENT_READ, self._reader(remote))
             remote.line.send(op="start", **self._order(node, first))
-        variables = rank_variables(0, options.ranks, self.world, 0, options.address, options.port)
+        port = options.port or free_port(0)  # 0: this machine alone
+        variables = rank_variables(0, options.ranks, self.world, 0, options.address, port)
         own = {**self.environment, **self._interface()}
         self.local = LocalRanks(self.selector, options.command, variables, own, self._ended)
 
@@ -317,6 +318,7 @@ def hosts_argv(
         command: of every rank.
         hosts: names of the machines, this one first. ranks: ranks on each.
         by: ssh or srun. timeout: seconds of silence after which a machine is lost.
+        port: where the ranks meet; 0 is any that is free when they start, for one machine.
 
     Raises:
         RunError: a name that is no host name, a word that cannot go over (exit code 2).

@@ -1,9 +1,11 @@
-"""Network interfaces by the way that a connection takes. Nothing is sent."""
+"""Network interfaces by the way that a connection takes, and ports that are free. Nothing is sent."""
 
 from __future__ import annotations
 
 import socket
 from collections.abc import Mapping
+
+from .directory import RunError
 
 
 def address_towards(host: str) -> str | None:
@@ -38,3 +40,19 @@ def socket_variables(environment: Mapping[str, str], address: str) -> dict[str, 
     found = interface_towards(address)
     names = [name for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if name not in environment]
     return dict.fromkeys(names, found) if found else {}
+
+
+def free_port(preferred: int) -> int:
+    """`preferred` if nobody listens there on loopback, else a port that is free now (0: at once).
+
+    Raises:
+        RunError: there is none (exit code 1).
+    """
+    for port in (preferred, 0):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise RunError("no free port on 127.0.0.1 for the ranks to meet", 1)

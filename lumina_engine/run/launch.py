@@ -22,7 +22,7 @@ from . import slurm
 from .directory import RunDirectory, RunError, RunInfo
 from .hostfile import HOST_PATTERN, Host, choose, read_hostfile
 from .hosts import hosts_argv
-from .interface import address_towards
+from .interface import address_towards, free_port
 from .launchers import carried, torchrun_argv
 from .output import last_lines
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 WORKER = "lumina_engine.training.worker"
 START_TIME = 60.0  # s until the supervisor must have reported
+MASTER_PORT = 29_500  # as torchrun has it
 LOST_TIME = 30.0  # s of silence after which a machine is lost where hang_timeout_s is 0
 LEAST_LOST_TIME = 3.0  # s
 _VERSIONS = ("lumina", "torch", "deepspeed", "numpy", "msgspec")
@@ -64,10 +65,10 @@ def rank_argv(config: Config, run_dir: str | os.PathLike[str], world: int) -> li
     if nodes == 1 and config.launcher != "torchrun":
         if world == 1:
             return command
-        return hosts_argv(command, ["localhost"], ranks, address=_own_address(config), port=free_port(config.master_port))
+        return hosts_argv(command, ["localhost"], ranks, address=_own_address(config), port=_own_port(config))
     if config.launcher == "torchrun" or (config.launcher == "auto" and config.node_rank is not None):
         address = _own_address(config) if nodes == 1 else config.master_addr
-        port = free_port(config.master_port) if nodes == 1 else config.master_port
+        port = (_own_port(config) or free_port(0)) if nodes == 1 else _common_port(config)
         place = {"nodes": nodes, "ranks": ranks, "node_rank": config.node_rank or 0}
         return torchrun_argv(worker, **place, address=address, port=port)
     hosts = [host.name for host in machines(config, ranks)]
@@ -76,12 +77,22 @@ def rank_argv(config: Config, run_dir: str | os.PathLike[str], world: int) -> li
     # half of what counts as hung: the ranks that wait for a lost machine are not to be started again, with it
     timeout = max(LEAST_LOST_TIME, config.hang_timeout_s / 2) if config.hang_timeout_s else LOST_TIME
     address = _meeting_place(hosts) if config.master_addr == "auto" else config.master_addr
-    return hosts_argv(command, hosts, ranks, by=by, address=address, port=config.master_port, timeout=timeout)
+    return hosts_argv(command, hosts, ranks, by=by, address=address, port=_common_port(config), timeout=timeout)
 
 
 def _own_address(config: Config) -> str:
     """Where the ranks of one machine meet: on loopback, unless the user has chosen."""
     return "127.0.0.1" if config.master_addr == "auto" else config.master_addr
+
+
+def _own_port(config: Config) -> int:
+    """Where the ranks of one machine meet: what the user has chosen, unless it is taken. 0: any, when they start."""
+    return 0 if config.master_port == "auto" else free_port(config.master_port)
+
+
+def _common_port(config: Config) -> int:
+    """Where ranks of several machines meet: no machine can look for a free port on another."""
+    return MASTER_PORT if config.master_port == "auto" else config.master_port
 
 
 def machines(config: Config, ranks: int) -> list[Host]:
@@ -104,18 +115,6 @@ def _meeting_place(hosts: Sequence[str]) -> str:
     """This machine's address on the way to the second one: its name may mean another address elsewhere."""
     found = address_towards(hosts[1])
     return found if found is not None and HOST_PATTERN.fullmatch(found) else hosts[0]
-
-
-def free_port(preferred: int) -> int:
-    """`preferred` if nobody listens there on loopback, else a port that is free now."""
-    for port in (preferred, 0):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise RunError("no free port on 127.0.0.1 for the ranks to meet", 1)
 
 
 def environment(run: RunDirectory, base: Mapping[str, str] | None = None) -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What happens between steps: commands of the user, changes that were decided, routing records, saves, evaluations.
 
-Order: records, commands, save, evaluate. Saving comes before evaluating, so that a fault in evaluation costs nothing.
+Order: decisions, commands, records, save, evaluate. Saving comes before evaluating, so that a fault in evaluation costs
+nothing.
 """
 
 from __future__ import annotations
@@ -31,20 +32,28 @@ class Boundary:
     def begin(self) -> None:
         """Before the first step of this start, which may be that of a resumed run."""
         self.trainer.saves.settle()
-        self.obey_all(self.trainer.control.agree())
+        self.pending.extend(self.trainer.control.agree())
+        self.obey_all()
         if self.trainer.progress.step and self.due(self.trainer.config.eval_interval):
             # a checkpoint is taken before its step is evaluated, so a resumed run still has that to do
             self.evaluate_and_judge()
 
     def after_step(self) -> None:
-        """Commands and decisions, then what the intervals say."""
-        requests = self.trainer.control.agree()
+        """What was decided, then commands, then what the intervals say.
+
+        After a step that the run is to go back from, commands wait until it has: none of them may save that step.
+        """
+        self.pending.extend(self.trainer.control.agree())
         self.trainer.saves.settle()
-        self.obey_all(requests)
-        self.trainer.make_switch()
         self.trainer.adaptive.end_of_ladder()
         if self.trainer.trouble is None:
-            self.tasks(final=False)
+            self.go_on()
+
+    def go_on(self) -> None:
+        """The step just done stands: commands, a change of precision, then what the intervals say."""
+        self.obey_all()
+        self.trainer.make_switch()
+        self.tasks(final=False)
 
     def due(self, interval: int, final: bool = False) -> bool:
         """Whether something with this interval (0 = only at the end) falls on the present step."""
@@ -91,9 +100,8 @@ class Boundary:
 
     # ---- commands -------------------------------------------------------------------------------------------------------
 
-    def obey_all(self, requests: list[Request]) -> None:
+    def obey_all(self) -> None:
         """Do what was asked for since the last boundary, and what the user had set for the next step before a restart."""
-        self.pending.extend(requests)
         while self.pending:  # a pause takes what stands behind it
             self._obey(self.pending.popleft())
         replayed = self.replay.pop(self.trainer.progress.step + 1, None)

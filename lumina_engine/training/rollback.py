@@ -97,6 +97,7 @@ def roll_back(trainer: EnhancedConversationTrainer, trouble: Trouble) -> bool:
     # of these the checkpoint does not know
     recovery, adaptive = trainer.recovery.after([went_back]), trainer.adaptive.state_dict()
     restore(trainer, loaded)
+    trainer.switch = None  # decided by steps that are left out
     trainer.recovery = recovery
     trainer.adaptive.rolled_back(went_back, adaptive)
     dropped = trainer.boundary.forget_rates(after=loaded.step)

@@ -257,7 +257,7 @@ class EnhancedConversationTrainer:
                 trouble, self.trouble = self.trouble, None
                 if roll_back(self, trouble):
                     return
-                self.boundary.tasks(final=False)
+                self.boundary.go_on()
 
     def _step(self, micro_batches: list[Batch], begin: float, data_time: float) -> None:
         """One optimizer step over `micro_batches`, and its records."""

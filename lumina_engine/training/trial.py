@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from ..config.schema import Config
-from ..run.launch import free_port
+from ..run.interface import free_port
 from ..run.process import die_with_parent
 from .comm import Comm
 from .memory import is_out_of_memory

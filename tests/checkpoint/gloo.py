@@ -10,7 +10,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from lumina_engine.checkpoint.manager import CheckpointManager
-from lumina_engine.run.launch import free_port
+from lumina_engine.run.interface import free_port
 from lumina_engine.training.comm import Comm
 from tests.checkpoint.helpers import kill_at, payload, settings
 

@@ -138,7 +138,7 @@ TABLE: dict[str, dict[str, tuple[Any, Any, Any]]] = {
         "node_rank": (None, 0, N),
         "hostfile": (None, N, N),
         "master_addr": ("auto", N, N),
-        "master_port": (29_500, 1, 65_535),
+        "master_port": ("auto", 1, 65_535),
         "max_restarts": (3, 0, N),
         "hang_timeout_s": (60.0, 0, N),
         "hang_factor": (5.0, 0, N),

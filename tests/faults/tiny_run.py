@@ -41,8 +41,6 @@ def prepare(root: Path, name: str, faults: Sequence[Fault] = (), world: int = 1,
     if not data.exists():
         conversations(data, 80)
     own: dict[str, Any] = {"data_cache_dir": str(root / "cache"), "train_data_path": str(data), "experiment_name": name}
-    if world > 1:  # runs of other tests start at the same time, and none listens yet where the next one looks
-        own["master_port"] = launch.free_port(0)
     vocabulary = ConversationTokenizer(KEYS["tokenizer"]).get_vocab_size()
     config = resolve(Config(**(KEYS | own | keys)), MACHINE, tokenizer_vocab=vocabulary, world=world)
     run = RunDirectory.create(root, name)

@@ -76,6 +76,22 @@ def test_se08_words_arrive_as_they_are_and_the_environment_in_no_argv(
     assert not (tmp_path / "canary").exists()
 
 
+def test_c060_runs_that_start_together_meet_at_ports_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    # it listens where it is told to, so that both ports are in use at once
+    code = (
+        "import os, socket, sys, time; rank, port = os.environ['RANK'], int(os.environ['MASTER_PORT']); "
+        "held = rank == '0' and socket.create_server(('127.0.0.1', port)); "
+        "open(sys.argv[1] + rank, 'w').write(str(port)); "
+        "list(iter(lambda: time.sleep(0.01) or len(os.listdir('.')), 4))"
+    )
+    runs = [hosts_argv([sys.executable, "-c", code, name], ["localhost"], 2, port=0) for name in ("a", "b")]
+    started = [subprocess.Popen(argv) for argv in runs]
+    assert [process.wait(60) for process in started] == [0, 0]
+    ports = {path.name: int(path.read_text()) for path in tmp_path.iterdir()}
+    assert ports["a0"] == ports["a1"] != ports["b0"] == ports["b1"] and 0 not in ports.values()
+
+
 def test_se08_the_other_shell_gets_the_same_words(fault_random: random.Random) -> None:
     letters = "ab $`'\"\\;|&<>*?[]{}()~#!-=\té\x01"
     for _ in range(30):

@@ -17,11 +17,12 @@ import pytest
 
 from lumina_engine.run import launch, output, policy
 from lumina_engine.run.directory import RunDirectory, RunError
+from lumina_engine.run.interface import free_port
 from lumina_engine.run.process import boot_id, descendants, held, leash, myself, process, wait_gone
 
 
 def config(**changes: Any) -> Any:
-    one = {"launcher": "auto", "master_addr": "auto", "master_port": 29_500, "num_nodes": 1, "node_rank": None}
+    one = {"launcher": "auto", "master_addr": "auto", "master_port": "auto", "num_nodes": 1, "node_rank": None}
     return SimpleNamespace(**{**one, "hostfile": None, "hang_timeout_s": 60.0, **changes})
 
 
@@ -33,7 +34,7 @@ def test_c060_more_ranks_are_started_here_and_meet_on_loopback() -> None:
     argv = launch.rank_argv(config(), "/runs/$(touch x)", 4)
     assert argv[:3] == [sys.executable, "-m", "lumina_engine.run.hosts"]
     assert argv[-5:] == ["--", *launch.rank_argv(config(), "/runs/$(touch x)", 1)], "one element, no shell"
-    assert {"--ranks=4", "--host=localhost", "--address=127.0.0.1"} <= set(argv)
+    assert {"--ranks=4", "--host=localhost", "--address=127.0.0.1", "--port=0"} <= set(argv)
 
 
 def test_c060_torchrun_where_it_is_asked_for() -> None:
@@ -97,7 +98,7 @@ def test_a_port_in_use_is_not_taken() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         taken = other.getsockname()[1]
-        assert launch.free_port(taken) not in (taken, 0)
+        assert free_port(taken) not in (taken, 0)
 
 
 def test_the_environment_of_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

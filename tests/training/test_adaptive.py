@@ -132,6 +132,33 @@ def test_c098_the_second_rung_goes_back_and_the_cut_stays(tmp_path: Path) -> Non
     assert rate == rates(tiny)[1] / tiny.trainer.schedule.shape(1) * 0.25 and agrees(tiny)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("cmd", ["preempt", "stop", "checkpoint"])
+def test_c098_a_command_that_meets_a_rollback_waits_for_it(tmp_path: Path, cmd: str) -> None:
+    """None saves the step that the run goes back from: a start from there would never go back."""
+    keys = KEYS | {"spike_policy": "rollback", "spike_sigma": 20.0, "save_interval": 10, "max_steps": 140}
+    plain = lifted(Tiny(tmp_path, "plain", documents=MANY, **keys), slope)
+    code = plain.train()["exit_code"]
+    to_step, failed = rewinds(plain)[0]
+    tiny = lifted(Tiny(tmp_path, "asked", documents=MANY, **keys), slope)
+    tiny.channel.commands[failed] = [Command(id="c", cmd=cmd, args={})]
+    summary = tiny.train()
+    assert rewinds(tiny)[0] == (to_step, failed) and summary["exit_code"] == {"preempt": 75, "stop": 0, "checkpoint": code}[cmd]
+    back = next(place for place, r in enumerate(tiny.records) if isinstance(r, rec.Rewind))
+    saved = [r.step for r in tiny.records[back:] if isinstance(r, rec.Checkpoint)]
+    assert failed not in saved and all(step >= to_step for step in saved)
+    assert cmd == "checkpoint" or summary["step"] == to_step
+
+
+@pytest.mark.parametrize("cmd", ["preempt", "stop"])
+def test_c098_the_end_of_the_ladder_comes_before_a_command(tmp_path: Path, cmd: str) -> None:
+    plain = run(tmp_path, "plain", max_steps=200)
+    tiny = lifted(Tiny(tmp_path, "asked", documents=MANY, **KEYS | {"max_steps": 200}), jump)
+    tiny.channel.commands[plain.trainer.progress.step] = [Command(id="c", cmd=cmd, args={})]
+    summary = tiny.train()
+    assert summary["exit_code"] == 93 and summary["step"] == plain.trainer.progress.step
+    assert summary["step"] not in dict(tiny.manager.committed())
+
+
 def test_c098_the_cut_outlives_a_guard_that_goes_back_to_the_same_checkpoint(tmp_path: Path) -> None:
     keys = KEYS | {
         "spike_policy": "rollback",

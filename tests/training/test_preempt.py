@@ -20,8 +20,9 @@ def preempted(seconds: float, args: dict[str, Any], rank_0: bool | None = None) 
     comm = SimpleNamespace(broadcast=lambda mine: mine if rank_0 is None else rank_0)
     config = SimpleNamespace(preempt_grace_s=30.0)
     boundary = Boundary(SimpleNamespace(saves=saves, comm=comm, config=config, progress=SimpleNamespace(step=7)))  # type: ignore[arg-type]
+    boundary.pending.append(Request("preempt", args))
     with pytest.raises(Stop) as caught:
-        boundary.obey_all([Request("preempt", args)])
+        boundary.obey_all()
     assert (caught.value.state, caught.value.exit_code) == ("preempted", 75)
     return caught.value
 

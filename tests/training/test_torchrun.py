@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lumina_engine.run.launch import free_port
+from lumina_engine.run.interface import free_port
 from lumina_engine.run.launchers import torchrun_argv
 from tests.waiting import until
 

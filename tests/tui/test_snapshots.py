@@ -317,7 +317,6 @@ def two_gpus(tmp_path, monkeypatch):
     monkeypatch.setattr(review, "free_space", lambda path: (Path(), 1100 * GB))
     monkeypatch.setattr(review, "auto_name", lambda stem: f"{stem}-20261124-120000")
     monkeypatch.setattr(preview, "rank_argv", lambda *_: ["torchrun", "-m", "lumina_engine.training.worker"])
-    monkeypatch.setattr(review, "free_port", lambda port: port)
     Path("configs/my_run.yaml").write_text("# preset: b1\ntraining:\n  seed: 3\n  batch_size: 16\n  warmup_steps: -5\n")
     Path("configs/broken.yaml").write_text("training:\n  batch_sise: 3\n")
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
