@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lumina_engine.config.buckets import bucket_size
 from lumina_engine.config.counts import largest_parameter
 from lumina_engine.config.declare import show
 from lumina_engine.config.deepspeed_rules import useless, value_at
@@ -198,8 +199,8 @@ def _zero(config: Config, world: int) -> dict[str, Any]:
         zero |= {
             "overlap_comm": config.overlap_comm,
             "contiguous_gradients": config.contiguous_gradients,
-            "allgather_bucket_size": config.allgather_bucket_size,
-            "reduce_bucket_size": config.reduce_bucket_size,
+            "allgather_bucket_size": bucket_size(config.allgather_bucket_size),
+            "reduce_bucket_size": bucket_size(config.reduce_bucket_size),
         }
     if zero["stage"] == 3:
         zero |= {name: getattr(config, name) for name in STAGE_3_KEYS}

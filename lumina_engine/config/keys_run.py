@@ -48,18 +48,18 @@ class DeepSpeedKeys(Section):
     )
     overlap_comm: bool = key(True, "Reduce gradients while the backward pass goes on.", resume=True, read_by=_DEEPSPEED)
     contiguous_gradients: bool = key(True, "Copy gradients into one buffer as they come.", resume=True, read_by=_DEEPSPEED)
-    allgather_bucket_size: int = key(
-        200_000_000,
-        "Elements gathered at once.",
+    allgather_bucket_size: int | Literal["auto"] = key(
+        "auto",
+        "Elements gathered at once. auto: 200,000,000 on GPUs, 2,000,000 on CPU.",
         unit="elements",
         minimum=100_000,
         maximum=5_000_000_000,
         resume=True,
         read_by=_DEEPSPEED,
     )
-    reduce_bucket_size: int = key(
-        200_000_000,
-        "Elements reduced at once.",
+    reduce_bucket_size: int | Literal["auto"] = key(
+        "auto",
+        "Elements reduced at once. auto: 200,000,000 on GPUs, 2,000,000 on CPU.",
         unit="elements",
         minimum=100_000,
         maximum=5_000_000_000,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lumina_engine.config.activations import activation_bytes, block_activation_bytes, cast_bytes, loss_bytes, working_bytes
+from lumina_engine.config.buckets import ON_GPU
 from lumina_engine.config.counts import Counts, parameter_counts
 from lumina_engine.config.schema import DeepSeekConfig
 
@@ -38,7 +39,7 @@ class Layout:
     offload_parameters: bool = False
     nvme_optimizer: bool = False
     nvme_parameters: bool = False
-    reduce_bucket_size: int = 200_000_000
+    reduce_bucket_size: int = ON_GPU
     prefetch_bucket_size: int = 50_000_000
     overlap_comm: bool = True
     on_cpu: bool = True

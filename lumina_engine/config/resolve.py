@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import gcd
 
+from lumina_engine.config.buckets import bucket_size
 from lumina_engine.config.curriculum import Curriculum
 from lumina_engine.config.finding import ConfigError, Finding
 from lumina_engine.config.machine import Machine, gb_text
@@ -108,7 +109,7 @@ def layout_of(config: Config, machine: Machine, stage: int, world: int | None = 
         nvme_optimizer=places.optimizer == "nvme",
         nvme_parameters=places.parameters == "nvme",
         accumulates=config.gradient_accumulation_steps > 1,
-        reduce_bucket_size=config.reduce_bucket_size,
+        reduce_bucket_size=bucket_size(config.reduce_bucket_size, not machine.devices),
         prefetch_bucket_size=config.stage3_prefetch_bucket_size,
         overlap_comm=config.overlap_comm,
         on_cpu=not machine.devices,
@@ -204,6 +205,8 @@ def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: in
         "num_gpus": max(1, ranks // config.num_nodes) if config.num_gpus == "auto" else config.num_gpus,
         "launcher": _launcher(config),
         "communication_backend": _backend(config, machine),
+        "allgather_bucket_size": bucket_size(config.allgather_bucket_size, not machine.devices),
+        "reduce_bucket_size": bucket_size(config.reduce_bucket_size, not machine.devices),
         "master_addr": "127.0.0.1" if config.master_addr == "auto" and config.num_nodes == 1 else config.master_addr,
     }
     if config.curriculum_learning:
