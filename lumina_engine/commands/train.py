@@ -153,7 +153,7 @@ def make_absolute(config: Config) -> None:
     for key in ("train_data_path", "eval_data_path"):
         setattr(config, key, _absolute(getattr(config, key)))
     config.task_data_paths = {name: _absolute(value) for name, value in config.task_data_paths.items()}
-    for key in ("data_cache_dir", "hostfile", "backup_path"):
+    for key in ("data_cache_dir", "hostfile", "backup_path", "nvme_path"):
         value = getattr(config, key)
         setattr(config, key, value if value is None else _absolute_path(value))
     config.tokenizer = full_name(config.tokenizer)

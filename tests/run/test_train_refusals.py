@@ -120,7 +120,7 @@ def test_c085_the_same_command_resumes_with_relative_paths(
         (tmp_path / f"{name}.jsonl").write_text(GOOD * 50)
     (tmp_path / "own.tiktoken").write_bytes(tiktoken_file([bytes((byte,)) for byte in range(256)]))
     words = ["train", "--preset", "debug", "--runs", "runs", "--run", "mine", "--resume", "--dry-run", "tokenizer=own.tiktoken"]
-    words += ["eval_data_path=./ev.jsonl", "data_cache_dir=cache", "backup_path=../backups"]
+    words += ["eval_data_path=./ev.jsonl", "data_cache_dir=cache", "backup_path=../backups", "nvme_path=disk"]
     if tasks:
         words += ["multi_task=true", "task_data_paths={x: a.jsonl, y: [b.jsonl]}", "task_weights={x: 1, y: 1}"]
     else:
@@ -131,7 +131,8 @@ def test_c085_the_same_command_resumes_with_relative_paths(
     plan = train._plan(args, "mine")
     run = RunDirectory.create(tmp_path / "runs", "mine", preset=plan.preset)
     train._write_plan(run, plan)
-    assert Config.load(run.config_path).tokenizer == str(tmp_path / "own.tiktoken")
+    saved = Config.load(run.config_path)
+    assert (saved.tokenizer, saved.nvme_path) == (str(tmp_path / "own.tiktoken"), str(tmp_path / "disk"))
     assert train.run(args) == 0
     args.overrides.append("tokenizer=other.tiktoken")
     with pytest.raises(ConfigError, match=r"tokenizer = .*other\.tiktoken: cannot change"):
