@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shutil
@@ -25,6 +26,7 @@ from lumina_engine.training.trainer import EnhancedConversationTrainer
 from tests.checkpoint.helpers import names_in
 from tests.parity.rows import Records
 from tests.training.test_trainer import setup
+from tests.waiting import until
 
 from .conftest import TinyRuns
 from .tiny_run import ends, steps
@@ -45,15 +47,14 @@ class Acting(Records):
             self.act(record.step)
 
 
-def trained(tmp_path: Path, run: Path, act: Callable[[int], None], **keys: Any) -> tuple[Acting, dict[str, Any]]:
-    """A whole run of the real trainer that saves to `run`."""
+def trained(tmp_path: Path, run: Path, records: Acting, **keys: Any) -> dict[str, Any]:
+    """A whole run of the real trainer that saves to `run`; its summary."""
     made, dataset, _ = setup(tmp_path, **{**KEYS, **keys})
-    records = Acting(act)
     manager = CheckpointManager(made.config, run_dir=run, run_id="run")
     trainer = EnhancedConversationTrainer(made.model, made.tokenizer, made.config, records, comm=Comm(), manager=manager)
     summary = trainer.train(dataset, dataset)
     manager.close()
-    return records, summary
+    return summary
 
 
 def saves(records: Records) -> list[tuple[int, bool]]:
@@ -77,24 +78,25 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("background", [False, True], ids=["blocking", "async"])
 def test_ck06_the_trainer_goes_on_with_a_full_disk(small_disk: Path, tmp_path: Path, background: bool) -> None:
-    """Full from step 5 to step 13, an evaluation that improves in between: two saves fail, `best` too, nothing else."""
-    filler = small_disk / "filler"
+    """Full from step 5 to 13 or so, an evaluation that improves in between: two saves fail, `best` too, nothing else."""
+    filler, folder = small_disk / "filler", small_disk / "run" / "checkpoints"
 
     def act(step: int) -> None:
         if step == 5:
-            info = os.statvfs(small_disk)
-            filler.write_bytes(bytes(info.f_bavail * info.f_frsize))
-        elif step == 13:
+            until(lambda: [name for name in names_in(folder) if name[0] in ".s"] == ["step-000004"], "the save that has room")
+            with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+                while file.write(bytes(1 << 16)):
+                    pass
+        elif step >= 13 and filler.exists() and (12, False) in saves(records):
             filler.unlink()
 
-    records, summary = trained(
-        tmp_path, small_disk / "run", act, save_interval=4, eval_interval=6, eval_batches=1, async_save=background
-    )
+    records = Acting(act)
+    keys = {"save_interval": 4, "eval_interval": 6, "eval_batches": 1, "async_save": background}
+    summary = trained(tmp_path, small_disk / "run", records, **keys)
     assert summary["state"] == "finished" and summary["step"] == 24
     assert sorted(saves(records)) == [(4, True), (8, False), (12, False), (16, True), (20, True), (24, True)]
     alerts = [r for r in records if isinstance(r, rec.Alert) and r.code == "checkpoint_failed"]
     assert [r.step for r in alerts] == [8, 12] and all("room" in r.message or "No space" in r.message for r in alerts)
-    folder = small_disk / "run" / "checkpoints"
     assert all(verify(folder / name).ok for name in list_steps(folder)) and list_steps(folder)[0] == "step-000024"
     assert not [name for name in names_in(folder) if name.startswith(".")]
 
@@ -138,7 +140,8 @@ def test_ck16_a_slow_disk_holds_no_step_up_and_one_save_is_in_flight(tmp_path: P
             gate.set()
 
     monkeypatch.setattr(saving, "write_files", slow)
-    records, _ = trained(tmp_path, tmp_path / "run", act, save_interval=4, async_save=True)
+    records = Acting(act)
+    trained(tmp_path, tmp_path / "run", records, save_interval=4, async_save=True)
     assert stepped_meanwhile == [5, 6, 7]
     assert sorted(saves(records)) == [(step, True) for step in range(4, 25, 4)]
 
@@ -164,7 +167,8 @@ def test_ck16_a_writer_that_fails_is_told_within_a_step(tmp_path: Path, monkeypa
             seen.append(step)
 
     monkeypatch.setattr(saving, "write_files", broken)
-    records, summary = trained(tmp_path, tmp_path / "run", act, save_interval=4, async_save=True)
+    records = Acting(act)
+    summary = trained(tmp_path, tmp_path / "run", records, save_interval=4, async_save=True)
     assert summary["state"] == "finished" and saves(records)[0] == (4, False)
     order = [r.step for r in records if isinstance(r, rec.Step) or (isinstance(r, rec.Checkpoint) and r.failed)]
     at = order.index(4, order.index(4) + 1)  # the failure's record, behind that of step 4

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from lumina_engine.checkpoint.manager import load_model
+from lumina_engine.config.offload_checks import async_io_problem
 from tests.launch import last_line, launch
-from tests.parity.modes import write_data
+from tests.parity.modes import nvme_offload, write_data
 
+NO_AIO = async_io_problem()
 PROGRAM = Path(__file__).with_name("zero_ranks.py")
 MODES: dict[str, dict[str, Any]] = {
     "zero2": {"zero_stage": 2},
@@ -69,6 +71,19 @@ def test_rs09_given_up_twice_equals_unbroken_bit_for_bit(found: dict[str, Any], 
     assert result["broken"] == result["whole"] and len(result["whole"]) == 6
     assert result["digests"][0] == result["digests"][1]
     assert result["evals"][0] == result["evals"][1]
+
+
+@pytest.mark.slow  # compiles the operator first, which takes minutes
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(NO_AIO is not None, reason=f"async_io cannot be built here: {NO_AIO}")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_c057_given_up_twice_with_state_on_disk_equals_unbroken_bit_for_bit(tmp_path: Path, ranks: int) -> None:
+    wanted = [mode for mode in nvme_offload(tmp_path / "swap") if mode.ranks == ranks]
+    checks = {mode.name: ("resume", {"zero_stage": 3, "precision": mode.precision, **dict(mode.more)}) for mode in wanted}
+    done = launch(PROGRAM, ranks, str(write_data(tmp_path)), str(tmp_path), json.dumps(checks))
+    for name, result in last_line(done, "CHECKS ").items():
+        assert result["broken"] == result["whole"] and len(result["whole"]) == 6, name
+        assert result["digests"][0] == result["digests"][1], name
 
 
 @pytest.mark.parametrize("mode", [*MODES, "alone"])
