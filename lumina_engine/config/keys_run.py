@@ -12,7 +12,8 @@ _WORKER = "training/worker.py"
 _LAUNCH = "run/launch.py"
 _SUPERVISOR = "run/supervisor.py"
 _MANAGER = "checkpoint/manager.py"
-_ADAPTIVE = "monitoring/adaptive.py"
+_RATE = "monitoring/adaptive.py"
+_ADAPTIVE = f"{_RATE}, monitoring/balance.py"
 _GUARD = "training/guard.py"
 _HOST = r"auto|[A-Za-z0-9][A-Za-z0-9.-]{0,252}"
 _HOST_FORM = "auto, or a host name or address"
@@ -302,13 +303,13 @@ class AdaptiveKeys(Section):
     adaptive: Literal["off", "advise", "act"] = key(
         "advise",
         "What is done when a loss that rises and stays up says that the learning rate is too high. advise: an alert with the "
-        "command; act: the rate is lowered, then the run goes back (spike_policy=rollback), at last it ends; off: nothing is "
-        "computed.",
+        "command; act: the rate is lowered, then the run goes back (spike_policy=rollback), at last it ends, and "
+        "load_balancing_weight or capacity_factor is doubled once where experts are out of balance; off: nothing is computed.",
         resume=True,
-        read_by="monitoring/adaptive.py, monitoring/growth.py",
+        read_by="monitoring/adaptive.py, monitoring/balance.py, monitoring/growth.py",
     )
     lr_multiplier_min: float = key(
-        0.1, "Lowest factor that act may put on the schedule's rate.", minimum=0.01, maximum=1, resume=True, read_by=_ADAPTIVE
+        0.1, "Lowest factor that act may put on the schedule's rate.", minimum=0.01, maximum=1, resume=True, read_by=_RATE
     )
     adaptive_cooldown_steps: int = key(
         200,
@@ -320,7 +321,7 @@ class AdaptiveKeys(Section):
     )
     max_adaptive_actions: int = key(
         20,
-        "Cuts of the rate by act, or pieces of advice, in one run; what is given back does not count.",
+        "What act may do, or pieces of advice, in one run; what is given back does not count.",
         minimum=0,
         resume=True,
         read_by=_ADAPTIVE,

@@ -33,6 +33,7 @@ from statistics import median
 from typing import Any, Literal
 
 from . import record as rec
+from .balance import CAPACITY, WEIGHT
 from .health.windows import TINY, noise
 
 FACTOR = "learning_rate_factor"  # `what` of a change of the factor on the schedule's rate
@@ -157,6 +158,7 @@ class _State:
     backs: list[list[Any]] = field(default_factory=list)  # all rollbacks: fields of `Back`
     waiting: dict[str, Any] | None = None  # evidence of the decision whose outcome is still to come
     chosen: int | None = None  # step for which a person has set the rate
+    elsewhere: int = 0  # actions of the controller of balance
 
 
 class RateController:
@@ -178,8 +180,8 @@ class RateController:
 
     @property
     def spent(self) -> int:
-        """Actions of the run so far, those of abandoned branches with them."""
-        return len(self._s.actions) + self._s.dropped
+        """Actions of the run so far, those of abandoned branches and of the controller of balance with them."""
+        return len(self._s.actions) + self._s.dropped + self._s.elsewhere
 
     @property
     def backs(self) -> list[Back]:
@@ -196,6 +198,8 @@ class RateController:
             return []
         if isinstance(record, rec.Change) and record.what == "learning_rate" and record.by in ("user", "recovery"):
             self._s.chosen = record.step
+        elif isinstance(record, rec.Change) and record.what in (WEIGHT, CAPACITY):
+            self._s.elsewhere += 1
         elif isinstance(record, rec.Step):
             return self._step(record)
         return []

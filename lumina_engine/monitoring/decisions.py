@@ -1,4 +1,4 @@
-"""The decisions of the rate controller again, from a log alone: what it decided, what came of it, and whether the log agrees.
+"""The decisions of the controllers again, from a log alone: what they decided, what came of it, and whether the log agrees.
 
 A run that was killed goes on from a checkpoint: what it had decided after that one is decided again, at the same steps from the
 same figures. A rollback leaves the state of the branch that is abandoned, but its actions stay counted, and the decision for
@@ -16,9 +16,14 @@ from typing import Any, TypeGuard
 import msgspec
 
 from . import record as rec
-from .adaptive import ADVICE, FACTOR, OUTCOME, Back, Decision, RateController, Rules
+from .adaptive import ADVICE, FACTOR, OUTCOME, Back, RateController, Rules
+from .balance import CAPACITY, WEIGHT, BalanceController, BalanceRules
+from .balance import OUTCOME as BALANCE_OUTCOME
 
-KEYS = ("adaptive", "spike_window", "adaptive_cooldown_steps", "lr_multiplier_min", "max_adaptive_actions", "spike_policy")
+KEYS = (
+    *("adaptive", "spike_window", "adaptive_cooldown_steps", "lr_multiplier_min", "max_adaptive_actions", "spike_policy"),
+    *("use_moe", "load_balancing_weight", "router_bias_rate", "moe_dropless", "capacity_factor"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,15 +32,16 @@ class _Ruled:
 
     step: int
     rules: Rules
+    balance: BalanceRules
 
 
-_Item = rec.Step | rec.Change | Back | _Ruled
+_Item = rec.Step | rec.Change | rec.Experts | Back | _Ruled
 
 
 def of_controller(record: rec.Record) -> TypeGuard[rec.Change | rec.Alert]:
-    """Whether a record is a decision of the rate controller."""
+    """Whether a record is a decision of the controller of the rate, or of that of balance."""
     if isinstance(record, rec.Change):
-        return record.what in (FACTOR, OUTCOME)
+        return record.what in (FACTOR, OUTCOME, WEIGHT, CAPACITY, BALANCE_OUTCOME)
     return isinstance(record, rec.Alert) and record.code in ADVICE
 
 
@@ -102,19 +108,27 @@ class Replay:
     """Takes the records of a log in their order."""
 
     def __init__(self, rules: Mapping[str, Any]) -> None:
-        self._first = Rules.from_config(rules)
-        self.controller = RateController(self._first)
+        self._first = _Ruled(0, Rules.from_config(rules), BalanceRules.from_config(rules))
+        self.controller, self._balance = RateController(self._first.rules), BalanceController(self._first.balance)
         self.result = Replayed()
         self._values = dict(rules)
         self._kept: list[_Item] = []  # what the state of the branch comes from
-        self._due: list[Decision] = []  # decided, and not met in the log yet
+        self._due: list[rec.Change | rec.Alert] = []  # decided, and not met in the log yet
+        self._experts: rec.Experts | None = None  # of the newest step; a long one comes in parts, each with some of the layers
 
     def take(self, record: rec.Record) -> None:
         """The next record."""
-        if isinstance(record, rec.Resume):
+        if isinstance(record, rec.Experts) and (self._experts is None or self._experts.step == record.step):
+            self._experts = record if self._experts is None else _joined(self._experts, record)
+            return
+        self._route()
+        if isinstance(record, rec.Experts):
+            self._experts = record
+        elif isinstance(record, rec.Resume):
             self._values = self._values | {name: now for name, (_, now) in record.changed.items() if name in KEYS}
-            self._kept.append(_Ruled(record.step, Rules.from_config(self._values)))
-            self.controller.use(Rules.from_config(self._values))
+            ruled = _Ruled(record.step, Rules.from_config(self._values), BalanceRules.from_config(self._values))
+            self._kept.append(ruled)
+            self._obey(ruled)
         elif isinstance(record, rec.Rewind):
             self._rewind(record)
         elif of_controller(record):
@@ -123,10 +137,28 @@ class Replay:
             if isinstance(record, rec.Step):
                 self._missing(record.step)
             self._kept.append(record)
-            self._due += self.controller.observe(record)
+            self._due += [decision.record for decision in self.controller.observe(record)]
+
+    def _route(self) -> None:
+        """All parts of a record of experts are there: give them to the controller of balance."""
+        if self._experts is not None:
+            whole, self._experts = self._experts, None
+            self._kept.append(whole)
+            self._due += self._balanced(whole)
+
+    def _balanced(self, record: rec.Experts) -> list[rec.Change]:
+        changes = self._balance.observe(record, self.controller.spent)
+        for change in changes:
+            self.controller.observe(change)
+        return changes
+
+    def _obey(self, ruled: _Ruled) -> None:
+        self.controller.use(ruled.rules)
+        self._balance.use(ruled.balance)
 
     def end(self) -> Replayed:
         """No more records: the run was killed here, or is about to write what is due."""
+        self._route()
         self.result.unwritten += len(self._due)
         self.result.factor, self.result.spent = self.controller.factor, self.controller.spent
         return self.result
@@ -138,7 +170,7 @@ class Replay:
                 f"step {record.step}: {_name(record)} is in the log, and follows from nothing before it"
             )
             return
-        mine = self._due.pop(0).record
+        mine = self._due.pop(0)
         alike = type(mine) is type(record)
         other = [name for name in _fields(mine) if getattr(mine, name) != getattr(record, name)] if alike else []
         if other or not alike:
@@ -147,27 +179,29 @@ class Replay:
 
     def _missing(self, step: int) -> None:
         for decision in self._due:
-            self.result.differences.append(f"step {step}: before it {_name(decision.record)} follows, and is not in the log")
+            self.result.differences.append(f"step {step}: before it {_name(decision)} follows, and is not in the log")
         self._due.clear()
 
     def _rewind(self, record: rec.Rewind) -> None:
         """Back to the state of a step, from the records that led to it."""
         self.result.unwritten += len(self._due)
         self._due.clear()
-        before = self.controller
+        before = _Ruled(0, self.controller.rules, self._balance.rules)
         back: Back | None = None
         if record.failed_step is not None:
-            back = back_of(record, before.in_force())
+            back = back_of(record, self.controller.in_force())
         self._kept = [item for item in map(partial(_cut, to_step=record.to_step), self._kept) if item is not None]
-        self.controller = RateController(self._first)
+        self.controller, self._balance = RateController(self._first.rules), BalanceController(self._first.balance)
         for item in self._kept:
             if isinstance(item, Back):
                 self.controller.rolled_back([item], record.to_step)
             elif isinstance(item, _Ruled):
-                self.controller.use(item.rules)
+                self._obey(item)
+            elif isinstance(item, rec.Experts):
+                self._balanced(item)
             else:
                 self.controller.observe(item)
-        self.controller.use(before.rules)
+        self._obey(before)
         if back is not None:
             self._kept.append(back)
             self.controller.rolled_back([back], record.to_step)
@@ -178,6 +212,12 @@ def _cut(item: _Item, to_step: int) -> _Item | None:
     if isinstance(item, Back):
         return item.seen_from(to_step)
     return item if (item.step or 0) <= to_step else None
+
+
+def _joined(first: rec.Experts, second: rec.Experts) -> rec.Experts:
+    """One record of two parts of it."""
+    lists = {name: value for name, value in msgspec.structs.asdict(first).items() if isinstance(value, list)}
+    return msgspec.structs.replace(first, **{name: value + getattr(second, name) for name, value in lists.items()})
 
 
 def _name(record: rec.Change | rec.Alert) -> str:

@@ -16,15 +16,13 @@ import numpy as np
 
 from ..config.schema import Config, DeepSeekConfig
 from . import record as rec
+from .balance import DROPPED, HOT, WEAK
 from .experts import layers_of
 from .say import say
 
-HOT = 2.0  # times the equal share
 COLD = 0.1  # of the equal share
-DROPPED = 0.05  # share of a layer's choices
 SUSTAINED = 1_000  # steps that the load must cover before an expert is called dead, or growth is thought of
 GIVEN_UP = 2_000  # steps after which a dead expert is not worth reviving
-WEAK_BALANCE = 0.02  # load_balancing_weight below which balancing is weak, while there is no bias
 STATE_BYTES = 16  # of a parameter in training: weight, gradient, two moments in fp32
 
 
@@ -84,7 +82,7 @@ class ArchitectureEvolution:
 
     @property
     def _weak(self) -> bool:
-        return self._keys.router_bias_rate == 0 and self._keys.load_balancing_weight < WEAK_BALANCE
+        return self._keys.router_bias_rate == 0 and self._keys.load_balancing_weight < WEAK
 
     def _may_grow(self, experts: int) -> bool:
         keys = self._keys

@@ -1,7 +1,8 @@
-"""The rate controller in a trainer: it takes the records that the log gets; what it decides is in force from the next step on.
+"""The controllers of rate and balance in a trainer: they take the records that the log gets, and what they decide is in force
+from the next step on.
 
-Every rank has one and decides alike, since loss and gradient norm are the same on all of them; the rules and the statistics are
-in `monitoring/adaptive.py`.
+Every rank has them and decides alike, since loss, gradient norm and expert load are the same on all of them; the rules and the
+statistics are in `monitoring/adaptive.py` and `monitoring/balance.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..monitoring import record as rec
 from ..monitoring.adaptive import Back, RateController, Rules
+from ..monitoring.balance import BalanceController, BalanceRules
 from ..monitoring.decisions import back_of
 from ..run.policy import NO_PROGRESS
 from .progress import Stop, Trouble
@@ -20,22 +22,35 @@ if TYPE_CHECKING:
     from .trainer import EnhancedConversationTrainer
 
 
-class AdaptiveRate:
-    """The controller of one trainer.
+class Adaptive:
+    """The controllers of one trainer.
 
     Args:
-        trainer: its config (adaptive, lr_multiplier_min, adaptive_cooldown_steps, max_adaptive_actions, spike_window,
-            spike_policy), and the schedule that gets the factor.
+        trainer: its config (section `adaptive`, spike_window, spike_policy, load_balancing_weight, capacity_factor), the
+            schedule that gets the factor on the rate, and the expert layers that get the capacity.
     """
 
     def __init__(self, trainer: EnhancedConversationTrainer) -> None:
         self.trainer = trainer
         self._controller = RateController(Rules.from_config(trainer.config, trainer.config.experiment_name))
+        self._balance = BalanceController(BalanceRules.from_config(trainer.config))
         self._stop: Stop | None = None
 
     def name_run(self, name: str) -> None:
         """The name by which commands know the run, for advice."""
         self._controller.use(replace(self._controller.rules, run=name))
+
+    @property
+    def load_balancing_weight(self) -> float:
+        """The weight of the balance loss in force."""
+        return self._balance.weight
+
+    def observe_experts(self, record: rec.Experts) -> None:
+        """Take what was recorded of the experts; emit what that decides."""
+        for change in self._balance.observe(record, self._controller.spent):
+            self._controller.observe(change)
+            self.trainer.emit(change)
+        self._apply()
 
     def observe(self, record: rec.Step | rec.Change) -> Trouble | None:
         """Take what was recorded; emit what that decides. Returns why the run must go back, if it must."""
@@ -76,12 +91,16 @@ class AdaptiveRate:
         self._apply()
 
     def state_dict(self) -> dict[str, Any]:
-        return self._controller.state_dict()
+        return {**self._controller.state_dict(), "balance": self._balance.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._controller.load_state_dict(state)
+        self._balance.load_state_dict(state.get("balance", {}))
         self._apply()
 
     def _apply(self) -> None:
         if self.trainer.schedule is not None:
             self.trainer.schedule.factor = self._controller.factor
+        if self._balance.rules.mode == "act":
+            for layer in self.trainer.model.expert_layers:
+                layer.capacity_factor = self._balance.capacity

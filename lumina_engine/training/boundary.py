@@ -1,6 +1,6 @@
 """What happens between steps: commands of the user, changes that were decided, routing records, saves, evaluations.
 
-Order: decisions, commands, records, save, evaluate. Saving comes before evaluating, so that a fault in evaluation costs
+Order: decisions, records, commands, save, evaluate. Saving comes before evaluating, so that a fault in evaluation costs
 nothing.
 """
 
@@ -50,7 +50,11 @@ class Boundary:
             self.go_on()
 
     def go_on(self) -> None:
-        """The step just done stands: commands, a change of precision, then what the intervals say."""
+        """The step just done stands: records, commands, a change of precision, then what else the intervals say.
+
+        A checkpoint that a command asks for has the records of its step behind it, as one of `save_interval` has.
+        """
+        self.record_routing(final=False)
         self.obey_all()
         self.trainer.make_switch()
         self.tasks(final=False)
@@ -60,12 +64,23 @@ class Boundary:
         step = self.trainer.progress.step
         return final or (interval > 0 and step % interval == 0 and step < self.trainer.total_steps)
 
+    def finish(self) -> None:
+        """All that the intervals can ask for, behind the last step."""
+        self.record_routing(final=True)
+        self.tasks(final=True)
+
+    def record_routing(self, final: bool) -> None:
+        """The record of experts, if it is due, and what it decides."""
+        trainer = self.trainer
+        if trainer.window is not None and self.due(trainer.config.expert_log_interval, final):
+            record = trainer.window.record(trainer.progress.step, getattr(trainer.model, "router_bias_LE", None))
+            trainer.emit(record)
+            trainer.adaptive.observe_experts(record)
+
     def tasks(self, final: bool) -> None:
-        """Records of routing, then save, then evaluate, as the intervals say; all of them at the end."""
+        """Save, then evaluate, as the intervals say; both at the end."""
         trainer, cfg = self.trainer, self.trainer.config
         step = trainer.progress.step
-        if trainer.window is not None and self.due(cfg.expert_log_interval, final):
-            trainer.emit(trainer.window.record(step, getattr(trainer.model, "router_bias_LE", None)))
         if self.due(cfg.save_interval, final) and trainer.saves.newest != step:
             trainer.save(blocking=final)
         if self.due(cfg.eval_interval, final):

@@ -23,7 +23,7 @@ from ..monitoring import record as rec
 from ..run.policy import AGAIN
 from ..run.sections import WINDOW
 from . import memory
-from .adaptive import AdaptiveRate
+from .adaptive import Adaptive
 from .boundary import Boundary
 from .comm import Comm
 from .compiling import compile_blocks, explained
@@ -108,7 +108,7 @@ class EnhancedConversationTrainer:
         self.ladder = self._make_ladder()
         self.switch: Switch | None = None  # of precision, to be made at the next boundary
         self.guard = StepGuard(self.config)
-        self.adaptive = AdaptiveRate(self)
+        self.adaptive = Adaptive(self)
         self.recovery = Recovery()
         self.repeats = Repeats()
         self.movement: Movement | None = None  # of the weights, while there is a loop
@@ -176,7 +176,7 @@ class EnhancedConversationTrainer:
                 self._loop(self._loader())
                 while self.progress.step < self.total_steps:  # after a rollback
                     self._loop(self._loader())
-            self.boundary.tasks(final=True)
+            self.boundary.finish()
             ending = Stop("finished", 0, f"all {self.total_steps} steps done")
         except Stop as stop:
             self.boundary.end(stop)
@@ -266,7 +266,8 @@ class EnhancedConversationTrainer:
         lr = self.schedule.lr(step)
         totals = GlobalBatch.of(micro_batches, self.comm)
         cfg = self.config
-        objective = Objective(totals, self.comm, cfg.load_balancing_weight, cfg.router_z_loss_weight, self.top_k)
+        weight = self.adaptive.load_balancing_weight
+        objective = Objective(totals, self.comm, weight, cfg.router_z_loss_weight, self.top_k)
         for number, batch in enumerate(micro_batches, start=1):
             self.clock.start("forward")
             self.section("forward", step)

@@ -1,0 +1,202 @@
+"""The adaptive controller of expert balance: a machine over `experts` records that presses harder where balancing is weak.
+
+Balance comes before growth (`growth.py`). Balancing is weak in a run without a router bias whose `load_balancing_weight` is
+below 0.02. Where, over one cooldown, the hottest expert of a layer gets more than twice its share, the weight of the balance
+loss is doubled; where no expert is hot and a layer drops more than a twentieth of its choices, the room of each expert
+(`capacity_factor`). Each of them once in a run, so neither is ever more than doubled; and one cooldown later the outcome is
+told. Nothing but records enters, so all ranks decide alike and the log alone gives the decisions again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from . import record as rec
+from .experts import layers_of
+
+HOT = 2.0  # times the equal share
+DROPPED = 0.05  # share of a layer's choices
+WEAK = 0.02  # load_balancing_weight below which balancing is weak, while there is no bias
+WEIGHT, CAPACITY = "load_balancing_weight", "capacity_factor"  # `what` of a change of them, and their keys
+OUTCOME = "expert_balance_outcome"  # and of what came of it
+TIMES = 2.0  # what either is at most times its key
+MOST_CAPACITY = 64.0  # of the key capacity_factor
+
+
+@dataclass(frozen=True, slots=True)
+class BalanceRules:
+    """What the machine may do. `capacity` is None where nothing is dropped."""
+
+    mode: str = "advise"
+    cooldown: int = 200
+    most: int = 20
+    weight: float = 0.0
+    bias_rate: float = 0.0
+    capacity: float | None = None
+
+    @classmethod
+    def from_config(cls, config: Any) -> BalanceRules:
+        """The rules of a configuration: any object or mapping with its keys."""
+        get = config.__getitem__ if isinstance(config, Mapping) else lambda name: getattr(config, name)
+        return cls(
+            mode=str(get("adaptive")) if get("use_moe") else "off",
+            cooldown=int(get("adaptive_cooldown_steps")),
+            most=int(get("max_adaptive_actions")),
+            weight=float(get(WEIGHT)),
+            bias_rate=float(get("router_bias_rate")),
+            capacity=None if get("moe_dropless") else float(get(CAPACITY)),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """The worst of a window: the layer and expert that are hottest, and the layer that drops most."""
+
+    layer: int
+    expert: int
+    experts: int
+    peak: float  # times the equal share
+    worst: int
+    dropped: float
+
+
+@dataclass(slots=True)
+class _State:
+    """Everything that the decisions depend on beside the rules; part of a checkpoint."""
+
+    seen: list[dict[str, Any]] = field(default_factory=list)  # step, and load and dropped by layer: a cooldown and one before
+    doubled: dict[str, float] = field(default_factory=dict)  # the keys that were, and their own values then
+    waiting: dict[str, Any] | None = None  # evidence of the decision whose outcome is still to come
+
+
+class BalanceController:
+    """The machine. `observe` each step's whole `experts` record once, in the order of the log."""
+
+    def __init__(self, rules: BalanceRules) -> None:
+        self.rules = rules
+        self._s = _State()
+
+    @property
+    def weight(self) -> float:
+        """`load_balancing_weight` in force."""
+        return self.rules.weight * (TIMES if WEIGHT in self._s.doubled else 1.0)
+
+    @property
+    def capacity(self) -> float | None:
+        """`capacity_factor` in force; None where nothing is dropped."""
+        if self.rules.capacity is None or CAPACITY not in self._s.doubled:
+            return self.rules.capacity
+        return min(MOST_CAPACITY, TIMES * self.rules.capacity)
+
+    @property
+    def spent(self) -> int:
+        """Actions of this branch of the run."""
+        return len(self._s.doubled)
+
+    def use(self, rules: BalanceRules) -> None:
+        """Go on by other rules. What may not act any more doubles nothing, nor a key that has another value now."""
+        s, self.rules = self._s, rules
+        now = {WEIGHT: rules.weight, CAPACITY: rules.capacity} if rules.mode == "act" else {}
+        s.doubled = {key: value for key, value in s.doubled.items() if now.get(key) == value}
+        if rules.mode != "act":
+            s.seen, s.waiting = [], None
+
+    def observe(self, record: rec.Experts, spent: int) -> list[rec.Change]:
+        """The decisions that this record brings; `spent` actions have been taken in the run, by whatever controller."""
+        s, rules = self._s, self.rules
+        if rules.mode != "act":
+            return []
+        layers = {str(layer): [seen.load, seen.dropped or 0.0] for layer, seen in layers_of(record)}
+        s.seen.append({"step": record.step, "layers": layers})
+        start = record.step - rules.cooldown
+        later = [item for item in s.seen if item["step"] > start]
+        covered = len(later) < len(s.seen)  # the record before them tells that they are all of this cooldown
+        s.seen = s.seen[-len(later) - 1 :]
+        load = _load_of(later) if covered else None
+        if load is None:
+            return []
+        if s.waiting is not None:
+            return [self._outcome(load, record.step)] if record.step >= s.waiting["due"] else []
+        return self._against(load, record.step) if spent < rules.most else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as JSON values."""
+        s = self._s
+        return {"seen": list(s.seen), "doubled": dict(s.doubled), "waiting": s.waiting}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put a state back; what it does not have is as at a start."""
+        self._s = _State(list(state.get("seen", [])), dict(state.get("doubled", {})), state.get("waiting"))
+        self.use(self.rules)
+
+    def _against(self, load: _Load, step: int) -> list[rec.Change]:
+        s, rules = self._s, self.rules
+        if rules.bias_rate > 0 or self.weight >= WEAK:
+            return []
+        if load.peak > HOT:
+            if rules.weight == 0 or WEIGHT in s.doubled:
+                return []
+            before, s.doubled[WEIGHT] = self.weight, rules.weight
+            words = f"expert {load.expert} of layer {load.layer} got {load.peak:.1f} times its share of 1/{load.experts}"
+            return [self._change(WEIGHT, "hot_expert", before, self.weight, load.peak, HOT, words, step)]
+        room = rules.capacity
+        if load.dropped > DROPPED and room is not None and room < MOST_CAPACITY and CAPACITY not in s.doubled:
+            s.doubled[CAPACITY] = room
+            after = min(MOST_CAPACITY, TIMES * room)
+            words = f"layer {load.worst} dropped {100 * load.dropped:.1f} % of its choices though no expert is hot"
+            return [self._change(CAPACITY, "dropped", room, after, load.dropped, DROPPED, words, step)]
+        return []
+
+    def _change(
+        self, what: str, rule: str, before: float, after: float, statistic: float, threshold: float, words: str, step: int
+    ) -> rec.Change:
+        evidence = {
+            "action": "rebalance",
+            "rule": rule,
+            "statistic": statistic,
+            "threshold": threshold,
+            "window": self.rules.cooldown,
+            "cooldown": self.rules.cooldown,
+            "step": step,
+        }
+        self._s.waiting = {**evidence, "due": step + self.rules.cooldown}
+        reason = f"{words} over {self.rules.cooldown} steps"
+        return rec.Change(what=what, step=step + 1, before=before, after=after, by="adaptive", reason=reason, evidence=evidence)
+
+    def _outcome(self, load: _Load, step: int) -> rec.Change:
+        """Whether the cooldown after the action is better than the one before it."""
+        assert self._s.waiting is not None
+        decided, self._s.waiting = self._s.waiting, None
+        hot = decided["rule"] == "hot_expert"
+        now, before, threshold = (load.peak if hot else load.dropped), decided["statistic"], decided["threshold"]
+        recovered = now <= threshold
+        unit = "times the share of the hottest expert" if hot else "of the choices of the worst layer dropped"
+        reason = f"{'recovered' if recovered else 'not recovered'}: {now:.3g} {unit}, before {before:.3g}"
+        evidence = {
+            "action": "outcome",
+            "of": decided["step"],
+            "recovered": recovered,
+            "statistic": now,
+            "threshold": threshold,
+            "window": self.rules.cooldown,
+        }
+        return rec.Change(what=OUTCOME, step=step, before=before, after=now, by="adaptive", reason=reason, evidence=evidence)
+
+
+def _load_of(seen: list[dict[str, Any]]) -> _Load | None:
+    """The worst of some records together; None where no token was routed."""
+    peaks: list[tuple[float, int, int, int]] = []
+    lost: list[tuple[float, int]] = []
+    for layer in seen[-1]["layers"]:
+        found = [item["layers"][layer] for item in seen if layer in item["layers"]]
+        load = [sum(values) for values in zip(*(loads for loads, _ in found), strict=True)]
+        lost.append((sum(dropped for _, dropped in found) / len(found), int(layer)))
+        if len(load) > 1 and sum(load) > 0:
+            expert = max(range(len(load)), key=load.__getitem__)
+            peaks.append((load[expert] * len(load) / sum(load), int(layer), expert, len(load)))
+    if not peaks:
+        return None
+    (peak, layer, expert, experts), (dropped, worst) = max(peaks), max(lost)
+    return _Load(layer, expert, experts, peak, worst, dropped)

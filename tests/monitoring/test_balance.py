@@ -1,0 +1,150 @@
+"""The controller of expert balance: when it presses harder, how far, and that its log gives its decisions again (C100, R29)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from lumina_engine.config.schema import Config
+from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.balance import CAPACITY, OUTCOME, WEIGHT, BalanceController, BalanceRules
+from lumina_engine.monitoring.decisions import of_controller, replay
+from lumina_engine.monitoring.growth import ArchitectureEvolution
+
+RULES = BalanceRules("act", cooldown=100, weight=0.01, capacity=1.25)
+EVEN, HOT = [25.0, 25.0, 25.0, 25.0], [70.0, 10.0, 10.0, 10.0]
+
+
+def experts(step: int, *loads: list[float], dropped: float = 0.0) -> rec.Experts:
+    return rec.Experts(
+        step=step, layers=[3 + 2 * n for n in range(len(loads))], load=list(loads), dropped=[dropped] * len(loads)
+    )
+
+
+def told(controller: BalanceController, records: Iterator[rec.Experts] | list[rec.Experts], spent: int = 0) -> list[rec.Change]:
+    return [change for record in records for change in controller.observe(record, spent)]
+
+
+def run(*loads: list[float], steps: int = 400, dropped: float = 0.0) -> list[rec.Experts]:
+    return [experts(step, *loads, dropped=dropped) for step in range(20, steps + 1, 20)]
+
+
+def test_c100_a_hot_expert_doubles_the_weight_once_after_one_cooldown() -> None:
+    controller = BalanceController(RULES)
+    change, outcome = told(controller, run(EVEN, HOT, steps=1000))
+    # the record of step 20 tells that those of 40 to 120 are all of one cooldown
+    assert (change.what, change.step, change.before, change.after, change.by) == (WEIGHT, 121, 0.01, 0.02, "adaptive")
+    assert change.evidence is not None and (change.evidence["statistic"], change.evidence["threshold"]) == (2.8, 2.0)
+    assert change.reason == "expert 0 of layer 5 got 2.8 times its share of 1/4 over 100 steps"
+    assert (outcome.what, outcome.step) == (OUTCOME, 220) and outcome.evidence is not None
+    assert not outcome.evidence["recovered"] and outcome.reason.startswith("not recovered: 2.8 times")
+    assert controller.weight == 0.02 and controller.capacity == 1.25 and controller.spent == 1
+
+
+def test_c100_the_outcome_says_when_it_helped() -> None:
+    records = [experts(step, HOT if step <= 120 else EVEN) for step in range(20, 260, 20)]
+    _, outcome = told(BalanceController(RULES), records)
+    assert outcome.evidence is not None and outcome.evidence["recovered"] and (outcome.before, outcome.after) == (2.8, 1.0)
+
+
+def test_c100_dropped_choices_double_the_room_where_no_expert_is_hot() -> None:
+    controller = BalanceController(RULES)
+    change, _ = told(controller, run(EVEN, dropped=0.08))
+    assert (change.what, change.before, change.after) == (CAPACITY, 1.25, 2.5) and controller.capacity == 2.5
+    both = BalanceController(replace(RULES, weight=0.005))
+    later = [experts(step, EVEN, dropped=0.08) for step in range(260, 600, 20)]
+    assert [c.what for c in told(both, run(HOT, steps=240, dropped=0.08))] == [WEIGHT, OUTCOME], "balance first"
+    assert [c.what for c in told(both, later)] == [CAPACITY, OUTCOME]
+    most = BalanceController(replace(RULES, capacity=40.0))
+    assert told(most, run(EVEN, dropped=0.08))[0].after == 64.0 and most.capacity == 64.0
+    assert told(BalanceController(replace(RULES, capacity=None)), run(EVEN, dropped=0.08)) == []
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        replace(RULES, mode="advise"),
+        replace(RULES, mode="off"),
+        replace(RULES, weight=0.02),
+        replace(RULES, weight=0.0),
+        replace(RULES, bias_rate=0.001),
+        replace(RULES, most=0),
+    ],
+    ids=["advise", "off", "balanced by weight", "no weight to double", "balanced by bias", "no actions"],
+)
+def test_c100_where_nothing_is_to_be_done_nothing_is(rules: BalanceRules) -> None:
+    controller = BalanceController(rules)
+    assert told(controller, run(HOT, dropped=0.2, steps=1000)) == [] and controller.weight == rules.weight
+
+
+def test_c100_one_odd_record_is_no_reason_and_spent_is_spent() -> None:
+    assert told(BalanceController(RULES), [experts(s, HOT if s % 100 == 0 else EVEN) for s in range(20, 1000, 20)]) == []
+    assert told(BalanceController(RULES), run(HOT), spent=20) == []
+    assert told(BalanceController(RULES), run([0.0] * 4)) == []
+
+
+@pytest.mark.parametrize("at", range(20))
+def test_c100_a_state_put_back_decides_as_the_unbroken_machine(at: int) -> None:
+    records = run(HOT, steps=240, dropped=0.08) + [experts(step, EVEN, dropped=0.08) for step in range(260, 420, 20)]
+    whole = BalanceController(RULES)
+    expected = told(whole, records)
+    first, second = BalanceController(RULES), BalanceController(RULES)
+    found = told(first, records[:at])
+    second.load_state_dict(first.state_dict())
+    assert found + told(second, records[at:]) == expected and second.state_dict() == whole.state_dict()
+
+
+def test_c100_a_key_that_is_set_anew_is_what_the_user_says() -> None:
+    controller = BalanceController(RULES)
+    told(controller, run(HOT, steps=240))
+    controller.use(replace(RULES, weight=0.005))
+    assert controller.weight == 0.005
+    back = BalanceController(replace(RULES, weight=0.005))
+    first = BalanceController(RULES)
+    told(first, run(HOT, steps=240))
+    back.load_state_dict(first.state_dict())
+    assert back.weight == 0.005 and back.state_dict() == controller.state_dict()
+
+
+def of(mode: str = "act") -> Config:
+    return Config(adaptive=mode, adaptive_cooldown_steps=100, load_balancing_weight=0.01, router_bias_rate=0.0)
+
+
+def log(*, parts: bool, resumed: dict[str, Any] | None = None) -> list[rec.Record]:
+    """What a run writes: the machine's records behind those that they come from, long records in two parts."""
+    controller, out = BalanceController(BalanceRules.from_config(of())), []
+    for record in run(EVEN, HOT, steps=600):
+        if resumed and record.step == 180:
+            out.append(rec.Resume(step=160, changed=resumed))
+            controller.use(replace(controller.rules, weight=resumed[WEIGHT][1]))
+        halves = zip(record.layers, record.load, record.dropped, strict=True)
+        split = [rec.Experts(step=record.step, layers=[a], load=[b], dropped=[c]) for a, b, c in halves]
+        out += split if parts else [record]
+        out += controller.observe(record, 0)
+    return [rec.decode(rec.encode(record)) for record in out]
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_c100_the_log_alone_gives_each_decision_again(parts: bool) -> None:
+    records = log(parts=parts)
+    found = replay(records, of())
+    assert found.agrees and [r.what for r in records if of_controller(r)] == [WEIGHT, OUTCOME] and found.spent == 1
+    without = [r for r in records if not of_controller(r)]
+    assert replay([*without, rec.Step(step=601, loss=1.0)], of()).differences
+    wrong = rec.Change(what=WEIGHT, step=121, before=0.01, after=0.03, by="adaptive")
+    other = [wrong if of_controller(r) else r for r in records]
+    assert replay(other, of()).differences
+
+
+def test_c100_the_log_of_a_run_whose_key_was_changed_agrees() -> None:
+    records = log(parts=False, resumed={WEIGHT: [0.01, 0.012]})
+    assert next(r.after for r in records if of_controller(r)) == 0.02  # type: ignore[union-attr]
+    assert replay(records, Config(**{**of().to_dict(sectioned=False), WEIGHT: 0.012})).agrees
+
+
+def test_c099_advice_and_action_have_the_same_bounds() -> None:
+    found = ArchitectureEvolution(of()).should_add_expert(expert_utilization=HOT)
+    assert found is not None and found["setting"] == {WEIGHT: told(BalanceController(RULES), run(HOT))[0].after}
