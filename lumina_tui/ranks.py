@@ -6,11 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lumina_engine.run.sections import RARE
+
 from .paint import clean, duration, whole
 
 LATE_S = 20.0  # at least, before a rank that does not move is called late
 # where a rank may stay for long without being late: the save, the evaluation and the start take their time
-PATIENT = frozenset({"paused", "save", "eval", "compile", "dry run", "examination", "data", "window"})
+PATIENT = RARE | {"paused", "save", "eval", "data"}
 _NAMES = {"step": "optimizer"}  # of sections, where the program calls them otherwise
 LIMIT = 4096  # ranks that are taken from one answer
 

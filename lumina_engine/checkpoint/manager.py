@@ -114,6 +114,11 @@ class CheckpointManager:
         self._saver.start(self.checkpoints, payload, blocking or not self.config.async_save, best, id)
         return self._saver.take()
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is in flight."""
+        return self._saver.in_flight
+
     def poll(self) -> list[SaveResult]:
         """Call at every step boundary: drives a save in flight; returns the results since the last call."""
         return self._saver.poll()

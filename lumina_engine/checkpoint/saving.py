@@ -262,6 +262,7 @@ class Saver:
 
     def _keep(self, job: _Save, notes: list[str]) -> None:
         if job.folder != self.checkpoints:
+            drop_rewound(job.folder)
             retain(job.folder, KEEP_EMERGENCY, good_names(job.folder, KEEP_EMERGENCY))
             return
         drop_rewound(self.checkpoints)
@@ -301,6 +302,11 @@ class Saver:
     def put_back(self, results: list[SaveResult]) -> None:
         """Let the next `poll` return these first."""
         self._results[:0] = results
+
+    @property
+    def in_flight(self) -> bool:
+        """Whether there is a save that has not ended; the same on all ranks."""
+        return self._job is not None
 
     def drain(self) -> None:
         """Wait for the save in flight; its result stays for `poll`. All ranks."""

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import common, machines
 
 if TYPE_CHECKING:
+    from ..config.machine import Machine
     from ..config.schema import Config
     from ..run.directory import RunDirectory
 
@@ -307,21 +308,38 @@ def _changed(config: Config, args: argparse.Namespace) -> Config:
     from ..config.checks import resume_findings
     from ..config.loading import merge
     from ..config.resolve import world_size
-    from ..config.schema import Config, ConfigError
+    from ..config.schema import Config, ConfigError, infos_of
     from ..monitoring.hardware import detect
 
     wanted = merge(args.preset, Path(args.config) if args.config else None, list(args.overrides))
     make_absolute(wanted.config)  # as the run's own are
     given = [key for key, origin in wanted.origins.items() if origin != "default" and key != "experiment_name"]
     changes = {key: getattr(wanted.config, key) for key in given if getattr(wanted.config, key) != "auto"}
+    asked = [key for key, origin in wanted.origins.items() if origin == "cli" and infos_of(Config)[key].resume_may_change]
+    changes |= {key: "auto" for key in asked if getattr(wanted.config, key) == "auto"}  # resolved anew
     if "num_gpus" in changes and config.launcher in ("none", "torchrun"):  # what auto chose for one rank, and for several
         changes.setdefault("launcher", "auto")
-    new = Config(**(config.to_dict(sectioned=False) | changes))
     machine = detect()
+    new = Config(**(config.to_dict(sectioned=False) | changes))
+    if ("batch_size" in changes) != ("gradient_accumulation_steps" in changes):
+        new = _same_global_batch(config, new, "batch_size" in changes, machine)
     findings = resume_findings(config, new, world_size(config, machine), world_size(new, machine))
     if findings:
         raise ConfigError(findings)
     return new
+
+
+def _same_global_batch(old: Config, new: Config, by_rows: bool, machine: Machine) -> Config:
+    """`new` with the other factor of its batch as the global batch of `old` wants it, where that can be.
+
+    A command that gives one of the two is the one that a requeued job gives again, after Lumina itself changed both.
+    """
+    from ..config.resolve import world_size
+
+    rows, left = divmod(old.batch_size * old.gradient_accumulation_steps * world_size(old, machine), world_size(new, machine))
+    given, other = ("batch_size", "gradient_accumulation_steps")[:: 1 if by_rows else -1]
+    value, more = divmod(rows, getattr(new, given))
+    return new if left or more or not value else new.model_copy(update={other: value})
 
 
 def _after_start(args: argparse.Namespace, directory: Any) -> int:

@@ -182,7 +182,8 @@ def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: in
     """A copy of `config` in which every `auto` is the value in force.
 
     `warmup_steps` and `experiment_name` stay: they need the length of the data and the moment of the start. So do
-    `data_format`, which is found out for each file, and the lengths of a curriculum that is switched off.
+    `data_format`, which is found out for each file, `master_port` of one machine, which each start finds, and what is switched
+    off: lengths without a curriculum, sizes of buckets where DeepSpeed splits nothing.
 
     Raises:
         ConfigError: the vocabulary is too small for the tokenizer, or the run does not fit the devices.
@@ -205,10 +206,11 @@ def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: in
         "num_gpus": max(1, ranks // config.num_nodes) if config.num_gpus == "auto" else config.num_gpus,
         "launcher": _launcher(config),
         "communication_backend": _backend(config, machine),
-        "allgather_bucket_size": bucket_size(config.allgather_bucket_size, not machine.devices),
-        "reduce_bucket_size": bucket_size(config.reduce_bucket_size, not machine.devices),
         "master_addr": "127.0.0.1" if config.master_addr == "auto" and config.num_nodes == 1 else config.master_addr,
     }
+    if config.use_deepspeed and choice.stage > 0:
+        buckets = ("allgather_bucket_size", "reduce_bucket_size")
+        changes |= {name: bucket_size(getattr(config, name), not machine.devices) for name in buckets}
     if config.curriculum_learning:
         lengths = Curriculum.of(config).lengths
         changes |= {"min_seq_length": lengths[0], "max_seq_length": lengths[-1]}

@@ -281,7 +281,7 @@ class Cache:
         """Training and evaluation stores of one source. A small source holds out its lowest conversation at least."""
         named = {part: store_name(self.tokenizer, source=source.digest, part=part, split=share) for part in ("train", "eval")}
         targets = {part: self.folder / name for part, name in named.items()}
-        with locked(self.folder, named["train"]):
+        with locked(self.folder, named["train"], named["eval"]):
             stores = {part: open_verified(target) for part, target in targets.items()}
             if any(store is None for store in stores.values()):
                 built = self._split(source, int(share * _SPLIT_UNIT), targets)

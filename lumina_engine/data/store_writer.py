@@ -223,8 +223,10 @@ def sync_folder(path: Path) -> None:
 
 
 @contextmanager
-def locked(cache: Path, name: str) -> Iterator[None]:
+def locked(cache: Path, name: str, *others: str) -> Iterator[None]:
     """Hold the build lock of store `name`; waits for another process that builds it. Clears what dead builders left.
+
+    `others` are stores that are built under the same lock.
 
     Raises `DataError` when the folder cannot be used.
     """
@@ -238,7 +240,7 @@ def locked(cache: Path, name: str) -> Iterator[None]:
         ) from None
     with handle:
         own = f".tmp-{os.getpid()}-"  # a second thread of this process is not kept out by a POSIX lock
-        for stale in cache.glob(f"{name}*.tmp-*"):
+        for stale in (folder for built in (name, *others) for folder in cache.glob(f"{built}*.tmp-*")):
             if own not in stale.name:
                 shutil.rmtree(stale, ignore_errors=True)
         yield

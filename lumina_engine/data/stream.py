@@ -151,7 +151,7 @@ class TokenStream:
             return self._plans[options]
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with locked(self.path, "count"):  # other ranks wait, and find it done
+            with locked(self.path, "count", "eval"):  # other ranks wait, and find it done
                 rows = self._count(options, progress)
                 if self.threshold is not None:
                     self.eval = self._join_eval()
@@ -186,6 +186,9 @@ class TokenStream:
             try:
                 for number in range(len(self.windows)):
                     part = self._eval_part(number)
+                    if open_verified(part) is None:  # `eval` was there, and was lost since
+                        shutil.rmtree(self.path / f"window-{number:06d}", ignore_errors=True)
+                        self.window(number, None, self.workers)
                     writer.extend(TokenStore(part))
                 store = TokenStore(writer.publish({"tally": Tally().to_dict()}))
             finally:

@@ -14,6 +14,10 @@ FIRST_STEPS = 5  # of a start: they compile, fill caches and allocate, so they t
 STATS_TIME = 1.0  # s between two times that the statistics go out
 STEP = "step"  # the section that ends a step: the update
 WINDOW = "window"  # the wait for a part of a stream to be tokenised
+ROLLBACK = "rollback"  # back to a checkpoint that is read and checked first
+WAITED = "waited save"  # a save whose end is waited for: the last one, or one behind another
+# so seldom that nothing tells how long they take
+RARE = frozenset({"compile", "dry run", "examination", WINDOW, ROLLBACK, WAITED})
 WORK = "forward"  # the part of a step in which a rank waits for no other (but for split experts and ZeRO stage 3)
 
 

@@ -43,7 +43,7 @@ from .process import (
 )
 from .rank import Command
 from .requests import RequestBook
-from .sections import WINDOW
+from .sections import RARE
 from .signals import SignalQueue
 from .socket import ViewerServer, socket_folder
 from .straggler import Stragglers
@@ -57,9 +57,7 @@ SECOND_SIGNAL_TIME = 1.0  # s after which a second TERM or INT kills
 LEFTOVERS_TIME = 15.0  # s that processes of a killed supervisor get to die
 LAUNCHER_TIME = 30.0  # s that a launcher gets to leave once its ranks were killed
 CLEAR_TIME = 5.0  # s that left-over processes of a finished worker get after TERM
-SLOW_SECTIONS = frozenset(
-    {"save", "eval", "compile", "dry run", "examination", WINDOW}
-)  # a stop waits longer for a rank in one of these
+SLOW_SECTIONS = RARE | {"save", "eval"}  # a stop waits longer for a rank in one of these
 SLOW_TIME = 1_800.0  # s
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT, signal.SIGCHLD)
 

@@ -2,7 +2,7 @@
 
 A rank is hung when it has been in one section for longer than the larger of `hang_timeout_s` and `hang_factor` times the 99th
 percentile of that section's durations, as the rank itself measured them; a save and an evaluation are thus judged by their own.
-The first steps of a start, and a section that was never finished before, have `startup_timeout_s`.
+The first steps of a start, a section that was never finished before, and those that come seldom have `startup_timeout_s`.
 
 What follows is QUIT to all ranks (they print their stacks into engine.log, also from within C), TERM to all processes, and
 after a grace CONT and KILL. (Thresholds after nvidia-resiliency-ext's fault_tolerance, without its pickled channel.)
@@ -18,13 +18,12 @@ from dataclasses import dataclass
 from ..monitoring.say import say
 from .channel import RankState, named
 from .process import Process, send_all, send_signal
-from .sections import FIRST_STEPS, WINDOW, WORK
+from .sections import FIRST_STEPS, RARE, WORK
 
 STACKS_TIME = 1.0  # s that the ranks get to print their stacks before TERM
 LEAST = 1.0  # s: no section is hung before, whatever the configuration says; heartbeats are up to 0.1 s late
 PAUSE = 5.0  # s between two looks after which the supervisor itself, or the whole machine, stood still
 SHARE = 0.5  # of the time that it may stand still: a rank that has, while another one has used it up, may be the cause
-_UNTIMED = frozenset({"compile", "dry run", "examination", WINDOW})  # so seldom that nothing tells how long they take
 _WAITING = "paused"  # by the user's wish, for any time
 
 
@@ -69,7 +68,7 @@ def limit(state: RankState, limits: Limits) -> float:
     if state.section == _WAITING:
         return math.inf
     usual = state.p99.get(state.section) if state.section is not None else None
-    if state.steps < FIRST_STEPS or state.section in _UNTIMED or usual is None:
+    if state.steps < FIRST_STEPS or state.section in RARE or usual is None:
         return max(LEAST, limits.startup)
     return max(LEAST, limits.timeout, limits.factor * usual)
 

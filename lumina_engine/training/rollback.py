@@ -14,6 +14,7 @@ from ..checkpoint.files import CheckpointError
 from ..data.skip_list import SkipList
 from ..monitoring import record as rec
 from ..run.policy import NO_PROGRESS
+from ..run.sections import ROLLBACK
 from .progress import Stop, Trouble
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def roll_back(trainer: EnhancedConversationTrainer, trouble: Trouble) -> bool:
     Raises:
         Stop: too many rollbacks, or nothing to go back to: the run ends with exit code 93.
     """
+    trainer.section(ROLLBACK, trainer.progress.step)
     trainer.saves.settle(wait=True)
     config = trainer.config
     if trainer.recovery.exhausted(trouble.last, config.max_rollbacks):

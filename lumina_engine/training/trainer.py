@@ -21,7 +21,7 @@ from ..data.mixed import AnyRows, Mixture, row_plan
 from ..data.rows import RowOptions
 from ..monitoring import record as rec
 from ..run.policy import AGAIN
-from ..run.sections import WINDOW
+from ..run.sections import WAITED, WINDOW
 from . import memory
 from .adaptive import Adaptive
 from .boundary import Boundary
@@ -367,8 +367,11 @@ class EnhancedConversationTrainer:
     def save(self, *, blocking: bool = False, id: str | None = None) -> None:
         """Checkpoint the state at this boundary. A failure is recorded and alarms; training goes on."""
         if self.manager is not None:
-            self.section("save", self.progress.step)
-            self.saves.save(self.progress.step, blocking=blocking or not self.config.async_save, id=id)
+            blocking = blocking or not self.config.async_save
+            # the name that a section has decides by which others its time is judged
+            waits = self.manager.busy or (blocking and self.config.async_save)
+            self.section(WAITED if waits else "save", self.progress.step)
+            self.saves.save(self.progress.step, blocking=blocking, id=id)
 
     def _payload(self) -> Any:
         from .state import payload

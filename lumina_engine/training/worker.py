@@ -182,6 +182,7 @@ class Worker:
         for note in self.manager.notes:
             self.emit(rec.Alert(severity="critical", code="checkpoint_damaged", message=note))
         if path is None:
+            self._catch_up(0, None)
             if self.log is not None and self._logged_step() > 0:
                 self.emit(rec.Rewind(to_step=0, reason="no checkpoint yet: starting again at step 0"))
             return
@@ -200,7 +201,7 @@ class Worker:
             )
         self.manager.rewind(loaded.step)
         restore(self.trainer, loaded)
-        self._catch_up(loaded)
+        self._catch_up(loaded.step, loaded.global_state.get("log_seq"))
         if changed:
             self._override_data(loaded.step, str(saved), data.train.fingerprint)
         self.emit(rec.Rewind(to_step=loaded.step, reason=f"resumed from {path.name}"))
@@ -218,13 +219,15 @@ class Worker:
         steps = [r.step for r in read_records(self.directory.metrics_path) if isinstance(r, rec.Step)]
         return max(steps, default=0)
 
-    def _catch_up(self, loaded: Any) -> None:
-        """What the log knows beyond the checkpoint: the user's rates after that step, rollbacks since, and what they cost."""
+    def _catch_up(self, step: int, seq: int | None) -> None:
+        """What the log knows beyond the checkpoint of `step`: the user's rates after it, rollbacks since, and what they cost.
+
+        `seq` is the last record before that checkpoint. None: there are no rollbacks since.
+        """
         from .history import rates_after, rollbacks_after
 
         records = list(read_records(self.directory.metrics_path)) if self.log is not None else []
         self.growth.replay(surviving(records))
-        seq = loaded.global_state.get("log_seq")
         rollbacks = rollbacks_after(records, seq)
         mine = {
             "rates": list(rates_after(records, 0).items()),
@@ -233,9 +236,9 @@ class Worker:
         }
         shared = self.trainer.comm.broadcast(mine)
         trainer = self.trainer
-        trainer.boundary.rates = {int(step): float(rate) for step, rate in shared["rates"]}
-        trainer.boundary.replay = {step: rate for step, rate in trainer.boundary.rates.items() if step > loaded.step}
-        trainer.adaptive.catch_up((Back(*back) for back in shared["backs"]), loaded.step)
+        trainer.boundary.rates = {int(at): float(rate) for at, rate in shared["rates"]}
+        trainer.boundary.replay = {at: rate for at, rate in trainer.boundary.rates.items() if at > step}
+        trainer.adaptive.catch_up((Back(*back) for back in shared["backs"]), step)
         trainer.recovery = trainer.recovery.after(
             rec.Rewind(to_step=to_step, failed_step=failed, skip=skip) for to_step, failed, skip in shared["rollbacks"]
         )

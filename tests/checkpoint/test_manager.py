@@ -271,6 +271,15 @@ def test_c084_emergency_save_stands_beside_and_is_found(tmp_path: Path) -> None:
     assert made.emergency(payload(2)) == path and (tmp_path / "emergency" / "step-000002.corrupt").is_dir()
 
 
+def test_c084_emergency_saves_of_an_abandoned_branch_are_deleted_too(tmp_path: Path) -> None:
+    made = saved(tmp_path, 1)
+    made.emergency(payload(5))
+    made.rewind(1)
+    assert [name.split("-")[0] for name in names_in(tmp_path / "emergency") if ".rewound-" in name] == ["step"]
+    made.emergency(payload(4))
+    assert names_in(tmp_path / "emergency") == ["step-000004"]
+
+
 def test_c084_emergency_save_of_plain_objects_can_be_switched_off(tmp_path: Path) -> None:
     model = network()
     path = manager(tmp_path).emergency_save(model=model, global_step=4, current_epoch=1, metrics={"loss": 2.0})

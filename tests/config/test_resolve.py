@@ -29,8 +29,12 @@ def stage(config: Config, machine: Machine) -> tuple[int, bool]:
 def test_c054_resolve_leaves_no_auto_but_what_cannot_be_known_yet() -> None:
     config = resolve(ConfigPresets.debug(), LAPTOP, tokenizer_vocab=1024)
     auto = {i.name for i in fields_info() if getattr(config, i.name) == "auto"}
-    # data_format: each file is looked into; the lengths of the curriculum: it does not exist yet; the port: found at the start
-    assert auto == {"warmup_steps", "experiment_name", "data_format", "min_seq_length", "max_seq_length", "master_port"}
+    # data_format: each file is looked into; lengths of a curriculum, buckets: there are none; the port: each start finds it
+    known = {"warmup_steps", "experiment_name", "data_format", "min_seq_length", "max_seq_length", "master_port"}
+    assert auto == known | {"reduce_bucket_size", "allgather_bucket_size"}
+    for machine, size in ((LAPTOP, 2_000_000), (gpus(2), 200_000_000)):
+        split = resolve(Config(use_deepspeed=True, zero_stage=1, num_gpus=2), machine, tokenizer_vocab=1024)
+        assert (split.reduce_bucket_size, split.allgather_bucket_size) == (size, size)
     assert (config.vocab_size, config.precision, config.zero_stage, config.num_gpus) == (1024, "fp32", 0, 1)
     assert (config.launcher, config.communication_backend, config.master_addr) == ("none", "gloo", "127.0.0.1")
     assert (config.head_dim, config.dense_intermediate_size, config.router_normalize) == (64, 512, False)

@@ -135,6 +135,17 @@ def test_c036_several_processes_share_the_cache(tokenizer, tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_c036_remains_of_both_parts_of_a_split_are_cleared(write, settings, tokenizer, tmp_path):
+    path = write("x.jsonl", [{"text": f"text {number}"} for number in range(40)])
+    cache = tmp_path / "cache"
+    config = settings(train_data_path=str(path), eval_split=0.2, data_cache_dir=str(cache))
+    open_data(config, tokenizer)
+    for folder in [entry for entry in cache.iterdir() if entry.name != "locks"]:
+        folder.rename(folder.with_name(f"{folder.name}.tmp-1-dead"))  # as a start leaves it that was killed
+    open_data(config, tokenizer)
+    assert len([entry for entry in cache.iterdir() if entry.name != "locks"]) == 2 and not list(cache.glob("*.tmp-*"))
+
+
 def test_c036_killed_builders_do_not_stop_the_next(tokenizer, tmp_path):
     """SIGKILL in the middle of the pass, five times: the same store in the end, and no remains."""
 

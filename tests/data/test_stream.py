@@ -93,6 +93,27 @@ def test_c034_one_window_gives_the_very_batches_of_the_map_style_path(write, set
     assert len(whole.notes) == (1 if packing == "concat" else 3)
 
 
+@pytest.mark.parametrize("damage", ["flipped", "gone", "gone, and windows too"])
+def test_c036_a_lost_evaluation_store_is_made_again(write, settings, tokenizer, damage):
+    path = write("x.jsonl", [talk(n) for n in range(120)])
+    config = settings()
+    first = opened(path, config, tokenizer, split=0.2)
+    first.count(RowOptions.from_config(config))
+    expected, store = first.eval.fingerprint, first.path / "eval"
+    if damage == "flipped":
+        data = bytearray((store / "tokens.u32").read_bytes())
+        data[5] ^= 1
+        (store / "tokens.u32").write_bytes(data)
+    else:
+        shutil.rmtree(store)
+    for name in on_disk(first)[:1] if "windows" in damage else []:
+        shutil.rmtree(first.path / name)
+    again = opened(path, config, tokenizer, split=0.2)
+    rows = again.count(RowOptions.from_config(config))
+    assert again.eval.fingerprint == expected and rows.num_rows == first.count(RowOptions.from_config(config)).num_rows
+    assert not list(again.path.glob("eval-*"))
+
+
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_c035_several_windows_each_as_the_map_style_path_has_it(write, settings, tokenizer, packing, tmp_path):
     """The rows of each window are those of a store of its conversations; every row comes once an epoch, window by window."""

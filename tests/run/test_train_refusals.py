@@ -99,7 +99,7 @@ def test_c085_resume_has_one_rule_for_what_may_change(tmp_path: Path) -> None:
     old = ConfigPresets.debug()
     for words, key in (
         (["hidden_size=256"], "hidden_size"),
-        (["batch_size=4"], "batch_size"),
+        (["batch_size=3"], "batch_size"),
     ):
         arguments = train.argparse.Namespace(preset=None, config=None, overrides=words)
         with pytest.raises(ConfigError) as caught:
@@ -108,6 +108,26 @@ def test_c085_resume_has_one_rule_for_what_may_change(tmp_path: Path) -> None:
     arguments.overrides = ["batch_size=4", "gradient_accumulation_steps=2", "max_steps=9", "zero_stage=1"]
     new = train._changed(old, arguments)
     assert (new.batch_size, new.max_steps, new.hidden_size, new.zero_stage) == (4, 9, 128, 1)
+
+
+def resumed(old: Config, *words: str) -> Config:
+    return train._changed(old, train.argparse.Namespace(preset=None, config=None, overrides=list(words)))
+
+
+def test_c085_one_factor_of_the_batch_takes_the_other_with_it() -> None:
+    """A requeued job gives its command again, although Lumina has halved the micro batch since."""
+    old = Config(batch_size=8, gradient_accumulation_steps=2, num_gpus=1)
+    for word, batch in (("batch_size=16", (16, 1)), ("batch_size=2", (2, 8)), ("gradient_accumulation_steps=1", (16, 1))):
+        new = resumed(old, word)
+        assert (new.batch_size, new.gradient_accumulation_steps) == batch
+    new = resumed(old, "num_gpus=2", "batch_size=4")
+    assert (new.batch_size, new.gradient_accumulation_steps) == (4, 2)
+
+
+def test_c085_auto_on_the_command_line_is_resolved_anew() -> None:
+    old = Config(master_port=29_500, reduce_bucket_size=200_000_000, hidden_size=256)
+    new = resumed(old, "master_port=auto", "reduce_bucket_size=auto", "vocab_size=auto")
+    assert (new.master_port, new.reduce_bucket_size, new.vocab_size) == ("auto", "auto", old.vocab_size)
 
 
 @pytest.mark.parametrize("tasks", [False, True])

@@ -132,6 +132,17 @@ def test_c098_the_second_rung_goes_back_and_the_cut_stays(tmp_path: Path) -> Non
     assert rate == rates(tiny)[1] / tiny.trainer.schedule.shape(1) * 0.25 and agrees(tiny)  # type: ignore[union-attr]
 
 
+def test_ft05_the_rollback_and_the_last_save_are_sections_of_their_own(tmp_path: Path) -> None:
+    """The watchdog would judge them by an optimizer step and by copies to memory."""
+    keys = KEYS | {"spike_policy": "rollback", "spike_sigma": 20.0, "save_interval": 10, "max_steps": 120, "async_save": True}
+    tiny = lifted(Tiny(tmp_path, documents=MANY, **keys), lambda step: 50.0 if step == 45 and not rewinds(tiny) else 1.0)
+    sections: list[tuple[int, str]] = []
+    tiny.channel.at = lambda step, section: sections.append((step, section))
+    tiny.train()
+    assert rewinds(tiny) and [step for step, section in sections if section == "rollback"] == [45]
+    assert [step for step, section in sections if section == "waited save"][-1] == 120 and (60, "save") in sections
+
+
 @pytest.mark.parametrize("cmd", ["preempt", "stop", "checkpoint"])
 def test_c098_a_command_that_meets_a_rollback_waits_for_it(tmp_path: Path, cmd: str) -> None:
     """None saves the step that the run goes back from: a start from there would never go back."""

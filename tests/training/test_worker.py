@@ -15,7 +15,9 @@ from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import read_records
 from lumina_engine.run.directory import RunDirectory
 from lumina_engine.run.rank import NullChannel
+from lumina_engine.training.comm import Comm
 from lumina_engine.training.memory import DoesNotFit
+from lumina_engine.training.rollback import Recovery
 from lumina_engine.training.settle import NoRoom
 from lumina_engine.training.trial import TrialError
 from lumina_engine.training.worker import Worker
@@ -41,6 +43,21 @@ def failed(root: Path, error: Exception, after: bool = False, **keys: Any) -> tu
     code = worker._failed(error)
     assert ear.left is not None and ear.left[0] == code
     return code, ear.left[1] or "", [r for r in read_records(run.metrics_path) if isinstance(r, rec.Run)]
+
+
+def test_c098_a_rate_that_was_set_before_the_first_checkpoint_is_set_again(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "r")
+    Config(tokenizer="lumina-1k").save(run.config_path)
+    worker = Worker(run, Ear())
+    worker.emit(rec.Change(what="learning_rate", step=7, before=1e-3, after=1e-4, by="user"))
+    worker.emit(rec.Step(step=9, loss=1.0))
+    boundary, told = SimpleNamespace(rates={}, replay={}), []
+    adaptive = SimpleNamespace(catch_up=lambda backs, step: told.append((list(backs), step)))
+    worker.manager = SimpleNamespace(recover=lambda: None, notes=[])  # type: ignore[assignment]
+    worker.trainer = SimpleNamespace(comm=Comm(), boundary=boundary, adaptive=adaptive, recovery=Recovery())  # type: ignore[assignment]
+    worker._restore(None)
+    assert boundary.rates == boundary.replay == {7: 1e-4} and told == [([], 0)]
+    assert [r.to_step for r in read_records(run.metrics_path) if isinstance(r, rec.Rewind)] == [0]
 
 
 @pytest.mark.parametrize("error", [LOST, MemoryError()])
