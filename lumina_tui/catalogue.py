@@ -82,7 +82,7 @@ def _cause(path: Path, finding: Finding) -> str:
     """`line 12: unknown key; did you mean …` of a problem in a file."""
     line = finding.where.removeprefix(f"{path}:")
     text = finding.line().removeprefix(f"{finding.where}: ").removeprefix(f"{path}: ")
-    return f"line {line}: {text}" if line.isdigit() else text
+    return f"line {line}: {text}" if line.isdecimal() else text
 
 
 def matching(entries: Iterable[Entry], words: str) -> list[Entry]:

@@ -114,7 +114,7 @@ def _config(args: argparse.Namespace, shape: dict[str, Any], own: dict[str, int]
             words.append(word)
             if name not in infos_of(Config) and "=" in word:
                 findings.append(unknown_key(name, [*infos_of(Config), *own], "command line"))
-        elif text.strip().isdigit() and (int(text) or own[name] == 0 or name == "warmup"):
+        elif text.strip().isdecimal() and (int(text) or own[name] == 0 or name == "warmup"):
             numbers[name] = int(text)
         else:
             findings.append(Finding("bench", "error", (), f"{name} = {text}: not a positive whole number", f"set {own[name]}"))

@@ -23,9 +23,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _count(text: str) -> int:
     try:
-        return int(float(text.replace("_", "").replace(",", "")))
+        count = int(float(text.replace("_", "").replace(",", "")))
     except (ValueError, OverflowError):
         raise argparse.ArgumentTypeError(f"{text} is not a number of tokens") from None
+    if count < 1:
+        raise argparse.ArgumentTypeError(f"{text}: give at least 1 token")
+    return count
 
 
 def run(args: argparse.Namespace) -> int:

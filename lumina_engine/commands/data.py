@@ -20,6 +20,7 @@ from .data_parts import (
     add_progress,
     at_least,
     counted,
+    languages,
     require_different,
     require_new,
     token_lines,
@@ -113,7 +114,7 @@ def _tree_options(args: argparse.Namespace) -> OasstOptions:
             )
     return OasstOptions(
         paths=args.paths,
-        languages=tuple(word.lower() for word in words(args.languages)),
+        languages=tuple(languages(args.languages)),
         max_rank=args.max_rank,
         deleted=args.deleted,
         rejected=args.rejected,

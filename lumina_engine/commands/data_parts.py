@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -72,6 +73,15 @@ def counted(number: int, what: str) -> str:
 def words(text: str | None) -> list[str]:
     """The words of a list separated by commas."""
     return [word for word in (part.strip() for part in (text or "").split(",")) if word]
+
+
+def languages(text: str | None) -> list[str]:
+    """The codes of a list of languages, in small letters. Raises `UserError` for a word that is no code."""
+    found = [word.lower() for word in words(text)]
+    for word in found:
+        if not re.fullmatch(r"[a-z]{2,3}", word):
+            raise UserError(f"--languages {word}: give codes of two or three letters, such as en,de")
+    return found
 
 
 def at_least(args: argparse.Namespace, **least: int) -> None:

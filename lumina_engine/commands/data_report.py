@@ -11,11 +11,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .common import UserError, print_json, safe, table
-from .data_parts import Meter, add_force, add_format, add_progress, at_least, require_different, require_new, token_lines, words
+from .data_parts import (
+    Meter,
+    add_force,
+    add_format,
+    add_progress,
+    at_least,
+    languages,
+    require_different,
+    require_new,
+    token_lines,
+)
 
 if TYPE_CHECKING:
-    from ..data.check import Judged, Sofar
-    from ..data.conversation import Document
+    from ..data.check import Judged, Lost, Sofar
+    from ..data.conversation import DataError, Document
 
 _SHOWN_PROBLEMS = 5
 
@@ -42,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from ..data.tokenizer import ConversationTokenizer
 
     at_least(args, sample=0, seq_length=1)
+    wanted = languages(args.languages)
     if args.filter and args.sample:
         raise UserError("--filter judges every conversation: leave --sample out")
     _require_targets(args)
@@ -51,17 +62,18 @@ def run(args: argparse.Namespace) -> int:
     def told(sofar: Sofar) -> None:
         meter.show(sofar.conversations, sofar.tokens, problems=sofar.problems, bytes=sofar.bytes, total_bytes=sofar.total_bytes)
 
-    with _filtered(args.filter) as judged:
+    with _filtered(args.filter) as (judged, lost):
         found = summary(
             args.paths or None,
             ConversationTokenizer(args.tokenizer),
             format=args.format,
             sample=sample,
             seq_length=args.seq_length,
-            languages=[word.lower() for word in words(args.languages)],
+            languages=wanted,
             against=args.against,
             texts=args.texts,
             judged=judged,
+            lost=lost,
             progress=told,
         )
         _require_some(found)
@@ -130,10 +142,10 @@ def _print_quality(found: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _filtered(targets: list[str] | None) -> Iterator[Judged | None]:
-    """Where judged conversations go: two files that appear whole when all is judged, or nowhere."""
+def _filtered(targets: list[str] | None) -> Iterator[tuple[Judged | None, Lost | None]]:
+    """Where judged conversations go, and what is none: two files that appear whole when all is judged, or nowhere."""
     if targets is None:
-        yield None
+        yield None, None
         return
     places = [Path(target) for target in targets]
     stagings = [place.with_name(f".{place.name}.{os.getpid()}.tmp") for place in places]
@@ -148,7 +160,11 @@ def _filtered(targets: list[str] | None) -> Iterator[Judged | None]:
                     record["rules"] = broken
                 (dropped if broken else kept).write(json.dumps(record, ensure_ascii=False) + "\n")
 
-            yield judged
+            def lost(error: DataError) -> None:
+                record = {"path": error.path, "line": error.line, "message": error.message, "rules": [error.reason]}
+                dropped.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+            yield judged, lost
         for staging, place in zip(stagings, places, strict=True):
             staging.replace(place)
     except OSError as error:

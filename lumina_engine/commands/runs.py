@@ -242,7 +242,7 @@ def _tail(args: argparse.Namespace, directory: RunDirectory) -> int:
     for name in types:
         if name not in RECORD_TYPES:
             raise common.UserError(f"--type {name}: there is no such record; types: {', '.join(sorted(RECORD_TYPES))}")
-    if args.lines != "all" and not args.lines.isdigit():
+    if args.lines != "all" and not args.lines.isdecimal():
         raise common.UserError(f"--lines {args.lines}: give a number, or all")
     for item in _records(directory, types, None if args.lines == "all" else int(args.lines), not args.no_follow):
         if args.json:

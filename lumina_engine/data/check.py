@@ -34,6 +34,7 @@ _SMALLEST_EDGE = 16  # tokens; the first bar of the histogram ends here
 BUILT_IN = "built-in corpus"
 
 Judged = Callable[[Document, list[str]], None]
+Lost = Callable[[DataError], None]
 
 
 @dataclass(frozen=True)
@@ -186,6 +187,7 @@ class Check:
     messages: Counter[str] = field(default_factory=Counter)
     files: list[dict[str, Any]] = field(default_factory=list)
     problems: list[DataError] = field(default_factory=list)
+    lost: int = 0  # records that are no conversation: malformed, or nothing in them to train on
     counts: Counter[str] = field(default_factory=Counter)
     lengths: Lengths | None = None
     duplicates: Repeats = field(default_factory=lambda: Repeats(0, []))
@@ -235,11 +237,11 @@ class Check:
         }
 
     def _quality(self) -> dict[str, Any]:
-        """A sample is judged as if it held its share of the problems."""
+        """A sample is judged as if it held its share of what is lost."""
         if self.quality is None:
             return {}
         judged = self.quality.conversations / self.conversations if self.conversations else 0.0
-        found = self.quality.to_dict(round(self.counts.total() * judged))
+        found = self.quality.to_dict(round(self.lost * judged))
         return {"quality_score": found["score"], "quality": found}
 
     def _token_figures(self) -> dict[str, Any]:
@@ -271,9 +273,12 @@ def check_files(
     against: Paths | None = None,
     quality: Quality | None = None,
     judged: Judged | None = None,
+    lost: Lost | None = None,
     progress: Callable[[Sofar], None] | None = None,
 ) -> Check:
     """Read every record and collect all problems with file and line, those that `convert` would drop or cut included.
+
+    A conversation that loses turns in training is counted, measured and judged as training has it, beside its problem.
 
     Args:
         paths: files, folders, globs; None: the built-in corpus.
@@ -282,14 +287,14 @@ def check_files(
         against: evaluation data; conversations that stand in both are counted. For the built-in corpus its own held-out
             questions, if nothing is given.
         quality: judges the conversations that are tokenised; needs a tokenizer.
-        judged: told each judged conversation and the rules that it breaks.
+        judged: told each judged conversation and the rules that it breaks. lost: each record that is none.
         progress: told how far it is, often; throttling is the callee's part.
 
     Raises:
         DataError: only for paths that name nothing and for an unknown format.
     """
     check_format(format)
-    work = _Work(tokenizer, sample, seq_length, progress, quality, judged)
+    work = _Work(tokenizer, sample, seq_length, progress, quality, judged, lost)
     if paths is None:
         work.built_in()
     else:
@@ -310,9 +315,10 @@ class _Work:
         progress: Callable[[Sofar], None] | None,
         quality: Quality | None = None,
         judged: Judged | None = None,
+        lost: Lost | None = None,
     ) -> None:
         self.check = Check(lengths=None if tokenizer is None else Lengths(tokenizer, seq_length), quality=quality)
-        self._sample, self._progress, self._judged = sample, progress, judged
+        self._sample, self._progress, self._judged, self._told_lost = sample, progress, judged, lost
         self._kept: list[tuple[Document, Where]] = []  # an even sample of what was read (Vitter 1985, algorithm R)
         self._random = random.Random(0)
         self._digests, self._places = array("Q"), array("Q")
@@ -339,7 +345,8 @@ class _Work:
             found = path.stat()
             entry |= {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns}
             layout = detect_format(path) if format == "auto" else format
-            for record, document in read_located(path, layout, tally=Tally(strict=True), on_error=self.check.add):
+            tally = Tally(rejects=self._lost, problems=self.check.add)
+            for record, document in read_located(path, layout, tally=tally, on_error=self._malformed):
                 self._add(document, record.line, record.offset)
         except DataError as error:
             self.check.add(error)
@@ -349,6 +356,15 @@ class _Work:
         entry["format"] = layout if layout in FORMATS[1:] else None
         entry["conversations"] = self.check.conversations - before
         self._before += entry.get("bytes", 0)
+
+    def _malformed(self, error: DataError) -> None:
+        self.check.add(error)
+        self._lost(error)
+
+    def _lost(self, error: DataError) -> None:
+        self.check.lost += 1
+        if self._told_lost is not None:
+            self._told_lost(error)
 
     def _add(self, document: Document, line: int, offset: int) -> None:
         check, number = self.check, self.check.conversations

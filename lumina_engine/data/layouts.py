@@ -4,7 +4,8 @@ The project's own layout (messages) has a strict reader for training. Foreign la
 are tidied by fixed rules, and each removal is counted:
 
 - an exchange (a user turn up to the next one) that holds an empty user or assistant turn is removed, so an empty answer is
-  never a target; so are turns after the last answer and an empty system prompt;
+  never a target; so are turns after the last answer and an empty system prompt. Of turns before the first user turn the system
+  prompt stays;
 - a conversation that has no answer left, or whose roles are out of order, is dropped.
 
 A record that does not have the layout's shape is an error with file:line, never skipped.
@@ -167,6 +168,7 @@ def _calls(entry: Mapping[str, object], what: str, place: Place) -> list[str]:
 def _tidied(turns: list[Message], value: Mapping[str, object], place: Place, tally: Tally) -> Iterator[Conversation]:
     """The conversation of `turns` after the rules at the top of this file, if anything is left of it."""
     id_, task = parse_label(value.get("id"), "id", place), parse_label(value.get("task"), "task", place)
+    turns = _weighed(turns, value, place)
     tally.read += 1
     if not turns:
         return tally.drop("no turns", place)
@@ -180,13 +182,14 @@ def _tidied(turns: list[Message], value: Mapping[str, object], place: Place, tal
         if turn.role == "user":
             exchanges.append([])
         exchanges[-1].append(turn)
-    whole = [e for e in exchanges if all(t.role in ("tool", "system") or t.content.strip() for t in e)]
+    whole = [e for e in exchanges if _is_whole(e)]
     if len(whole) < len(exchanges):
         if not any(turn.role == "assistant" for exchange in whole for turn in exchange):
             return tally.drop("nothing but empty turns", place)
         number = next(n for n, t in enumerate(turns, 1) if t.role in ("user", "assistant") and not t.content.strip())
         tally.change("exchange with an empty turn removed", place, f"turn {number} ({turns[number - 1].role}) is empty")
-    turns = [turn for exchange in whole for turn in exchange]
+    prompt = [] if _is_whole(exchanges[0]) else [turn for turn in exchanges[0] if turn.role == "system"]
+    turns = prompt + [turn for exchange in whole for turn in exchange]
     end = max(index for index, turn in enumerate(turns) if turn.role == "assistant") + 1
     if end < len(turns):
         tally.change("unanswered turns at the end removed", place, f"the last turn ({turns[-1].role}) has no answer")
@@ -199,13 +202,21 @@ def _tidied(turns: list[Message], value: Mapping[str, object], place: Place, tal
     yield Conversation(tuple(turns), id_, task)
 
 
+def _is_whole(exchange: list[Message]) -> bool:
+    return all(turn.role in ("tool", "system") or turn.content.strip() for turn in exchange)
+
+
+def _weighed(turns: list[Message], value: Mapping[str, object], place: Place) -> list[Message]:
+    """The weight of a record is that of its answers that have none of their own."""
+    if value.get("weight") is None:
+        return turns
+    whole = parse_weight(value["weight"], "the record", place)
+    return [Message(t.role, t.content, whole) if t.role == "assistant" and t.weight is None else t for t in turns]
+
+
 def _messages(record: Record, tally: Tally) -> Iterator[Conversation]:
     value, place = _object(record, "messages", "messages"), _place(record)
     turns = _with_tools(_turns(value, "messages", place, _CHAT_ROLES), value, place)
-    weight = value.get("weight")
-    if weight is not None:
-        whole = parse_weight(weight, "the record", place)
-        turns = [Message(t.role, t.content, whole) if t.role == "assistant" and t.weight is None else t for t in turns]
     yield from _tidied(turns, value, place, tally)
 
 

@@ -270,7 +270,7 @@ def flags_of(document: Document) -> list[str]:
 
 def _luhn(text: str) -> bool:
     """Whether the digits end on the check digit of a card number (ISO/IEC 7812-1)."""
-    digits = [int(sign) for sign in text if sign.isdigit()]
+    digits = [int(sign) for sign in text if sign.isdecimal()]
     if len(set(digits)) < 2:
         return False
     doubled = [d * 2 - 9 * (d > 4) if place % 2 else d for place, d in enumerate(reversed(digits))]

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..monitoring.html import Markup, document, table, tag
 from ..monitoring.svg import bars_svg
-from .check import Judged, Sofar, check_files, readable
+from .check import Judged, Lost, Sofar, check_files, readable
 from .conversation import DataError
 from .files import Paths
 from .quality import Quality, normal_digest
@@ -60,6 +60,7 @@ def summary(
     against: Paths | None = None,
     texts: bool = False,
     judged: Judged | None = None,
+    lost: Lost | None = None,
     progress: Callable[[Sofar], None] | None = None,
 ) -> dict[str, Any]:
     """The report as plain values; see `check_files` and `Quality` for what they mean. `paths` None: the built-in corpus.
@@ -77,6 +78,7 @@ def summary(
         against=against,
         quality=Quality(limit, languages, evaluation, texts=texts),
         judged=judged,
+        lost=lost,
         progress=progress,
     )
     return {

@@ -15,7 +15,8 @@ class Tally:
     """What happened to the records: `read` = kept + sum of `dropped`. `changed` counts conversations that lost turns.
 
     Layouts of single messages (trees) count these too: messages read = `used` + sum of `left_out`. With `strict` nothing is
-    dropped or changed: the first such record is an error. `rejects` is told each drop.
+    dropped or changed: the first such record is an error. `rejects` is told each drop, `problems` each drop and change with
+    what to do.
     """
 
     strict: bool = False
@@ -25,6 +26,7 @@ class Tally:
     used: int = 0
     left_out: Counter[str] = field(default_factory=Counter)
     rejects: Callable[[DataError], None] | None = None
+    problems: Callable[[DataError], None] | None = None
 
     @property
     def kept(self) -> int:
@@ -33,10 +35,12 @@ class Tally:
 
     def drop(self, reason: str, place: Place, detail: str = "") -> None:
         """Count a conversation that is left out."""
+        fix = "correct the record, or let `lumina-engine data convert` drop and count it"
         if self.strict:
-            fix = "correct the record, or let `lumina-engine data convert` drop and count it"
             raise place.error(detail or reason, fix, reason)
         self.dropped[reason] += 1
+        if self.problems:
+            self.problems(place.error(detail or reason, fix, reason))
         if self.rejects:
             self.rejects(place.error(detail or reason, reason=reason))
 
@@ -51,10 +55,12 @@ class Tally:
 
     def change(self, reason: str, place: Place, detail: str) -> None:
         """Count a conversation that loses turns; `detail` says what is wrong with it."""
+        fix = "correct the record, or let `lumina-engine data convert` cut and count it"
         if self.strict:
-            fix = "correct the record, or let `lumina-engine data convert` cut and count it"
             raise place.error(detail, fix, reason)
         self.changed[reason] += 1
+        if self.problems:
+            self.problems(place.error(detail, fix, reason))
 
     def use(self, messages: int) -> None:
         """Count messages of a tree that a conversation holds."""

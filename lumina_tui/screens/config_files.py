@@ -88,7 +88,7 @@ class ConfigFiles(LuminaScreen):
         assert form is not None
         text = form.text if form.text is not None else form.to_yaml(full=True)
         first = form.text_findings[0].where.rpartition(":")[2] if form.text_findings else "1"
-        line = int(first) if first.isdigit() else 1
+        line = int(first) if first.isdecimal() else 1
         name = form.path.name if form.path else "the form"
         view = YamlView(text, self._check_text, keep=self._keep_text, pending=form.pending, heading=name, line=line)
         self.lumina.push_screen(view, self._take_text)

@@ -49,6 +49,30 @@ def test_c028_convert(run, write, tmp_path):
     assert code == 65 and err.count("\n") == 1 and "bad.jsonl:1: " in err and not (tmp_path / "q.jsonl").exists()
 
 
+def test_c031_what_a_filter_keeps_and_drops_adds_up(run, write, tmp_path):
+    """A conversation that training tidies is judged as training has it; what is none is dropped, with its reason."""
+    turns = [{"from": "human", "value": "What is red?"}, {"from": "gpt", "value": "A colour of the sunset in the evening."}]
+    rows = [{"conversations": turns}, {"conversations": [*turns, turns[0]]}, {"conversations": turns[:1]}, {"conversations": 3}]
+    source = write("s.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    words = ("report", source, "--tokenizer", "lumina-1k", "--out", tmp_path / "r.json", "--filter", "k.jsonl", "d.jsonl")
+    code, out, err = run(*words, "--json")
+    found = json.loads(out)
+    assert (code, err) == (0, "") and found["total_conversations"] == 2 and sum(found["problem_counts"].values()) == 3
+    kept, dropped = ((tmp_path / name).read_text().splitlines() for name in ("k.jsonl", "d.jsonl"))
+    judged = [json.loads(line) for line in (*kept, *dropped) if "messages" in json.loads(line)]
+    lost = [json.loads(line) for line in dropped if "messages" not in json.loads(line)]
+    assert len(kept) + len(dropped) == 4 and [len(record["messages"]) for record in judged] == [2, 2]
+    assert [record["line"] for record in lost] == [3, 4] and lost[0]["rules"] == ["no assistant turn"]
+    code, out, _ = run("validate", source, "--json")
+    assert code == 1 and json.loads(out)["total_conversations"] == 2
+
+
+@pytest.mark.parametrize("words", [("report", "x.jsonl"), ("convert", "x.jsonl", "o.jsonl")])
+def test_c031_a_language_is_a_code(run, words):
+    code, _, err = run(*words, "--languages", "en,english")
+    assert code == 2 and "--languages english: give codes of two or three letters, such as en,de" in err
+
+
 def test_c030_validate(run, write):
     good = write("good.json", [ROW])
     code, out, _ = run("validate", good, "--json")

@@ -260,8 +260,11 @@ def test_77_filter_writes_both_sides_and_they_add_up(planted, tmp_path, capsys, 
     kept, dropped = (
         [json.loads(line) for line in (tmp_path / name).read_text().splitlines()] for name in ("kept.jsonl", "dropped.jsonl")
     )
-    assert (len(kept), len(dropped)) == (7, 3)
+    lost = [row for row in dropped if "message" in row]  # what is no conversation
+    dropped = [row for row in dropped if "message" not in row]
+    assert (len(kept), len(dropped), len(lost)) == (7, 3, 1)
     assert [row["rules"] for row in dropped] == [["repeated_lines"], ["refusal"], ["duplicate"]]
+    assert lost[0]["path"] == str(planted) and lost[0]["line"] and lost[0]["rules"]
     originals = list(read_conversations(planted, on_error=lambda e: None))
     assert list(read_conversations("kept.jsonl")) == originals[:7]
     out = capsys.readouterr().out
