@@ -100,6 +100,9 @@ def test_c139_budget(run, tmp_path, monkeypatch) -> None:
     assert code == 0 and data["fits"] and data["steps"] == 100 and data["parameters"]["active"] == 494_208
     data = run("budget", "--preset", "b1", "--devices", "8x80GB", "--tokens", "1e9", "--json")[1]
     assert data["fits"] and data["resolved"]["world"] == 8 and data["steps"] == 5_723
+    for count in ("0", "-5", "0.5"):
+        with pytest.raises(SystemExit):
+            run("budget", "--tokens", count)
     assert "DOES NOT FIT: too little device memory" in run("budget", "--preset", "b7", "--devices", "8x80GB")[1]
     (tmp_path / "data.jsonl").write_text("x" * 81_920)
     assert run("budget", "--json", "train_data_path=data.jsonl", "num_epochs=1")[1]["steps"] == 10
