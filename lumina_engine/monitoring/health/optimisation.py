@@ -128,8 +128,8 @@ class GradientTail(Detector):
 class RateJump(Detector):
     """The learning rate more than doubles from one step to the next, after step 10, and nobody has set it.
 
-    No schedule does that: a linear warm-up grows by a tenth there, all others fall. Critical from three times on. Closed when
-    the rate is back at twice the last good one.
+    No schedule does that: a linear warm-up grows by a tenth there, all others fall. A resume that changes the schedule sets the
+    rate of its first step. Critical from three times on. Closed when the rate is back at twice the last good one.
     """
 
     codes = ("rate_jump",)

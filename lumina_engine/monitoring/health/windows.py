@@ -23,6 +23,13 @@ SLOPE_BLOCK = 20  # steps of one of its points
 NUMERIC_STEPS = 1_000
 SPIKE_STEPS = 500
 KENDALL_95 = {5: 10, 6: 13, 7: 15, 8: 18, 9: 20, 10: 23}  # points -> S of Kendall's test from which a trend is one (95 %)
+# what the learning rate of a step follows from: the shape of its schedule, and all that the number of steps comes from
+RATE_KEYS = frozenset(
+    {
+        *("learning_rate", "lr_schedule", "warmup_steps", "min_lr_ratio", "decay_ratio"),
+        *("max_steps", "num_epochs", "batch_size", "gradient_accumulation_steps", "data", "ranks"),
+    }
+)
 
 
 def noise(values: Sequence[float]) -> float:
@@ -119,7 +126,7 @@ class Windows:
         self.rss: deque[tuple[float, float]] = deque(maxlen=96)  # t, bytes
         self.disk: deque[tuple[float, float]] = deque(maxlen=128)  # t, free bytes
         self.checkpoint_bytes: int | None = None
-        self.rate_set = 0  # step at which somebody set the learning rate last
+        self.rate_set = 0  # step at which somebody set the learning rate last, or began another schedule by a resume
 
     def take(self, record: rec.Record) -> None:
         """Add a record to the windows it belongs to."""
@@ -139,6 +146,9 @@ class Windows:
         elif isinstance(record, rec.Change):
             if record.what == "learning_rate":
                 self.rate_set = record.step or self.step
+        elif isinstance(record, rec.Resume):
+            if not RATE_KEYS.isdisjoint(record.changed):
+                self.rate_set = record.step + 1
         elif isinstance(record, rec.Rewind):
             self._rewind(record.to_step)
         elif isinstance(record, rec.Run) and record.state == "preparing":

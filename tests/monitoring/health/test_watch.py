@@ -16,11 +16,11 @@ from lumina_engine import TrainingHealthMonitor
 from lumina_engine.bench.corpus import Recorded, read, write
 from lumina_engine.bench.generated import MACHINE, machine_records
 from lumina_engine.bench.health import measure
-from lumina_engine.config.schema import Config
+from lumina_engine.config.schema import Config, fields_info
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.health.scores import scores
 from lumina_engine.monitoring.health.watch import QUIET_STEPS, HealthWatch, detectors
-from lumina_engine.monitoring.health.windows import Windows, theil_sen
+from lumina_engine.monitoring.health.windows import RATE_KEYS, Windows, theil_sen
 
 
 def steps(count: int, first: int = 1, seed: int = 0, **change: Any) -> Iterator[rec.Step]:
@@ -123,6 +123,27 @@ def test_c093_a_rate_that_somebody_set_is_no_jump_and_a_warm_up_is_none() -> Non
     warm = fed(300, lr=lambda step: min(step, 100) * 1e-5)
     warm.observe(rec.Change(what="learning_rate", step=300, before=1e-3, after=1e-2, by="user"))
     assert "rate_jump" not in [a.code for a in warm.replay(steps(50, 301, lr=1e-2))]
+
+
+@pytest.mark.parametrize("key", sorted(RATE_KEYS))
+def test_c093_a_resume_that_changes_the_schedule_is_no_jump_and_a_jump_after_it_is_one(key: str) -> None:
+    run = fed(72, lr=5e-5)
+    run.replay([rec.Run(state="preparing", inc=2), rec.Rewind(to_step=72), rec.Resume(step=72, changed={key: (72, 144)})])
+    assert "rate_jump" not in [a.code for a in run.replay(steps(28, 73, lr=1e-3))]
+    assert [a.code for a in run.replay(steps(1, 101, lr=1e-2))] == ["rate_jump"]
+
+
+@pytest.mark.parametrize("changed", [{}, {"save_interval": (100, 50), "version of torch": ("2.7", "2.8")}])
+def test_c093_a_rate_that_jumps_over_a_resume_of_the_same_schedule_is_told(changed: dict[str, tuple[Any, Any]]) -> None:
+    run = fed(72, lr=5e-5)
+    run.replay([rec.Run(state="preparing", inc=2), rec.Rewind(to_step=72), rec.Resume(step=72, changed=changed)])
+    assert [a.code for a in run.replay(steps(1, 73, lr=1e-3))] == ["rate_jump"]
+
+
+def test_c093_every_key_that_the_schedule_reads_is_one_of_the_rate() -> None:
+    read_by_schedule = {info.name for info in fields_info() if info.read_by == "training/schedule.py"}
+    may_change = {info.name for info in fields_info() if info.resume_may_change}
+    assert len(read_by_schedule) == 5 and read_by_schedule <= RATE_KEYS <= may_change | {"data", "ranks"}
 
 
 def test_c093_routing_collapse_dead_hot_and_dropped() -> None:
