@@ -19,7 +19,10 @@ WARM = 64  # steps before which nothing about the course of a run is judged
 
 
 class NonFinite(Detector):
-    """Loss or gradient that is no number. Critical at 3 in a row or 5 in 100 steps; closed after 100 finite steps."""
+    """Loss or gradient that is no number. Critical at 3 in a row or 5 in 100 steps; closed after 100 finite steps.
+
+    A gradient that overflowed under a loss scale, which then sank, does not count.
+    """
 
     codes = ("nonfinite_step", "nonfinite_run")
     types = (rec.Step,)

@@ -8,6 +8,8 @@
 | routing | worst layer: min(1, 1.4 / imbalance) (1 - 5 dropped) (1 - dead / experts) | 1 record |
 | throughput | tokens/s of 32 steps over the median of 256 before at one shape: 1 at 0.9, 0 at 0.3 | 96 steps |
 | resources | least of free memory (1 at 5 %, 0 at 0.5 %), wait for data (1 at 2 %, 0 at 30 %), disk (2 saves) | 1 record |
+
+A step whose gradient overflowed under the loss scale of fp16, which then sank, is finite if its loss is.
 """
 
 from __future__ import annotations

@@ -45,6 +45,11 @@ def theil_sen(values: Sequence[float]) -> tuple[float, float, float]:
     return median(slopes), slopes[max(0, out)], slopes[min(len(slopes) - 1, len(slopes) - 1 - out)]
 
 
+def _sinks(before: object, after: object) -> bool:
+    """Whether a value that was changed is lower now."""
+    return isinstance(before, int | float) and isinstance(after, int | float) and after < before
+
+
 class Level:
     """A series with a recent part and what lies before it, so that a fault does not judge itself.
 
@@ -110,6 +115,7 @@ class Windows:
         self.inc = 0
         self.last: rec.Step | None = None
         self.nonfinite_in_row = 0
+        self._overflow: int | None = None  # step whose gradient was too large for its loss scale; told before its record
         self.nonfinite: deque[bool] = deque(maxlen=NUMERIC_STEPS)
         self.loss = Level(recent=8, level=16)
         self.norm = Level(recent=8, level=16)
@@ -146,6 +152,8 @@ class Windows:
         elif isinstance(record, rec.Change):
             if record.what == "learning_rate":
                 self.rate_set = record.step or self.step
+            elif record.what == "loss_scale":
+                self._overflow = record.step if _sinks(record.before, record.after) else None
         elif isinstance(record, rec.Resume):
             if not RATE_KEYS.isdisjoint(record.changed):
                 self.rate_set = record.step + 1
@@ -165,7 +173,9 @@ class Windows:
     def _step(self, record: rec.Step) -> None:
         self.steps += 1
         self.step, self.last = record.step, record
-        finite = math.isfinite(record.loss or 0.0) and math.isfinite(record.grad_norm or 0.0)
+        # a loss scale that sinks is no sign of broken values; the loss itself is not scaled
+        scaled, self._overflow = record.step == self._overflow, None
+        finite = math.isfinite(record.loss or 0.0) and (scaled or math.isfinite(record.grad_norm or 0.0))
         self.nonfinite.append(not finite)
         self.nonfinite_in_row = 0 if finite else self.nonfinite_in_row + 1
         if finite:
@@ -183,7 +193,7 @@ class Windows:
             if len(self._block) == SLOPE_BLOCK:
                 self.curve.append(median(self._block))
                 self._block.clear()
-        if record.grad_norm is not None:
+        if record.grad_norm is not None and math.isfinite(record.grad_norm):
             value = math.log(max(record.grad_norm, TINY))
             spike = spike or (self.norm.known and value - self.norm.middle > math.log(10))
             self.norm.push(value)
@@ -209,7 +219,7 @@ class Windows:
 
     def _rewind(self, step: int) -> None:
         """The run goes back: what is recent belongs to a branch that is left."""
-        self.step, self.nonfinite_in_row = step, 0
+        self.step, self.nonfinite_in_row, self._overflow = step, 0, None
         self.loss.recent.clear()
         self.norm.recent.clear()
         self._block.clear()
@@ -222,4 +232,4 @@ class Windows:
         self.speed.clear()
         self.waiting.clear()
         self.rss.clear()
-        self.hardware = self.experts = None
+        self.hardware = self.experts = self._overflow = None

@@ -146,6 +146,45 @@ def test_c093_every_key_that_the_schedule_reads_is_one_of_the_rate() -> None:
     assert len(read_by_schedule) == 5 and read_by_schedule <= RATE_KEYS <= may_change | {"data", "ranks"}
 
 
+def overflow(step: int, scale: float = 65536.0, **change: Any) -> list[rec.Record]:
+    """A step of fp16 whose gradient overflowed, as a trainer tells it: what became of the loss scale, and the step."""
+    lower = rec.Change(what="loss_scale", step=step, before=scale, after=scale / 2, by="recovery")
+    return [lower, *steps(1, step, grad_norm=math.inf, skipped=True, **change)]
+
+
+def test_c093_a_loss_scale_that_finds_its_value_is_no_fault() -> None:
+    begin = HealthWatch()
+    begin.replay(record for step in range(1, 9) for record in overflow(step, 2.0 ** (24 - step)))
+    begin.replay(steps(100, 9))
+    assert codes(begin) == [] and begin.summary()["scores"]["numerics"]["value"] == 1.0
+    assert begin.seen.nonfinite_in_row == 0 and begin.summary()["health_status"] == "healthy"
+    late = fed()
+    for step in range(201, 801, 100):
+        late.replay([*overflow(step), *steps(99, step + 1)])
+    assert codes(late) == [] and late.summary()["scores"]["numerics"]["value"] == 1.0
+    spike = late.replay(overflow(801, loss=9.0))
+    assert [alert.code for alert in spike] == ["loss_spike"], "its loss is looked at as any other"
+
+
+def test_c093_a_gradient_that_no_scale_explains_counts() -> None:
+    up = rec.Change(what="loss_scale", step=201, before=1024.0, after=2048.0, by="recovery")
+    other = rec.Change(what="loss_scale", step=200, before=2048.0, after=1024.0, by="recovery")
+    for told in ([], [up], [other]):
+        watch = fed()
+        watch.replay([*told, *steps(3, 201, grad_norm=math.inf)])
+        assert "nonfinite_run" in watch.open and watch.seen.nonfinite_in_row == 3
+    broken = fed()
+    broken.replay(record for step in range(201, 204) for record in overflow(step, loss=math.nan))
+    assert "nonfinite_run" in broken.open, "the loss is not scaled: a loss scale says nothing of it"
+
+
+@pytest.mark.parametrize("between", [rec.Rewind(to_step=199), rec.Run(state="preparing", inc=2)], ids=["rewind", "start"])
+def test_c093_an_overflow_whose_step_was_never_written_explains_no_later_one(between: rec.Record) -> None:
+    watch = fed()
+    watch.replay([overflow(201)[0], between, *steps(1, 201, grad_norm=math.inf)])
+    assert watch.seen.nonfinite_in_row == 1
+
+
 def test_c093_routing_collapse_dead_hot_and_dropped() -> None:
     watch = fed(300)
     assert watch.observe(experts(300, 100, 100, 100, 100)) == []
