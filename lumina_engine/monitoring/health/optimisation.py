@@ -116,8 +116,8 @@ class GradientTail(Detector):
         self._count += 1
         if self._count % 16 or len(seen.norms) < 128:
             return
-        middle = median(seen.norms)
-        wild = sum(norm > 10 * middle for norm in seen.norms)
+        middle = median(norm for _, norm in seen.norms)
+        wild = sum(norm > 10 * middle for _, norm in seen.norms)
         if wild >= 8:
             words = (
                 f"step {seen.step}: {wild} of {len(seen.norms)} gradient norms are above ten times their median {middle:.3g}"

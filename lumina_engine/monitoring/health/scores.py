@@ -73,7 +73,7 @@ def ramp(value: float, zero: float, one: float) -> float:
 def _convergence(seen: Windows) -> Score:
     if len(seen.curve) < 5:
         return Score(None, f"loss slope: needs {5 * SLOPE_BLOCK} steps")
-    slope, low, high = (100 / SLOPE_BLOCK * part for part in theil_sen(list(seen.curve)))
+    slope, low, high = (100 / SLOPE_BLOCK * part for part in theil_sen([value for _, value in seen.curve]))
     steps = len(seen.curve) * SLOPE_BLOCK
     words = f"log loss {slope:+.3f} per 100 steps over {steps} (95 %: {low:+.3f} to {high:+.3f})"
     return Score(1.0 if high < 0 else max(0.0, 0.5 - 5 * slope) if low > 0 else 0.8, words)
@@ -82,9 +82,9 @@ def _convergence(seen: Windows) -> Score:
 def _stability(seen: Windows) -> Score:
     if len(seen.norms) < LEAST_NORMS:
         return Score(None, f"spikes and gradient norms: needs {LEAST_NORMS} steps")
-    ordered = sorted(seen.norms)
+    ordered = sorted(norm for _, norm in seen.norms)
     middle, top = median(ordered), ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-    share = sum(seen.spikes) / len(seen.spikes)
+    share = sum(spike for _, spike in seen.spikes) / max(1, len(seen.spikes))
     value = max(0.0, 1 - 20 * share) * (min(1.0, 10 * middle / top) if top > 0 else 1.0)
     return Score(
         value, f"{share:.1%} spikes, p99 of the gradient norm {top:.3g} (median {middle:.3g}) over {len(ordered)} steps"

@@ -20,7 +20,7 @@ from lumina_engine.config.schema import Config, fields_info
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.health.scores import scores
 from lumina_engine.monitoring.health.watch import QUIET_STEPS, HealthWatch, detectors
-from lumina_engine.monitoring.health.windows import RATE_KEYS, Windows, theil_sen
+from lumina_engine.monitoring.health.windows import RATE_KEYS, SLOPE_BLOCK, Windows, theil_sen
 
 
 def steps(count: int, first: int = 1, seed: int = 0, **change: Any) -> Iterator[rec.Step]:
@@ -232,6 +232,49 @@ def test_c093_a_rewind_forgets_the_branch_that_is_left() -> None:
     watch = fed()
     watch.replay([*steps(5, 201, loss=4.0), rec.Rewind(to_step=200), *steps(60, 201)])
     assert "divergence" not in codes(watch)
+
+
+def trailed(seen: Windows) -> dict[str, Any]:
+    """What is taken from the values of steps."""
+    levels = {name: (list(level.recent), list(level.before)) for name, level in (("loss", seen.loss), ("norm", seen.norm))}
+    windows = {name: list(getattr(seen, name)) for name in ("norms", "spikes", "curve", "_block")}
+    return levels | windows
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("to_step", "last"), [(100, 200), (150, 200), (180, 200), (193, 200), (193, 197)])
+def test_c093_a_rewind_leaves_what_there_was_before_the_abandoned_steps(seed: int, to_step: int, last: int) -> None:
+    way = list(steps(to_step, seed=seed))
+    bad = list(steps(last - to_step, to_step + 1, seed=seed, loss=9.0, grad_norm=80.0))
+    never, back = HealthWatch(), HealthWatch()
+    never.replay(way)
+    back.replay([*way, *bad, rec.Rewind(to_step=to_step)])
+    expected, found = trailed(never.seen), trailed(back.seen)
+    if last % SLOPE_BLOCK == 0:  # a block that the abandoned steps made full is gone with its first ones
+        expected["_block"] = []
+    assert expected == found
+    assert back.summary()["scores"]["stability"] == never.summary()["scores"]["stability"]
+
+
+def test_c093_after_a_rollback_health_is_that_of_the_branch_that_is_taken() -> None:
+    watch = fed(600)
+    watch.replay(steps(40, 601, loss=lambda step: 8.0 * 1.2 ** (step - 600), grad_norm=90.0))
+    assert watch.summary()["health_status"] == "critical"
+    watch.observe(rec.Rewind(to_step=600, failed_step=640))
+    assert watch.summary()["health_status"] == "healthy"
+    loss, norm = watch.seen.loss, watch.seen.norm
+    assert math.exp(loss.middle) == pytest.approx(3.0 * 590**-0.2, rel=0.1) and loss.standing(math.log(2.0)) > 6
+    assert norm.known and math.exp(norm.middle) == pytest.approx(1.0, rel=0.3)
+    watch.replay(steps(128, 601))
+    assert not watch.open and watch.summary()["health_status"] == "healthy"
+
+
+def test_c093_a_rewind_beyond_all_windows_leaves_them_empty() -> None:
+    watch = fed(2000)
+    watch.observe(rec.Rewind(to_step=100))
+    assert not any(part for name, part in trailed(watch.seen).items() if name not in ("loss", "norm"))
+    assert not watch.seen.loss.known and watch.seen.loss.standing(99.0) == 0.0
+    assert codes(watch) == [] == [alert.code for alert in watch.replay(steps(200, 101))]
 
 
 def test_c093_a_log_replayed_gives_the_same_alerts_with_or_without_a_break() -> None:
