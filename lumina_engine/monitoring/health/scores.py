@@ -100,7 +100,7 @@ def _numerics(seen: Windows) -> Score:
 
 
 def _routing(seen: Windows) -> Score:
-    experts = seen.experts
+    experts = seen.routing
     if experts is None or not experts.load:
         return Score(None, "routing: needs a record of experts")
     worst, where = 1.0, 0
@@ -113,7 +113,8 @@ def _routing(seen: Windows) -> Score:
         value = min(1.0, 1.4 / imbalance) * max(0.0, 1 - 5 * dropped) * (1 - dead / len(load))
         if value < worst:
             worst, where = value, experts.layers[place] if place < len(experts.layers) else place
-    return Score(worst, f"worst layer {where} of the record of step {experts.step}")
+    named = f"worst layer {where} of" if worst < 1 else "no layer is uneven in"
+    return Score(worst, f"{named} the record of step {experts.step}")
 
 
 def _throughput(seen: Windows) -> Score:

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 from .. import record as rec
+from ..experts import joined
 
 TINY = 1e-30
 LEAST_SPREAD = 0.01  # of a logarithm: a window without any noise makes nothing of one percent
@@ -145,7 +146,8 @@ class Windows:
         self.shape: tuple[int | None, int | None] = (None, None)
         self.waiting: deque[float] = deque(maxlen=64)  # share of a step that waited for data
         self.evals: deque[tuple[int, float, float | None]] = deque(maxlen=8)  # step, eval loss, log train loss then
-        self.experts: rec.Experts | None = None
+        self.experts: rec.Experts | None = None  # the newest line
+        self.routing: rec.Experts | None = None  # all layers of the newest step: a long record is several lines
         self.hardware: rec.Hardware | None = None
         self.rss: deque[tuple[float, float]] = deque(maxlen=96)  # t, bytes
         self.disk: deque[tuple[float, float]] = deque(maxlen=128)  # t, free bytes
@@ -158,7 +160,7 @@ class Windows:
         if kind is rec.Step:
             self._step(record)  # type: ignore[arg-type]
         elif isinstance(record, rec.Experts):
-            self.experts = record
+            self._routed(record)
         elif isinstance(record, rec.Hardware):
             self._hardware(record)
         elif isinstance(record, rec.Eval):
@@ -228,6 +230,11 @@ class Windows:
         if record.data_time is not None:
             self.waiting.append(min(1.0, record.data_time / seconds))
 
+    def _routed(self, record: rec.Experts) -> None:
+        self.experts = record
+        known = self.routing
+        self.routing = joined(known, record) if known is not None and known.step == record.step else record
+
     def _hardware(self, record: rec.Hardware) -> None:
         self.hardware = record
         if record.rss is not None:
@@ -238,6 +245,8 @@ class Windows:
     def _rewind(self, step: int) -> None:
         """The run goes back: what was seen of later steps is of a branch that is left. Speed is the machine's, and stays."""
         self.step, self.nonfinite_in_row, self._overflow = step, 0, None
+        if self.routing is not None and self.routing.step > step:
+            self.routing = None
         self.loss.cut(step)
         self.norm.cut(step)
         trails: tuple[deque[Any], ...] = (self.norms, self.spikes, self.curve, self._block, self.evals)
@@ -251,4 +260,4 @@ class Windows:
         self.speed.clear()
         self.waiting.clear()
         self.rss.clear()
-        self.hardware = self.experts = self._overflow = None
+        self.hardware = self.experts = self.routing = self._overflow = None

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from lumina_engine import TrainingHealthMonitor
@@ -350,6 +351,51 @@ def test_c089_sub_scores_follow_their_formulas() -> None:
     for record in [*steps(200, step_time=1.0), *steps(32, 201, step_time=1 / 0.6)]:
         slow.take(record)
     assert scores(slow)["throughput"].value == pytest.approx(0.5)
+
+
+def split(record: rec.Experts) -> list[rec.Experts]:
+    """A record of several layers as a log has it when its line grows too long: one line a layer here."""
+    lists = {name: value for name, value in msgspec.structs.asdict(record).items() if isinstance(value, list) and value}
+    parts = range(len(record.layers))
+    return [msgspec.structs.replace(record, **{name: [value[i]] for name, value in lists.items()}) for i in parts]
+
+
+@pytest.mark.parametrize("worst", [0, 1, 2])
+def test_c089_the_routing_score_is_that_of_all_layers_however_many_lines_they_take(worst: int) -> None:
+    rows = [[10.0, 10.0, 10.0, 10.0] for _ in range(3)]
+    rows[worst] = [30.0, 10.0, 0.0, 0.0]
+    figures: dict[str, Any] = {name: [] for name in ("load", "imbalance", "entropy", "dead", "dropped")}
+    for row in rows:
+        for name, values in figures.items():
+            values += getattr(experts(300, *row), name)
+    record = rec.Experts(step=300, layers=[4, 5, 9], t=300.0, inc=1, **figures)
+    whole, lines = fed(64), fed(64)
+    for step in (100, 300):  # the later record takes the place of the earlier
+        record.step = step
+        whole.observe(record)
+        lines.replay(split(record))
+    found = scores(whole.seen)["routing"]
+    assert scores(lines.seen)["routing"] == found and found.value == pytest.approx(1.4 / 3 * 0.5)
+    assert found.words == f"worst layer {record.layers[worst]} of the record of step 300"
+    assert len(lines.seen.routing.layers) == 3  # type: ignore[union-attr]
+
+
+def test_c089_no_layer_is_named_where_none_is_uneven() -> None:
+    seen = Windows()
+    seen.take(experts(100, 10, 10, 11, 10))
+    found = scores(seen)["routing"]
+    assert found.value == 1.0 and found.words == "no layer is uneven in the record of step 100"
+
+
+@pytest.mark.parametrize("left", [rec.Rewind(to_step=290), rec.Run(state="preparing", inc=2)], ids=["rewind", "start"])
+def test_c089_routing_of_a_branch_or_a_start_that_is_left_is_not_scored(left: rec.Record) -> None:
+    watch = fed(300)
+    watch.replay([experts(300, 40, 0, 0, 0), left])
+    assert watch.summary()["scores"]["routing"]["value"] is None
+    watch.observe(experts(300, 10, 10, 10, 10))
+    assert watch.summary()["scores"]["routing"]["value"] == 1.0
+    watch.observe(rec.Rewind(to_step=300))
+    assert watch.summary()["scores"]["routing"]["value"] == 1.0
 
 
 def test_theil_sen_takes_no_notice_of_one_wild_point() -> None:
