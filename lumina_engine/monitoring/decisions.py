@@ -19,6 +19,7 @@ from . import record as rec
 from .adaptive import ADVICE, FACTOR, OUTCOME, Back, RateController, Rules
 from .balance import CAPACITY, WEIGHT, BalanceController, BalanceRules
 from .balance import OUTCOME as BALANCE_OUTCOME
+from .experts import joined
 
 KEYS = (
     *("adaptive", "spike_window", "adaptive_cooldown_steps", "lr_multiplier_min", "max_adaptive_actions", "spike_policy"),
@@ -119,7 +120,7 @@ class Replay:
     def take(self, record: rec.Record) -> None:
         """The next record."""
         if isinstance(record, rec.Experts) and (self._experts is None or self._experts.step == record.step):
-            self._experts = record if self._experts is None else _joined(self._experts, record)
+            self._experts = record if self._experts is None else joined(self._experts, record)
             return
         self._route()
         if isinstance(record, rec.Experts):
@@ -212,12 +213,6 @@ def _cut(item: _Item, to_step: int) -> _Item | None:
     if isinstance(item, Back):
         return item.seen_from(to_step)
     return item if (item.step or 0) <= to_step else None
-
-
-def _joined(first: rec.Experts, second: rec.Experts) -> rec.Experts:
-    """One record of two parts of it."""
-    lists = {name: value for name, value in msgspec.structs.asdict(first).items() if isinstance(value, list)}
-    return msgspec.structs.replace(first, **{name: value + getattr(second, name) for name, value in lists.items()})
 
 
 def _name(record: rec.Change | rec.Alert) -> str:

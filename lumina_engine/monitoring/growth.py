@@ -244,8 +244,7 @@ class GrowthWatch:
             return None
         for layer, seen in layers_of(record):
             self._seen.setdefault(record.step, {})[layer] = (seen.load, seen.dropped or 0.0)
-        for step in [step for step in self._seen if step < record.step - GIVEN_UP or step > record.step]:
-            del self._seen[step]
+        self._forget(record.step)
         found = self._suggestion(record.step)
         place = None if found is None else (found["action"], found["layer"], found["expert"])
         if found is None or found["action"] == "rebalance" or place == self._told:
@@ -258,6 +257,12 @@ class GrowthWatch:
             recommendation=self._advice(found),
             step=record.step,
         )
+
+    def _forget(self, now: int) -> None:
+        """Leave what covers `GIVEN_UP` steps up to `now`: the oldest goes only where the next one reaches as far back."""
+        kept = sorted(step for step in self._seen if step <= now)
+        first = max((step for step in kept if now - step + 1 >= GIVEN_UP), default=0)
+        self._seen = {step: self._seen[step] for step in kept if step >= first}
 
     def _suggestion(self, step: int) -> dict[str, Any] | None:
         layers = sorted({layer for found in self._seen.values() for layer in found})

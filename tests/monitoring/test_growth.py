@@ -114,6 +114,18 @@ def test_c099_a_run_is_told_once_with_a_command_that_exists() -> None:
     assert watched(again, DEAD, 3_000, 3_500) == []
 
 
+@pytest.mark.parametrize("interval", [1, 7, 30, 50, 70, 300, 1_999, 2_000, 3_000])
+def test_c099_a_dead_expert_is_removed_whatever_the_interval_of_the_log(interval: int) -> None:
+    watch = GrowthWatch(BALANCING, "mine")
+    alerts, held = [], 0
+    for step in range(interval, 10_001, interval):
+        alerts.append(watch.observe(rec.Experts(step=step, layers=[2], load=[DEAD], dropped=[0.0])))
+        held = max(held, len(watch._seen))
+    told = [(alert.code, alert.step or 0) for alert in alerts if alert is not None]
+    assert [code for code, _ in told][-1:] == ["remove_expert"] and 2_000 <= told[-1][1] < 2_000 + 2 * interval
+    assert held <= 2_000 // interval + 2, "what lies further back is forgotten"
+
+
 @pytest.mark.parametrize("keys", [{"expert_growth": "off"}, {"adaptive": "off"}, {"use_moe": False}])
 def test_c099_switched_off_says_nothing(keys: dict[str, Any]) -> None:
     assert watched(GrowthWatch(BALANCING.model_copy(update=keys), "mine"), HOT, 50, 5_000) == []

@@ -15,6 +15,7 @@ from lumina_engine.config.machine import GB, Machine
 from lumina_engine.config.resolve import resolve
 from lumina_engine.config.schema import Config, ConfigError
 from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.health.watch import HealthWatch
 from lumina_engine.training.engine import StepResult
 from lumina_engine.training.loss_scale import LEAST, MOST, WINDOW, LossScale
 from lumina_engine.training.state import restore
@@ -78,6 +79,9 @@ def test_c071_an_overflow_skips_one_step_and_lowers_the_scale(tmp_path: Path, pr
     changes = [r for r in records if isinstance(r, rec.Change)]
     assert [(r.what, r.step, r.before, r.after, r.by) for r in changes] == [("loss_scale", 3, 65536.0, 32768.0, "recovery")]
     assert [r.code for r in records if isinstance(r, rec.Alert)] == []
+    health = HealthWatch()
+    health.replay(records)
+    assert health.seen.steps == 8 and health.summary()["scores"]["numerics"]["value"] == 1.0 and not health.alerts
 
 
 def test_rs09_the_scale_is_in_the_checkpoint(tmp_path: Path) -> None:

@@ -19,7 +19,10 @@ WARM = 64  # steps before which nothing about the course of a run is judged
 
 
 class NonFinite(Detector):
-    """Loss or gradient that is no number. Critical at 3 in a row or 5 in 100 steps; closed after 100 finite steps."""
+    """Loss or gradient that is no number. Critical at 3 in a row or 5 in 100 steps; closed after 100 finite steps.
+
+    A gradient that overflowed under a loss scale, which then sank, does not count.
+    """
 
     codes = ("nonfinite_step", "nonfinite_run")
     types = (rec.Step,)
@@ -113,8 +116,8 @@ class GradientTail(Detector):
         self._count += 1
         if self._count % 16 or len(seen.norms) < 128:
             return
-        middle = median(seen.norms)
-        wild = sum(norm > 10 * middle for norm in seen.norms)
+        middle = median(norm for _, norm in seen.norms)
+        wild = sum(norm > 10 * middle for _, norm in seen.norms)
         if wild >= 8:
             words = (
                 f"step {seen.step}: {wild} of {len(seen.norms)} gradient norms are above ten times their median {middle:.3g}"
@@ -128,8 +131,8 @@ class GradientTail(Detector):
 class RateJump(Detector):
     """The learning rate more than doubles from one step to the next, after step 10, and nobody has set it.
 
-    No schedule does that: a linear warm-up grows by a tenth there, all others fall. Critical from three times on. Closed when
-    the rate is back at twice the last good one.
+    No schedule does that: a linear warm-up grows by a tenth there, all others fall. A resume that changes the schedule sets the
+    rate of its first step. Critical from three times on. Closed when the rate is back at twice the last good one.
     """
 
     codes = ("rate_jump",)

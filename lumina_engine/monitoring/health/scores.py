@@ -8,6 +8,8 @@
 | routing | worst layer: min(1, 1.4 / imbalance) (1 - 5 dropped) (1 - dead / experts) | 1 record |
 | throughput | tokens/s of 32 steps over the median of 256 before at one shape: 1 at 0.9, 0 at 0.3 | 96 steps |
 | resources | least of free memory (1 at 5 %, 0 at 0.5 %), wait for data (1 at 2 %, 0 at 30 %), disk (2 saves) | 1 record |
+
+A step whose gradient overflowed under the loss scale of fp16, which then sank, is finite if its loss is.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def ramp(value: float, zero: float, one: float) -> float:
 def _convergence(seen: Windows) -> Score:
     if len(seen.curve) < 5:
         return Score(None, f"loss slope: needs {5 * SLOPE_BLOCK} steps")
-    slope, low, high = (100 / SLOPE_BLOCK * part for part in theil_sen(list(seen.curve)))
+    slope, low, high = (100 / SLOPE_BLOCK * part for part in theil_sen([value for _, value in seen.curve]))
     steps = len(seen.curve) * SLOPE_BLOCK
     words = f"log loss {slope:+.3f} per 100 steps over {steps} (95 %: {low:+.3f} to {high:+.3f})"
     return Score(1.0 if high < 0 else max(0.0, 0.5 - 5 * slope) if low > 0 else 0.8, words)
@@ -80,9 +82,9 @@ def _convergence(seen: Windows) -> Score:
 def _stability(seen: Windows) -> Score:
     if len(seen.norms) < LEAST_NORMS:
         return Score(None, f"spikes and gradient norms: needs {LEAST_NORMS} steps")
-    ordered = sorted(seen.norms)
+    ordered = sorted(norm for _, norm in seen.norms)
     middle, top = median(ordered), ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
-    share = sum(seen.spikes) / len(seen.spikes)
+    share = sum(spike for _, spike in seen.spikes) / max(1, len(seen.spikes))
     value = max(0.0, 1 - 20 * share) * (min(1.0, 10 * middle / top) if top > 0 else 1.0)
     return Score(
         value, f"{share:.1%} spikes, p99 of the gradient norm {top:.3g} (median {middle:.3g}) over {len(ordered)} steps"
@@ -98,7 +100,7 @@ def _numerics(seen: Windows) -> Score:
 
 
 def _routing(seen: Windows) -> Score:
-    experts = seen.experts
+    experts = seen.routing
     if experts is None or not experts.load:
         return Score(None, "routing: needs a record of experts")
     worst, where = 1.0, 0
@@ -111,7 +113,8 @@ def _routing(seen: Windows) -> Score:
         value = min(1.0, 1.4 / imbalance) * max(0.0, 1 - 5 * dropped) * (1 - dead / len(load))
         if value < worst:
             worst, where = value, experts.layers[place] if place < len(experts.layers) else place
-    return Score(worst, f"worst layer {where} of the record of step {experts.step}")
+    named = f"worst layer {where} of" if worst < 1 else "no layer is uneven in"
+    return Score(worst, f"{named} the record of step {experts.step}")
 
 
 def _throughput(seen: Windows) -> Score:

@@ -12,8 +12,10 @@ from collections import deque
 from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
+from typing import Any
 
 from .. import record as rec
+from ..experts import joined
 
 TINY = 1e-30
 LEAST_SPREAD = 0.01  # of a logarithm: a window without any noise makes nothing of one percent
@@ -21,8 +23,16 @@ REFRESH = 8  # values between two looks at a reference: a median of many values 
 SLOPE_STEPS = 200  # over which the slope of the loss is taken
 SLOPE_BLOCK = 20  # steps of one of its points
 NUMERIC_STEPS = 1_000
+BACK = 1_000  # values behind a reference that are kept, so that there is one after a rewind
 SPIKE_STEPS = 500
 KENDALL_95 = {5: 10, 6: 13, 7: 15, 8: 18, 9: 20, 10: 23}  # points -> S of Kendall's test from which a trend is one (95 %)
+# what the learning rate of a step follows from: the shape of its schedule, and all that the number of steps comes from
+RATE_KEYS = frozenset(
+    {
+        *("learning_rate", "lr_schedule", "warmup_steps", "min_lr_ratio", "decay_ratio"),
+        *("max_steps", "num_epochs", "batch_size", "gradient_accumulation_steps", "data", "ranks"),
+    }
+)
 
 
 def noise(values: Sequence[float]) -> float:
@@ -38,6 +48,11 @@ def theil_sen(values: Sequence[float]) -> tuple[float, float, float]:
     return median(slopes), slopes[max(0, out)], slopes[min(len(slopes) - 1, len(slopes) - 1 - out)]
 
 
+def _sinks(before: object, after: object) -> bool:
+    """Whether a value that was changed is lower now."""
+    return isinstance(before, int | float) and isinstance(after, int | float) and after < before
+
+
 class Level:
     """A series with a recent part and what lies before it, so that a fault does not judge itself.
 
@@ -51,6 +66,7 @@ class Level:
     def __init__(self, recent: int, before: int = 64, level: int | None = None, least: int = 32) -> None:
         self.recent: deque[float] = deque(maxlen=recent)
         self.before: deque[float] = deque(maxlen=before)
+        self._trail: deque[tuple[int, float]] = deque(maxlen=recent + before + BACK)  # steps and values of both, and older ones
         self.level = level
         self.least = least
         self.middle = 0.0  # the level
@@ -58,10 +74,11 @@ class Level:
         self.wide = LEAST_SPREAD  # deviation about the level, with the trend in it
         self._age = REFRESH
 
-    def push(self, value: float) -> None:
+    def push(self, value: float, step: int) -> None:
         if len(self.recent) == self.recent.maxlen:
             self.before.append(self.recent[0])
         self.recent.append(value)
+        self._trail.append((step, value))
         self._age += 1
         if self._age >= REFRESH and self.known:
             self._age = 0
@@ -88,9 +105,22 @@ class Level:
         """Deviations of one value: the larger of those by `wide`, half of those by the noise, which no trend widens."""
         return max((value - self.middle) / self.wide, self.z(value) / 2) if self.known else 0.0
 
+    def cut(self, step: int) -> None:
+        """Drop the values of later steps. Recent ones, reference and level are again what they were then."""
+        kept = [(at, value) for at, value in self._trail if at <= step]
+        if len(kept) == len(self._trail):
+            return
+        self.clear()
+        for at, value in kept:
+            self.push(value, at)
+        if self.known:
+            self._age = 0
+            self._refresh(list(self.before))
+
     def clear(self) -> None:
         self.recent.clear()
         self.before.clear()
+        self._trail.clear()
         self._age = REFRESH
 
 
@@ -103,23 +133,26 @@ class Windows:
         self.inc = 0
         self.last: rec.Step | None = None
         self.nonfinite_in_row = 0
+        self._overflow: int | None = None  # step whose gradient was too large for its loss scale; told before its record
         self.nonfinite: deque[bool] = deque(maxlen=NUMERIC_STEPS)
         self.loss = Level(recent=8, level=16)
         self.norm = Level(recent=8, level=16)
-        self.norms: deque[float] = deque(maxlen=SPIKE_STEPS)
-        self.spikes: deque[bool] = deque(maxlen=SPIKE_STEPS)
-        self.curve: deque[float] = deque(maxlen=SLOPE_STEPS // SLOPE_BLOCK)  # medians of log loss
-        self._block: list[float] = []
+        # each value with its step, the last one of a block
+        self.norms: deque[tuple[int, float]] = deque(maxlen=SPIKE_STEPS)
+        self.spikes: deque[tuple[int, bool]] = deque(maxlen=SPIKE_STEPS)
+        self.curve: deque[tuple[int, float]] = deque(maxlen=SLOPE_STEPS // SLOPE_BLOCK)  # medians of log loss
+        self._block: deque[tuple[int, float]] = deque(maxlen=SLOPE_BLOCK)
         self.speed = Level(recent=32, before=256, least=64)  # log tokens/s at one shape of batch
         self.shape: tuple[int | None, int | None] = (None, None)
         self.waiting: deque[float] = deque(maxlen=64)  # share of a step that waited for data
         self.evals: deque[tuple[int, float, float | None]] = deque(maxlen=8)  # step, eval loss, log train loss then
-        self.experts: rec.Experts | None = None
+        self.experts: rec.Experts | None = None  # the newest line
+        self.routing: rec.Experts | None = None  # all layers of the newest step: a long record is several lines
         self.hardware: rec.Hardware | None = None
         self.rss: deque[tuple[float, float]] = deque(maxlen=96)  # t, bytes
         self.disk: deque[tuple[float, float]] = deque(maxlen=128)  # t, free bytes
         self.checkpoint_bytes: int | None = None
-        self.rate_set = 0  # step at which somebody set the learning rate last
+        self.rate_set = 0  # step at which somebody set the learning rate last, or began another schedule by a resume
 
     def take(self, record: rec.Record) -> None:
         """Add a record to the windows it belongs to."""
@@ -127,7 +160,7 @@ class Windows:
         if kind is rec.Step:
             self._step(record)  # type: ignore[arg-type]
         elif isinstance(record, rec.Experts):
-            self.experts = record
+            self._routed(record)
         elif isinstance(record, rec.Hardware):
             self._hardware(record)
         elif isinstance(record, rec.Eval):
@@ -139,6 +172,11 @@ class Windows:
         elif isinstance(record, rec.Change):
             if record.what == "learning_rate":
                 self.rate_set = record.step or self.step
+            elif record.what == "loss_scale":
+                self._overflow = record.step if _sinks(record.before, record.after) else None
+        elif isinstance(record, rec.Resume):
+            if not RATE_KEYS.isdisjoint(record.changed):
+                self.rate_set = record.step + 1
         elif isinstance(record, rec.Rewind):
             self._rewind(record.to_step)
         elif isinstance(record, rec.Run) and record.state == "preparing":
@@ -155,7 +193,9 @@ class Windows:
     def _step(self, record: rec.Step) -> None:
         self.steps += 1
         self.step, self.last = record.step, record
-        finite = math.isfinite(record.loss or 0.0) and math.isfinite(record.grad_norm or 0.0)
+        # a loss scale that sinks is no sign of broken values; the loss itself is not scaled
+        scaled, self._overflow = record.step == self._overflow, None
+        finite = math.isfinite(record.loss or 0.0) and (scaled or math.isfinite(record.grad_norm or 0.0))
         self.nonfinite.append(not finite)
         self.nonfinite_in_row = 0 if finite else self.nonfinite_in_row + 1
         if finite:
@@ -168,17 +208,17 @@ class Windows:
         if record.loss is not None:
             value = math.log(max(record.loss, TINY))
             spike = self.loss.standing(value) > 6
-            self.loss.push(value)
-            self._block.append(value)
+            self.loss.push(value, record.step)
+            self._block.append((record.step, value))
             if len(self._block) == SLOPE_BLOCK:
-                self.curve.append(median(self._block))
+                self.curve.append((record.step, median(value for _, value in self._block)))
                 self._block.clear()
-        if record.grad_norm is not None:
+        if record.grad_norm is not None and math.isfinite(record.grad_norm):
             value = math.log(max(record.grad_norm, TINY))
             spike = spike or (self.norm.known and value - self.norm.middle > math.log(10))
-            self.norm.push(value)
-            self.norms.append(record.grad_norm)
-        self.spikes.append(spike)
+            self.norm.push(value, record.step)
+            self.norms.append((record.step, record.grad_norm))
+        self.spikes.append((record.step, spike))
 
     def _time(self, record: rec.Step, seconds: float) -> None:
         shape = (record.seq_length, record.batch)
@@ -186,9 +226,14 @@ class Windows:
             self.shape = shape
             self.speed.clear()
         rate = record.tokens_per_s if record.tokens_per_s else 1.0 / seconds
-        self.speed.push(math.log(max(rate, TINY)))
+        self.speed.push(math.log(max(rate, TINY)), record.step)
         if record.data_time is not None:
             self.waiting.append(min(1.0, record.data_time / seconds))
+
+    def _routed(self, record: rec.Experts) -> None:
+        self.experts = record
+        known = self.routing
+        self.routing = joined(known, record) if known is not None and known.step == record.step else record
 
     def _hardware(self, record: rec.Hardware) -> None:
         self.hardware = record
@@ -198,13 +243,16 @@ class Windows:
             self.disk.append((record.t, float(record.disk_free)))
 
     def _rewind(self, step: int) -> None:
-        """The run goes back: what is recent belongs to a branch that is left."""
-        self.step, self.nonfinite_in_row = step, 0
-        self.loss.recent.clear()
-        self.norm.recent.clear()
-        self._block.clear()
-        while self.evals and self.evals[-1][0] > step:
-            self.evals.pop()
+        """The run goes back: what was seen of later steps is of a branch that is left. Speed is the machine's, and stays."""
+        self.step, self.nonfinite_in_row, self._overflow = step, 0, None
+        if self.routing is not None and self.routing.step > step:
+            self.routing = None
+        self.loss.cut(step)
+        self.norm.cut(step)
+        trails: tuple[deque[Any], ...] = (self.norms, self.spikes, self.curve, self._block, self.evals)
+        for trail in trails:
+            while trail and trail[-1][0] > step:
+                trail.pop()
 
     def _start(self, inc: int) -> None:
         """Other processes: their memory and speed are their own."""
@@ -212,4 +260,4 @@ class Windows:
         self.speed.clear()
         self.waiting.clear()
         self.rss.clear()
-        self.hardware = self.experts = None
+        self.hardware = self.experts = self.routing = self._overflow = None

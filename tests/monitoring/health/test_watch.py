@@ -10,17 +10,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from lumina_engine import TrainingHealthMonitor
 from lumina_engine.bench.corpus import Recorded, read, write
 from lumina_engine.bench.generated import MACHINE, machine_records
 from lumina_engine.bench.health import measure
-from lumina_engine.config.schema import Config
+from lumina_engine.config.schema import Config, fields_info
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.health.scores import scores
 from lumina_engine.monitoring.health.watch import QUIET_STEPS, HealthWatch, detectors
-from lumina_engine.monitoring.health.windows import Windows, theil_sen
+from lumina_engine.monitoring.health.windows import RATE_KEYS, SLOPE_BLOCK, Windows, theil_sen
 
 
 def steps(count: int, first: int = 1, seed: int = 0, **change: Any) -> Iterator[rec.Step]:
@@ -125,6 +126,66 @@ def test_c093_a_rate_that_somebody_set_is_no_jump_and_a_warm_up_is_none() -> Non
     assert "rate_jump" not in [a.code for a in warm.replay(steps(50, 301, lr=1e-2))]
 
 
+@pytest.mark.parametrize("key", sorted(RATE_KEYS))
+def test_c093_a_resume_that_changes_the_schedule_is_no_jump_and_a_jump_after_it_is_one(key: str) -> None:
+    run = fed(72, lr=5e-5)
+    run.replay([rec.Run(state="preparing", inc=2), rec.Rewind(to_step=72), rec.Resume(step=72, changed={key: (72, 144)})])
+    assert "rate_jump" not in [a.code for a in run.replay(steps(28, 73, lr=1e-3))]
+    assert [a.code for a in run.replay(steps(1, 101, lr=1e-2))] == ["rate_jump"]
+
+
+@pytest.mark.parametrize("changed", [{}, {"save_interval": (100, 50), "version of torch": ("2.7", "2.8")}])
+def test_c093_a_rate_that_jumps_over_a_resume_of_the_same_schedule_is_told(changed: dict[str, tuple[Any, Any]]) -> None:
+    run = fed(72, lr=5e-5)
+    run.replay([rec.Run(state="preparing", inc=2), rec.Rewind(to_step=72), rec.Resume(step=72, changed=changed)])
+    assert [a.code for a in run.replay(steps(1, 73, lr=1e-3))] == ["rate_jump"]
+
+
+def test_c093_every_key_that_the_schedule_reads_is_one_of_the_rate() -> None:
+    read_by_schedule = {info.name for info in fields_info() if info.read_by == "training/schedule.py"}
+    may_change = {info.name for info in fields_info() if info.resume_may_change}
+    assert len(read_by_schedule) == 5 and read_by_schedule <= RATE_KEYS <= may_change | {"data", "ranks"}
+
+
+def overflow(step: int, scale: float = 65536.0, **change: Any) -> list[rec.Record]:
+    """A step of fp16 whose gradient overflowed, as a trainer tells it: what became of the loss scale, and the step."""
+    lower = rec.Change(what="loss_scale", step=step, before=scale, after=scale / 2, by="recovery")
+    return [lower, *steps(1, step, grad_norm=math.inf, skipped=True, **change)]
+
+
+def test_c093_a_loss_scale_that_finds_its_value_is_no_fault() -> None:
+    begin = HealthWatch()
+    begin.replay(record for step in range(1, 9) for record in overflow(step, 2.0 ** (24 - step)))
+    begin.replay(steps(100, 9))
+    assert codes(begin) == [] and begin.summary()["scores"]["numerics"]["value"] == 1.0
+    assert begin.seen.nonfinite_in_row == 0 and begin.summary()["health_status"] == "healthy"
+    late = fed()
+    for step in range(201, 801, 100):
+        late.replay([*overflow(step), *steps(99, step + 1)])
+    assert codes(late) == [] and late.summary()["scores"]["numerics"]["value"] == 1.0
+    spike = late.replay(overflow(801, loss=9.0))
+    assert [alert.code for alert in spike] == ["loss_spike"], "its loss is looked at as any other"
+
+
+def test_c093_a_gradient_that_no_scale_explains_counts() -> None:
+    up = rec.Change(what="loss_scale", step=201, before=1024.0, after=2048.0, by="recovery")
+    other = rec.Change(what="loss_scale", step=200, before=2048.0, after=1024.0, by="recovery")
+    for told in ([], [up], [other]):
+        watch = fed()
+        watch.replay([*told, *steps(3, 201, grad_norm=math.inf)])
+        assert "nonfinite_run" in watch.open and watch.seen.nonfinite_in_row == 3
+    broken = fed()
+    broken.replay(record for step in range(201, 204) for record in overflow(step, loss=math.nan))
+    assert "nonfinite_run" in broken.open, "the loss is not scaled: a loss scale says nothing of it"
+
+
+@pytest.mark.parametrize("between", [rec.Rewind(to_step=199), rec.Run(state="preparing", inc=2)], ids=["rewind", "start"])
+def test_c093_an_overflow_whose_step_was_never_written_explains_no_later_one(between: rec.Record) -> None:
+    watch = fed()
+    watch.replay([overflow(201)[0], between, *steps(1, 201, grad_norm=math.inf)])
+    assert watch.seen.nonfinite_in_row == 1
+
+
 def test_c093_routing_collapse_dead_hot_and_dropped() -> None:
     watch = fed(300)
     assert watch.observe(experts(300, 100, 100, 100, 100)) == []
@@ -172,6 +233,49 @@ def test_c093_a_rewind_forgets_the_branch_that_is_left() -> None:
     watch = fed()
     watch.replay([*steps(5, 201, loss=4.0), rec.Rewind(to_step=200), *steps(60, 201)])
     assert "divergence" not in codes(watch)
+
+
+def trailed(seen: Windows) -> dict[str, Any]:
+    """What is taken from the values of steps."""
+    levels = {name: (list(level.recent), list(level.before)) for name, level in (("loss", seen.loss), ("norm", seen.norm))}
+    windows = {name: list(getattr(seen, name)) for name in ("norms", "spikes", "curve", "_block")}
+    return levels | windows
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("to_step", "last"), [(100, 200), (150, 200), (180, 200), (193, 200), (193, 197)])
+def test_c093_a_rewind_leaves_what_there_was_before_the_abandoned_steps(seed: int, to_step: int, last: int) -> None:
+    way = list(steps(to_step, seed=seed))
+    bad = list(steps(last - to_step, to_step + 1, seed=seed, loss=9.0, grad_norm=80.0))
+    never, back = HealthWatch(), HealthWatch()
+    never.replay(way)
+    back.replay([*way, *bad, rec.Rewind(to_step=to_step)])
+    expected, found = trailed(never.seen), trailed(back.seen)
+    if last % SLOPE_BLOCK == 0:  # a block that the abandoned steps made full is gone with its first ones
+        expected["_block"] = []
+    assert expected == found
+    assert back.summary()["scores"]["stability"] == never.summary()["scores"]["stability"]
+
+
+def test_c093_after_a_rollback_health_is_that_of_the_branch_that_is_taken() -> None:
+    watch = fed(600)
+    watch.replay(steps(40, 601, loss=lambda step: 8.0 * 1.2 ** (step - 600), grad_norm=90.0))
+    assert watch.summary()["health_status"] == "critical"
+    watch.observe(rec.Rewind(to_step=600, failed_step=640))
+    assert watch.summary()["health_status"] == "healthy"
+    loss, norm = watch.seen.loss, watch.seen.norm
+    assert math.exp(loss.middle) == pytest.approx(3.0 * 590**-0.2, rel=0.1) and loss.standing(math.log(2.0)) > 6
+    assert norm.known and math.exp(norm.middle) == pytest.approx(1.0, rel=0.3)
+    watch.replay(steps(128, 601))
+    assert not watch.open and watch.summary()["health_status"] == "healthy"
+
+
+def test_c093_a_rewind_beyond_all_windows_leaves_them_empty() -> None:
+    watch = fed(2000)
+    watch.observe(rec.Rewind(to_step=100))
+    assert not any(part for name, part in trailed(watch.seen).items() if name not in ("loss", "norm"))
+    assert not watch.seen.loss.known and watch.seen.loss.standing(99.0) == 0.0
+    assert codes(watch) == [] == [alert.code for alert in watch.replay(steps(200, 101))]
 
 
 def test_c093_a_log_replayed_gives_the_same_alerts_with_or_without_a_break() -> None:
@@ -247,6 +351,51 @@ def test_c089_sub_scores_follow_their_formulas() -> None:
     for record in [*steps(200, step_time=1.0), *steps(32, 201, step_time=1 / 0.6)]:
         slow.take(record)
     assert scores(slow)["throughput"].value == pytest.approx(0.5)
+
+
+def split(record: rec.Experts) -> list[rec.Experts]:
+    """A record of several layers as a log has it when its line grows too long: one line a layer here."""
+    lists = {name: value for name, value in msgspec.structs.asdict(record).items() if isinstance(value, list) and value}
+    parts = range(len(record.layers))
+    return [msgspec.structs.replace(record, **{name: [value[i]] for name, value in lists.items()}) for i in parts]
+
+
+@pytest.mark.parametrize("worst", [0, 1, 2])
+def test_c089_the_routing_score_is_that_of_all_layers_however_many_lines_they_take(worst: int) -> None:
+    rows = [[10.0, 10.0, 10.0, 10.0] for _ in range(3)]
+    rows[worst] = [30.0, 10.0, 0.0, 0.0]
+    figures: dict[str, Any] = {name: [] for name in ("load", "imbalance", "entropy", "dead", "dropped")}
+    for row in rows:
+        for name, values in figures.items():
+            values += getattr(experts(300, *row), name)
+    record = rec.Experts(step=300, layers=[4, 5, 9], t=300.0, inc=1, **figures)
+    whole, lines = fed(64), fed(64)
+    for step in (100, 300):  # the later record takes the place of the earlier
+        record.step = step
+        whole.observe(record)
+        lines.replay(split(record))
+    found = scores(whole.seen)["routing"]
+    assert scores(lines.seen)["routing"] == found and found.value == pytest.approx(1.4 / 3 * 0.5)
+    assert found.words == f"worst layer {record.layers[worst]} of the record of step 300"
+    assert len(lines.seen.routing.layers) == 3  # type: ignore[union-attr]
+
+
+def test_c089_no_layer_is_named_where_none_is_uneven() -> None:
+    seen = Windows()
+    seen.take(experts(100, 10, 10, 11, 10))
+    found = scores(seen)["routing"]
+    assert found.value == 1.0 and found.words == "no layer is uneven in the record of step 100"
+
+
+@pytest.mark.parametrize("left", [rec.Rewind(to_step=290), rec.Run(state="preparing", inc=2)], ids=["rewind", "start"])
+def test_c089_routing_of_a_branch_or_a_start_that_is_left_is_not_scored(left: rec.Record) -> None:
+    watch = fed(300)
+    watch.replay([experts(300, 40, 0, 0, 0), left])
+    assert watch.summary()["scores"]["routing"]["value"] is None
+    watch.observe(experts(300, 10, 10, 10, 10))
+    assert watch.summary()["scores"]["routing"]["value"] == 1.0
+    watch.observe(rec.Rewind(to_step=300))
+    assert watch.summary()["scores"]["routing"]["value"] == 1.0
 
 
 def test_theil_sen_takes_no_notice_of_one_wild_point() -> None:
