@@ -37,6 +37,11 @@ def configured(rules: Rules) -> Any:
         lr_multiplier_min=rules.lowest,
         max_adaptive_actions=rules.most,
         spike_policy=policy,
+        use_moe=False,
+        load_balancing_weight=0.0,
+        router_bias_rate=0.0,
+        moe_dropless=True,
+        capacity_factor=1.25,
     )
 
 
