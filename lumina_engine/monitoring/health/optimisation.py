@@ -30,7 +30,7 @@ class NonFinite(Detector):
     def look(self, seen: Windows) -> Iterator[Sign]:
         if not seen.nonfinite:
             return
-        if not seen.nonfinite[-1]:
+        if not seen.nonfinite[-1][1]:
             if seen.spell_over(100):
                 yield from (Sign(code, False) for code in self.codes)
             return
@@ -54,7 +54,7 @@ class Spike(Detector):
     types = (rec.Step,)
 
     def look(self, seen: Windows) -> Iterator[Sign]:
-        if not seen.loss.known or not seen.loss.recent or seen.nonfinite[-1]:
+        if not seen.loss.known or not seen.loss.recent or seen.nonfinite[-1][1]:
             return
         z = seen.loss.standing(seen.loss.recent[-1])
         if z > 6:

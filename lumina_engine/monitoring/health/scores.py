@@ -94,7 +94,7 @@ def _stability(seen: Windows) -> Score:
 def _numerics(seen: Windows) -> Score:
     if not seen.nonfinite:
         return Score(None, "steps that are not finite: needs 1 step")
-    bad = sum(seen.nonfinite)
+    bad = sum(bad for _, bad in seen.nonfinite)
     value = 0.0 if seen.nonfinite_in_row >= 3 else max(0.0, 1 - 0.5 * bad)
     return Score(value, f"{bad} of the last {len(seen.nonfinite)} steps not finite")
 

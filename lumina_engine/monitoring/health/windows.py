@@ -134,10 +134,11 @@ class Windows:
         self.last: rec.Step | None = None
         self.nonfinite_in_row = 0
         self._overflow: int | None = None  # step whose gradient was too large for its loss scale; told before its record
-        self.nonfinite: deque[bool] = deque(maxlen=NUMERIC_STEPS)
+        self.finite_in_row = 0
         self.loss = Level(recent=8, level=16)
         self.norm = Level(recent=8, level=16)
         # each value with its step, the last one of a block
+        self.nonfinite: deque[tuple[int, bool]] = deque(maxlen=NUMERIC_STEPS)
         self.norms: deque[tuple[int, float]] = deque(maxlen=SPIKE_STEPS)
         self.spikes: deque[tuple[int, bool]] = deque(maxlen=SPIKE_STEPS)
         self.curve: deque[tuple[int, float]] = deque(maxlen=SLOPE_STEPS // SLOPE_BLOCK)  # medians of log loss
@@ -184,11 +185,11 @@ class Windows:
 
     def nonfinite_in(self, steps: int) -> int:
         """How many of the last `steps` were not finite."""
-        return sum(list(self.nonfinite)[-steps:])
+        return sum(bad for _, bad in list(self.nonfinite)[-steps:])
 
     def spell_over(self, steps: int) -> bool:
-        """Whether the last step that was not finite lies exactly `steps` back: asked at each step, costs no search."""
-        return len(self.nonfinite) > steps and self.nonfinite[-1 - steps] and self.nonfinite_in(steps) == 0
+        """Whether there were exactly `steps` finite steps since the last other one, or since the run went back."""
+        return self.finite_in_row == steps
 
     def _step(self, record: rec.Step) -> None:
         self.steps += 1
@@ -196,8 +197,9 @@ class Windows:
         # a loss scale that sinks is no sign of broken values; the loss itself is not scaled
         scaled, self._overflow = record.step == self._overflow, None
         finite = math.isfinite(record.loss or 0.0) and (scaled or math.isfinite(record.grad_norm or 0.0))
-        self.nonfinite.append(not finite)
+        self.nonfinite.append((record.step, not finite))
         self.nonfinite_in_row = 0 if finite else self.nonfinite_in_row + 1
+        self.finite_in_row = self.finite_in_row + 1 if finite else 0
         if finite:
             self._values(record)
         if record.step_time and record.step_time > 0:
@@ -244,12 +246,12 @@ class Windows:
 
     def _rewind(self, step: int) -> None:
         """The run goes back: what was seen of later steps is of a branch that is left. Speed is the machine's, and stays."""
-        self.step, self.nonfinite_in_row, self._overflow = step, 0, None
+        self.step, self.nonfinite_in_row, self.finite_in_row, self._overflow = step, 0, 0, None
         if self.routing is not None and self.routing.step > step:
             self.routing = None
         self.loss.cut(step)
         self.norm.cut(step)
-        trails: tuple[deque[Any], ...] = (self.norms, self.spikes, self.curve, self._block, self.evals)
+        trails: tuple[deque[Any], ...] = (self.nonfinite, self.norms, self.spikes, self.curve, self._block, self.evals)
         for trail in trails:
             while trail and trail[-1][0] > step:
                 trail.pop()

@@ -270,6 +270,18 @@ def test_c093_after_a_rollback_health_is_that_of_the_branch_that_is_taken() -> N
     assert not watch.open and watch.summary()["health_status"] == "healthy"
 
 
+def test_c093_steps_that_are_not_finite_count_in_their_branch_only() -> None:
+    watch = fed(600)
+    watch.replay(steps(3, 601, loss=math.nan))
+    assert watch.summary()["health_status"] == "critical" and "nonfinite_run" in codes(watch)
+    watch.observe(rec.Rewind(to_step=590, failed_step=603))
+    assert watch.summary()["health_status"] == "healthy"
+    watch.replay(steps(99, 591))
+    assert "nonfinite_run" in watch.open, "100 finite steps close it"
+    watch.replay(steps(1, 690))
+    assert not watch.open and watch.summary()["health_status"] == "healthy"
+
+
 def test_c093_a_rewind_beyond_all_windows_leaves_them_empty() -> None:
     watch = fed(2000)
     watch.observe(rec.Rewind(to_step=100))
