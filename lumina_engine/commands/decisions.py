@@ -1,4 +1,4 @@
-"""`lumina-engine runs decisions` and `runs set-lr`: what was done about the learning rate of a run, and doing it by hand."""
+"""`lumina-engine runs decisions` and `runs set-lr`: what was done about rate and balance, and setting the rate by hand."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ def lines(found: Replayed) -> list[str]:
     from ..monitoring.decisions import as_dict
 
     if not found.known:
-        return ["not known: the log was written without the rate controller"]
+        return ["not known: the log was written without the controllers"]
     shown = [_line(as_dict(record)) for record in found.decisions]
     if not shown:
-        shown = ["no decision about the learning rate"]
+        shown = ["no decision about the learning rate or the balance of experts"]
     else:
         shown.append(f"the rate is {found.factor:.3g} times the schedule's; actions so far: {found.spent}")
     agreed = "the log alone gives the same decisions" if found.agrees else "the log alone gives other decisions"
@@ -86,6 +86,8 @@ def lines(found: Replayed) -> list[str]:
 
 
 def _line(item: dict[str, Any]) -> str:
+    from ..monitoring.adaptive import FACTOR
+
     evidence = item.get("evidence")
     if evidence is None:
         advice = f" - {item['advice']}" if item.get("advice") else ""
@@ -94,7 +96,8 @@ def _line(item: dict[str, Any]) -> str:
         return f"step {item['step']:,}  outcome of step {evidence['of']:,}: {item['reason']}"
     figures = f"{evidence['rule']} {evidence['statistic']:.3g}, threshold {evidence['threshold']:.3g}"
     how = f"window {evidence['window']}, cooldown {evidence['cooldown']}"
+    what = "factor" if item["what"] == FACTOR else item["what"]
     return (
-        f"step {item['step']:,}  {evidence['action']}: factor {item['before']:.3g} to {item['after']:.3g}: {item['reason']} "
+        f"step {item['step']:,}  {evidence['action']}: {what} {item['before']:.3g} to {item['after']:.3g}: {item['reason']} "
         f"({figures}, {how})"
     )

@@ -42,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     stop.add_argument("--no-wait", action="store_true", help="return when the run has accepted the command")
     plot.add_arguments(action("plot", "curves of a run, printed or as SVG"))
     decisions.add_rate(action("set-lr", "give a living run another learning rate from its next step on"))
-    action("decisions", "what the rate controller decided, why, what came of it, and whether the log gives the same again")
+    action(
+        "decisions",
+        "what the controllers of rate and balance decided, why, what came of it, and whether the log gives the same again",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

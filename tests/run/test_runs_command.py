@@ -212,7 +212,7 @@ def test_c100_a_log_of_a_version_without_the_controller_is_not_judged(
                 log.emit(rec.Step(step=step, loss=(2.0 if step <= 100 else 5.0) + 0.01 * (step * 7 % 11), grad_norm=1.0))
         assert call("decisions", name, "--runs", str(tmp_path)) == code
         shown = capsys.readouterr()
-        assert ("written without the rate controller" in shown.out, "differs" in shown.err) == (not code, bool(code))
+        assert ("written without the controllers" in shown.out, "differs" in shown.err) == (not code, bool(code))
 
 
 def test_c100_a_run_without_decisions_or_without_its_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
