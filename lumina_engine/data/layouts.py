@@ -168,7 +168,6 @@ def _calls(entry: Mapping[str, object], what: str, place: Place) -> list[str]:
 def _tidied(turns: list[Message], value: Mapping[str, object], place: Place, tally: Tally) -> Iterator[Conversation]:
     """The conversation of `turns` after the rules at the top of this file, if anything is left of it."""
     id_, task = parse_label(value.get("id"), "id", place), parse_label(value.get("task"), "task", place)
-    turns = _weighed(turns, value, place)
     tally.read += 1
     if not turns:
         return tally.drop("no turns", place)
@@ -188,7 +187,9 @@ def _tidied(turns: list[Message], value: Mapping[str, object], place: Place, tal
             return tally.drop("nothing but empty turns", place)
         number = next(n for n, t in enumerate(turns, 1) if t.role in ("user", "assistant") and not t.content.strip())
         tally.change("exchange with an empty turn removed", place, f"turn {number} ({turns[number - 1].role}) is empty")
-    prompt = [] if _is_whole(exchanges[0]) else [turn for turn in exchanges[0] if turn.role == "system"]
+    prompt = (
+        [] if _is_whole(exchanges[0]) else [turn for turn in exchanges[0] if turn.role == "system" and turn.content.strip()]
+    )
     turns = prompt + [turn for exchange in whole for turn in exchange]
     end = max(index for index, turn in enumerate(turns) if turn.role == "assistant") + 1
     if end < len(turns):
@@ -207,7 +208,7 @@ def _is_whole(exchange: list[Message]) -> bool:
 
 
 def _weighed(turns: list[Message], value: Mapping[str, object], place: Place) -> list[Message]:
-    """The weight of a record is that of its answers that have none of their own."""
+    """The weight of a record is that of its answers that have none of their own. Foreign layouts have no such key."""
     if value.get("weight") is None:
         return turns
     whole = parse_weight(value["weight"], "the record", place)
@@ -216,7 +217,7 @@ def _weighed(turns: list[Message], value: Mapping[str, object], place: Place) ->
 
 def _messages(record: Record, tally: Tally) -> Iterator[Conversation]:
     value, place = _object(record, "messages", "messages"), _place(record)
-    turns = _with_tools(_turns(value, "messages", place, _CHAT_ROLES), value, place)
+    turns = _weighed(_with_tools(_turns(value, "messages", place, _CHAT_ROLES), value, place), value, place)
     yield from _tidied(turns, value, place, tally)
 
 

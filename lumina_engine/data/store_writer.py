@@ -240,7 +240,8 @@ def locked(cache: Path, name: str, *others: str) -> Iterator[None]:
         ) from None
     with handle:
         own = f".tmp-{os.getpid()}-"  # a second thread of this process is not kept out by a POSIX lock
-        for stale in (folder for built in (name, *others) for folder in cache.glob(f"{built}*.tmp-*")):
+        patterns = [f"{name}*.tmp-*", *(f"{other}.tmp-*" for other in others)]
+        for stale in (folder for pattern in patterns for folder in cache.glob(pattern)):
             if own not in stale.name:
                 shutil.rmtree(stale, ignore_errors=True)
         yield

@@ -187,8 +187,7 @@ class TokenStream:
                 for number in range(len(self.windows)):
                     part = self._eval_part(number)
                     if open_verified(part) is None:  # `eval` was there, and was lost since
-                        shutil.rmtree(self.path / f"window-{number:06d}", ignore_errors=True)
-                        self.window(number, None, self.workers)
+                        self._again(number)
                     writer.extend(TokenStore(part))
                 store = TokenStore(writer.publish({"tally": Tally().to_dict()}))
             finally:
@@ -196,6 +195,13 @@ class TokenStream:
             for number in range(len(self.windows)):
                 shutil.rmtree(self._eval_part(number), ignore_errors=True)
         return store if len(store) else None
+
+    def _again(self, number: int) -> None:
+        """Tokenise a window that may be there, for what is held out of it."""
+        target = self.path / f"window-{number:06d}"
+        with self._building[number], locked(self.path, target.name):
+            _remove(target)
+            self._tokenise(number, target, None, self.workers)
 
     def _eval_part(self, number: int) -> Path:
         return self.path / f"eval-{number:06d}"
@@ -263,13 +269,19 @@ class TokenStream:
         for _, size, folder in sorted(found)[: max(0, len(found) - (IN_USE - 1))]:
             if total + coming <= self.room or folder == keep:
                 continue
-            gone = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-            try:
-                folder.rename(gone)  # whole or not at all: who has it open goes on reading
-            except OSError:
-                continue
-            shutil.rmtree(gone, ignore_errors=True)
-            total -= size
+            if _remove(folder):
+                total -= size
+
+
+def _remove(folder: Path) -> bool:
+    """Remove a window whole or not at all: who has it open goes on reading. False: another process was first."""
+    gone = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        folder.rename(gone)
+    except OSError:
+        return False
+    shutil.rmtree(gone, ignore_errors=True)
+    return True
 
 
 def _counted(store: TokenStore) -> Counted:

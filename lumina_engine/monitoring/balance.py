@@ -114,12 +114,13 @@ class BalanceController:
         later = [item for item in s.seen if item["step"] > start]
         covered = len(later) < len(s.seen)  # the record before them tells that they are all of this cooldown
         s.seen = s.seen[-len(later) - 1 :]
+        span = record.step - s.seen[0]["step"]  # a cooldown or more, as far as the records go
         load = _load_of(later) if covered else None
         if load is None:
             return []
         if s.waiting is not None:
-            return [self._outcome(load, record.step)] if record.step >= s.waiting["due"] else []
-        return self._against(load, record.step) if spent < rules.most else []
+            return [self._outcome(load, record.step, span)] if record.step >= s.waiting["due"] else []
+        return self._against(load, record.step, span) if spent < rules.most else []
 
     def state_dict(self) -> dict[str, Any]:
         """The state as JSON values."""
@@ -131,7 +132,7 @@ class BalanceController:
         self._s = _State(list(state.get("seen", [])), dict(state.get("doubled", {})), state.get("waiting"))
         self.use(self.rules)
 
-    def _against(self, load: _Load, step: int) -> list[rec.Change]:
+    def _against(self, load: _Load, step: int, span: int) -> list[rec.Change]:
         s, rules = self._s, self.rules
         if rules.bias_rate > 0 or self.weight >= WEAK:
             return []
@@ -140,32 +141,33 @@ class BalanceController:
                 return []
             before, s.doubled[WEIGHT] = self.weight, rules.weight
             words = f"expert {load.expert} of layer {load.layer} got {load.peak:.1f} times its share of 1/{load.experts}"
-            return [self._change(WEIGHT, "hot_expert", before, self.weight, load.peak, HOT, words, step)]
+            return [self._change(WEIGHT, "hot_expert", (before, self.weight), (load.peak, HOT, words), step, span)]
         room = rules.capacity
         if load.dropped > DROPPED and room is not None and room < MOST_CAPACITY and CAPACITY not in s.doubled:
             s.doubled[CAPACITY] = room
             after = min(MOST_CAPACITY, TIMES * room)
             words = f"layer {load.worst} dropped {100 * load.dropped:.1f} % of its choices though no expert is hot"
-            return [self._change(CAPACITY, "dropped", room, after, load.dropped, DROPPED, words, step)]
+            return [self._change(CAPACITY, "dropped", (room, after), (load.dropped, DROPPED, words), step, span)]
         return []
 
     def _change(
-        self, what: str, rule: str, before: float, after: float, statistic: float, threshold: float, words: str, step: int
+        self, what: str, rule: str, values: tuple[float, float], found: tuple[float, float, str], step: int, span: int
     ) -> rec.Change:
+        (before, after), (statistic, threshold, words) = values, found
         evidence = {
             "action": "rebalance",
             "rule": rule,
             "statistic": statistic,
             "threshold": threshold,
-            "window": self.rules.cooldown,
+            "window": span,
             "cooldown": self.rules.cooldown,
             "step": step,
         }
         self._s.waiting = {**evidence, "due": step + self.rules.cooldown}
-        reason = f"{words} over {self.rules.cooldown} steps"
+        reason = f"{words} over {span} steps"
         return rec.Change(what=what, step=step + 1, before=before, after=after, by="adaptive", reason=reason, evidence=evidence)
 
-    def _outcome(self, load: _Load, step: int) -> rec.Change:
+    def _outcome(self, load: _Load, step: int, span: int) -> rec.Change:
         """Whether the cooldown after the action is better than the one before it."""
         assert self._s.waiting is not None
         decided, self._s.waiting = self._s.waiting, None
@@ -180,7 +182,7 @@ class BalanceController:
             "recovered": recovered,
             "statistic": now,
             "threshold": threshold,
-            "window": self.rules.cooldown,
+            "window": span,
         }
         return rec.Change(what=OUTCOME, step=step, before=before, after=now, by="adaptive", reason=reason, evidence=evidence)
 

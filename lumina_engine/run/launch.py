@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import select
 import socket
 import subprocess
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 WORKER = "lumina_engine.training.worker"
 START_TIME = 60.0  # s until the supervisor must have reported
 MASTER_PORT = 29_500  # as torchrun has it
+TORCHRUN_PORTS = (20_000, 30_000)  # below those that Linux gives to outgoing connections (32,768 on)
 LOST_TIME = 30.0  # s of silence after which a machine is lost where hang_timeout_s is 0
 LEAST_LOST_TIME = 3.0  # s
 _VERSIONS = ("lumina", "torch", "deepspeed", "numpy", "msgspec")
@@ -68,7 +70,8 @@ def rank_argv(config: Config, run_dir: str | os.PathLike[str], world: int) -> li
         return hosts_argv(command, ["localhost"], ranks, address=_own_address(config), port=_own_port(config))
     if config.launcher == "torchrun" or (config.launcher == "auto" and config.node_rank is not None):
         address = _own_address(config) if nodes == 1 else config.master_addr
-        port = (_own_port(config) or free_port(0)) if nodes == 1 else _common_port(config)
+        # torchrun keeps its port over restarts, so it is none that the system gives to connections meanwhile
+        port = (_own_port(config) or free_port(random.randrange(*TORCHRUN_PORTS))) if nodes == 1 else _common_port(config)
         place = {"nodes": nodes, "ranks": ranks, "node_rank": config.node_rank or 0}
         return torchrun_argv(worker, **place, address=address, port=port)
     hosts = [host.name for host in machines(config, ranks)]

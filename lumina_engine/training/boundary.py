@@ -11,6 +11,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from ..checkpoint.verify import step_name
 from ..monitoring import record as rec
 from .control import Request
 from .evaluation import eval_record
@@ -54,7 +55,7 @@ class Boundary:
 
         A checkpoint that a command asks for has the records of its step behind it, as one of `save_interval` has.
         """
-        self.record_routing(final=False)
+        self.record_routing()
         self.obey_all()
         self.trainer.make_switch()
         self.tasks(final=False)
@@ -64,14 +65,10 @@ class Boundary:
         step = self.trainer.progress.step
         return final or (interval > 0 and step % interval == 0 and step < self.trainer.total_steps)
 
-    def finish(self) -> None:
-        """All that the intervals can ask for, behind the last step."""
-        self.record_routing(final=True)
-        self.tasks(final=True)
-
-    def record_routing(self, final: bool) -> None:
-        """The record of experts, if it is due, and what it decides."""
+    def record_routing(self) -> None:
+        """The record of experts, if it is due (behind the last step it always is), and what it decides."""
         trainer = self.trainer
+        final = trainer.progress.step >= trainer.total_steps
         if trainer.window is not None and self.due(trainer.config.expert_log_interval, final):
             record = trainer.window.record(trainer.progress.step, getattr(trainer.model, "router_bias_LE", None))
             trainer.emit(record)
@@ -127,7 +124,7 @@ class Boundary:
         """Do what a command or signal asks for; the record that carries its id is the answer."""
         trainer, step = self.trainer, self.trainer.progress.step
         if request.cmd == "checkpoint":
-            trainer.save(blocking=False, id=request.id)
+            self._checkpoint(request.id)
         elif request.cmd == "set_lr":
             self.set_lr(float(request.args["lr"]), by="user", id=request.id)
         elif request.cmd == "pause":
@@ -143,6 +140,14 @@ class Boundary:
             trainer.emit(rec.Alert(**request.args))
         else:
             trainer.emit(rec.Note(message=f"unknown command {request.cmd!r}", step=step, id=request.id))
+
+    def _checkpoint(self, id: str | None) -> None:
+        """Save, unless this step is that of a checkpoint already: the run may have gone back to it just now."""
+        trainer, step = self.trainer, self.trainer.progress.step
+        if trainer.manager is not None and trainer.saves.newest == step > 0 and not trainer.manager.busy:
+            trainer.emit(rec.Checkpoint(step=step, path=step_name(step), verified=True, id=id))
+        else:
+            trainer.save(blocking=False, id=id)
 
     def _preempt(self, grace: float, id: str | None) -> None:
         """Leave within `grace` seconds, with a checkpoint if one fits, on all ranks alike.
@@ -216,6 +221,6 @@ class Boundary:
         if stop.state != "failed":
             trainer.emit(rec.Run(state="stopping", reason=stop.reason))
         if stop.save and step:
-            trainer.saves.settle(wait=True)  # one that is on its way may fail, and then this step has none
+            trainer.settle()  # one that is on its way may fail, and then this step has none
             if trainer.saves.newest != step:
                 trainer.save(blocking=True)

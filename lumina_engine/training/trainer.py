@@ -176,12 +176,12 @@ class EnhancedConversationTrainer:
                 self._loop(self._loader())
                 while self.progress.step < self.total_steps:  # after a rollback
                     self._loop(self._loader())
-            self.boundary.finish()
+            self.boundary.tasks(final=True)
             ending = Stop("finished", 0, f"all {self.total_steps} steps done")
         except Stop as stop:
             self.boundary.end(stop)
             ending = stop
-        self.saves.settle(wait=True)
+        self.settle()
         return {
             "state": ending.state,
             "exit_code": ending.exit_code,
@@ -363,6 +363,12 @@ class EnhancedConversationTrainer:
         restore_torch_rng(self.step_rng)
         self.at_boundary = True
         return True
+
+    def settle(self) -> None:
+        """Wait for the save in flight, and record what came of it."""
+        if self.manager is not None and self.manager.busy:
+            self.section(WAITED, self.progress.step)
+        self.saves.settle(wait=True)
 
     def save(self, *, blocking: bool = False, id: str | None = None) -> None:
         """Checkpoint the state at this boundary. A failure is recorded and alarms; training goes on."""

@@ -216,8 +216,9 @@ class Worker:
         self.emit(rec.Alert(severity="warning", code="data_changed", message=message, recommendation=advice, step=step))
 
     def _logged_step(self) -> int:
-        steps = [r.step for r in read_records(self.directory.metrics_path) if isinstance(r, rec.Step)]
-        return max(steps, default=0)
+        """The last step of which the log has anything."""
+        kinds = rec.Step | rec.Eval | rec.Experts | rec.Checkpoint
+        return max((r.step for r in read_records(self.directory.metrics_path) if isinstance(r, kinds)), default=0)
 
     def _catch_up(self, step: int, seq: int | None) -> None:
         """What the log knows beyond the checkpoint of `step`: the user's rates after it, rollbacks since, and what they cost.

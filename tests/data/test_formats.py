@@ -128,6 +128,7 @@ END = "unanswered turns at the end removed"
         (sharegpt(("human", "a"), ("human", "b"), ("gpt", "c")), None, "wrong role order", None),
         (sharegpt(("gpt", "a"), ("human", "b"), ("gpt", "c")), "abc", None, None),
         (sharegpt(("system", "s"), ("gpt", ""), ("human", "b"), ("gpt", "c")), "sbc", None, EMPTY),
+        (sharegpt(("human", "a"), ("gpt", "b"), weight="a foreign column"), "ab", None, None),
     ],
 )
 def test_c028_tidying_is_counted_and_an_empty_answer_is_never_a_target(write, row, kept, dropped, changed):
@@ -140,19 +141,6 @@ def test_c028_tidying_is_counted_and_an_empty_answer_is_never_a_target(write, ro
     if dropped or changed:
         with pytest.raises(DataError, match=r"s\.json:2: "):
             read(write("s.json", [row]), tally=Tally(strict=True))
-
-
-def test_c142_the_weight_of_a_record_counts_in_every_layout(write):
-    """It is that of the answers which have none of their own; where none is trained the record is dropped."""
-    alpaca = {"instruction": "a", "output": "b"}
-    for row in (sharegpt(("human", "a"), ("gpt", "b")), alpaca, {"messages": MESSAGES["messages"]}):
-        (found,) = read(write("s.json", [{**row, "weight": 0.5}]))
-        assert [turn.weight for turn in found.messages if turn.role == "assistant"][-1] == 0.5
-    for row in (sharegpt(("human", "a"), ("gpt", "b")), alpaca):
-        tally = Tally()
-        assert read(write("s.json", [{**row, "weight": 0}]), tally=tally) == [] and dict(tally.dropped) == {
-            "no trained turn": 1
-        }
 
 
 @pytest.mark.parametrize(

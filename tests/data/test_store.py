@@ -17,7 +17,7 @@ import pytest
 
 from lumina_engine.data.conversation import Conversation, DataError, Message, TextDocument
 from lumina_engine.data.store import build_store, open_data
-from lumina_engine.data.store_writer import FILES, TEXT
+from lumina_engine.data.store_writer import FILES, TEXT, locked
 from lumina_engine.data.token_store import TokenStore, open_verified
 
 FORK = multiprocessing.get_context("fork")
@@ -140,6 +140,12 @@ def test_c036_remains_of_both_parts_of_a_split_are_cleared(write, settings, toke
     cache = tmp_path / "cache"
     config = settings(train_data_path=str(path), eval_split=0.2, data_cache_dir=str(cache))
     open_data(config, tokenizer)
+    others = cache / "stream"
+    others.mkdir()
+    (others / "eval-000003.tmp-1-alive").mkdir()  # of another store, which another process builds
+    with locked(others, "count", "eval"):
+        assert [entry.name for entry in others.glob("*.tmp-*")] == ["eval-000003.tmp-1-alive"]
+    shutil.rmtree(others)
     for folder in [entry for entry in cache.iterdir() if entry.name != "locks"]:
         folder.rename(folder.with_name(f"{folder.name}.tmp-1-dead"))  # as a start leaves it that was killed
     open_data(config, tokenizer)

@@ -44,6 +44,12 @@ def test_c100_a_hot_expert_doubles_the_weight_once_after_one_cooldown() -> None:
     assert controller.weight == 0.02 and controller.capacity == 1.25 and controller.spent == 1
 
 
+def test_c100_the_window_is_what_was_seen() -> None:
+    change, *_ = told(BalanceController(RULES), [experts(step, HOT) for step in range(70, 500, 70)])
+    assert change.step == 211 and change.evidence is not None and change.evidence["window"] == 140
+    assert change.reason.endswith("over 140 steps")
+
+
 def test_c100_the_outcome_says_when_it_helped() -> None:
     records = [experts(step, HOT if step <= 120 else EVEN) for step in range(20, 260, 20)]
     _, outcome = told(BalanceController(RULES), records)

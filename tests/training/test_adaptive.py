@@ -170,6 +170,18 @@ def test_c098_the_end_of_the_ladder_comes_before_a_command(tmp_path: Path, cmd: 
     assert summary["step"] not in dict(tiny.manager.committed())
 
 
+def test_c082_a_checkpoint_that_is_asked_for_where_there_is_one_is_that_one(tmp_path: Path) -> None:
+    """The step to which a run has gone back is one of these, and this start did not save it."""
+    first = Tiny(tmp_path, save_interval=4, max_steps=8)
+    first.train()
+    tiny = Tiny(tmp_path, save_interval=4, max_steps=8)
+    tiny.resume(4)
+    tiny.channel.commands[0] = [Command(id="c", cmd="checkpoint", args={})]
+    tiny.train()
+    saved = [(r.step, r.id, r.failed) for r in tiny.records if isinstance(r, rec.Checkpoint)]
+    assert saved[0] == (4, "c", None) and not [r for r in tiny.records if isinstance(r, rec.Alert)]
+
+
 def test_c098_the_cut_outlives_a_guard_that_goes_back_to_the_same_checkpoint(tmp_path: Path) -> None:
     keys = KEYS | {
         "spike_policy": "rollback",

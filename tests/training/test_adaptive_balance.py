@@ -86,6 +86,15 @@ def test_c100_resumed_anywhere_it_equals_the_unbroken_run(tmp_path: Path, at: in
     assert replay([rec.decode(rec.encode(r)) for r in log], resumed.config).differences == []
 
 
+def test_c100_a_checkpoint_that_is_asked_for_at_the_last_step_has_its_decision(tmp_path: Path) -> None:
+    tiny = skewed(tmp_path, max_steps=FIRST - 1)
+    tiny.channel.commands[FIRST - 1] = [Command(id="c", cmd="checkpoint", args={})]
+    tiny.train()
+    resumed = Tiny(tmp_path, **KEYS)
+    resumed.resume(FIRST - 1)
+    assert resumed.trainer.adaptive.load_balancing_weight == 0.01 and float(resumed.trainer.window.tokens) == 0
+
+
 def test_c100_a_checkpoint_that_was_asked_for_has_the_decision_of_its_step(tmp_path: Path) -> None:
     tiny = skewed(tmp_path)
     tiny.channel.commands[FIRST - 1] = [Command(id="c", cmd="checkpoint", args={})]
