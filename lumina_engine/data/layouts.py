@@ -187,9 +187,8 @@ def _tidied(turns: list[Message], value: Mapping[str, object], place: Place, tal
             return tally.drop("nothing but empty turns", place)
         number = next(n for n, t in enumerate(turns, 1) if t.role in ("user", "assistant") and not t.content.strip())
         tally.change("exchange with an empty turn removed", place, f"turn {number} ({turns[number - 1].role}) is empty")
-    prompt = (
-        [] if _is_whole(exchanges[0]) else [turn for turn in exchanges[0] if turn.role == "system" and turn.content.strip()]
-    )
+    lead = [] if _is_whole(exchanges[0]) else exchanges[0]
+    prompt = [turn for turn in lead if turn.role == "system" and turn.content.strip()]
     turns = prompt + [turn for exchange in whole for turn in exchange]
     end = max(index for index, turn in enumerate(turns) if turn.role == "assistant") + 1
     if end < len(turns):
@@ -207,17 +206,13 @@ def _is_whole(exchange: list[Message]) -> bool:
     return all(turn.role in ("tool", "system") or turn.content.strip() for turn in exchange)
 
 
-def _weighed(turns: list[Message], value: Mapping[str, object], place: Place) -> list[Message]:
-    """The weight of a record is that of its answers that have none of their own. Foreign layouts have no such key."""
-    if value.get("weight") is None:
-        return turns
-    whole = parse_weight(value["weight"], "the record", place)
-    return [Message(t.role, t.content, whole) if t.role == "assistant" and t.weight is None else t for t in turns]
-
-
 def _messages(record: Record, tally: Tally) -> Iterator[Conversation]:
     value, place = _object(record, "messages", "messages"), _place(record)
-    turns = _weighed(_with_tools(_turns(value, "messages", place, _CHAT_ROLES), value, place), value, place)
+    turns = _with_tools(_turns(value, "messages", place, _CHAT_ROLES), value, place)
+    weight = value.get("weight")
+    if weight is not None:
+        whole = parse_weight(weight, "the record", place)
+        turns = [Message(t.role, t.content, whole) if t.role == "assistant" and t.weight is None else t for t in turns]
     yield from _tidied(turns, value, place, tally)
 
 

@@ -33,7 +33,7 @@ from statistics import median
 from typing import Any, Literal
 
 from . import record as rec
-from .balance import CAPACITY, WEIGHT
+from .balance import CAPACITY, WEIGHT, reader
 from .health.windows import TINY, noise
 
 FACTOR = "learning_rate_factor"  # `what` of a change of the factor on the schedule's rate
@@ -70,7 +70,7 @@ class Rules:
     @classmethod
     def from_config(cls, config: Any, run: str = "RUN") -> Rules:
         """The rules of a configuration: any object or mapping with its keys."""
-        get = config.__getitem__ if isinstance(config, Mapping) else lambda name: getattr(config, name)
+        get = reader(config)
         return cls(
             mode=str(get("adaptive")),
             window=int(get("spike_window")),

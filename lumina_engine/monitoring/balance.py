@@ -9,8 +9,9 @@ told. Nothing but records enters, so all ranks decide alike and the log alone gi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from . import record as rec
@@ -23,6 +24,11 @@ WEIGHT, CAPACITY = "load_balancing_weight", "capacity_factor"  # `what` of a cha
 OUTCOME = "expert_balance_outcome"  # and of what came of it
 TIMES = 2.0  # what either is at most times its key
 MOST_CAPACITY = 64.0  # of the key capacity_factor
+
+
+def reader(config: Any) -> Callable[[str], Any]:
+    """What gives the keys of a configuration, which is any object or mapping with them."""
+    return config.__getitem__ if isinstance(config, Mapping) else partial(getattr, config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +45,7 @@ class BalanceRules:
     @classmethod
     def from_config(cls, config: Any) -> BalanceRules:
         """The rules of a configuration: any object or mapping with its keys."""
-        get = config.__getitem__ if isinstance(config, Mapping) else lambda name: getattr(config, name)
+        get = reader(config)
         return cls(
             mode=str(get("adaptive")) if get("use_moe") else "off",
             cooldown=int(get("adaptive_cooldown_steps")),
