@@ -215,8 +215,8 @@ class DataKeys(Section):
     )
     packing: Literal["fit", "concat", "none"] = key(
         "fit",
-        "fit puts whole conversations into rows, concat fills rows to the end, none is one conversation a row. Conversations "
-        "in one row never attend to each other.",
+        "fit puts whole conversations into rows and cuts only texts longer than a row, concat fills rows to the end, none is "
+        "one conversation a row. Conversations in one row never attend to each other.",
         read_by=_BATCH,
     )
     streaming_threshold_gb: float = key(

@@ -20,8 +20,8 @@ from .conversation import Conversation, DataError, Document, TextDocument
 from .cut import Template, cut_conversation
 from .files import Paths, expand
 from .formats import FORMATS, check_format, detect_format, read_conversations, read_located
+from .packing import pack
 from .quality import Quality, Where
-from .rows import rows_needed
 from .store_writer import template_of
 from .tally import Tally
 
@@ -102,6 +102,7 @@ class Lengths:
         self._tokenizer = tokenizer
         self._template = Template(template_of(tokenizer)) if seq_length else None
         self._lengths, self._in_rows = array("Q"), array("Q")
+        self._loose = array("Q")  # places in `_in_rows` of the last pieces of long texts
         self.tokens = 0
         self._cut, self._lost = 0, 0
         self._how: Counter[str] = Counter()
@@ -124,6 +125,8 @@ class Lengths:
         if isinstance(document, TextDocument) and self.seq_length:
             pieces, rest = divmod(length, self.seq_length)
             self._in_rows.extend([self.seq_length] * pieces + [rest] * bool(rest))
+            if pieces and rest:
+                self._loose.append(len(self._in_rows) - 1)
         else:
             self._in_rows.append(min(length, self.seq_length or length))
         return length
@@ -142,7 +145,9 @@ class Lengths:
         if self.seq_length is None:
             return None
         lengths = np.frombuffer(self._in_rows, dtype=np.uint64).astype(np.int64)
-        rows = rows_needed(lengths, self.seq_length)
+        loose = np.zeros(len(lengths), dtype=bool)
+        loose[np.frombuffer(self._loose, dtype=np.uint64)] = True
+        rows = pack(lengths, np.arange(len(lengths)), self.seq_length, loose).num_rows
         return {"rows": rows, "padding_share": 1 - int(lengths.sum()) / (rows * self.seq_length)}
 
     def to_dict(self) -> dict[str, Any]:

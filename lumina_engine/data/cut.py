@@ -3,13 +3,13 @@
 A conversation loses its oldest turns, at turn borders, and keeps the system prompt if that fits beside the last exchange.
 The last answer always survives: if it does not fit together with its question, the question loses its beginning; if the
 answer alone is too long, it is cut at its end and the question keeps at most half of the row. Plain text is cut into pieces
-and loses nothing. The tokenizer never cuts anything.
+and loses nothing; packing may cut its last piece once more. The tokenizer never cuts anything.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,8 +99,9 @@ def _cut_answer(
 class Samples:
     """The documents of a store as pieces of at most `limit` tokens each; `limit` None keeps them whole.
 
-    A sample is one document, or one piece of a long plain text. Sample i consists of one or more ranges of the store
-    (`segments`); `lengths` has their sums. `shortened` counts conversations by what was cut from them.
+    A sample is one document, or one piece of a long plain text; the last piece, which is shorter, packing may cut once more
+    (`loose`, `cut_again`). Sample i consists of one or more ranges of the store (`segments`); `lengths` has their sums.
+    `shortened` counts conversations by what was cut from them.
     """
 
     def __init__(self, store: TokenStore, limit: int | None) -> None:
@@ -114,6 +115,7 @@ class Samples:
         self.lengths = lengths
         self._starts = store.offsets[:-1]
         self._first: np.ndarray | None = None  # first segment of each sample; None: one segment each
+        self.loose: np.ndarray | None = None  # bool: the last, short pieces of long texts; None: there are none
         if len(long):
             self._cut(lengths, long)
 
@@ -145,7 +147,27 @@ class Samples:
         # each piece of a text is a sample, a conversation is one of all its segments
         of_sample = np.repeat(np.where(is_text, 1, count), np.where(is_text, count, 1))
         self._first = np.concatenate([[0], np.cumsum(of_sample)])
-        self.lengths = np.add.reduceat(self._sizes, self._first[:-1]) if len(self._sizes) else self._sizes
+        self.lengths = np.add.reduceat(self._sizes, self._first[:-1])
+        self.loose = is_text[owner[self._first[:-1]]] & (self.lengths < self.limit)
+
+    def cut_again(self, cuts: Mapping[int, Sequence[int]]) -> None:
+        """Cut `loose` samples into parts of these lengths. The first keeps its number, the others follow the last sample."""
+        if not cuts:
+            return
+        assert self._first is not None
+        starts, sizes = [], []
+        for sample, parts in cuts.items():
+            segment = self._first[sample]
+            assert sum(parts) == self._sizes[segment]
+            ends = np.cumsum(parts)
+            starts.append(self._starts[segment] + ends[:-1])
+            sizes.append(np.asarray(parts[1:], dtype=np.int64))
+            self._sizes[segment] = self.lengths[sample] = parts[0]
+        more = np.concatenate(sizes)
+        self._first = np.concatenate([self._first, self._first[-1] + 1 + np.arange(len(more))])
+        self._starts, self._sizes = np.concatenate([self._starts, *starts]), np.concatenate([self._sizes, more])
+        self.lengths = np.concatenate([self.lengths, more])
+        self.loose = None
 
     def _shortened(self, document: int, template: Template) -> Ranges:
         """What is kept of one long conversation."""

@@ -16,7 +16,7 @@ import hashlib
 import numpy as np
 
 # Part of every fingerprint. Raise it when order, packing or cutting change, so that no run is resumed on other rows.
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 ROUNDS = 8
 _MASK64 = (1 << 64) - 1
 _M1, _M2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB

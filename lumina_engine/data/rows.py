@@ -5,7 +5,7 @@ so every epoch has the same number of rows, the number of steps is exact before 
 found without looking at the others. Documents that share a row never see each other.
 
 Packing:
-- fit: whole documents, best fit by falling length within windows of consecutive documents of the order;
+- fit: whole documents, in as few rows as can be (`packing`); only texts that no row can hold are cut;
 - concat: all documents end to end; a document may go on in the next row. Each piece is a document of its own there
   (positions from 0), so its first token is no target: a row never depends on another row;
 - none: one document a row.
@@ -13,7 +13,6 @@ Packing:
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,11 +21,11 @@ import numpy as np
 
 from .cut import Samples
 from .order import Order
+from .packing import pack
 from .store_writer import CONTEXT, TEXT
 from .token_store import TokenStore
 
 PACKINGS = ("fit", "concat", "none")
-WINDOW = 8192  # documents that are packed together
 IGNORE = -100  # label of a token without loss
 
 
@@ -79,7 +78,9 @@ class RowPlan:
         else:
             order = packing_order.documents(0, 0, count)
             if options.packing == "fit":
-                self._members, self._first = _pack(self.samples.lengths, order, options.seq_length)
+                packed = pack(self.samples.lengths, order, options.seq_length, self.samples.loose)
+                self.samples.cut_again(packed.cuts)
+                self._members, self._first = packed.members, packed.first
             else:
                 self._members, self._ends = order, np.cumsum(self.samples.lengths[order])
         if options.packing == "concat":
@@ -235,40 +236,3 @@ def _at_start(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
     if not len(values):
         return values
     return values[np.flatnonzero(starts)][np.cumsum(starts) - 1]
-
-
-def rows_needed(lengths: np.ndarray, size: int) -> int:
-    """Rows of `size` tokens that packing "fit" makes of documents of these lengths, each of at most `size`."""
-    return len(_pack(lengths, np.arange(len(lengths)), size)[1]) - 1
-
-
-def _pack(lengths: np.ndarray, order: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Best fit by falling length within windows of `order`: (samples row by row, first index of each row + the end)."""
-    members: list[np.ndarray] = []
-    counts: list[np.ndarray] = []
-    for begin in range(0, len(order), WINDOW):
-        rows = _pack_window(lengths, order[begin : begin + WINDOW], size)
-        members.append(np.fromiter((sample for row in rows for sample in row), dtype=np.int64))
-        counts.append(np.fromiter(map(len, rows), dtype=np.int64))
-    if not members:
-        return np.empty(0, dtype=np.int64), np.zeros(1, dtype=np.int64)
-    return np.concatenate(members), np.concatenate([[0], np.cumsum(np.concatenate(counts))])
-
-
-def _pack_window(lengths: np.ndarray, window: np.ndarray, size: int) -> list[list[int]]:
-    """Rows of the samples of one window."""
-    rows: list[list[int]] = []
-    falling = window[np.argsort(-lengths[window], kind="stable")]
-    smallest = int(lengths[falling[-1]])
-    free: list[tuple[int, int]] = []  # (free tokens, row), sorted: the fullest row that still fits comes first
-    for sample, length in zip(falling.tolist(), lengths[falling].tolist(), strict=True):
-        at = bisect_left(free, (length, -1))
-        if at < len(free):
-            room, row = free.pop(at)
-            rows[row].append(sample)
-        else:
-            room, row = size, len(rows)
-            rows.append([sample])
-        if room - length >= smallest:
-            insort(free, (room - length, row))
-    return rows

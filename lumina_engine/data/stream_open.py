@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .conversation import DataError
+from .conversation import READING_VERSION, DataError
 from .files import Paths, expand, total_bytes
+from .order import ORDER_VERSION
 from .pieces import PIECE_BYTES, plan
 from .rows import RowOptions
 from .store_writer import template_digest
@@ -70,6 +71,8 @@ def open_stream(
     threshold = int(split * _SPLIT_UNIT) if split else None
     name = {
         "version": STREAM_VERSION,
+        "order": ORDER_VERSION,
+        "reading": READING_VERSION,
         "data": identity(files, layout),
         "tokenizer": tokenizer.digest,
         "template": template_digest(tokenizer),

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from .conversation import DataError, Document
+from .conversation import READING_VERSION, DataError, Document
 from .store_writer import FILES, META, STORE_FORMAT, StoreWriter, fingerprint_of, locked, template_digest
 
 Progress = Callable[[int, int], None]  # (documents, tokens) so far
@@ -95,7 +95,13 @@ class TokenStore:
 
 def store_name(tokenizer: Any, **parts: Any) -> str:
     """The folder name of a store: a digest of tokenizer, template and `parts` (source digest, options)."""
-    key = {"format": STORE_FORMAT, "tokenizer": tokenizer.digest, "template": template_digest(tokenizer), **parts}
+    key = {
+        "format": STORE_FORMAT,
+        "reading": READING_VERSION,
+        "tokenizer": tokenizer.digest,
+        "template": template_digest(tokenizer),
+        **parts,
+    }
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -113,6 +113,23 @@ def test_r08_samples_count_what_was_cut(tokenizer, talk, tmp_path):
     assert length.sum() == 30 + 23 + 30 and owner.tolist() == sorted(owner.tolist())
 
 
+def test_samples_cut_again_lose_nothing(tokenizer, talk, tmp_path):
+    documents = [TextDocument("x" * 70), talk("q", "a"), TextDocument("y" * 50), TextDocument("z" * 9), talk("q", "b" * 100)]
+    store = build_store(documents, tokenizer, tmp_path, source_digest="1")
+    samples = Samples(store, 30)
+    assert samples.lengths.tolist() == [30, 30, 11, 23, 30, 21, 10, 30]
+    assert samples.loose.tolist() == [False, False, True, False, False, True, False, False]
+    before = _tokens(samples, range(8))
+    samples.cut_again({5: [4, 10, 7], 2: [6, 5]})
+    assert samples.lengths.tolist() == [30, 30, 6, 23, 30, 4, 10, 30, 10, 7, 5]
+    assert _tokens(samples, [0, 1, 2, 10, 3, 4, 5, 8, 9, 6, 7]) == before
+
+
+def _tokens(samples, which):
+    start, length, _ = samples.segments(np.array(which))
+    return [int(token) for a, n in zip(start, length, strict=True) for token in samples.store.tokens[a : a + n]]
+
+
 @pytest.mark.parametrize("limit", [30, 200])
 def test_samples_give_the_tokens_of_the_store(tokenizer, talk, tmp_path, limit):
     documents = [talk("q" * i, "a" * i) for i in range(1, 30)]

@@ -28,7 +28,7 @@ def test_order_one_by_one_equals_the_range(n, seed, epoch, data):
 
 def test_order_is_fixed_for_ever():
     # a change here changes every resumed run: raise ORDER_VERSION
-    assert Order("fingerprint", 7, 1000).documents(3, 0, 8).tolist() == [151, 414, 418, 968, 136, 142, 762, 453]
+    assert Order("fingerprint", 7, 1000).documents(3, 0, 8).tolist() == [500, 530, 533, 907, 324, 727, 411, 208]
 
 
 def test_order_changes_with_each_argument():

@@ -112,9 +112,30 @@ def test_c032_labels_decode_to_answers_and_end_of_turn(store, tokenizer):
         assert answer.endswith("<E>")
 
 
-def test_fit_fills_rows_well(store):
+def test_c035_fit_takes_the_fewest_rows(store):
     plan = RowPlan(store, RowOptions(256, "fit"))
-    assert store.num_tokens / (plan.num_rows * 256) > 0.95
+    assert plan.num_rows == -(-store.num_tokens // 256)
+
+
+@given(
+    lengths=st.lists(st.integers(0, 300), min_size=1, max_size=20),
+    talks=st.lists(st.integers(0, 10), max_size=20),
+    seed=st.integers(0, 5),
+)
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_c035_fit_cuts_long_texts_and_loses_nothing(tokenizer, tmp_path_factory, lengths, talks, seed):
+    """Every token once, every conversation and every text that fits whole, each part of a text a document of its own."""
+    texts = [TextDocument(chr(0x100 + i) * n + ".") for i, n in enumerate(lengths)]
+    documents = [*texts, *conversations(talks)]
+    store = build_store(documents, tokenizer, tmp_path_factory.mktemp("t"), source_digest="x")
+    batch = all_rows(RowPlan(store, RowOptions(80, "fit", seed=seed)))
+    found = [(tuple(ids), positions) for ids, positions, _ in documents_of(batch)]
+    assert all(positions == list(range(len(ids))) for ids, positions in found)
+    pieces = Counter(ids for ids, _ in found)
+    whole = Counter(tuple(store.document(i)[0].tolist()) for i in range(len(store)))
+    assert all(pieces[ids] >= count for ids, count in whole.items() if len(ids) <= 80)
+    assert Counter(token for ids, _ in found for token in ids) == Counter(store.tokens.tolist())
+    assert batch.num_tokens == store.num_tokens
 
 
 def test_r09_padding_is_the_tokenizers_own_id(store, tokenizer):

@@ -10,7 +10,8 @@ import torch
 
 from lumina_engine.data.batch import ConversationDataset, TrainLoader
 from lumina_engine.data.formats import convert, read_conversations
-from lumina_engine.data.store import open_data
+from lumina_engine.data.rows import RowOptions, RowPlan
+from lumina_engine.data.store import open_data, open_train
 from lumina_engine.data.tally import Tally
 
 SHAREGPT = "sharegpt/oasst1_en_val_top1.sharegpt.json"
@@ -102,6 +103,18 @@ def test_c032_masked_ids_are_the_answers_and_their_end(shared, real, settings, t
 def test_r08_truncation_shows_at_2048(shared, gpt4, settings):
     data = open_data(settings(train_data_path=str(shared / MESSAGES), seq_length=2048), gpt4)
     assert any("1 of 40 conversations are longer than seq_length 2,048" in note for note in data.notes)
+
+
+@pytest.mark.parametrize("folder", ["alpaca", "messages", "oasst", "sharegpt", "text", "text/code"])
+def test_c035_packing_takes_the_fewest_rows(shared, gpt4, settings, folder):
+    """At 2048. What is below 97 % then is so small that its last row, which nothing can fill, is a share of it."""
+    for file in sorted(path for path in (shared / folder).iterdir() if path.is_file()):
+        store, _ = open_train(str(file), gpt4, settings(seq_length=2048))
+        plan = RowPlan(store, RowOptions(2048, "fit"))
+        kept = int(plan.samples.lengths.sum())
+        assert kept + plan.samples.lost_tokens == store.num_tokens
+        assert plan.num_rows == -(-kept // 2048), file.name
+        assert kept / (plan.num_rows * 2048) >= 0.97 or kept > (plan.num_rows - 1) * 2048
 
 
 @pytest.mark.parametrize(
