@@ -14,6 +14,7 @@ import binascii
 import hashlib
 import json
 import os
+from binascii import b2a_base64
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -184,7 +185,7 @@ def _named(name: str) -> Vocabulary:
     tokens = _unpack(_package_data(file), file)
     if hashlib.sha256(tiktoken_file(tokens)).hexdigest() != official.sha256:
         raise TokenizerError(f"vocabulary {file} is damaged (SHA-256 differs from OpenAI's file); install Lumina again")
-    return _build(name, tokens, official.pattern, official.special, official.turns)
+    return _build(name, tokens, official.pattern, official.special, official.turns, official.sha256)
 
 
 @lru_cache(maxsize=4)
@@ -207,7 +208,7 @@ def _from_file(path: str, _mtime_ns: int, _size: int) -> Vocabulary:
         return _build(path, tokens, LUMINA_PATTERN, {}, None)
     for official in _OFFICIAL:
         if digest == official.sha256:
-            return _build(path, tokens, official.pattern, official.special, official.turns)
+            return _build(path, tokens, official.pattern, official.special, official.turns, official.sha256)
     return _build(path, tokens, CL100K_PATTERN, {}, None)
 
 
@@ -283,12 +284,18 @@ def _two_words(line: bytes) -> list[bytes]:
 
 def tiktoken_file(tokens: list[bytes]) -> bytes:
     """The `.tiktoken` text of tokens in rank order."""
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+    return b"".join(b"%b %d\n" % (b2a_base64(token, newline=False), rank) for rank, token in enumerate(tokens))
 
 
 def _build(
-    name: str, tokens: list[bytes], pattern: str, special: dict[str, int], turns: tuple[int, int, int] | None
+    name: str,
+    tokens: list[bytes],
+    pattern: str,
+    special: dict[str, int],
+    turns: tuple[int, int, int] | None,
+    sha256: str | None = None,
 ) -> Vocabulary:
+    """The vocabulary of `tokens`; `sha256` is that of their `.tiktoken` file, if it is known."""
     import tiktoken
 
     ids = dict(special)
@@ -300,7 +307,7 @@ def _build(
     ids.update({IM_START: start, IM_END: end, PAD: pad})
     size = max(ids.values()) + 1
     definition = {
-        "ranks": hashlib.sha256(tiktoken_file(tokens)).hexdigest(),
+        "ranks": sha256 or hashlib.sha256(tiktoken_file(tokens)).hexdigest(),
         "pattern": pattern,
         "special": ids,
     }
