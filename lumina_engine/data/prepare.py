@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -58,8 +58,10 @@ class Job:
         return {part: self.folder / f"piece-{number:06d}-{part}" for part in self.parts}
 
 
-def tokenise(job: Job, workers: int, progress: Progress | None = None, *, apart: bool = False) -> None:
-    """Build the stores of all pieces, those that are whole already excepted. With `apart` a single worker is a process, too.
+def tokenise(job: Job, workers: int, progress: Progress | None = None, *, apart: bool = False) -> Generator[int]:
+    """Build the stores of all pieces, those that are there excepted. Yields their numbers in order, each when it is whole.
+
+    With `apart` a single worker is a process, too. Closing the generator ends the workers.
 
     Raises:
         DataError: the fault of the first piece that has one, or that a piece killed its worker three times.
@@ -72,55 +74,78 @@ def tokenise(job: Job, workers: int, progress: Progress | None = None, *, apart:
         from .ray_engine import tokenise_on_ray  # an optional extra
 
         tokenise_on_ray(job, max(workers, 1), _TRIES, {number: counts.of(number) for number in range(len(job.pieces))})
-        return
-    if not apart and (workers < 2 or len(job.pieces) < 2):
+        yield from range(len(job.pieces))
+    elif apart or (workers > 1 and len(job.pieces) > 1):
+        yield from _by_processes(job, workers, counts)
+    else:
         for number, piece in enumerate(job.pieces):
             build_piece(piece, job.targets(number), job.tokenizer, job.part_of, counts.of(number))
-        return
+            yield number
+
+
+def _by_processes(job: Job, workers: int, counts: _Counts) -> Generator[int]:
+    """`tokenise` by processes of this machine, each driven by a thread."""
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in range(len(job.pieces)):
         waiting.put(number)
+    done: queue.SimpleQueue[int | None] = queue.SimpleQueue()  # None: a thread has ended
     faults: dict[int, BaseException] = {}
-    threads = [threading.Thread(target=_drive, args=(job, waiting, faults, counts), daemon=True) for _ in range(workers)]
+    args = (job, waiting, done, faults, counts)
+    threads = [threading.Thread(target=_drive, args=args, daemon=True) for _ in range(workers)]
     for thread in threads:
         thread.start()
     try:
+        whole: set[int] = set()
+        following, working = 0, len(threads)
+        while working:
+            said = done.get()
+            if said is None:
+                working -= 1
+                continue
+            whole.add(said)
+            while following in whole and not faults:
+                yield following
+                following += 1
+    finally:
+        if working:  # the threads see it and end their workers
+            faults.setdefault(len(job.pieces), KeyboardInterrupt())
         for thread in threads:
             thread.join()
-    except BaseException:
-        faults.setdefault(len(job.pieces), KeyboardInterrupt())  # the threads see it and end their workers
-        for thread in threads:
-            thread.join()
-        raise
     if faults:
         raise faults[min(faults)]
 
 
 def join(
-    job: Job, targets: Mapping[str, Path], extra: Callable[[Tally], Mapping[str, Any]], *, required: bool = True
+    job: Job,
+    whole: Generator[int],
+    targets: Mapping[str, Path],
+    extra: Callable[[Tally], Mapping[str, Any]],
+    *,
+    required: bool = True,
 ) -> dict[str, TokenStore] | None:
-    """The stores of the pieces as one for each part, in order.
+    """The stores of the pieces as one for each part, in order. `whole` is of `tokenise`: pieces are joined as they come.
 
     With `required` None, and nothing written, when a part holds no document.
     """
-    stores = {part: [TokenStore(job.targets(n)[part]) for n in range(len(job.pieces))] for part in job.parts}
-    if required and not all(any(map(len, pieces)) for pieces in stores.values()):
-        return None
     tally = Tally()
-    for store in stores[job.parts[0]]:  # each part of a piece tells the counts of the whole piece
-        tally.add(Tally.from_dict(store.meta["tally"]))
-    writers: list[StoreWriter] = []
+    writers: dict[str, StoreWriter] = {}
     try:
         for part, target in targets.items():
-            writers.append(StoreWriter(target, job.tokenizer))
-            for store in stores[part]:
-                writers[-1].extend(store)
-        joined = [TokenStore(writer.publish(extra(tally))) for writer in writers]
+            writers[part] = StoreWriter(target, job.tokenizer)
+        for number in whole:
+            stores = {part: TokenStore(path) for part, path in job.targets(number).items()}
+            tally.add(Tally.from_dict(stores[job.parts[0]].meta["tally"]))  # each part tells the counts of the whole piece
+            for part, writer in writers.items():
+                writer.extend(stores[part])
+        if required and not all(writer.documents for writer in writers.values()):
+            return None
+        joined = {part: TokenStore(writer.publish(extra(tally))) for part, writer in writers.items()}
     finally:
-        for writer in writers:
+        whole.close()
+        for writer in writers.values():
             writer.discard()
     shutil.rmtree(job.folder, ignore_errors=True)
-    return dict(zip(targets, joined, strict=True))
+    return joined
 
 
 class _Counts:
@@ -142,7 +167,13 @@ class _Counts:
         return told
 
 
-def _drive(job: Job, waiting: queue.SimpleQueue[int], faults: dict[int, BaseException], counts: _Counts) -> None:
+def _drive(
+    job: Job,
+    waiting: queue.SimpleQueue[int],
+    done: queue.SimpleQueue[int | None],
+    faults: dict[int, BaseException],
+    counts: _Counts,
+) -> None:
     """Keep one worker busy until no piece waits, or one failed."""
     worker: _Worker | None = None
     try:
@@ -155,6 +186,7 @@ def _drive(job: Job, waiting: queue.SimpleQueue[int], faults: dict[int, BaseExce
                 if worker is None:
                     worker = _Worker(job)
                 if worker.build(job.pieces[number], job.targets(number), counts.of(number), faults):
+                    done.put(number)
                     break
                 worker.close()
                 worker = None
@@ -172,6 +204,7 @@ def _drive(job: Job, waiting: queue.SimpleQueue[int], faults: dict[int, BaseExce
     finally:
         if worker is not None:
             worker.close()
+        done.put(None)
 
 
 class _Worker:

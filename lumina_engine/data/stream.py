@@ -234,12 +234,12 @@ class TokenStream:
     def _tokenise(self, number: int, target: Path, progress: Progress | None, workers: int) -> TokenStore:
         pieces = self.windows[number]
         job = Job(pieces, self.path / f"{target.name}.pieces", self.tokenizer, self.threshold, self.part_of)
-        tokenise(job, workers, progress, apart=workers > 0)
+        whole = tokenise(job, workers, progress, apart=workers > 0)
         held_out = {} if self.threshold is None else {"eval": self._eval_part(number)}
         for part in held_out.values():  # of a window that is tokenised again
             shutil.rmtree(part, ignore_errors=True)
         # the window comes last: where it is, what is held out of it is there, too, whenever this process is killed
-        built = join(job, {**held_out, self.part: target}, lambda tally: {"tally": tally.to_dict()}, required=False)
+        built = join(job, whole, {**held_out, self.part: target}, lambda tally: {"tally": tally.to_dict()}, required=False)
         assert built is not None  # nothing is required
         if (self.path / "eval").exists():  # joined already
             for part in held_out.values():

@@ -24,6 +24,8 @@ from lumina_engine.data.tally import Tally
 from lumina_engine.data.tokenizer import ConversationTokenizer
 from tests.waiting import until
 
+extend = prepare.StoreWriter.extend
+
 
 def talk(n, weight=None):
     answer = {"role": "assistant", "content": "a" * (n % 37) + "."}
@@ -207,6 +209,33 @@ def test_c036_an_empty_side_of_a_split_holds_out_the_lowest(write, in_pieces, se
         same(whole, built(write, in_pieces, settings, tokenizer, 200, "x.jsonl", rows, eval_split=share))
         for cache in Path(whole.train.path).parent.parent.glob("cache-*"):
             cache.rename(cache.with_name(f"old-{share}-{cache.name}"))
+
+
+def test_c036_a_fault_in_joining_ends_the_workers_and_leaves_the_pieces(write, in_pieces, settings, monkeypatch):
+    """The disk fills up while the first piece is joined and others are tokenised; the next start uses what is there."""
+    tokenizer = ConversationTokenizer("lumina-1k")
+    path = write("x.jsonl", [talk(n) for n in range(2000)])
+    in_pieces(20_000)
+    config = settings(train_data_path=str(path), data_cache_dir=str(path.parent / "cache"))
+
+    def full(self, other):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare.StoreWriter, "extend", full)
+        with pytest.raises(DataError, match="No space left on device"):
+            open_data(config, tokenizer, workers=2)
+    assert not [child for child in psutil.Process().children() if "piece_worker" in " ".join(child.cmdline())]
+    cache = path.parent / "cache"
+    kept = _pieces(cache)
+    assert kept and not [left for left in cache.iterdir() if ".tmp-" in left.name]
+    seen = []
+    monkeypatch.setattr(prepare.StoreWriter, "extend", lambda self, other: seen.append(_pieces(cache)) or extend(self, other))
+    whole = open_data(config, tokenizer, workers=2)
+    assert {name: inode for name, inode in seen[-1].items() if name in kept} == kept
+    in_pieces(0)
+    again = settings(train_data_path=str(path), data_cache_dir=str(path.parent / "other"))
+    same(whole, open_data(again, tokenizer))
 
 
 def test_c036_progress_counts_all_pieces(write, in_pieces, settings):
