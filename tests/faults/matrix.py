@@ -1,6 +1,7 @@
 """`python -m tests.faults.matrix [--tier fast|nightly|all] [--seeds N] [--row ID …]`: run the fault matrix and publish it.
 
-The rows are run in the order of the matrix, some at a time, with each seed. After each portion there is a line for each of its
+The rows are run in the order of the matrix, some at a time, with each seed: all tests with the first one, with the others those
+that draw from it (`--every`: all again). After each portion there is a line for each of its
 rows, and what is known so far stands in results.json and as a table in README.md, both beside this file. What was run on this
 state of the code is not run again (`--again` does), so an interrupted run goes on where it was; `--minutes` ends one by itself.
 Rows that were not run on this code keep their last result. `--publish` runs nothing and writes the table.
@@ -39,6 +40,7 @@ def main() -> int:
     parser.add_argument("--portion", type=int, default=4, metavar="N", help="rows run together (default 4)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="tests at a time, of different files (default 1)")
     parser.add_argument("--minutes", type=float, default=0.0, metavar="M", help="begin no portion after M minutes")
+    parser.add_argument("--every", action="store_true", help="with each seed also the tests that draw nothing from it")
     parser.add_argument("--again", action="store_true", help="also what was run on this code before")
     parser.add_argument("--publish", action="store_true", help="run nothing, write the table from the kept results")
     args = parser.parse_args()
@@ -50,7 +52,7 @@ def main() -> int:
         if args.minutes and time.monotonic() > end:
             print("time is up: the same command goes on here")
             break
-        run(rows, seed, tier, journal, args.workers)
+        run(rows, seed, tier, journal, args.workers, drawn=seed != args.first_seed and not args.every)
         kept = publish(journal)
         for row in rows:
             print(line(row, kept.get(row)), flush=True)
@@ -70,14 +72,15 @@ def portions(args: argparse.Namespace, journal: Journal) -> Iterator[tuple[list[
                     yield rows, seed, tier
 
 
-def run(rows: Sequence[str], seed: int, tier: str, journal: Journal, workers: int = 1) -> None:
-    """Run the tests of these rows that belong to a tier. Their output goes to the terminal.
+def run(rows: Sequence[str], seed: int, tier: str, journal: Journal, workers: int = 1, *, drawn: bool = False) -> None:
+    """Run the tests of these rows that belong to a tier, with `drawn` those that draw. Their output goes to the terminal.
 
     Raises:
         SystemExit: pytest did not run to its end; what it had done does not count.
     """
     words = [sys.executable, "-m", "pytest", *map(str, files_of(rows)), "-m", MARKS[tier], "-p", "no:cacheprovider"]
     words += [f"--fault-seed={seed}", f"--fault-results={journal.open_portion()}", "--fault-rows=" + ",".join(rows)]
+    words += ["--fault-drawn"] * drawn
     if workers > 1:
         words += ["-n", str(workers), "--dist", "loadfile"]
     code = subprocess.run(words, cwd=TESTS.parent, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
@@ -99,7 +102,7 @@ def summed(lines: list[dict[str, Any]], date: str) -> dict[str, Any]:
     return {
         "state": "red" if "failed" in outcomes else "skipped" if outcomes == {"skipped"} else "green",
         "date": date,
-        "seeds": seeds,
+        "seeds": seeds if any(line["draws"] for line in lines) else [],
         "tests": sorted({line["test"].split("[")[0] for line in lines}),
         "cases": len({line["test"] for line in lines}),
         "skipped": sorted({f"{line['test']}: {line.get('reason', '')}" for line in lines if line["outcome"] == "skipped"}),
@@ -156,7 +159,13 @@ def _cells(row: dict[str, Any] | None) -> tuple[str, str, str]:
         files[file].append(name)
     tests = "; ".join(f"{file}: {', '.join(f'`{name}`' for name in names)}" for file, names in files.items())
     seeds = row["seeds"]
-    span = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds ({seeds[0]}-{seeds[-1]})"
+    span = (
+        "nothing drawn"
+        if not seeds
+        else f"seed {seeds[0]}"
+        if len(seeds) == 1
+        else f"{len(seeds)} seeds ({seeds[0]}-{seeds[-1]})"
+    )
     result = f"**{row['state']}** {row['date']}, {row['cases']} cases, {span}, {row['seconds']} s"
     for name in ("failed", "skipped"):
         if row[name]:

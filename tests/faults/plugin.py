@@ -23,6 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("faults")
     group.addoption("--fault-seed", type=int, default=1, metavar="N", help="seed of all random faults (default 1)")
     group.addoption("--fault-results", metavar="FILE", help="append a line of JSON for each test of a row of the fault matrix")
+    group.addoption("--fault-drawn", action="store_true", help="only tests that draw from the seed")
     group.addoption("--fault-rows", metavar="ID,…", help="only the tests of these rows of the fault matrix")
 
 
@@ -49,13 +50,19 @@ def rows_of(item: pytest.Item) -> list[str]:
     return sorted(found & set(matrix()))
 
 
+def draws(item: pytest.Item) -> bool:
+    """Whether another seed gives a test other faults."""
+    return "fault_seed" in getattr(item, "fixturenames", ())
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks: `fast` on every test of a row that is not slow, nightly or soak; `nightly` on the slow ones that are not fast."""
     others, wanted = [], set(filter(None, (config.getoption("fault_rows") or "").split(",")))
+    drawn = config.getoption("fault_drawn")
     for item in items:
         rows = rows_of(item)
-        if not rows or (wanted and not wanted & set(rows)):
+        if not rows or (wanted and not wanted & set(rows)) or (drawn and not draws(item)):
             others.append(item)
             continue
         kept_out = any(item.get_closest_marker(name) for name in _NOT_FAST)
@@ -63,8 +70,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("fast")
         elif item.get_closest_marker("slow") and not item.get_closest_marker("fast"):
             item.add_marker("nightly")
-    if wanted or config.stash.get(_ONLY_ROWS, False):
-        left_out = [item for item in others if wanted or FAULTS not in item.path.parents]
+    if wanted or drawn or config.stash.get(_ONLY_ROWS, False):
+        left_out = [item for item in others if wanted or drawn or FAULTS not in item.path.parents]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
 
@@ -90,6 +97,7 @@ def _write_result(item: pytest.Item, report: pytest.TestReport) -> None:
         "outcome": report.outcome,
         "seconds": round(report.duration, 2),
         "seed": item.config.getoption("fault_seed"),
+        "draws": draws(item),
         "figures": dict(item.user_properties),
     }
     if report.skipped and isinstance(report.longrepr, tuple):
@@ -98,10 +106,10 @@ def _write_result(item: pytest.Item, report: pytest.TestReport) -> None:
         stream.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-@pytest.fixture
-def fault_seed(request: pytest.FixtureRequest) -> int:
+@pytest.fixture(scope="session")
+def fault_seed(pytestconfig: pytest.Config) -> int:
     """The seed of this session's random faults (`--fault-seed`, printed at the start)."""
-    return int(request.config.getoption("fault_seed"))
+    return int(pytestconfig.getoption("fault_seed"))
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,12 @@ from . import matrix
 from .journal import Journal, state_of_code
 from .rows import files_of
 
+FAULTS = Path(__file__).resolve().parent
+
 
 def line(row: str, outcome: str = "passed", seed: int = 1, **figures: Any) -> dict[str, Any]:
-    return {"test": f"t.py::test_{row}", "rows": [row], "outcome": outcome, "seconds": 2.0, "seed": seed, "figures": figures}
+    kept = {"outcome": outcome, "seconds": 2.0, "seed": seed, "draws": True, "figures": figures}
+    return {"test": f"t.py::test_{row}", "rows": [row], **kept}
 
 
 def portion(journal: Journal, lines: list[dict[str, Any]]) -> None:
@@ -52,6 +57,30 @@ def test_the_later_portion_counts_and_one_red_seed_makes_the_row_red(tmp_path: P
     assert (found["state"], found["seeds"], found["failed"]) == ("red", [1, 2, 3], ["t.py::test_CK01 (seed 3)"])
     assert found["figures"] == {"kills": "1 to 3"} and (found["cases"], found["seconds"]) == (1, 2.0)
     assert matrix.line("CK01", found).startswith("CK01   red 2030-01-01, 1 cases, 3 seeds (1-3), 2.0 s")
+    undrawn = [entry | {"draws": False} for entry in journal.of_row("CK01")]
+    assert matrix.line("CK01", matrix.summed(undrawn, "2030-01-01")).startswith("CK01   red 2030-01-01, 1 cases, nothing drawn")
+
+
+def test_other_seeds_run_what_draws_from_them() -> None:
+    words = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        str(FAULTS / "test_mx_values.py"),
+        str(FAULTS / "test_rs_world.py"),
+    ]
+    every, drawn = (
+        {
+            found
+            for found in subprocess.run([*words, *more], capture_output=True, text=True).stdout.splitlines()
+            if "::" in found
+        }
+        for more in ([], ["--fault-drawn"])
+    )
+    world = {name for name in every if "test_rs_world" in name}
+    assert world and world < drawn < every  # its runs are drawn by a fixture
 
 
 def test_the_state_of_the_code_is_the_same_twice_and_a_row_knows_its_files() -> None:

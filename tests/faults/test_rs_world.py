@@ -60,8 +60,8 @@ def drawn(seed: int) -> dict[str, list[list[Any]]]:
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> dict[str, Any]:
-    folder, seed = tmp_path_factory.mktemp("world"), int(pytestconfig.getoption("fault_seed"))
+def found(tmp_path_factory: pytest.TempPathFactory, fault_seed: int) -> dict[str, Any]:
+    folder, seed = tmp_path_factory.mktemp("world"), fault_seed
     own, chains = {**UNEVEN, "seed": seed}, drawn(seed)
     out: dict[str, Any] = {
         "folder": str(folder),
