@@ -1,6 +1,7 @@
 """A check of data before training on it: problems with file and line, lengths, what a row would cut, exact repeats.
 
-Memory: 24 bytes a conversation, the first thousand problems, and the sampled conversations where only a sample is tokenised.
+Memory: 32 bytes a conversation and 8 for each further row of a long text, the first thousand problems, and the sampled
+conversations where only a sample is tokenised.
 """
 
 from __future__ import annotations
@@ -110,14 +111,16 @@ class Lengths:
     def add(self, document: Document) -> int:
         """Tokenise one conversation; its tokens."""
         if isinstance(document, TextDocument):
-            length = trained = len(self._tokenizer.encode(document.text)) + 1  # and the end of the text
+            length = trained = kept = len(self._tokenizer.encode(document.text)) + 1  # and the end of the text
         else:
             ids, mask = self._tokenizer.encode_with_mask(document)
             length, trained = len(ids), _trained(mask, document)
+            kept = length
             if self._template is not None and self.seq_length and length > self.seq_length:
                 ranges, done = cut_conversation(np.asarray(ids), self.seq_length, self._template)
+                kept = sum(stop - start for start, stop in ranges)
                 self._cut += 1
-                self._lost += length - sum(stop - start for start, stop in ranges)
+                self._lost += length - kept
                 self._how.update(done)
         self._lengths.append(length)
         self.tokens += length
@@ -128,7 +131,7 @@ class Lengths:
             if pieces and rest:
                 self._loose.append(len(self._in_rows) - 1)
         else:
-            self._in_rows.append(min(length, self.seq_length or length))
+            self._in_rows.append(kept)
         return length
 
     def __len__(self) -> int:

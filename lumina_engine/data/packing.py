@@ -1,8 +1,8 @@
-"""Packing "fit": whole documents into as few rows as can be.
+"""Packing "fit": whole documents into few rows, the fewest where they are few.
 
 Windows of consecutive documents of the order are packed on their own. Within a window:
 
-- best fit by falling length: in a window of thousands this comes within one or two rows of the fewest there can be;
+- best fit by falling length, which wastes little where there are thousands of documents of mixed lengths;
 - in a small window, where one row counts, every row in turn is filled as far as the lengths allow (the "subset sum"
   heuristic; Caprara and Pferschy, "Worst-case analysis of the subset sum algorithm for bin packing", 2004), if that takes
   fewer rows;
@@ -20,6 +20,7 @@ import numpy as np
 
 WINDOW = 8192  # documents that are packed together
 _SMALL = 1024  # documents of a window in which one row more or less is a share of the data
+_WORK = 1 << 36  # bound of documents² · size for filling rows exactly: a second or two
 _PARTS_OF_ROW = 16  # the shortest part of a text that is cut once more is this part of a row
 
 
@@ -51,10 +52,12 @@ def pack(lengths: np.ndarray, order: np.ndarray, size: int, loose: np.ndarray | 
     following = len(lengths)  # number of the next part
     for begin in range(0, len(order), WINDOW):
         window = order[begin : begin + WINDOW]
+        soft = np.zeros(len(window), dtype=bool) if loose is None else loose[window]
+        window = window[np.lexsort((soft, -lengths[window]))]  # longest first, of equal ones those that may be cut come last
         rows = _best_fit(lengths, window, size)
-        if len(window) <= _SMALL and len(rows) > _fewest(lengths, window, size):
-            rows = min(rows, _filled(lengths, window, size), key=len)
-        if loose is not None and loose[window].any():
+        if len(window) <= _SMALL and len(window) ** 2 * size <= _WORK:
+            rows = _filled(lengths, window, size, len(rows)) or rows
+        if loose is not None and soft.any():
             found = _dissolve(rows, lengths, loose, size, following)
             following += sum(len(parts) - 1 for parts in found.values())
             cuts |= found
@@ -65,21 +68,10 @@ def pack(lengths: np.ndarray, order: np.ndarray, size: int, loose: np.ndarray | 
     return Packed(np.concatenate(members), np.concatenate([[0], np.cumsum(np.concatenate(counts))]), cuts)
 
 
-def _fewest(lengths: np.ndarray, window: np.ndarray, size: int) -> int:
-    """No packing takes fewer rows than this."""
-    return -(-int(lengths[window].sum()) // size)
-
-
-def _falling(lengths: np.ndarray, window: np.ndarray) -> tuple[list[int], list[int]]:
-    """The samples of a window, longest first, and their lengths."""
-    falling = window[np.argsort(-lengths[window], kind="stable")]
-    return falling.tolist(), lengths[falling].tolist()
-
-
 def _best_fit(lengths: np.ndarray, window: np.ndarray, size: int) -> list[list[int]]:
-    """Each sample, longest first, into the fullest row that has room for it."""
+    """Each sample of `window` (longest first) into the fullest row that has room for it."""
     rows: list[list[int]] = []
-    samples, falling = _falling(lengths, window)
+    samples, falling = window.tolist(), lengths[window].tolist()
     free: list[tuple[int, int]] = []  # (free tokens, row), sorted: the fullest row that still fits comes first
     for sample, length in zip(samples, falling, strict=True):
         at = bisect_left(free, (length, -1))
@@ -94,11 +86,17 @@ def _best_fit(lengths: np.ndarray, window: np.ndarray, size: int) -> list[list[i
     return rows
 
 
-def _filled(lengths: np.ndarray, window: np.ndarray, size: int) -> list[list[int]]:
-    """Each row: the longest sample that is left, and of the others those that together fill it best, long ones first."""
+def _filled(lengths: np.ndarray, window: np.ndarray, size: int, most: int) -> list[list[int]] | None:
+    """Each row: the longest sample that is left, and of the others those that together fill it best, long ones first.
+
+    `window` is longest first. None as soon as it cannot be fewer than `most` rows.
+    """
     rows: list[list[int]] = []
-    samples, falling = _falling(lengths, window)
+    samples, falling = window.tolist(), lengths[window].tolist()
+    left = sum(falling)
     while samples:
+        if len(rows) - (-left // size) >= most:
+            return None
         row, room = [samples.pop(0)], size - falling.pop(0)
         reach = [1]  # bit n of entry i: the first i samples have some whose lengths add up to n
         for length in falling:
@@ -106,6 +104,7 @@ def _filled(lengths: np.ndarray, window: np.ndarray, size: int) -> list[list[int
                 break
             reach.append((reach[-1] | reach[-1] << length) & ((2 << room) - 1))
         total = reach[-1].bit_length() - 1
+        left -= size - room + total
         for i in range(len(reach) - 2, -1, -1):
             if not reach[i] >> total & 1:
                 total -= falling.pop(i)
@@ -119,54 +118,70 @@ def _dissolve(rows: list[list[int]], lengths: np.ndarray, loose: np.ndarray, siz
 
     Changes `rows`; returns the cuts, whose new parts are numbered from `following`.
     """
-    used = [int(lengths[row].sum()) for row in rows]
     cuts: dict[int, list[int]] = {}
-    free = [(used[i] - size, i) for i in range(len(rows)) if used[i] < size]  # a heap: the emptiest row comes first
-    heapq.heapify(free)
-    candidates = sorted((used[i], i) for i in range(len(rows)) if used[i] < size and all(loose[sample] for sample in rows[i]))
+    room = _Room([size - int(lengths[row].sum()) for row in rows])
+    emptiest = sorted((i for i, row in enumerate(rows) if all(loose[sample] for sample in row)), key=lambda i: -room.of[i])
     gone: set[int] = set()
-    touched: set[int] = set()
-    for _, i in candidates:
-        if i in touched:
+    grown: set[int] = set()
+    for i in emptiest:
+        if i in grown or not room.of[i]:
             continue
-        rest = [entry for entry in free if entry[1] != i]
-        heapq.heapify(rest)
-        spread = _spread([(sample, int(lengths[sample])) for sample in rows[i]], rest, size // _PARTS_OF_ROW)
-        if spread is None:
-            break
+        spread = room.spread({sample: int(lengths[sample]) for sample in rows[i]}, size // _PARTS_OF_ROW, without=i)
         for sample, parts in spread.items():
             names = [sample, *range(following, following + len(parts) - 1)]
             following += len(parts) - 1
             for name, (row, _) in zip(names, parts, strict=True):
                 rows[row].append(name)
-                touched.add(row)
+                grown.add(row)
             if len(parts) > 1:
                 cuts[sample] = [length for _, length in parts]
-        gone.add(i)
-        free = rest
+        if spread:
+            gone.add(i)
     rows[:] = [row for i, row in enumerate(rows) if i not in gone]
     return cuts
 
 
-def _spread(samples: list[tuple[int, int]], free: list[tuple[int, int]], least: int) -> dict[int, list[tuple[int, int]]] | None:
-    """Where the parts of `samples` (number, tokens) go: (row, tokens) of each. None where they do not all find a place.
+class _Room:
+    """Free tokens of each row (`of`), and a heap of them, in which entries that are no longer true are passed over."""
 
-    Takes from the heap `free` of (-free tokens, row).
-    """
-    placed: dict[int, list[tuple[int, int]]] = {}
-    for sample, left in samples:
-        parts = placed.setdefault(sample, [])
-        while left:
-            if not free:
-                return None
-            room, row = heapq.heappop(free)
-            taken = min(left, -room)
-            if 0 < left - taken < least:
-                taken = left - least
-            if taken < least and taken < left:
-                return None
-            parts.append((row, taken))
-            left -= taken
-            if room + taken < 0:
-                heapq.heappush(free, (room + taken, row))
-    return placed
+    def __init__(self, of: list[int]) -> None:
+        self.of = of
+        self._heap = [(-tokens, row) for row, tokens in enumerate(of) if tokens]
+        heapq.heapify(self._heap)
+
+    def _emptiest(self) -> int | None:
+        """The row with most room, no longer in the heap."""
+        while self._heap:
+            tokens, row = heapq.heappop(self._heap)
+            if tokens and self.of[row] == -tokens:
+                return row
+        return None
+
+    def _set(self, row: int, tokens: int) -> None:
+        self.of[row] = tokens
+        heapq.heappush(self._heap, (-tokens, row))
+
+    def spread(self, samples: dict[int, int], least: int, without: int) -> dict[int, list[tuple[int, int]]]:
+        """(row, tokens) of each part of `samples` (number: tokens), in other rows than `without`, which is then out of use.
+
+        Empty, and nothing changed, where parts of at least `least` tokens do not all find a place.
+        """
+        before = {without: self.of[without]}
+        self.of[without] = 0
+        placed: dict[int, list[tuple[int, int]]] = {sample: [] for sample in samples}
+        for sample, left in samples.items():
+            while left:
+                row = self._emptiest()
+                part = 0 if row is None else min(left, self.of[row])
+                if 0 < left - part < least:
+                    part = left - least
+                if row is not None:
+                    before.setdefault(row, self.of[row])
+                if row is None or (part < least and part < left):
+                    for changed, tokens in before.items():
+                        self._set(changed, tokens)
+                    return {}
+                placed[sample].append((row, part))
+                left -= part
+                self._set(row, self.of[row] - part)
+        return placed

@@ -117,31 +117,32 @@ def _by_processes(job: Job, workers: int, counts: _Counts) -> Generator[int]:
 
 def join(
     job: Job,
-    whole: Generator[int],
+    finished: Generator[int],
     targets: Mapping[str, Path],
     extra: Callable[[Tally], Mapping[str, Any]],
     *,
     required: bool = True,
 ) -> dict[str, TokenStore] | None:
-    """The stores of the pieces as one for each part, in order. `whole` is of `tokenise`: pieces are joined as they come.
+    """The stores of the pieces as one for each part, in order. `finished` is of `tokenise`: pieces are joined as they come.
 
-    With `required` None, and nothing written, when a part holds no document.
+    With `required` the answer is None, and nothing is left, when a part holds no document.
     """
     tally = Tally()
     writers: dict[str, StoreWriter] = {}
     try:
         for part, target in targets.items():
             writers[part] = StoreWriter(target, job.tokenizer)
-        for number in whole:
+        for number in finished:
             stores = {part: TokenStore(path) for part, path in job.targets(number).items()}
             tally.add(Tally.from_dict(stores[job.parts[0]].meta["tally"]))  # each part tells the counts of the whole piece
             for part, writer in writers.items():
                 writer.extend(stores[part])
         if required and not all(writer.documents for writer in writers.values()):
+            shutil.rmtree(job.folder, ignore_errors=True)
             return None
         joined = {part: TokenStore(writer.publish(extra(tally))) for part, writer in writers.items()}
     finally:
-        whole.close()
+        finished.close()
         for writer in writers.values():
             writer.discard()
     shutil.rmtree(job.folder, ignore_errors=True)

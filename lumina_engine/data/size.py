@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.task_checks import train_paths
 from ..config.tokenizers import TOKENIZER_IDS
-from .conversation import DataError
+from .conversation import READING_VERSION, DataError
 from .files import Paths, expand
 from .formats import read_conversations
+from .order import ORDER_VERSION
 from .stream_open import identity, is_streamed
 
 if TYPE_CHECKING:
@@ -128,6 +129,8 @@ def stored(config: Config, digest: str) -> tuple[Path, dict[str, Any]] | None:
     for path, meta in _stores(Path(config.data_cache_dir).expanduser()):
         try:
             if meta["source"]["digest"] != digest or meta["tokenizer"]["name"] != name:
+                continue
+            if (meta["order"], meta["reading"]) != (ORDER_VERSION, READING_VERSION):  # a run would build it again
                 continue
             if since and (path / "meta.json").stat().st_mtime_ns < since:
                 continue

@@ -342,8 +342,8 @@ class Cache:
         folder = self.folder / f"{next(iter(targets.values())).name}.pieces"
         job = Job(pieces, folder, self.tokenizer, threshold, part_of(threshold), self.engine)
         try:
-            whole = tokenise(job, min(self.workers, len(pieces)), self.progress)
-            return join(job, whole, targets, partial(_meta, source))
+            finished = tokenise(job, min(self.workers, len(pieces)), self.progress)
+            return join(job, finished, targets, partial(_meta, source))
         except OSError as error:
             cause = f"the token store cannot be written ({error.strerror or error})"
             raise DataError(cause, path=folder, fix="free some space or set data_cache_dir", exit_code=2) from None

@@ -14,13 +14,14 @@ import shutil
 import sys
 from array import array
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .conversation import Conversation, DataError, Document, TextDocument
+from ..run.process import myself
+from .conversation import READING_VERSION, Conversation, DataError, Document, TextDocument
 from .order import ORDER_VERSION
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class StoreWriter:
         self.longest = 0
         self._tokenizer = tokenizer
         self._codes: dict[float, int] = {1.0: TRAINED}
-        self._staging = target.with_name(f"{target.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+        self._staging = staging_name(target)
         self._staging.mkdir()
         self._buffers = {name: array(code) for name, code in FILES.items()}
         self._hashes = {name: hashlib.sha256() for name in FILES}
@@ -175,6 +176,8 @@ class StoreWriter:
             weights[code] = weight
         meta = {
             "format": STORE_FORMAT,
+            "order": ORDER_VERSION,
+            "reading": READING_VERSION,
             "fingerprint": fingerprint_of(digests, weights),
             "documents": self.documents,
             "tokens": self.tokens,
@@ -203,8 +206,20 @@ class StoreWriter:
     def discard(self) -> None:
         """Remove what was written."""
         for handle in self._handles.values():
-            handle.close()
+            with suppress(OSError):  # a full disk has no room for what is still in the buffer either
+                handle.close()
         shutil.rmtree(self._staging, ignore_errors=True)
+
+
+def _mark() -> str:
+    """What this process puts into the names of unfinished folders. A pid alone comes again in the next start of a container."""
+    mine = myself()
+    return f".tmp-{mine.pid}-{mine.start}-"
+
+
+def staging_name(target: Path) -> Path:
+    """A new name beside `target` for what is not finished, or no longer wanted; `locked` clears it if this process dies."""
+    return target.with_name(f"{target.name}{_mark()}{secrets.token_hex(4)}")
 
 
 def fingerprint_of(digests: Mapping[str, str], weights: list[float]) -> str:
@@ -239,7 +254,7 @@ def locked(cache: Path, name: str, *others: str) -> Iterator[None]:
             f"the cache folder cannot be used ({error.strerror or error})", path=cache, fix="set data_cache_dir", exit_code=2
         ) from None
     with handle:
-        own = f".tmp-{os.getpid()}-"  # a second thread of this process is not kept out by a POSIX lock
+        own = _mark()  # a second thread of this process is not kept out by a POSIX lock
         patterns = [f"{name}*.tmp-*", *(f"{other}.tmp-*" for other in others)]
         for stale in (folder for pattern in patterns for folder in cache.glob(pattern)):
             if own not in stale.name:

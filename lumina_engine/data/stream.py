@@ -16,7 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import threading
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from .order import Order
 from .pieces import Piece
 from .prepare import Job, join, tokenise
 from .rows import RowOptions, RowPlan
-from .store_writer import StoreWriter, locked
+from .store_writer import StoreWriter, locked, staging_name
 from .stream_rows import IN_USE, RowCount, StreamRows, count_rows
 from .tally import Tally
 from .token_store import Progress, TokenStore, open_verified
@@ -199,7 +198,7 @@ class TokenStream:
     def _again(self, number: int) -> None:
         """Tokenise a window that may be there, for what is held out of it."""
         target = self.path / f"window-{number:06d}"
-        with self._building[number], locked(self.path, target.name):
+        with self._building[number], locked(self.path, target.name, self._eval_part(number).name):
             _remove(target)
             self._tokenise(number, target, None, self.workers)
 
@@ -220,7 +219,7 @@ class TokenStream:
     def window(self, number: int, progress: Progress | None = None, workers: int | None = None) -> TokenStore:
         """The store of a window, tokenised if it is not there. Raises `DataError`, also where it is not what was counted."""
         target = self.path / f"window-{number:06d}"
-        with self._building[number], locked(self.path, target.name):
+        with self._building[number], locked(self.path, target.name, self._eval_part(number).name):
             store = open_verified(target)
             if store is None:
                 self._evict(keep=target)
@@ -234,12 +233,12 @@ class TokenStream:
     def _tokenise(self, number: int, target: Path, progress: Progress | None, workers: int) -> TokenStore:
         pieces = self.windows[number]
         job = Job(pieces, self.path / f"{target.name}.pieces", self.tokenizer, self.threshold, self.part_of)
-        whole = tokenise(job, workers, progress, apart=workers > 0)
+        finished = tokenise(job, workers, progress, apart=workers > 0)
         held_out = {} if self.threshold is None else {"eval": self._eval_part(number)}
         for part in held_out.values():  # of a window that is tokenised again
             shutil.rmtree(part, ignore_errors=True)
         # the window comes last: where it is, what is held out of it is there, too, whenever this process is killed
-        built = join(job, whole, {**held_out, self.part: target}, lambda tally: {"tally": tally.to_dict()}, required=False)
+        built = join(job, finished, {**held_out, self.part: target}, lambda tally: {"tally": tally.to_dict()}, required=False)
         assert built is not None  # nothing is required
         if (self.path / "eval").exists():  # joined already
             for part in held_out.values():
@@ -275,7 +274,7 @@ class TokenStream:
 
 def _remove(folder: Path) -> bool:
     """Remove a window whole or not at all: who has it open goes on reading. False: another process was first."""
-    gone = folder.with_name(f"{folder.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    gone = staging_name(folder)
     try:
         folder.rename(gone)
     except OSError:

@@ -14,7 +14,6 @@ import binascii
 import hashlib
 import json
 import os
-from binascii import b2a_base64
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -208,7 +207,7 @@ def _from_file(path: str, _mtime_ns: int, _size: int) -> Vocabulary:
         return _build(path, tokens, LUMINA_PATTERN, {}, None)
     for official in _OFFICIAL:
         if digest == official.sha256:
-            return _build(path, tokens, official.pattern, official.special, official.turns, official.sha256)
+            return _build(path, tokens, official.pattern, official.special, official.turns)
     return _build(path, tokens, CL100K_PATTERN, {}, None)
 
 
@@ -284,7 +283,7 @@ def _two_words(line: bytes) -> list[bytes]:
 
 def tiktoken_file(tokens: list[bytes]) -> bytes:
     """The `.tiktoken` text of tokens in rank order."""
-    return b"".join(b"%b %d\n" % (b2a_base64(token, newline=False), rank) for rank, token in enumerate(tokens))
+    return b"".join(b"%b %d\n" % (binascii.b2a_base64(token, newline=False), rank) for rank, token in enumerate(tokens))
 
 
 def _build(

@@ -12,14 +12,15 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from lumina_engine.commands import data as command
-from lumina_engine.data.check import Sofar, check_files
-from lumina_engine.data.conversation import Conversation, DataError, Message
+from lumina_engine.data.check import Lengths, Sofar, check_files
+from lumina_engine.data.conversation import Conversation, DataError, Message, TextDocument
 from lumina_engine.data.cut import Samples
 from lumina_engine.data.files import excerpt
+from lumina_engine.data.rows import RowOptions, RowPlan
 from lumina_engine.data.store import build_store
 from tests.waiting import until
 
@@ -33,6 +34,28 @@ TALKS = st.lists(
     min_size=1,
     max_size=12,
 )
+
+
+@given(
+    texts=st.lists(st.integers(0, 300), max_size=12),
+    talks=st.lists(st.lists(st.integers(1, 60), min_size=2, max_size=4), max_size=12),
+)
+@settings(max_examples=80, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_c030_rows_are_those_that_training_makes(tmp_path_factory, texts, talks):
+    """Long texts, whose last pieces packing may cut, and conversations of which a row keeps the end."""
+    conversations = [
+        Conversation(tuple(Message(("user", "assistant")[n % 2], "x" * size) for n, size in enumerate([*sizes[:1], *sizes])))
+        for sizes in talks
+    ]
+    documents = [*(TextDocument("y" * size + ".") for size in texts), *conversations]
+    assume(documents)
+    lengths = Lengths(TOKENIZER, 80)
+    for document in documents:
+        lengths.add(document)
+    store = build_store(documents, TOKENIZER, tmp_path_factory.mktemp("c"), source_digest="x")
+    plan = RowPlan(store, RowOptions(80, "fit"))
+    kept = int(plan.samples.lengths.sum())
+    assert lengths.rows == {"rows": plan.num_rows, "padding_share": 1 - kept / (80 * plan.num_rows)}
 
 
 def record(turns: list[str]) -> dict[str, object]:

@@ -73,7 +73,7 @@ def test_c035_rows_are_filled_exactly_where_best_fit_is_a_row_short():
     """Found by search; falling lengths into the fullest row that fits take five rows."""
     lengths = np.array([36, 28, 33, 20, 11, 30, 24, 10, 40, 24])
     assert lengths.sum() == 4 * SIZE
-    assert len(packing._best_fit(lengths, np.arange(10), SIZE)) == 5
+    assert len(packing._best_fit(lengths, np.argsort(-lengths, kind="stable"), SIZE)) == 5
     assert pack(lengths, np.arange(10), SIZE).num_rows == 4
 
 
@@ -84,6 +84,36 @@ def test_c035_the_last_pieces_of_texts_fill_other_rows():
     packed = pack(lengths, np.arange(5), SIZE, np.array([False, False, False, True, False]))
     assert packed.num_rows == 4 and packed.cuts == {3: [14, 14, 12]}
     assert sorted(map(len, rows_of(packed))) == [1, 2, 2, 2]
+
+
+def test_c035_parts_of_several_windows_have_numbers_of_their_own():
+    lengths = np.array([50, 50, 50, 40, 64] * 3)
+    loose = np.arange(15) % 5 == 3
+    with mock.patch.object(packing, "WINDOW", 5):
+        packed = pack(lengths, np.arange(15), SIZE, loose)
+    assert packed.cuts == {3: [14, 14, 12], 8: [14, 14, 12], 13: [14, 14, 12]}
+    assert sorted(packed.members.tolist()) == list(range(15 + 6))
+
+
+@given(data=st.data())
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_c035_the_number_of_rows_does_not_depend_on_the_order(data):
+    lengths = np.array(data.draw(st.lists(st.sampled_from([17, 20, 30, 33, 40]), min_size=2, max_size=30)))
+    loose = np.array(data.draw(st.lists(st.booleans(), min_size=len(lengths), max_size=len(lengths))))
+    order = np.array(data.draw(st.permutations(range(len(lengths)))))
+    assert pack(lengths, order, SIZE, loose).num_rows == pack(lengths, np.arange(len(lengths)), SIZE, loose).num_rows
+
+
+def test_c035_a_row_that_cannot_go_does_not_keep_another():
+    """The text of 62 tokens fills the rooms of 21 and 41; of the shorter ones a part of two tokens would be left."""
+    packed = pack(np.array([43, 23, 62]), np.arange(3), SIZE, np.ones(3, dtype=bool))
+    assert packed.num_rows == 2 and packed.cuts == {2: [41, 21]}
+
+
+def test_c035_long_rows_are_not_filled_at_any_price():
+    lengths = np.random.default_rng(0).integers(260_000, 490_000, 1024)
+    with mock.patch.object(packing, "_filled", side_effect=AssertionError("tens of seconds of work")):
+        assert pack(lengths, np.arange(1024), 1_000_000).num_rows <= 512
 
 
 def test_c035_nothing_is_cut_where_no_row_is_saved():

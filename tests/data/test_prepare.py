@@ -207,6 +207,7 @@ def test_c036_an_empty_side_of_a_split_holds_out_the_lowest(write, in_pieces, se
     for share in (1e-9, 1 - 1e-9):
         whole = built(write, in_pieces, settings, tokenizer, 0, "x.jsonl", rows, eval_split=share)
         same(whole, built(write, in_pieces, settings, tokenizer, 200, "x.jsonl", rows, eval_split=share))
+        assert not list(Path(whole.train.path).parent.parent.glob("cache-*/*.pieces"))
         for cache in Path(whole.train.path).parent.parent.glob("cache-*"):
             cache.rename(cache.with_name(f"old-{share}-{cache.name}"))
 
@@ -223,8 +224,9 @@ def test_c036_a_fault_in_joining_ends_the_workers_and_leaves_the_pieces(write, i
 
     with monkeypatch.context() as patched:
         patched.setattr(prepare.StoreWriter, "extend", full)
-        with pytest.raises(DataError, match="No space left on device"):
+        with pytest.raises(DataError, match="No space left on device") as caught:
             open_data(config, tokenizer, workers=2)
+    assert caught.tb is not None  # which keeps the generator alive
     assert not [child for child in psutil.Process().children() if "piece_worker" in " ".join(child.cmdline())]
     cache = path.parent / "cache"
     kept = _pieces(cache)

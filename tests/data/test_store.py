@@ -16,9 +16,10 @@ import psutil
 import pytest
 
 from lumina_engine.data.conversation import Conversation, DataError, Message, TextDocument
+from lumina_engine.data.size import stored
 from lumina_engine.data.store import build_store, open_data
-from lumina_engine.data.store_writer import FILES, TEXT, locked
-from lumina_engine.data.token_store import TokenStore, open_verified
+from lumina_engine.data.store_writer import FILES, TEXT, StoreWriter, locked, staging_name
+from lumina_engine.data.token_store import TokenStore, open_verified, store_name
 
 FORK = multiprocessing.get_context("fork")
 
@@ -98,6 +99,33 @@ def test_rs07_another_order_version_is_another_fingerprint(tokenizer, tmp_path, 
     base = build_store(talks(5), tokenizer, tmp_path, source_digest="1")
     monkeypatch.setattr("lumina_engine.data.store_writer.ORDER_VERSION", 99)
     assert build_store(talks(5), tokenizer, tmp_path, source_digest="1").fingerprint != base.fingerprint
+
+
+@pytest.mark.parametrize("version", ["order", "reading"])
+def test_c036_a_store_of_older_rules_is_none(write, settings, tokenizer, tmp_path, version):
+    """Neither its rows nor its counts are told of data that a run would tokenise anew."""
+    path = write("x.jsonl", [{"text": f"text {number}"} for number in range(9)])
+    config = settings(train_data_path=str(path), data_cache_dir=str(tmp_path / "cache"))
+    store = open_data(config, tokenizer).train
+    config.tokenizer, digest = store.meta["tokenizer"]["name"], store.meta["source"]["digest"]
+    assert stored(config, digest)[0] == store.path
+    (store.path / "meta.json").write_text(json.dumps(store.meta | {version: store.meta[version] - 1}))
+    assert stored(config, digest) is None
+
+
+def test_c036_older_reading_rules_have_other_names(tokenizer, monkeypatch):
+    name = store_name(tokenizer, source="1")
+    monkeypatch.setattr("lumina_engine.data.token_store.READING_VERSION", 99)
+    assert store_name(tokenizer, source="1") != name
+
+
+def test_c036_what_another_process_with_the_same_pid_left_is_cleared(tmp_path):
+    """As in a container, where each start has the same pid."""
+    mine = staging_name(tmp_path / "x")
+    for folder in (mine, tmp_path / f"x.tmp-{os.getpid()}-1-00"):
+        folder.mkdir()
+    with locked(tmp_path, "x"):
+        assert [entry.name for entry in tmp_path.glob("*.tmp-*")] == [mine.name]
 
 
 def test_c036_a_failed_build_leaves_nothing(tokenizer, tmp_path):
@@ -242,6 +270,28 @@ def test_a_full_disk_is_one_line(tokenizer, tmp_path):
     process.join(60)
     assert "the token store cannot be written" in message and "data_cache_dir" in message
     assert [p.name for p in tmp_path.iterdir()] == ["locks"]
+
+
+def test_a_full_disk_keeps_no_room_for_what_cannot_be_finished(tokenizer, tmp_path):
+    """Also where closing a file fails again, for what it still holds in its buffer."""
+    store = build_store(talks(20), tokenizer, tmp_path / "cache", source_digest="1")
+
+    def child(queue):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, 500))
+        writer = StoreWriter(tmp_path / "joined", tokenizer)
+        try:
+            writer.extend(store)
+            writer.publish({})
+        except OSError as error:
+            writer.discard()
+            queue.put(str(error))
+
+    queue = FORK.Queue()
+    process = FORK.Process(target=child, args=(queue,))
+    process.start()
+    assert "File too large" in queue.get(timeout=60)
+    process.join(60)
+    assert process.exitcode == 0 and [entry.name for entry in tmp_path.iterdir()] == ["cache"]
 
 
 def test_cache_folder_that_cannot_be_made(tokenizer, tmp_path):

@@ -93,6 +93,23 @@ def test_c034_one_window_gives_the_very_batches_of_the_map_style_path(write, set
     assert len(whole.notes) == (1 if packing == "concat" else 3)
 
 
+def test_c034_long_texts_are_cut_alike_in_a_stream(write, settings, tokenizer):
+    """Last pieces of texts that packing cuts once more: one window as map-style, and every token once in several windows."""
+    texts = [{"text": f"{n} " + "x" * (100 + n % 7)} for n in range(90)]
+    path = write("x.jsonl", texts)
+    keys = {"train_data_path": str(path), "seq_length": 64, "eval_split": 0.0}
+    whole, streamed = (open_data(settings(**keys, streaming_threshold_gb=size), tokenizer).train for size in (5.0, 0.0))
+    config = settings(**keys)
+    plans = [TrainLoader(data, config).plan for data in (whole, streamed)]
+    assert len(plans[0].samples) > sum(-(-n // 64) for n in np.diff(whole.offsets).tolist())  # some were cut once more
+    assert all_same(batches(whole, config), batches(streamed, config))
+    several = opened(path, config, tokenizer)
+    plan = several.count(RowOptions.from_config(config))
+    assert len(plan.sizes) > 3
+    built = plan.build(list(range(plan.num_rows)))
+    assert sorted(built.input_ids[built.document_ids > 0].tolist()) == sorted(whole.tokens.tolist())
+
+
 @pytest.mark.parametrize("damage", ["flipped", "gone", "gone, and windows too"])
 def test_c036_a_lost_evaluation_store_is_made_again(write, settings, tokenizer, damage):
     path = write("x.jsonl", [talk(n) for n in range(120)])
