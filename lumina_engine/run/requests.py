@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -38,7 +37,7 @@ def check_command(cmd: object, args: object) -> str | None:
             return f"{cmd}: {name} must be a number"
     if cmd == "set_lr":
         rate = args.get("lr")
-        if rate is None or not math.isfinite(rate) or not 0 < rate <= 1:
+        if rate is None or not 0 < rate <= 1:
             return "set_lr: lr must be a number above 0, at most 1"
     return None
 

@@ -128,7 +128,7 @@ def _answers(path: Path, kind: int) -> bool:
 
 def unbind(path: Path, inode: int) -> None:
     """Remove the socket, if it still is the one with this inode."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):  # its folder may be gone, or something else
         if path.lstat().st_ino == inode:
             path.unlink()
 
@@ -293,7 +293,7 @@ class ViewerServer:
 
     def _look(self) -> None:
         """Bind again if the socket was deleted (a cleaner of /tmp, for example); complain once if that cannot be done."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             if self.path.lstat().st_ino == self._inode:
                 return
         try:
@@ -352,7 +352,7 @@ class ViewerServer:
         while (end := client.input.find(b"\n")) >= 0 and client.connection.fileno() >= 0:
             line = bytes(client.input[:end])
             del client.input[: end + 1]
-            reason = self._take(client, line) if end < LINE_LIMIT else "a line is too long"
+            reason = self._taken(client, line) if end < LINE_LIMIT else "a line is too long"
             if reason is not None:
                 self._bye(client, reason)
                 return
@@ -360,6 +360,14 @@ class ViewerServer:
             self._bye(client, "a line is too long")
         elif client.output:
             self._flush(client)
+
+    def _taken(self, client: _Client, line: bytes) -> str | None:
+        """`_take`, whose failure costs this connection and not the run."""
+        try:
+            return self._take(client, line)
+        except Exception as error:
+            say(f"lumina: the line of a viewer could not be answered: {type(error).__name__}: {error}")
+            return "that line could not be answered; engine.log of the run has the reason"
 
     def _take(self, client: _Client, line: bytes) -> str | None:
         """One line of a client; why the connection must end, or None."""

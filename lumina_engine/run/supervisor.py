@@ -110,7 +110,13 @@ class Supervisor:
         become_subreaper()
         self.signals = SignalQueue(self.selector, _SIGNALS, (signal.SIGHUP, signal.SIGPIPE))
         self._stack.callback(self.run.lock().release)
-        before = self.run.identity()
+        before, owner = self.run.identity(), self.run.owner()
+        if owner is not None and owner != myself():
+            raise RunError(
+                f"process {owner.pid}, which run.json names as this run's, lives: either run.lock was removed under it, or "
+                f"{self.run.path} is a copy of a run that goes on; stop that one first",
+                65,
+            )
         if isinstance(before.get("nonce"), str):
             left = end_marked(before["nonce"], LEFTOVERS_TIME)
             if left:

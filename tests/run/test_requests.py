@@ -88,6 +88,7 @@ def test_ps14_ids_of_a_log_from_before(tmp_path: Path) -> None:
         ("set_lr", {"lr": -1e-4}, "number above 0"),
         ("set_lr", {"lr": float("nan")}, "number above 0"),
         ("set_lr", {"lr": float("inf")}, "number above 0"),
+        ("set_lr", {"lr": 10**400}, "number above 0"),
     ],
 )
 def test_c134_wrong_commands_are_refused_with_the_reason(cmd: object, args: object, word: str) -> None:
@@ -139,6 +140,26 @@ def test_ps10_what_takes_the_socket_s_place_is_left_alone(tmp_path: Path, capfd:
     server.end()
     assert server.path.read_text() == "mine"
     assert capfd.readouterr().err.count("viewers cannot connect") == 1
+
+
+@pytest.mark.parametrize("kind", ["a file", "a folder open to all", "a link to itself"])
+def test_ps10_what_takes_the_folder_s_place_costs_new_viewers_only(tmp_path: Path, kind: str) -> None:
+    server = Server(tmp_path, rebind_time=0.02)
+    folder = server.path.parent
+    viewer = Viewer(server)
+    folder.rename(folder.with_name("gone"))
+    if kind == "a file":
+        folder.touch()
+    elif kind == "a folder open to all":
+        folder.mkdir()
+        folder.chmod(0o755)
+    else:
+        folder.symlink_to(folder)
+    until(lambda: server.viewers._complaint)
+    last = emit(server, 1)
+    assert viewer.follow(last)[-1] == last
+    viewer.close()
+    server.end()
 
 
 def test_ps11_a_stale_socket_is_replaced(tmp_path: Path) -> None:

@@ -199,6 +199,22 @@ def test_answers_that_nobody_reads_end_the_connection(server: Server) -> None:
     viewer.close()
 
 
+def test_ps13_a_line_that_fails_in_the_answer_ends_its_connection_only(
+    server: Server, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = Viewer(server)
+
+    def broken(*_: object) -> dict[str, Any]:
+        raise OverflowError("int too large to convert to float")
+
+    server.viewers._answer = broken
+    assert "could not be answered" in closing_word(server, b'{"op":"cmd","id":"a","cmd":"stop"}\n')
+    last = emit(server, 1)
+    assert other.follow(last)[-1] == last
+    assert "OverflowError: int too large" in capfd.readouterr().err
+    other.close()
+
+
 @pytest.mark.parametrize(
     ("data", "word"),
     [

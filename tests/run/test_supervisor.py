@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import last_records, read_records
 from lumina_engine.run import launch
 from lumina_engine.run.client import RunClient, send_command
-from lumina_engine.run.directory import RunError
+from lumina_engine.run.directory import RunDirectory, RunError
 from lumina_engine.run.policy import HOST_LOST
 from lumina_engine.run.process import marked
 from tests.waiting import until
@@ -161,6 +162,24 @@ def test_ck13_a_second_start_is_refused_and_harms_nothing(runs: Runs) -> None:
     with pytest.raises(RunError, match=f"process {owner.pid}") as caught:
         runs.start(run)
     assert caught.value.exit_code == 65 and run.identity() == before
+    at = step(run)
+    until(lambda: step(run) > at, "the first one to go on")
+
+
+@pytest.mark.parametrize("how", ["a copy", "the lock is gone"])
+def test_ck13_ps15_a_start_that_finds_no_lock_ends_no_rank_of_a_living_run(runs: Runs, how: str) -> None:
+    run = runs.running()
+    owner, ranks = run.owner(), worker(run)
+    assert owner is not None
+    again = run
+    if how == "a copy":
+        again = RunDirectory(run.path.with_name("copy"))
+        shutil.copytree(run.path, again.path)
+    else:
+        run.lock_path.unlink()
+    with pytest.raises(RunError, match=f"process {owner.pid}, which run.json names") as caught:
+        runs.start(again, resume=True)
+    assert caught.value.exit_code == 65 and ranks.alive
     at = step(run)
     until(lambda: step(run) > at, "the first one to go on")
 
