@@ -35,8 +35,9 @@ class Boundary:
         self.trainer.saves.settle()
         self.pending.extend(self.trainer.control.agree())
         self.obey_all()
-        if self.trainer.progress.step and self.due(self.trainer.config.eval_interval):
-            # a checkpoint is taken before its step is evaluated, so a resumed run still has that to do
+        progress = self.trainer.progress
+        if progress.step and self.due(self.trainer.config.eval_interval) and progress.last_eval.get("step") != progress.step:
+            # a checkpoint of an interval is taken before its step is evaluated, so a resumed run still has that to do
             self.evaluate_and_judge()
 
     def after_step(self) -> None:

@@ -25,7 +25,7 @@ from lumina_engine.run.rank import Command
 from lumina_engine.training.comm import Comm
 from lumina_engine.training.engine import StateMismatch
 from lumina_engine.training.memory import dry_run
-from lumina_engine.training.state import payload
+from lumina_engine.training.state import payload, restore
 from lumina_engine.training.trainer import EnhancedConversationTrainer
 from tests.parity.rows import Records
 
@@ -226,6 +226,26 @@ def test_r15_an_evaluation_that_is_no_number_does_not_judge(tmp_path: Path) -> N
     trainer.evaluate = figures  # type: ignore[method-assign]
     summary = trainer.train(dataset, dataset)
     assert (summary["step"], trainer.progress.best, trainer.progress.evals_since_best) == (5, 2.0, 1)
+
+
+def test_c076_the_evaluation_that_ended_a_run_is_not_counted_again(tmp_path: Path) -> None:
+    """The checkpoint of a stop by patience is taken after its evaluation, unlike that of an interval."""
+    keys = {"batch_size": 4, "max_steps": 9, "num_epochs": 100, "eval_interval": 1, "save_interval": 100, "async_save": False}
+    losses = iter([1.0, 2.0])
+
+    def figures(store: Any, batches: int) -> dict[str, float]:
+        return {"loss": next(losses), "perplexity": 1.0, "bits_per_byte": 1.0, "accuracy": 0.0, "tokens": 0}
+
+    trainer, dataset, _ = setup(tmp_path, manager=True, **keys, early_stopping_patience=1)
+    trainer.evaluate = figures  # type: ignore[method-assign]
+    assert trainer.train(dataset, dataset)["step"] == 2
+    assert trainer.manager is not None
+    again, dataset, _ = setup(tmp_path, **keys, early_stopping_patience=2)
+    again.prepare(dataset, dataset)
+    restore(again, trainer.manager.load(trainer.manager.recover()))
+    again.evaluate = figures  # type: ignore[method-assign]
+    again.boundary.begin()
+    assert (again.progress.step, again.progress.evals_since_best) == (2, 1)
 
 
 # at stage 3 DeepSpeed would put its own function in place of torch's linear, for the whole process
