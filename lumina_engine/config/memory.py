@@ -189,7 +189,8 @@ def _split(model: DeepSeekConfig, layout: Layout, counts: Counts, stage: int) ->
     size = min(count, layout.reduce_bucket_size) if layout.on_cpu else layout.reduce_bucket_size
     buckets = size * grad * (2 if layout.overlap_comm else 1)
     all_gradients, own = count * grad, part * grad
-    optimizer = 12 * part
+    # two moments, and masters where the weights are no masters themselves (training/deepspeed_engine.py)
+    optimizer = (8 if layout.precision in ("fp32", "mixed_bf16") and not layout.offload_optimizer else 12) * part
     held = (all_gradients if stage == 1 else own) if layout.accumulates else 0
     return _State(
         weights=count * weight,

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ..checkpoint.universal import SavedState
@@ -56,9 +57,13 @@ class DeepSpeedEngine:
         self.comm = comm
         self.stage = int(ds_config.get("zero_optimization", {}).get("stage", 0))
         self.max_grad_norm = config.max_grad_norm
-        self.swaps = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device") == "nvme"
+        offload = ds_config["zero_optimization"].get("offload_optimizer", {}).get("device", "none")
+        self.swaps = offload == "nvme"
         precision = Precision.from_name(config.precision)
         self.scale = LossScale() if precision.scaled else None
+        self.clips = self.stage in (1, 2) and self.scale is None and offload == "none"
+        if self.clips:
+            ds_config = _unclipped(ds_config)
         if self.stage == 3:
             split_weights(model, precision.weights, config.seed, comm, ds_config)
         else:
@@ -70,7 +75,10 @@ class DeepSpeedEngine:
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=inner, config=ds_config, dist_init_required=False
             )
-        # DeepSpeed counts micro steps inside the call that runs the optimizer, and from stage 1 on knows the norm only there.
+        self.shares = self.clips and precision.weights == torch.float32
+        if self.shares:
+            self._share_weights()
+        # DeepSpeed counts micro steps inside the call that runs the optimizer, and where it clips knows the norm only there.
         # So every step passes through it, and one that must not be applied is stopped at the optimizer itself.
         self.veto = Veto(inner)
         if self.scale is not None:
@@ -81,6 +89,14 @@ class DeepSpeedEngine:
         self.module: nn.Module = self.engine.module
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.names = {p: n for n, p in self.module.named_parameters() if p.requires_grad}
+
+    def _share_weights(self) -> None:
+        """Have fp32 weights updated in place: DeepSpeed's masters of them are equal copies, copied back after each step."""
+        zero = self.optimizer
+        for group, partition in enumerate(zero.single_partition_of_fp32_groups):
+            parts = zero.parallel_partitioned_bit16_groups[group]
+            partition.data = parts[dist.get_rank(group=zero.real_dp_process_group[group])].data
+        zero._link_all_hp_params()  # it keeps views of the partitions
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.engine(*args, **kwargs)
@@ -98,29 +114,44 @@ class DeepSpeedEngine:
     def step(self, lr: float, allows: Allows = anything) -> StepResult:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        if self.stage > 0:
-            answers: list[bool] = []  # one for all parameter groups of the step
-
-            def refused() -> bool:
-                if not answers:
-                    answers.append(allows(float(self.optimizer._global_grad_norm)))
-                return not answers[0]
-
-            self.veto.refused = refused
-            self.engine.step()
-            grad_norm = math.inf if self.optimizer.overflow else float(self.engine.get_global_grad_norm())
-            return StepResult.of(grad_norm, self.scale, allowed=all(answers))
-        if self.scale is not None:
+        if self.stage > 0 and not self.clips:
+            return self._step_by_its_norm(allows)
+        if self.stage == 0 and self.scale is not None:
             for parameter in self.parameters:
                 if parameter.grad is not None:
                     parameter.grad.div_(self.scale.value)
-        norm = self.experts.norm(*self.experts.split(self.parameters))
-        allowed = math.isfinite(float(norm)) and allows(float(norm))
-        if allowed and self.experts.group is not None and self.max_grad_norm > 0:
+        norm = self._split_norm() if self.clips else self.experts.norm(*self.experts.split(self.parameters))
+        grad_norm = float(norm)
+        allowed = math.isfinite(grad_norm) and allows(grad_norm)
+        if self.clips:
+            divisor = (norm + 1e-6) / self.max_grad_norm if 0 < self.max_grad_norm < grad_norm else None
+            self._base_optimizer().grad_scale = divisor  # type: ignore[attr-defined]
+        elif allowed and self.experts.group is not None and self.max_grad_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.max_grad_norm, norm)
         self.veto.refused = lambda: not allowed
         self.engine.step()
-        return StepResult.of(float(norm), self.scale, allowed)
+        return StepResult.of(grad_norm, self.scale, allowed)
+
+    def _split_norm(self) -> torch.Tensor:
+        """The 2-norm of all gradients at stages 1 and 2, where every value of them belongs to one rank."""
+        parts = [part for parts in self.optimizer.averaged_gradients.values() for part in parts]
+        norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
+        squares = torch.stack(norms).double().square().sum()
+        return self.comm.sum(squares.to(self.comm.device)).sqrt().float()
+
+    def _step_by_its_norm(self, allows: Allows) -> StepResult:
+        """A step that DeepSpeed clips, by the norm that it takes in it."""
+        answers: list[bool] = []  # one for all parameter groups of the step
+
+        def refused() -> bool:
+            if not answers:
+                answers.append(allows(float(self.optimizer._global_grad_norm)))
+            return not answers[0]
+
+        self.veto.refused = refused
+        self.engine.step()
+        grad_norm = math.inf if self.optimizer.overflow else float(self.engine.get_global_grad_norm())
+        return StepResult.of(grad_norm, self.scale, allowed=all(answers))
 
     def discard(self) -> None:
         """Forget the gradients gathered since the last step."""
@@ -194,7 +225,7 @@ class DeepSpeedEngine:
             return bytes_of(self.state_tensors().values())
         state = self._base_optimizer().state
         held = [
-            (partition, *filter(torch.is_tensor, state.get(partition, {}).values()))
+            (*[partition] * (not self.shares), *filter(torch.is_tensor, state.get(partition, {}).values()))
             for index, partition in enumerate(self._partitions())
             if not self._on_disk(index)
         ]
@@ -230,6 +261,16 @@ class DeepSpeedEngine:
                 if values is not None:
                     parameter.copy_(values.reshape(parameter.shape))
         load_named_state(self.optimizer, self.names, begins, saved)
+
+
+def _unclipped(ds_config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with no norm taken and nothing clipped by DeepSpeed.
+
+    It takes the norm of copies in float64 and multiplies all gradients in each step, by 1 too. The fused optimizer divides by
+    a factor as it reads them.
+    """
+    zero = ds_config["zero_optimization"] | {"compute_grad_norm": False}
+    return ds_config | {"gradient_clipping": 0.0, "zero_optimization": zero}
 
 
 def _with_swap_folder(ds_config: dict[str, Any], nvme_path: str) -> dict[str, Any]:
