@@ -49,7 +49,8 @@ STALL_TIME = 30.0  # s without draining anything
 REBIND_TIME = 10.0  # s between two looks whether the socket is still there
 _ACCEPTS = 16  # connections taken per turn, so that a storm of them delays nothing else
 
-_STRING = re.compile(rb'"(?:[^"\\]|\\.)*"', re.DOTALL)
+# the closing quote may be missing: a pattern that insists on it tries every quote of an unclosed string up to the line's end
+_STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 _BRACKETS = re.compile(rb"[\[\]{}]")
 
 
@@ -145,7 +146,7 @@ def peer(connection: socket.socket) -> tuple[int, int]:
 
 
 def too_deep(line: bytes, limit: int = DEPTH_LIMIT) -> bool:
-    """Whether the JSON on this line is nested deeper than `limit`."""
+    """Whether the JSON on this line is nested deeper than `limit`. What follows an unclosed quote counts as its string."""
     if line.count(b"{") + line.count(b"[") <= limit:
         return False
     depth = 0

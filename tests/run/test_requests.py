@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import stat
@@ -10,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import MetricLog
 from lumina_engine.run.directory import RunError
 from lumina_engine.run.requests import check_command
-from lumina_engine.run.socket import bind_socket, prepare_folder, too_deep
+from lumina_engine.run.socket import DEPTH_LIMIT, bind_socket, prepare_folder, too_deep
 from lumina_engine.run.tail import command_ids
 from tests.waiting import until
 
@@ -107,6 +110,58 @@ def test_depth_counts_brackets_outside_strings() -> None:
     assert not too_deep(b"[" * 32 + b"]" * 32)
     assert too_deep(b"[" * 33 + b"]" * 33)
     assert not too_deep(b"[" + b"[]," * 100 + b"1]")
+
+
+def plainly_too_deep(line: bytes, limit: int) -> bool:
+    """`too_deep`, byte by byte."""
+    depth, inside, escaped = 0, False, False
+    for byte in line:
+        if inside:
+            inside = escaped or byte != ord('"')
+            escaped = not escaped and byte == ord("\\")
+        elif byte == ord('"'):
+            inside = True
+        elif byte in b"[{":
+            depth += 1
+            if depth > limit:
+                return True
+        elif byte in b"]}":
+            depth -= 1
+    return False
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.sampled_from(list('"\\[]{}:,a\n')), max_size=60).map("".join), st.integers(0, 4))
+def test_depth_of_any_line_is_that_of_a_byte_by_byte_count(line: str, limit: int) -> None:
+    assert too_deep(line.encode(), limit) == plainly_too_deep(line.encode(), limit)
+
+
+_JSON = st.recursive(
+    st.none() | st.integers() | st.text(st.sampled_from('"\\[]{}a'), max_size=8),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(st.sampled_from('"\\[{'), max_size=3), inner, max_size=3)
+    ),
+    max_leaves=20,
+)
+
+
+def nesting(value: object) -> int:
+    if isinstance(value, dict | list):
+        return 1 + max(map(nesting, value.values() if isinstance(value, dict) else value), default=0)
+    return 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(_JSON, st.integers(0, 4))
+def test_depth_of_json_is_that_of_its_value(value: object, limit: int) -> None:
+    assert too_deep(json.dumps(value).encode(), limit) == (nesting(value) > limit)
+
+
+@pytest.mark.parametrize("text", [b'\\"', b'"\\'], ids=repr)
+def test_depth_of_an_unclosed_string_takes_one_pass(text: bytes) -> None:
+    """A pass for each of its quotes, half a million over a megabyte, would outlast the time limit of the suite."""
+    line = b"[" * DEPTH_LIMIT + b'{"op":"' + text * 500_000
+    assert too_deep(line) and not too_deep(line[1:] + b"[" * 40)
 
 
 def test_ps10_a_deleted_socket_is_bound_again(tmp_path: Path) -> None:
