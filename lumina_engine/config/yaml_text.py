@@ -22,6 +22,7 @@ MAX_ALIASES = 16
 MAX_DEPTH = 16
 MAX_NODES = 20_000
 
+_TOO_LARGE = "too large or refers to itself"
 _PREFIX = "tag:yaml.org,2002:"
 _RESOLVERS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -67,6 +68,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self._depth = 0
         self._aliases = 0
+        self._budget = _budget()
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -75,6 +77,9 @@ class _Loader(yaml.SafeLoader):
                 raise YamlError(
                     f"more than {MAX_ALIASES} aliases", self.peek_event().start_mark.line + 1, "write the values out"
                 )
+        is_key = isinstance(parent, MappingNode) and index is None  # as in `_value`, keys are not counted
+        if not is_key and next(self._budget, None) is None:
+            raise YamlError(_TOO_LARGE, self.peek_event().start_mark.line + 1)
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise YamlError(f"nested deeper than {MAX_DEPTH} levels", self.peek_event().start_mark.line + 1)
@@ -156,7 +161,7 @@ def _value(node: Node, budget: Iterator[int], depth: int) -> Any:
     """Plain data of a node. Aliases are expanded, so both the depth and the number of nodes are bounded here."""
     line = node.start_mark.line + 1
     if next(budget, None) is None or depth > MAX_DEPTH:
-        raise YamlError("too large or refers to itself", line)
+        raise YamlError(_TOO_LARGE, line)
     tag = node.tag.removeprefix(_PREFIX) if node.tag.startswith(_PREFIX) else node.tag
     if isinstance(node, ScalarNode) and tag in ("str", "int", "float", "bool", "null"):
         return _scalar(tag, node.value, line)

@@ -166,6 +166,38 @@ def test_s05_alias_bomb_is_small(write) -> None:
     assert "too large" in found[0] or "aliases" in found[0]
 
 
+LARGE = {
+    "list": "a: [" + "a," * 100_000 + "a]",
+    "lines": "a:\n" + "- a\n" * 100_000,
+    "mapping": "\n".join(f"k{i}: 1" for i in range(70_000)),
+    "keys": "a: {" + ",".join(f"k{i}" for i in range(100_000)) + "}",
+    "pairs": "a: [" + "?," * 100_000 + "?]",
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.row("SE07")
+def test_se07_nodes_are_counted_while_they_are_composed(kind: str, write, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    for name in ("compose_scalar_node", "compose_sequence_node", "compose_mapping_node"):
+        compose = getattr(yaml_text._Loader, name)
+        monkeypatch.setattr(
+            yaml_text._Loader, name, lambda *words, compose=compose: made.append(None) or compose(*words), raising=False
+        )
+    [found] = lines_of(write(LARGE[kind]))
+    assert "too large" in found and len(made) <= 2 * yaml_text.MAX_NODES + 1  # beside each value there may be a key
+
+
+def test_se07_the_largest_document_is_taken() -> None:
+    items = yaml_text.MAX_NODES - 2  # the mapping and the list are nodes too
+    assert yaml_text.plain(yaml_text.parse("a: [" + "a," * items + "]")) == {"a": ["a"] * items}
+    keys = yaml_text.MAX_NODES - 1
+    assert len(yaml_text.parse("\n".join(f"k{i}: 1" for i in range(keys)))) == keys
+    for text in ("a: [" + "a," * items + "a]", "\n".join(f"k{i}: 1" for i in range(keys + 1))):
+        with pytest.raises(yaml_text.YamlError, match="too large or refers to itself"):
+            yaml_text.parse(text)
+
+
 @pytest.mark.row("SE07")
 def test_s05_files_that_are_none(tmp_path: Path, write) -> None:
     assert "larger than 1 MiB" in lines_of(write("#" + "x" * (1 << 20)))[0]
