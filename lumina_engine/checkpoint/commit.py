@@ -21,8 +21,11 @@ from typing import Any
 
 from .files import (
     CHUNK_BYTES,
+    MAX_JSON_BYTES,
+    MAX_JSON_PARTS,
     CheckpointError,
     FileEntry,
+    count_parts,
     dump_json,
     make_folder,
     make_folders,
@@ -137,7 +140,7 @@ def commit(
         before_rename: called with the SHA-256 of MANIFEST.json when only the rename is left.
 
     Raises:
-        CheckpointError: the step is committed already.
+        CheckpointError: the step is committed already, or its manifest is larger than is read back.
         OSError: a write or fsync failed: nothing is committed, drop the staging.
     """
     final = staging.checkpoints / step_name(staging.step)
@@ -152,6 +155,12 @@ def commit(
             "files": [entry.to_json() for entry in files],
         }
     )
+    if len(body) > MAX_JSON_BYTES or count_parts(body) > MAX_JSON_PARTS:
+        size = sum(entry.size for entry in files) / 1e12
+        raise CheckpointError(
+            f"{MANIFEST} would have {len(body)} bytes for {len(files)} files of {size:.1f} TB, more than is read back "
+            f"({MAX_JSON_BYTES} bytes, {MAX_JSON_PARTS} brackets, commas and colons): save a smaller model or with fewer ranks"
+        )
     staging.write(MANIFEST, [body])
     digest = hashlib.sha256(body).hexdigest()
     staging.write(MANIFEST_DIGEST, [digest_line(digest)])

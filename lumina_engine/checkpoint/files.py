@@ -22,7 +22,9 @@ from typing import Any
 CHUNK_BYTES = 8 << 20  # one SHA-256 per 8 MiB, so damage is found and named without reading the rest
 RESERVE_FROM = 1 << 20  # files from this size on get their blocks before the first write
 SPACE_FACTOR = 1.1  # free space asked for, times the expected size
-MAX_JSON_BYTES = 256 << 20
+MAX_JSON_BYTES = 32_000_000  # a manifest has 70 bytes a chunk, so this is that of 3.8 TB
+MAX_JSON_PARTS = 500_000  # brackets, commas and colons: what bounds the memory and the time of parsing
+MAX_WIDE_BYTES = 16 << 20  # of JSON beyond ASCII: one wide character makes Python keep four bytes for each
 FOLDER_MODE, FILE_MODE = 0o700, 0o600
 _RELPATH = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z0-9._-]{0,127}){0,3}")
 _NO_RESERVE = {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # file systems that cannot reserve
@@ -243,12 +245,22 @@ def dump_json(value: Any, sort: bool = False) -> bytes:
     return json.dumps(value, sort_keys=sort, ensure_ascii=True, allow_nan=False, indent=1).encode() + b"\n"
 
 
-def load_json(data: bytes, name: str) -> Any:
-    """Parse JSON strictly: UTF-8, no NaN or Infinity, no key twice.
+def count_parts(data: bytes) -> int:
+    """Brackets, commas and colons of JSON, those of its texts too."""
+    return sum(map(data.count, (b",", b"[", b"{", b":")))
+
+
+def load_json(data: bytes, name: str, max_parts: int = MAX_JSON_PARTS) -> Any:
+    """Parse JSON strictly: UTF-8, no NaN or Infinity, no key twice, at most `max_parts` brackets, commas and colons.
 
     Raises:
         CheckpointError: anything else; `name` stands in the message.
     """
+    parts = count_parts(data)
+    if parts > max_parts:
+        raise CheckpointError(f"{name} has {parts} brackets, commas and colons; at most {max_parts} are read")
+    if len(data) > MAX_WIDE_BYTES and not data.isascii():
+        raise CheckpointError(f"{name} has {len(data)} bytes; beyond ASCII at most {MAX_WIDE_BYTES} are read")
 
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(items)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .compress import SUFFIX, compressed, plain_names, read_compressed
-from .files import CheckpointError, FileEntry, dump_json, load_json, read_file
+from .files import MAX_JSON_BYTES, CheckpointError, FileEntry, dump_json, load_json, read_file
 from .keep import leased
 from .tensors import first_non_finite, host_copy, pack, read_tensors, tensor_file, unpack
 from .universal import SavedState, Shard
@@ -25,6 +25,7 @@ from .verify import Report, require, verify
 
 MODEL, MODEL_CONFIG, TOKENIZER = "model/model.safetensors", "model/config.json", "model/tokenizer.json"
 TRAINER, CONFIG = "state/trainer.json", "state/config.json"
+MAX_MODEL_JSON_BYTES = 1 << 20  # of what a model is described by, which has some kilobytes
 
 
 @dataclass(slots=True)
@@ -227,9 +228,10 @@ def read_json(folder: int, relpath: str) -> dict[str, Any]:
     """A JSON object of a checkpoint, with tuples and numbers as they were given.
 
     Raises:
-        CheckpointError: no JSON object.
+        CheckpointError: no JSON object, or a larger one than any that is written.
     """
-    value = unpack(load_json(read_file(folder, relpath), relpath))
+    limit = MAX_MODEL_JSON_BYTES if relpath in (MODEL_CONFIG, TOKENIZER) else MAX_JSON_BYTES
+    value = unpack(load_json(read_file(folder, relpath, limit), relpath))
     if not isinstance(value, dict):
         raise CheckpointError(f"{os.fspath(relpath)} holds no object")
     return value

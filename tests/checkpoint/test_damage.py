@@ -15,11 +15,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lumina_engine.checkpoint import commit as commit_module
 from lumina_engine.checkpoint import payload as payload_module
 from lumina_engine.checkpoint import verify as verify_module
 from lumina_engine.checkpoint.commit import CheckpointError, newest_valid, verify
+from lumina_engine.checkpoint.files import (
+    CHUNK_BYTES,
+    MAX_JSON_BYTES,
+    MAX_JSON_PARTS,
+    FileEntry,
+    count_parts,
+    dump_json,
+    load_json,
+)
 from lumina_engine.checkpoint.header import parse_header
 from lumina_engine.checkpoint.manager import load_model
+from lumina_engine.checkpoint.payload import rank_files
 from lumina_engine.checkpoint.tensors import read_tensors
 from tests.checkpoint.helpers import manager, names_in, payload, same, saved
 
@@ -223,6 +234,15 @@ def rewrite_manifest(checkpoint: Path, **changes: object) -> None:
     (checkpoint / "MANIFEST.sha256").write_text(f"{hashlib.sha256(body).hexdigest()}  MANIFEST.json\n")
 
 
+def replace_entry(checkpoint: Path, name: str, data: bytes) -> None:
+    """Let the manifest list these bytes as the file's."""
+    files = json.loads((checkpoint / "MANIFEST.json").read_text())["files"]
+    (found,) = (listed for listed in files if listed["path"] == name)
+    pieces = (data[begin : begin + CHUNK_BYTES] for begin in range(0, len(data), CHUNK_BYTES))
+    found.update(size=len(data), chunks=[hashlib.sha256(piece).hexdigest() for piece in pieces])
+    rewrite_manifest(checkpoint, files=files)
+
+
 def test_ck18_a_newer_format_is_refused_with_both_versions_and_not_set_aside(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2)
     rewrite_manifest(tmp_path / "checkpoints" / "step-000002", format=7, files="another form")
@@ -267,6 +287,46 @@ def test_se05_manifests_that_are_no_json_are_refused(tmp_path: Path, text: str) 
     assert not verify(checkpoint).ok
 
 
+@pytest.mark.parametrize("name", ["model/config.json", "model/tokenizer.json", "state/trainer.json"])
+def test_se05_a_description_larger_than_any_that_is_written_is_refused(tmp_path: Path, name: str) -> None:
+    made = saved(tmp_path, 1)
+    checkpoint = tmp_path / "checkpoints" / "step-000001"
+    body = b'{"a":[' + b"[]," * (400_000 if name.startswith("model/") else 12_000_000) + b"[]]}"
+    (checkpoint / name).write_bytes(body)
+    replace_entry(checkpoint, name, body)
+    (tmp_path / "state" / "lumina" / "checkpoints.jsonl").unlink()
+    assert verify(checkpoint).ok
+    with pytest.raises(CheckpointError, match=rf"{name} has {len(body)} bytes; at most \d+ are read"):
+        made.load(checkpoint) if name.startswith("state/") else load_model(checkpoint)
+
+
+def test_se05_json_of_many_parts_is_refused_before_it_is_parsed() -> None:
+    inner = b"[]," * (MAX_JSON_PARTS // 2 - 2)
+    assert len(load_json(b'{"a":[' + inner + b"[]]}", "x")["a"]) == MAX_JSON_PARTS // 2 - 1
+    for text in (b'{"a":[' + inner + b"[],1]}", b'["' + b"a:" * MAX_JSON_PARTS + b'"]'):
+        with pytest.raises(
+            CheckpointError, match=rf"^x has \d+ brackets, commas and colons; at most {MAX_JSON_PARTS} are read$"
+        ):
+            load_json(text, "x")
+
+
+def test_s4_a_manifest_that_could_not_be_read_back_is_not_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = saved(tmp_path, 1)
+    monkeypatch.setattr(commit_module, "MAX_JSON_PARTS", 20)
+    (result,) = made.save(payload(2))
+    assert result.failed and "MANIFEST.json would have" in result.failed and "save a smaller model" in result.failed
+    assert names_in(tmp_path / "checkpoints") == ["latest", "step-000001"]
+
+
+def test_s4_the_manifest_of_many_ranks_and_terabytes_is_within_the_limits() -> None:
+    ranks, share = 1024, 1 << 30  # bytes of each rank: a terabyte in all
+    chunks = ("0" * 64,) * (share // CHUNK_BYTES)
+    entries = [FileEntry(file, share, chunks) for rank in range(ranks) for file in rank_files(rank)]  # twice that
+    body = dump_json({"files": [entry.to_json() for entry in entries]})
+    assert len(body) < MAX_JSON_BYTES / 1.5 and count_parts(body) < MAX_JSON_PARTS / 1.5
+    assert [FileEntry.from_json(entry) for entry in load_json(body, "x")["files"]] == entries
+
+
 def test_se11_a_replaced_checkpoint_is_refused_although_its_digests_agree(tmp_path: Path) -> None:
     made = saved(tmp_path, 1)
     checkpoint = tmp_path / "checkpoints" / "step-000001"
@@ -274,12 +334,7 @@ def test_se11_a_replaced_checkpoint_is_refused_although_its_digests_agree(tmp_pa
     tensors = load_file(path)
     tensors["layer.bias"] += 1
     save_file(tensors, path)
-    manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
-    for entry in manifest["files"]:
-        if entry["path"] == "model/model.safetensors":
-            data = path.read_bytes()
-            entry.update(size=len(data), chunks=[hashlib.sha256(data).hexdigest()])
-    rewrite_manifest(checkpoint, files=manifest["files"])
+    replace_entry(checkpoint, "model/model.safetensors", path.read_bytes())
     assert verify(checkpoint).ok
     with pytest.raises(CheckpointError, match="replaced after this run committed it"):
         made.load(checkpoint)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -197,6 +198,23 @@ def _json(table: dict[str, Any]) -> bytes:
     return json.dumps(table).encode()
 
 
+def manifest(text: bytes) -> Maker:
+    """A checkpoint whose manifest is this text and agrees with its digest."""
+
+    def make(folder: Path, canary: Path) -> Path:
+        made = folder / "step-000001"
+        made.mkdir()
+        (made / "MANIFEST.json").write_bytes(text)
+        (made / "MANIFEST.sha256").write_text(f"{hashlib.sha256(text).hexdigest()}  MANIFEST.json\n")
+        return made
+
+    return make
+
+
+def _keys(count: int) -> bytes:
+    return b"{" + b",".join(b'"k%d":1000' % number for number in range(count)) + b"}"
+
+
 _TWICE = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'
 
 MAKERS: dict[str, Maker] = {
@@ -215,6 +233,7 @@ MAKERS: dict[str, Maker] = {
     "hf_index_pickle": hf(_index("pytorch_model.bin")),
     "hf_config_deep": hf(_config('{"a":' + "[" * 100_000)),
     "hf_config_large": hf(_config('{"a":[' + "[]," * 20_000_000 + "[]]}")),
+    "hf_config_brackets": hf(_config('{"a":[' + "[]," * 5_000_000 + "[]]}")),
     "hf_config_nan": hf(_config('{"model_type": "llama", "hidden_size": NaN}')),
     "hf_config_twice": hf(_config('{"model_type": "llama", "model_type": "mixtral"}')),
     "hf_config_endless": hf(_config_link),
@@ -226,6 +245,12 @@ MAKERS: dict[str, Maker] = {
     "header_numbers": hf(_weights(b'{"a":[' + b"0.1," * 7_900_000 + b"0]}")),
     "header_text": hf(_weights(b'{"__metadata__":{"a":"' + b"x" * 90_000_000 + b'"}}')),
     "header_parts": hf(_weights(b'{"a":[' + b"[]," * 450_000 + b"[]]}")),
+    "header_keys": hf(_weights(_keys(990_000))),
+    "header_wide": hf(_weights('{"__metadata__":{"a":"\U0001f600'.encode() + b"x" * 31_000_000 + b'"}}')),
+    "manifest_brackets": manifest(b'{"a":[' + b"[]," * 5_300_000 + b"[]]}"),
+    "manifest_parts": manifest(b'{"a":[' + b"[]," * 240_000 + b"[]]}"),
+    "manifest_keys": manifest(_keys(240_000)),
+    "manifest_spaces": manifest(b"{}" + b" " * 250_000_000),
     "header_twice": hf(_weights(_TWICE, b"1234")),
     "header_overlap": hf(_weights(_json({"a": _entry(0, 8, [2]), "b": _entry(4, 12, [2])}), bytes(12))),
     "header_out_of_range": hf(_weights(_json({"a": _entry(0, 4 << 40, [1 << 40])}), bytes(4))),
