@@ -293,7 +293,7 @@ def import_folder(
     made.update_identity(state=state, reason=reason, exit_code=0 if result.path is not None else 1)
     if result.path is None:
         raise CheckpointError(f"{folder}: {result.failed}")
-    config.save(made.config_path)
+    config.save(made.config_path).chmod(0o600)
     parameters = sum(
         tensor.numel() for name, tensor in payload.model.items() if ".router." not in name or name.endswith(".weight")
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from lumina_engine.checkpoint.manager import load_model
 from lumina_engine.cli import main
 from lumina_engine.data.tokenizer import ConversationTokenizer
 from tests.chat.models import make_model, save_model
+from tests.checkpoint.helpers import umask
 
 LATENT = {"attention": "mla", "kv_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12}
 SHAPES = {
@@ -124,6 +126,13 @@ def change(folder: Path, **entries: object) -> None:
     values = json.loads((folder / "config.json").read_text())
     kept = {key: value for key, value in (values | entries).items() if value is not ...}
     (folder / "config.json").write_text(json.dumps(kept))
+
+
+def test_ck17_the_modes_of_an_imported_run_do_not_depend_on_the_umask(exported: Path, runs: Path) -> None:
+    with umask(0):
+        assert main(["checkpoint", "import", str(exported), "--run", "again"]) == 0
+    for path in (runs / "again").rglob("*"):
+        assert path.is_symlink() or stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
 
 
 def drop_tokenizer(folder: Path) -> None:
