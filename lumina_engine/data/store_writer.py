@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..run.directory import open_lock
 from ..run.process import myself
 from .conversation import READING_VERSION, Conversation, DataError, Document, TextDocument
 from .order import ORDER_VERSION
@@ -247,7 +248,7 @@ def locked(cache: Path, name: str, *others: str) -> Iterator[None]:
     """
     try:
         (cache / "locks").mkdir(parents=True, exist_ok=True)
-        handle = (cache / "locks" / f"{name}.lock").open("a")
+        handle = os.fdopen(open_lock(cache / "locks" / f"{name}.lock"), "r+b")
         fcntl.lockf(handle, fcntl.LOCK_EX)  # freed by the kernel when this process ends, however it ends
     except OSError as error:
         raise DataError(

@@ -72,6 +72,11 @@ class RunInfo:
     critical: int | None = None
 
 
+def open_lock(path: Path) -> int:
+    """A descriptor of a lock file (0600), made if it is missing; a link in its place is refused (OSError ELOOP)."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
 class RunLock:
     """The lock that makes this process the run's owner. Take it after the last fork; keep it until the end.
 
@@ -80,7 +85,7 @@ class RunLock:
     """
 
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._fd = open_lock(path)
         try:
             fcntl.lockf(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -25,7 +25,7 @@ from ..monitoring import record as rec
 from ..monitoring.log import LogReader, last_records, whole_length
 from ..monitoring.say import say
 from ..monitoring.trackers.points import Sink, Subject, open_sink, points
-from .directory import RunDirectory, RunError, lock_owner, write_json
+from .directory import RunDirectory, RunError, lock_owner, open_lock, write_json
 from .launch import environment
 from .process import process, send_signal, wait_gone
 
@@ -107,7 +107,7 @@ class Turn:
     """The right to feed a tracker: one follower at a time, the newest one."""
 
     def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        self._fd = open_lock(path)
 
     def take(self) -> None:
         """Take it, from whoever has it.

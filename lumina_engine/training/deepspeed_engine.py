@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..checkpoint.universal import SavedState
+from ..run.directory import open_lock
 from .comm import Comm
 from .deepspeed_experts import expert_groups, expert_handling
 from .engine import (
@@ -290,7 +291,7 @@ def _with_swap_folder(ds_config: dict[str, Any], nvme_path: str) -> dict[str, An
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
-    with (cache / "lumina.lock").open("w") as turn:
+    with os.fdopen(open_lock(cache / "lumina.lock"), "r+b") as turn:
         fcntl.lockf(turn, fcntl.LOCK_EX)
         for stale in cache.glob("*/lock"):
             stale.unlink(missing_ok=True)

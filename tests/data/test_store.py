@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import signal
+import stat
 import tracemalloc
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lumina_engine.data.size import stored
 from lumina_engine.data.store import build_store, open_data
 from lumina_engine.data.store_writer import FILES, TEXT, StoreWriter, locked, staging_name
 from lumina_engine.data.token_store import TokenStore, open_verified, store_name
+from tests.checkpoint.helpers import umask
 
 FORK = multiprocessing.get_context("fork")
 
@@ -420,3 +422,12 @@ def test_progress_is_reported(tokenizer, tmp_path):
 
 def test_no_store_is_none(tmp_path):
     assert open_verified(Path(tmp_path / "none")) is None
+
+
+def test_ck17_the_build_lock_is_closed_to_others_and_never_a_link(tmp_path):
+    with umask(0), locked(tmp_path, "made"):
+        assert stat.S_IMODE((tmp_path / "locks" / "made.lock").stat().st_mode) == 0o600
+    (tmp_path / "locks" / "linked.lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match="the cache folder cannot be used"), locked(tmp_path, "linked"):
+        pass
+    assert not (tmp_path / "elsewhere").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from lumina_engine.training.swap_folder import SwapRefused, swap_folder
+from tests.checkpoint.helpers import umask
 
 CHILD = """
 import sys
@@ -61,3 +64,32 @@ def test_s12_a_folder_that_others_may_write_to_is_refused(tmp_path: Path) -> Non
     for name in ("open", "file", "link"):
         with pytest.raises(SwapRefused, match="nvme_path"):
             swap_folder(tmp_path / name)
+
+
+def test_ck17_the_lock_of_the_extensions_is_closed_to_others_and_never_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeed.ops import op_builder
+
+    from lumina_engine.training.deepspeed_engine import _with_swap_folder
+
+    lock = tmp_path / "lumina" / "torch_extensions" / "lumina.lock"
+    modes = []
+
+    class Builder:
+        def load(self, verbose: bool) -> None:
+            modes.append(stat.S_IMODE(lock.stat().st_mode))
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(lock.parent))
+    monkeypatch.setenv("PATH", os.environ["PATH"])  # it may be added to
+    monkeypatch.setattr(op_builder, "AsyncIOBuilder", Builder)
+    config = {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}
+    with umask(0):
+        _with_swap_folder(config, str(tmp_path / "swap"))
+    assert modes == [0o600]
+    lock.unlink()
+    lock.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        _with_swap_folder(config, str(tmp_path / "swap"))
+    assert not (tmp_path / "elsewhere").exists()
