@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 CHUNK_BYTES = 8 << 20  # one SHA-256 per 8 MiB, so damage is found and named without reading the rest
+LARGE_CHUNK_BYTES = 128 << 20  # and per 128 MiB of a large file, so that the manifest of tens of terabytes can be read back
+LARGE_FILE = 1 << 30
 RESERVE_FROM = 1 << 20  # files from this size on get their blocks before the first write
 SPACE_FACTOR = 1.1  # free space asked for, times the expected size
 MAX_JSON_BYTES = 32_000_000  # a manifest has 70 bytes a chunk, so this is that of 3.8 TB
@@ -38,32 +40,42 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """One file of a checkpoint: path relative to its folder, size in bytes, SHA-256 (hex) of each 8 MiB chunk."""
+    """One file of a checkpoint: path relative to its folder, size in bytes, SHA-256 (hex) of each chunk."""
 
     path: str
     size: int
     chunks: tuple[str, ...]
+    chunk_bytes: int = CHUNK_BYTES
 
     def to_json(self) -> dict[str, Any]:
-        return {"path": self.path, "size": self.size, "chunks": list(self.chunks)}
+        own = {} if self.chunk_bytes == CHUNK_BYTES else {"chunk_bytes": self.chunk_bytes}
+        return {"path": self.path, "size": self.size, "chunks": list(self.chunks), **own}
 
     @classmethod
     def from_json(cls, value: Any, chunk_bytes: int = CHUNK_BYTES) -> FileEntry:
-        """The entry in a manifest.
+        """The entry in a manifest, whose `chunk_bytes` counts where the entry has none of its own.
 
         Raises:
             CheckpointError: not of the form that `to_json` writes, or a path that leaves the folder.
         """
-        if not isinstance(value, dict) or set(value) != {"path", "size", "chunks"}:
+        if not isinstance(value, dict) or set(value) - {"chunk_bytes"} != {"path", "size", "chunks"}:
             raise CheckpointError("an entry of `files` does not have exactly path, size, chunks")
         path, size, chunks = check_relpath(value["path"]), value["size"], value["chunks"]
+        chunk_bytes = value.get("chunk_bytes", chunk_bytes)
+        if not is_chunk_size(chunk_bytes):
+            raise CheckpointError(f"{path}: chunk_bytes is no known size of chunks")
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise CheckpointError(f"{path}: size is no count of bytes")
         if not isinstance(chunks, list) or len(chunks) != -(-size // chunk_bytes):
             raise CheckpointError(f"{path}: number of digests does not match the size")
         if not all(isinstance(chunk, str) and re.fullmatch(r"[0-9a-f]{64}", chunk) for chunk in chunks):
             raise CheckpointError(f"{path}: a digest is no SHA-256")
-        return cls(path, size, tuple(chunks))
+        return cls(path, size, tuple(chunks), chunk_bytes)
+
+
+def is_chunk_size(value: object) -> bool:
+    """Whether a manifest may say that its digests are over chunks of this size."""
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= CHUNK_BYTES * 64
 
 
 def nonce() -> str:
@@ -156,7 +168,8 @@ def write_file(folder: int, relpath: str, pieces: Iterable[Any], size: int | Non
         os.fchmod(fd, FILE_MODE)
         if size is not None and size >= RESERVE_FROM:
             _reserve(fd, size)
-        written, digests, sha, room = 0, [], hashlib.sha256(), CHUNK_BYTES
+        chunk_bytes = LARGE_CHUNK_BYTES if size is not None and size >= LARGE_FILE else CHUNK_BYTES
+        written, digests, sha, room = 0, [], hashlib.sha256(), chunk_bytes
         for piece in pieces:
             view = memoryview(piece).cast("B")
             while len(view):
@@ -166,15 +179,15 @@ def write_file(folder: int, relpath: str, pieces: Iterable[Any], size: int | Non
                 written, room, view = written + len(part), room - len(part), view[len(part) :]
                 if not room:
                     digests.append(sha.hexdigest())
-                    sha, room = hashlib.sha256(), CHUNK_BYTES
-        if room != CHUNK_BYTES:
+                    sha, room = hashlib.sha256(), chunk_bytes
+        if room != chunk_bytes:
             digests.append(sha.hexdigest())
         if size is not None and written != size:
             raise CheckpointError(f"{relpath}: {written} bytes written, {size} expected")
         os.fsync(fd)
     finally:
         os.close(fd)
-    return FileEntry(relpath, written, tuple(digests))
+    return FileEntry(relpath, written, tuple(digests), chunk_bytes)
 
 
 def _write_all(fd: int, view: memoryview) -> None:

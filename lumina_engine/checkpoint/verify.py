@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .files import CHUNK_BYTES, CheckpointError, FileEntry, load_json, open_beneath, open_folder, read_file, read_pieces
+from .files import CheckpointError, FileEntry, is_chunk_size, load_json, open_beneath, open_folder, read_file, read_pieces
 from .header import Header, header_length, parse_header
 
 FORMAT = 1  # of what this version writes; it reads this and every older one
@@ -201,7 +201,7 @@ def _read_entries(report: Report, manifest: Any) -> None:
         report.newer_format = True
         raise CheckpointError(f"format {version} is newer than this version of Lumina reads ({FORMAT}); update Lumina")
     step, chunk_bytes = manifest.get("step"), manifest.get("chunk_bytes")
-    if manifest.get("algorithm") != ALGORITHM or not isinstance(chunk_bytes, int) or not 1 <= chunk_bytes <= CHUNK_BYTES * 64:
+    if manifest.get("algorithm") != ALGORITHM or not is_chunk_size(chunk_bytes):
         raise CheckpointError(f"digests are not {ALGORITHM} over chunks of a known size")
     if not isinstance(step, int) or isinstance(step, bool):
         raise CheckpointError("has no step")
@@ -247,7 +247,7 @@ def _check_files(
     for entry in report.files:
         if entry.path in bad or entry.path == LEASE or not select(entry.path):
             continue
-        problem = _check_digests(folder, entry, report.manifest["chunk_bytes"], read)
+        problem = _check_digests(folder, entry, read)
         if problem:
             report.problems.append(problem)
             if not every:
@@ -287,13 +287,13 @@ def opened(folder: int, relpath: str) -> Iterator[tuple[int, int]]:
         os.close(fd)
 
 
-def _check_digests(folder: int, entry: FileEntry, chunk_bytes: int, read: Callable[[int], None]) -> Problem | None:
+def _check_digests(folder: int, entry: FileEntry, read: Callable[[int], None]) -> Problem | None:
     tensors = entry.path.endswith(".safetensors")
     try:
         with opened(folder, entry.path) as (fd, size):
             begin = 0
             chunks = list(entry.chunks)
-            for piece in read_pieces(fd, chunk_bytes):
+            for piece in read_pieces(fd, entry.chunk_bytes):
                 if not chunks or hashlib.sha256(piece).hexdigest() != chunks.pop(0):
                     end = begin + len(piece)
                     names = _tensors_between(fd, size, entry.path, begin, end) if tensors else ()

@@ -21,6 +21,8 @@ from lumina_engine.checkpoint import verify as verify_module
 from lumina_engine.checkpoint.commit import CheckpointError, newest_valid, verify
 from lumina_engine.checkpoint.files import (
     CHUNK_BYTES,
+    LARGE_CHUNK_BYTES,
+    LARGE_FILE,
     MAX_JSON_BYTES,
     MAX_JSON_PARTS,
     FileEntry,
@@ -318,13 +320,39 @@ def test_s4_a_manifest_that_could_not_be_read_back_is_not_committed(tmp_path: Pa
     assert names_in(tmp_path / "checkpoints") == ["latest", "step-000001"]
 
 
-def test_s4_the_manifest_of_many_ranks_and_terabytes_is_within_the_limits() -> None:
-    ranks, share = 1024, 1 << 30  # bytes of each rank: a terabyte in all
-    chunks = ("0" * 64,) * (share // CHUNK_BYTES)
-    entries = [FileEntry(file, share, chunks) for rank in range(ranks) for file in rank_files(rank)]  # twice that
+@pytest.mark.parametrize(
+    ("share", "chunk_bytes"),  # of a file; two for each of 1,024 ranks: 2 and 27 TB in all
+    [(LARGE_FILE, CHUNK_BYTES), (100 * (LARGE_CHUNK_BYTES), LARGE_CHUNK_BYTES)],
+)
+def test_s4_the_manifest_of_many_ranks_and_terabytes_is_within_the_limits(share: int, chunk_bytes: int) -> None:
+    chunks = ("0" * 64,) * (share // chunk_bytes)
+    entries = [FileEntry(file, share, chunks, chunk_bytes) for rank in range(1024) for file in rank_files(rank)]
     body = dump_json({"files": [entry.to_json() for entry in entries]})
     assert len(body) < MAX_JSON_BYTES / 1.5 and count_parts(body) < MAX_JSON_PARTS / 1.5
     assert [FileEntry.from_json(entry) for entry in load_json(body, "x")["files"]] == entries
+
+
+def test_s4_a_large_file_has_larger_chunks_and_a_flipped_bit_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lumina_engine.checkpoint.files.LARGE_FILE", 1000)
+    monkeypatch.setattr("lumina_engine.checkpoint.files.LARGE_CHUNK_BYTES", 300)
+    saved(tmp_path, 1)
+    checkpoint = tmp_path / "checkpoints" / "step-000001"
+    found = verify(checkpoint)
+    assert found.ok
+    entry = next(entry for entry in found.files if entry.path == "model/model.safetensors")
+    assert entry.chunk_bytes == 300 and len(entry.chunks) == -(-entry.size // 300) > 1
+    assert {other.chunk_bytes for other in found.files if other.size < 1000} == {CHUNK_BYTES}
+    data = bytearray((checkpoint / entry.path).read_bytes())
+    data[-1] ^= 1
+    (checkpoint / entry.path).write_bytes(data)
+    problem = verify(checkpoint).problems[0]
+    assert f"bytes {(len(data) - 1) // 300 * 300} to {len(data) - 1} are not what was written" in problem.reason
+
+
+@pytest.mark.parametrize("size", [0, -1, True, "8", (8 << 20) * 65])
+def test_se05_an_entry_with_chunks_of_no_known_size_is_refused(size: object) -> None:
+    with pytest.raises(CheckpointError, match="chunk_bytes is no known size"):
+        FileEntry.from_json({"path": "a", "size": 0, "chunks": [], "chunk_bytes": size})
 
 
 def test_se11_a_replaced_checkpoint_is_refused_although_its_digests_agree(tmp_path: Path) -> None:
