@@ -12,8 +12,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 from typing import Any
 
-from .conversation import DataError, Document, nearest
+from .conversation import READING_VERSION, DataError, Document, nearest
 from .mixed import Mixture, Store, mixture_of
+from .order import ORDER_VERSION
 from .rows import RowOptions
 from .store import Cache, Data, Source, file_source, sample_source
 from .stream_open import is_streamed, notes_of
@@ -155,6 +156,11 @@ def _missing(task: str, label: str, found: Counter[str | None]) -> TaskMissing:
         cause = f"no record of it carries the task {task!r}; tasks there: {', '.join(names[:20])}"
         fix = f"did you mean {near}?" if near else "correct task_weights"
     return TaskMissing(cause, path=label, fix=fix, exit_code=2)
+
+
+def data_rules() -> dict[str, int]:
+    """The versions of what makes rows of files, for a checkpoint: with others equal files give other rows."""
+    return {"order": ORDER_VERSION, "reading": READING_VERSION}
 
 
 def changed_sources(then: dict[str, str], now: dict[str, str]) -> str:
