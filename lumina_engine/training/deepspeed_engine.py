@@ -30,6 +30,7 @@ from .engine import (
     bytes_of,
     load_named_state,
     named_state,
+    norm_of,
     parameter_groups,
     saved_moments,
 )
@@ -135,10 +136,8 @@ class DeepSpeedEngine:
 
     def _split_norm(self) -> torch.Tensor:
         """The 2-norm of all gradients at stages 1 and 2, where every value of them belongs to one rank."""
-        parts = [part for parts in self.optimizer.averaged_gradients.values() for part in parts]
-        norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in parts]
-        squares = torch.stack(norms).double().square().sum()
-        return self.comm.sum(squares.to(self.comm.device)).sqrt().float()
+        mine = norm_of([part for parts in self.optimizer.averaged_gradients.values() for part in parts])
+        return self.comm.sum(mine.double().square().to(self.comm.device)).sqrt().float()
 
     def _step_by_its_norm(self, allows: Allows) -> StepResult:
         """A step that DeepSpeed clips, by the norm that it takes in it."""

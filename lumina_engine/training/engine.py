@@ -160,7 +160,11 @@ def load_named_state(
 
 def global_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
     """The 2-norm of all gradients together, in fp32."""
-    grads = [p.grad for p in parameters if p.grad is not None]
+    return norm_of([p.grad for p in parameters if p.grad is not None])
+
+
+def norm_of(grads: list[torch.Tensor]) -> torch.Tensor:
+    """The 2-norm of tensors of one dtype together, in fp32."""
     if not grads:
         return torch.zeros(())
     short = grads[0].dtype != torch.float32
