@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from .commit import Staging, commit
 from .files import CheckpointError, FileEntry, nonce, read_pieces, sync_folder
 from .keep import discard, drop_rewound, leased, list_steps, quarantine
 from .verify import LEASE, opened, read_manifest, require, step_name, verify
+
+Rewinds = Callable[[], Iterable[tuple[int, int]]]  # (seq, to_step) of each rewind in a run's log
 
 
 def backup_folder(backup_path: str, run_dir: Path, run_id: str) -> Path:
@@ -36,6 +38,34 @@ def newest_backup(folder: Path) -> float | None:
     """When the state of the newest backup was saved (unix seconds); None without one."""
     newest, _ = next(iter(by_age(folder)), (0.0, ""))
     return newest or None
+
+
+def set_others_aside(checkpoint: Path, folder: Path, rewinds: Rewinds) -> list[str]:
+    """Take the copies of another history of the run out of the way of this checkpoint's: `step-N.other-<nonce>`, never deleted.
+
+    A copy of a later step, of a later place in the log, or of this step with other content is of an abandoned branch where the
+    log has a rewind behind it to an earlier step. Without one this checkpoint does not follow from it, and may not replace it.
+    Without a log (a plain script) there is no telling.
+
+    Returns:
+        the new names.
+    """
+    source = require(read_manifest(checkpoint))
+    step, seq = source.manifest["step"], source.manifest.get("log_seq")
+    moved: list[str] = []
+    if not isinstance(seq, int):
+        return moved
+    for name in list_steps(folder):
+        there = read_manifest(folder / name)
+        at = there.manifest.get("log_seq") if there.ok else None
+        if not isinstance(at, int) or (there.manifest["step"] < step and at <= seq) or _content(there) == _content(source):
+            continue
+        if not any(behind > at and to_step < there.manifest["step"] for behind, to_step in rewinds()):
+            moved.append(f"{name}.other-{nonce()}")
+            (folder / name).rename(folder / moved[-1])
+    if moved:
+        sync_folder(folder)
+    return moved
 
 
 def back_up(checkpoint: Path, folder: Path, keep: int, known: set[str] | None = None) -> Path:
@@ -90,7 +120,8 @@ class Backups:
 
     Args:
         folder: of the backups. clock, started: unix seconds now, and when the run was made.
-        tell: takes a sentence about a copy that failed after its save had its result.
+        tell: takes a sentence about a copy that failed, or that was of another history of the run.
+        rewinds: of the run's log.
     """
 
     def __init__(
@@ -101,9 +132,10 @@ class Backups:
         clock: Callable[[], float],
         started: Callable[[], float],
         tell: Callable[[str], None],
+        rewinds: Rewinds = tuple,
     ) -> None:
         self.config, self.checkpoints, self.folder = config, checkpoints, folder
-        self._clock, self._started, self._tell = clock, started, tell
+        self._clock, self._started, self._tell, self._rewinds = clock, started, tell, rewinds
         self._known: set[str] = set()
         self._thread: threading.Thread | None = None
         self._name = ""
@@ -126,16 +158,22 @@ class Backups:
         if self._clock() - (self._started() if last is None else last) < hours * 3600:
             return
         if not beside:
-            back_up(checkpoint, self.folder, self.config.max_backup_count, self._known)
+            self._make(checkpoint)
             return
         self._name = checkpoint.name
         # a daemon: a process that must leave does not wait for a slow disk, and the next start removes what is half-done
         self._thread = threading.Thread(target=self._copy, args=(checkpoint,), name="checkpoint-backup", daemon=True)
         self._thread.start()
 
+    def _make(self, checkpoint: Path) -> None:
+        for name in set_others_aside(checkpoint, self.folder, self._rewinds):
+            self._known.discard(name.partition(".")[0])
+            self._tell(f"{self.folder / name} is of another history of this run, which its log does not explain: it is kept")
+        back_up(checkpoint, self.folder, self.config.max_backup_count, self._known)
+
     def _copy(self, checkpoint: Path) -> None:
         try:
-            back_up(checkpoint, self.folder, self.config.max_backup_count, self._known)
+            self._make(checkpoint)
         except BaseException as problem:  # a thread that dies silently would hide that there is no backup
             self._tell(f"{checkpoint.name} was not backed up: {problem}")
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from .files import FILE_MODE, make_folders
 
@@ -18,8 +20,11 @@ def ledger_path() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "lumina" / "checkpoints.jsonl"
 
 
-def record(run: str, step: int, digest: str) -> None:
+def record(run: str, step: int, digest: str, committed: bool = False) -> None:
     """Append one entry with one write; a torn last line is closed first.
+
+    Args:
+        committed: the checkpoint is there and was read back. An entry without it says what is about to be committed.
 
     Raises:
         OSError: the list cannot be written.
@@ -31,7 +36,8 @@ def record(run: str, step: int, digest: str) -> None:
         os.fchmod(fd, FILE_MODE)
         size = os.fstat(fd).st_size
         torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-        line = json.dumps({"run": run, "step": step, "digest": digest}).encode() + b"\n"
+        entry = {"run": run, "step": step, "digest": digest} | ({"committed": True} if committed else {})
+        line = json.dumps(entry).encode() + b"\n"
         os.write(fd, b"\n" * torn + line)
     finally:
         os.close(fd)
@@ -43,16 +49,27 @@ def recorded(run: str, step: int) -> set[str]:
     Raises:
         OSError: the list is there and cannot be read.
     """
+    return {str(entry.get("digest")) for entry in _entries(run) if entry.get("step") == step}
+
+
+def committed_steps(run: str) -> set[int]:
+    """Steps of this run whose commit was seen through, whatever became of the checkpoints since.
+
+    Raises:
+        OSError: the list is there and cannot be read.
+    """
+    return {entry["step"] for entry in _entries(run) if entry.get("committed") is True and isinstance(entry.get("step"), int)}
+
+
+def _entries(run: str) -> Iterator[dict[str, Any]]:
     try:
         lines = ledger_path().read_bytes().splitlines()
     except FileNotFoundError:
-        return set()
-    found = set()
+        return
     for line in lines:
         try:
             entry = json.loads(line)
         except ValueError:
             continue  # torn by a power cut: that one commit counts as unknown
-        if isinstance(entry, dict) and entry.get("run") == run and entry.get("step") == step:
-            found.add(str(entry.get("digest")))
-    return found
+        if isinstance(entry, dict) and entry.get("run") == run:
+            yield entry

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from .backup import backup_folder
+from .backup import Rewinds, backup_folder
 from .files import CheckpointError
 from .keep import (
     clean_stale,
@@ -32,7 +32,7 @@ from .loading import load_model
 from .payload import Loaded, Payload, belongs_to, read_loaded
 from .plain import LoadedEpoch, apply, payload_of, tokenizer_of
 from .resolve import resolve_checkpoint
-from .resume import check_config, check_ledger, run_id_of, run_identity
+from .resume import check_config, check_ledger, check_nothing_lost, run_id_of, run_identity
 from .saving import Comm, LocalComm, Saver, SaveResult, first_error, why
 from .tensors import capture_rng, pack, restore_rng, unpack
 from .verify import Report, read_manifest, require, step_name, verify
@@ -54,6 +54,7 @@ class CheckpointManager:
         run_id: what manifests and the ledger call this run; by default `id` of run.json, else the run directory's path.
         sync_log: called on rank 0 before each commit, so that a checkpoint is never ahead of its log.
         clock: unix seconds; decides when a backup is due.
+        rewinds: (seq, to_step) of each rewind in the run's log; asked where a backup may be of an abandoned branch.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class CheckpointManager:
         run_id: str | None = None,
         sync_log: Callable[[], None] | None = None,
         clock: Callable[[], float] = time.time,
+        rewinds: Rewinds = tuple,
     ) -> None:
         self.config = config
         self.comm: Comm = comm if comm is not None else LocalComm()
@@ -78,7 +80,7 @@ class CheckpointManager:
         if config.backup_path is not None:
             self.backups = backup_folder(config.backup_path, self.run_dir, self.run_id)
         self._saver = Saver(
-            config, self.checkpoints, self.backups, self.comm, lambda: self.run_id, sync_log, clock, self._run_started
+            config, self.checkpoints, self.backups, self.comm, lambda: self.run_id, sync_log, clock, self._run_started, rewinds
         )
 
     @property
@@ -284,6 +286,17 @@ class CheckpointManager:
         if found.report is not None:
             self._restore_best(found.report)
         return found.path
+
+    def require_new(self, logged: Iterable[int]) -> None:
+        """After `recover` found nothing: refuse to start a run from scratch that has committed checkpoints before.
+
+        Args:
+            logged: steps of the verified checkpoints that the run's log tells of (rank 0's count).
+
+        Raises:
+            CheckpointError: there are, or were, checkpoints of it; nothing was changed.
+        """
+        self._on_rank_0(lambda: check_nothing_lost(self.checkpoints, self.backups, self.run_id, logged))
 
     def _restore_best(self, newest: Report) -> None:
         """The value that a new best has to beat: told by the newest manifest, else by the manifest that `best` points to."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from . import ledger
 from .files import CheckpointError
+from .keep import list_steps
 from .saving import config_dict
-from .verify import Report
+from .verify import Report, step_name, verify
 
 
 def check_ledger(report: Report, run: str | None = None) -> list[str]:
@@ -40,6 +41,38 @@ def check_ledger(report: Report, run: str | None = None) -> list[str]:
             f"Resume from another checkpoint, or remove the entries of run {owner} there if you replaced it yourself"
         )
     return []
+
+
+def check_nothing_lost(checkpoints: Path, backups: Path, run: str, logged: Iterable[int]) -> None:
+    """Refuse to start a run from scratch that has committed before: its checkpoints are not mounted, or somebody removed them.
+
+    Args:
+        logged: steps of the verified checkpoints that the run's log tells of.
+
+    Raises:
+        CheckpointError: names what was expected, the backups that are there, and the ways to go on.
+    """
+    copies = [verify(backups / name) for name in list_steps(backups)]
+    found = [
+        _told("its log tells of", logged),
+        _told(f"{ledger.ledger_path()} tells of", ledger.committed_steps(run)),
+        f"{backups} holds {', '.join(report.path.name for report in copies)}" if copies else "",
+    ]
+    if not any(found):
+        return
+    sound = next((report.path for report in copies if report.ok), None)
+    damaged = "".join(f" ({report.path.name} is damaged: {report.line()})" for report in copies if not report.ok)
+    copy = f"copy a backup back (cp -a {sound} {checkpoints}/)" if sound else f"there is no sound backup in {backups}"
+    raise CheckpointError(
+        f"{checkpoints} holds no checkpoint, but this run has committed some: {'; '.join(filter(None, found))}. Nothing is "
+        f"started over, and nothing was changed. Mount or restore {checkpoints}, or {copy}{damaged}, and resume; or start "
+        "again with --fresh (moves the whole run aside)"
+    )
+
+
+def _told(source: str, steps: Iterable[int]) -> str:
+    known = sorted(set(steps))
+    return f"{source} {len(known)}, the last one {step_name(known[-1])}" if known else ""
 
 
 def run_id_of(run_dir: Path) -> str:

@@ -21,7 +21,7 @@ import torch
 
 from .. import __version__
 from . import ledger
-from .backup import Backups
+from .backup import Backups, Rewinds
 from .commit import Staging, commit
 from .compress import plain_names
 from .files import CheckpointError, FileEntry, dump_json
@@ -119,11 +119,12 @@ class Saver:
         sync_log: Callable[[], None] | None,
         clock: Callable[[], float],
         run_started: Callable[[], float],
+        rewinds: Rewinds = tuple,
     ) -> None:
         self.config, self.checkpoints, self.comm = config, checkpoints, comm
         self._clock = clock
         self.notes: list[str] = []  # rank 0: trouble that belongs to no save, or came after its result
-        self.backups = Backups(config, checkpoints, backups, clock, run_started, self.notes.append)
+        self.backups = Backups(config, checkpoints, backups, clock, run_started, self.notes.append, rewinds)
         self.verified: set[str] = set()  # names whose digests this process has compared
         self.best_value: float | None = None
         self._owed_best: str | None = None  # `best` should name this step, and could not be written yet
@@ -226,6 +227,7 @@ class Saver:
             job.outcome = {"failed": why(problem)}
             return
         job.outcome = {"path": str(path), "bytes": report.bytes, "verified": True, "notes": notes}
+        self._record(job.step, report.digest, notes, committed=True)
         if job.folder == self.checkpoints:
             self.verified.add(path.name)
             self._after(notes, lambda: self._point(job))
@@ -240,9 +242,9 @@ class Saver:
         except (OSError, CheckpointError) as problem:
             notes.append(f"after the commit: {why(problem)}")
 
-    def _record(self, step: int, digest: str, notes: list[str]) -> None:
+    def _record(self, step: int, digest: str, notes: list[str], committed: bool = False) -> None:
         try:
-            ledger.record(self._run_id(), step, digest)
+            ledger.record(self._run_id(), step, digest, committed)
         except OSError as problem:
             notes.append(f"the commit could not be recorded in {ledger.ledger_path()}: {problem.strerror}")
 

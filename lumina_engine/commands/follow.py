@@ -98,7 +98,7 @@ class _Follower:
         elif isinstance(item, rec.Resume):
             for line in resume_words(item):
                 self.say(line)
-        elif isinstance(item, rec.Rewind) and item.failed_step is not None:
+        elif isinstance(item, rec.Rewind) and (item.failed_step is not None or item.to_step == 0):
             self.say(f"back to step {item.to_step:,}: {item.reason}")
         elif isinstance(item, rec.Note):
             self.say(item.message)

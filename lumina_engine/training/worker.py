@@ -117,7 +117,7 @@ class Worker:
         model = build_model(config, comm)
         seed_all(config, comm)
         sync = self.log.sync if self.log is not None else None
-        self.manager = CheckpointManager(config, run_dir=self.directory, comm=comm, sync_log=sync)
+        self.manager = CheckpointManager(config, run_dir=self.directory, comm=comm, sync_log=sync, rewinds=self._rewinds)
         self.tokenizer, self.is_sample = tokenizer, data.is_sample
         trainer = EnhancedConversationTrainer(
             model, tokenizer, config, self, comm=comm, manager=self.manager, channel=self.channel
@@ -172,7 +172,7 @@ class Worker:
         return {} if self.log is None else {"inc": self.log.inc, "log_seq": self.log.seq}
 
     def _restore(self, data: Any) -> None:
-        """Go on from the newest checkpoint that passes its digests; without any checkpoint the run starts at step 0."""
+        """Go on from the newest checkpoint that passes its digests; a run that never committed one starts at step 0."""
         from ..checkpoint.resume import check_tokenizer
         from ..data.tasks import changed_sources
         from .proof import resume_proof
@@ -182,6 +182,7 @@ class Worker:
         for note in self.manager.notes:
             self.emit(rec.Alert(severity="critical", code="checkpoint_damaged", message=note))
         if path is None:
+            self.manager.require_new(self._logged_checkpoints())
             self._catch_up(0, None)
             if self.log is not None and self._logged_step() > 0:
                 self.emit(rec.Rewind(to_step=0, reason="no checkpoint yet: starting again at step 0"))
@@ -219,6 +220,15 @@ class Worker:
         """The last step of which the log has anything."""
         kinds = rec.Step | rec.Eval | rec.Experts | rec.Checkpoint
         return max((r.step for r in read_records(self.directory.metrics_path) if isinstance(r, kinds)), default=0)
+
+    def _logged_checkpoints(self) -> list[int]:
+        """Steps of the verified checkpoints in the log; rank 0 alone has it."""
+        records = read_records(self.directory.metrics_path) if self.log is not None else ()
+        return [r.step for r in records if isinstance(r, rec.Checkpoint) and r.verified]
+
+    def _rewinds(self) -> list[tuple[int, int]]:
+        """(seq, to_step) of each rewind in the log."""
+        return [(r.seq, r.to_step) for r in read_records(self.directory.metrics_path) if isinstance(r, rec.Rewind)]
 
     def _catch_up(self, step: int, seq: int | None) -> None:
         """What the log knows beyond the checkpoint of `step`: the user's rates after it, rollbacks since, and what they cost.

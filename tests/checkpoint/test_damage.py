@@ -188,6 +188,37 @@ def test_ck11_all_corrupt_refuses_with_every_reason_and_changes_nothing(tmp_path
     assert names_in(folder) == before
 
 
+@pytest.mark.parametrize("source", ["log", "ledger", "backup", "damaged backup"])
+def test_ck11_a_run_that_committed_is_not_started_from_scratch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """Any one witness will do: checkpoints/ is empty, because its disk is not mounted or somebody removed what was in it."""
+    saved(tmp_path, 1, 2, backup_every_n_hours=1e-9 if "backup" in source else 0.0).close()
+    folder, copies = tmp_path / "checkpoints", tmp_path / "backups"
+    folder.rename(tmp_path / "gone")
+    folder.mkdir()
+    if source != "ledger":
+        monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "other"))
+    if source == "damaged backup":
+        flip(copies / "step-000001" / "model" / "model.safetensors", 9000)
+        flip(copies / "step-000002" / "model" / "model.safetensors", 9000)
+    made = manager(tmp_path)
+    assert made.recover() is None
+    with pytest.raises(CheckpointError) as error:
+        made.require_new([1, 2] if source == "log" else [])
+    words = {
+        "log": "its log tells of 2, the last one step-000002",
+        "ledger": "checkpoints.jsonl tells of 2, the last one step-000002",
+        "backup": f"(cp -a {copies / 'step-000002'} {folder}/)",
+        "damaged backup": f"there is no sound backup in {copies} (step-000002 is damaged: model/model.safetensors",
+    }
+    assert words[source] in str(error.value) and "--fresh" in str(error.value) and error.value.exit_code == 65
+    if source == "backup":  # the copy that the message names is one to go on from
+        shutil.copytree(copies / "step-000002", folder / "step-000002")
+        path = manager(tmp_path).recover()
+        assert path is not None and same(manager(tmp_path).load(path), payload(2))
+
+
 @pytest.mark.parametrize(
     "name", ["step-000007.corrupt", "step-7", "global_step100", "epoch_5.pt", "latest", "step-000003.rewound-00000000"]
 )

@@ -358,6 +358,39 @@ def test_c083_backups_of_an_abandoned_branch_give_way(tmp_path: Path) -> None:
     assert names_in(folder) == ["step-000002", "step-000003"]
 
 
+@pytest.mark.parametrize("explained", [True, False])
+def test_ck11_a_backup_of_another_history_is_dropped_only_where_the_log_explains_it(tmp_path: Path, explained: bool) -> None:
+    """Steps 2 and 3 are saved again from step 1 (or from scratch): the log has a rewind behind the copies, or has none."""
+    rewinds: list[tuple[int, int]] = []
+    config = settings(backup_every_n_hours=1e-9, max_backup_count=2)
+
+    def start() -> CheckpointManager:
+        return CheckpointManager(config, tmp_path, run_id="r", rewinds=lambda: rewinds)
+
+    def save(made: CheckpointManager, step: int, seq: int) -> None:
+        (result,) = made.save(payload(step, global_state={"inc": 1, "log_seq": seq}))
+        assert result.failed is None
+        made.close()
+
+    first, folder = start(), tmp_path / "backups"
+    for step, seq in ((1, 10), (2, 20), (3, 30)):
+        save(first, step, seq)
+    again = start()
+    again.rewind(1)
+    if explained:
+        rewinds.append((31, 1))
+    save(again, 2, 40)
+    notes = again.take_notes()
+    save(again, 3, 50)
+    assert list_steps(folder) == ["step-000003", "step-000002"] and again.take_notes() == []
+    kept = [name for name in names_in(folder) if ".other-" in name]
+    if explained:
+        assert kept == [] and notes == []
+    else:
+        assert [name.partition(".")[0] for name in kept] == ["step-000002", "step-000003"] and len(notes) == 2
+        assert all(verify(folder / name).ok for name in kept)
+
+
 def test_c083_a_backup_on_a_slow_disk_holds_no_save_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copying, go_on = threading.Event(), threading.Event()
     real = backup._copy_file

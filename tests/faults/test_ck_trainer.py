@@ -20,6 +20,7 @@ from lumina_engine.checkpoint import saving
 from lumina_engine.checkpoint.commit import list_steps, verify
 from lumina_engine.checkpoint.manager import CheckpointManager
 from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.log import read_records
 from lumina_engine.run.launch import wait
 from lumina_engine.training.comm import Comm
 from lumina_engine.training.trainer import EnhancedConversationTrainer
@@ -194,3 +195,25 @@ def test_ck11_train_resume_refuses_when_every_checkpoint_is_damaged(tiny_runs: T
     assert state[1:] == ("failed", 65) and inc == 2
     assert all(f"{name}: model/model.safetensors" in reason for name in names)
     assert names_in(run.checkpoints) == before and max(steps(run)) == last
+
+
+def test_ck11_train_resume_refuses_when_the_checkpoints_are_gone(tiny_runs: TinyRuns) -> None:
+    """An unmounted disk: nothing is started from scratch, the backups stay, and one of them that is copied back goes on."""
+    run = tiny_runs.running(max_steps=12, backup_every_n_hours=1e-9)
+    assert wait(run, 120) == 0, run.log_path.read_text()[-2000:]
+    copies = {name: (run.backups / name / "MANIFEST.json").read_bytes() for name in list_steps(run.backups)}
+    assert copies and len(list_steps(run.checkpoints)) >= 2
+    run.checkpoints.rename(run.path / "unmounted")
+    run.checkpoints.mkdir(mode=0o700)
+    words = ["train", "--runs", str(tiny_runs.root), "--run", run.name, "--resume", "max_steps=16"]
+    command = [sys.executable, "-m", "lumina_engine.cli", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 65, done.stderr
+    newest, last = next(iter(copies)), max(steps(run))
+    assert f"cp -a {run.backups / newest} {run.checkpoints}/" in (run.info().reason or "") and last == 12
+    assert {name: (run.backups / name / "MANIFEST.json").read_bytes() for name in list_steps(run.backups)} == copies
+    subprocess.run(["cp", "-a", str(run.backups / newest), f"{run.checkpoints}/"], check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    rewinds = [r.to_step for r in read_records(run.metrics_path) if isinstance(r, rec.Rewind)]
+    assert rewinds == [int(newest[5:])] and max(steps(run)) == 16

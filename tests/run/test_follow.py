@@ -37,6 +37,15 @@ def test_a_start_that_is_refused_at_once_behind_a_long_log(tmp_path: Path) -> No
     assert follow(run, quiet=True, tty=False) == 65
 
 
+def test_ck11_a_start_from_scratch_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = ended(tmp_path, state="finished", exit_code=0)
+    with MetricLog(run.metrics_path, 1, sync_interval=0) as log:
+        log.emit(rec.Rewind(to_step=0, reason="no checkpoint yet: starting again at step 0"))
+        log.emit(rec.Run(state="finished", exit_code=0))
+    assert follow(run, quiet=False, tty=False) == 0
+    assert "back to step 0: no checkpoint yet: starting again at step 0" in capsys.readouterr().err
+
+
 def test_ps07_a_killed_supervisor_has_no_code_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = ended(tmp_path, state="running")
     assert follow(run, quiet=False, tty=False) == 1

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from lumina_engine.checkpoint.manager import CheckpointManager
 from lumina_engine.config.schema import Config
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import read_records
@@ -53,7 +54,8 @@ def test_c098_a_rate_that_was_set_before_the_first_checkpoint_is_set_again(tmp_p
     worker.emit(rec.Step(step=9, loss=1.0))
     boundary, told = SimpleNamespace(rates={}, replay={}), []
     adaptive = SimpleNamespace(catch_up=lambda backs, step: told.append((list(backs), step)))
-    worker.manager = SimpleNamespace(recover=lambda: None, notes=[])  # type: ignore[assignment]
+    new = CheckpointManager(worker.config, run_dir=run)
+    worker.manager = SimpleNamespace(recover=lambda: None, require_new=new.require_new, notes=[])
     worker.trainer = SimpleNamespace(comm=Comm(), boundary=boundary, adaptive=adaptive, recovery=Recovery())  # type: ignore[assignment]
     worker._restore(None)
     assert boundary.rates == boundary.replay == {7: 1e-4} and told == [([], 0)]
