@@ -85,6 +85,8 @@ def roll_back(trainer: EnhancedConversationTrainer, trouble: Trouble) -> bool:
         return False
     loader, progress = trainer._loader(), loaded.global_state["progress"]
     begin, end = progress["epoch"] * loader.rows_per_epoch + progress["index"], loader.row_number
+    # from here on an error saves nothing: the state at hand is given up, and until it is all replaced it is of two steps
+    trainer.at_boundary, trainer.step_rng = False, None
     trainer.manager.rewind(loaded.step)  # before its record: killed in between, the run meets the trouble and decides again
     went_back = rec.Rewind(
         to_step=loaded.step,
@@ -103,6 +105,7 @@ def roll_back(trainer: EnhancedConversationTrainer, trouble: Trouble) -> bool:
     trainer.recovery = recovery
     trainer.adaptive.rolled_back(went_back, adaptive)
     dropped = trainer.boundary.forget_rates(after=loaded.step)
+    trainer.at_boundary = True
     _tell(trainer, trouble, loaded, recovery, dropped)
     return True
 

@@ -34,7 +34,8 @@ class Fault:
 
     Attributes:
         how: raise, say_environment, exit, abort, segfault, kill, oom, sleep, deadlock, hold_gil, stop, slow, nan_loss,
-            nan_gradient, signal, loader (the threads that make rows fail from now on).
+            nan_gradient, signal, loader (the threads that make rows fail from now on), restore (putting an optimizer's state
+            back fails from now on, behind the weights).
         step: the reported step; None fits every step.
         section: data, forward, backward, step, save, eval, …; None fits every section.
         rank: global rank; None fits every rank.
@@ -191,6 +192,13 @@ def _loader(fault: Fault, channel: FaultyChannel) -> None:
     batch.make_batch = broken  # type: ignore[assignment]
 
 
+def _restore(fault: Fault, channel: FaultyChannel) -> None:
+    def broken(*_: Any) -> Any:
+        raise InjectedError(f"injected at rank {channel.rank}, in the middle of a restore")
+
+    channel.worker.trainer.engine.load_state = broken
+
+
 def _poison(fault: Fault) -> float:
     return float("nan") if fault.value is None else fault.value
 
@@ -230,6 +238,7 @@ _STRIKES: dict[str, Callable[[Fault, FaultyChannel], None]] = {
     "slow": _slow,
     "signal": _signal,
     "loader": _loader,
+    "restore": _restore,
     "nan_loss": _nan_loss,
     "nan_gradient": _nan_gradient,
 }

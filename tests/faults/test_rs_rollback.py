@@ -46,5 +46,23 @@ def test_rs08_ft05_killed_between_a_rollback_and_the_next_save_equals_unbroken(
     assert digests(last) == digests(last_killed), "weights, optimizer and generators of every rank"
 
 
+def test_rs08_ft05_an_error_in_the_middle_of_a_rollback_saves_nothing_and_equals_unbroken(tiny_runs: TinyRuns) -> None:
+    """Weights of step 8 beside the position of step 15 are no state to save, and the log knows what was to be left out."""
+    poison = [Fault("nan_loss", step, "forward") for step in (13, 14, 15)]
+    whole = tiny_runs.running("whole", poison, max_steps=20)
+    assert wait(whole, 200) == 0, whole.log_path.read_text()[-2000:]
+    broken = tiny_runs.running("broken", [*poison, Fault("restore", 15, "rollback")], max_steps=20)
+    assert wait(broken, 200) == 0, broken.log_path.read_text()[-2000:]
+    assert [(r.to_step, r.failed_step) for r in read_records(broken.metrics_path) if isinstance(r, rec.Rewind)] == [
+        (8, 15),
+        (8, None),
+    ]
+    assert list(broken.emergency.iterdir()) == []
+    want, got = steps(whole), steps(broken)
+    assert sorted(got) == list(range(1, 21)) and all(got[step].loss == want[step].loss for step in want)
+    last, last_broken = final_manifest(whole), final_manifest(broken)
+    assert last["tokens"] == last_broken["tokens"] and digests(last) == digests(last_broken)
+
+
 def digests(manifest: dict[str, Any]) -> dict[str, list[str]]:
     return {f["path"]: f["chunks"] for f in manifest["files"] if f["path"].endswith(".safetensors")}
