@@ -175,7 +175,7 @@ def write_file(folder: int, relpath: str, pieces: Iterable[Any], size: int | Non
             while len(view):
                 part = view[:room]
                 sha.update(part)
-                _write_all(fd, part)
+                write_all(fd, part)
                 written, room, view = written + len(part), room - len(part), view[len(part) :]
                 if not room:
                     digests.append(sha.hexdigest())
@@ -190,7 +190,8 @@ def write_file(folder: int, relpath: str, pieces: Iterable[Any], size: int | Non
     return FileEntry(relpath, written, tuple(digests), chunk_bytes)
 
 
-def _write_all(fd: int, view: memoryview) -> None:
+def write_all(fd: int, view: memoryview) -> None:
+    """Write every byte: a write may be short."""
     while len(view):
         view = view[os.write(fd, view) :]
 

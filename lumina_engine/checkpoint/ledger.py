@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .files import FILE_MODE, make_folders
+from .files import FILE_MODE, make_folders, sync_folder, write_all
 
 
 def ledger_path() -> Path:
@@ -21,13 +21,13 @@ def ledger_path() -> Path:
 
 
 def record(run: str, step: int, digest: str, committed: bool = False) -> None:
-    """Append one entry with one write; a torn last line is closed first.
+    """Append one entry and fsync it; a torn last line is closed first.
 
     Args:
         committed: the checkpoint is there and was read back. An entry without it says what is about to be committed.
 
     Raises:
-        OSError: the list cannot be written.
+        OSError: the list cannot be written, or not durably.
     """
     path = ledger_path()
     make_folders(path.parent)
@@ -35,10 +35,13 @@ def record(run: str, step: int, digest: str, committed: bool = False) -> None:
     try:
         os.fchmod(fd, FILE_MODE)
         size = os.fstat(fd).st_size
+        if size == 0:  # new, or its maker died before this
+            sync_folder(path.parent)
         torn = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
         entry = {"run": run, "step": step, "digest": digest} | ({"committed": True} if committed else {})
         line = json.dumps(entry).encode() + b"\n"
-        os.write(fd, b"\n" * torn + line)
+        write_all(fd, memoryview(b"\n" * torn + line))
+        os.fsync(fd)
     finally:
         os.close(fd)
 

@@ -243,10 +243,14 @@ class Saver:
             notes.append(f"after the commit: {why(problem)}")
 
     def _record(self, step: int, digest: str, notes: list[str], committed: bool = False) -> None:
+        run = self._run_id()
         try:
-            ledger.record(self._run_id(), step, digest, committed)
+            ledger.record(run, step, digest, committed)
         except OSError as problem:
-            notes.append(f"the commit could not be recorded in {ledger.ledger_path()}: {problem.strerror}")
+            told = f"the commit could not be recorded in {ledger.ledger_path()}: {problem.strerror}"
+            if not committed and ledger.recorded(run, step) - {digest}:
+                raise CheckpointError(f"{told}; it has this step with other content, so a resume would refuse it") from problem
+            notes.append(told)
 
     def _point(self, job: _Save) -> None:
         """Pointers first, then retention: a checkpoint that `best` has just moved to must not be the one deleted."""

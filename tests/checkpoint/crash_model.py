@@ -83,7 +83,8 @@ class Recorder:
         def opened(path: Any, flags: int, mode: int = 0o777, *, dir_fd: int | None = None) -> int:
             fd = real["open"](path, flags, mode, dir_fd=dir_fd)
             folder, name = self._place(path, dir_fd)
-            if flags & os.O_CREAT and folder is not None:
+            is_new = flags & os.O_EXCL or os.fstat(fd).st_ino not in self.numbers
+            if flags & os.O_CREAT and folder is not None and is_new:
                 self.ops.append(Op("entry", self._new(os.fstat(fd).st_ino), folder, name))
             return fd
 
