@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -161,6 +161,16 @@ def _missing(task: str, label: str, found: Counter[str | None]) -> TaskMissing:
 def data_rules() -> dict[str, int]:
     """The versions of what makes rows of files, for a checkpoint: with others equal files give other rows."""
     return {"order": ORDER_VERSION, "reading": READING_VERSION}
+
+
+def why_other_rows(saved: Mapping[str, Any], sources: dict[str, str]) -> tuple[str, str]:
+    """Why a checkpoint (its global state) was trained on other rows than `sources` give now, and what to do, in words."""
+    then = saved.get("data_sources") or {}
+    files = changed_sources(then, sources)
+    if then and not files and saved.get("data_rules") != data_rules():
+        why = "its rows were made by a version of Lumina that reads, orders or packs data otherwise (no file changed)"
+        return why, "go on with that version"
+    return f"the training data changed since it was saved{': ' + files if files else ''}", "restore the data"
 
 
 def changed_sources(then: dict[str, str], now: dict[str, str]) -> str:

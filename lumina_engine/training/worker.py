@@ -98,6 +98,7 @@ class Worker:
     def _train(self) -> dict[str, Any]:
         from ..checkpoint.manager import CheckpointManager
         from ..data.store import open_data
+        from ..data.tasks import data_rules
         from ..data.tokenizer import ConversationTokenizer
         from .expert_parallel import build_model
         from .trainer import EnhancedConversationTrainer
@@ -126,7 +127,8 @@ class Worker:
         trainer.progress.eval_batch = configured
         trainer.adaptive.name_run(self.directory.name)
         sources = data.sources if len(data.sources) <= _NAMED_FILES else {}
-        trainer.extra_state = lambda: {**self._log_position(), "data_sources": sources}
+        made_of = {"data_sources": sources, "data_rules": data_rules()}
+        trainer.extra_state = lambda: {**self._log_position(), **made_of}
         trainer.sync_log = sync or trainer.sync_log
         trainer.control.install_signals()
         trainer.prepare(data.train, data.eval)
@@ -174,7 +176,7 @@ class Worker:
     def _restore(self, data: Any) -> None:
         """Go on from the newest checkpoint that passes its digests; a run that never committed one starts at step 0."""
         from ..checkpoint.resume import check_tokenizer
-        from ..data.tasks import changed_sources
+        from ..data.tasks import why_other_rows
         from .proof import resume_proof
         from .state import restore
 
@@ -194,11 +196,11 @@ class Worker:
         saved = loaded.global_state.get("data_fingerprint")
         changed = saved != data.train.fingerprint
         if changed and not self.accept_data_change:
-            files = changed_sources(loaded.global_state.get("data_sources") or {}, data.sources)
+            why, fix = why_other_rows(loaded.global_state, data.sources)
             raise Refused(
-                f"the training data changed since {path.name} was saved: {files + '; ' if files else ''}"
-                f"fingerprint {str(saved)[:16]} then, {data.train.fingerprint[:16]} now; restore the data, start a new run, or "
-                "go on with other rows in another order by --accept-data-change, which every later checkpoint will say"
+                f"{path.name} cannot be resumed: {why}; data fingerprint {str(saved)[:16]} then, "
+                f"{data.train.fingerprint[:16]} now; {fix}, start a new run, or go on with other rows in another order by "
+                "--accept-data-change, which every later checkpoint will say"
             )
         self.manager.rewind(loaded.step)
         restore(self.trainer, loaded)

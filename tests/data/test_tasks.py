@@ -13,7 +13,7 @@ from lumina_engine.data.conversation import DataError
 from lumina_engine.data.facts import facts_of, rows_of_run
 from lumina_engine.data.mixed import Mixture
 from lumina_engine.data.store import open_data
-from lumina_engine.data.tasks import changed_sources
+from lumina_engine.data.tasks import changed_sources, data_rules, why_other_rows
 
 
 def records(tag, count, task=None):
@@ -146,3 +146,17 @@ def test_rs07_the_changed_file_of_a_task_is_named(mixed, tokenizer):
     assert changed_sources(then.sources, now.sources) == f"code: {path} changed"
     assert changed_sources({}, now.sources) == "" == changed_sources(now.sources, now.sources)
     assert changed_sources({"a": "1", "b": "2"}, {"b": "3", "c": "4"}) == "b changed, a is gone, c is new"
+
+
+def test_rs07_other_rules_are_not_told_as_changed_data():
+    """A checkpoint of another version: its files are as they were, its rows are not."""
+    saved = {"data_sources": {"a": "1", "b": "2"}, "data_rules": data_rules()}
+    why, fix = why_other_rows(saved, {"a": "1", "b": "3"})
+    assert why == "the training data changed since it was saved: b changed" and fix == "restore the data"
+    older = saved | {"data_rules": {"order": 1, "reading": 1}}
+    why, fix = why_other_rows(older, {"a": "1", "b": "2"})
+    assert "version of Lumina" in why and "no file changed" in why and fix == "go on with that version"
+    assert why_other_rows(older, {"a": "1", "b": "3"})[1] == "restore the data"
+    del older["data_rules"]  # as before rules were saved
+    assert "version of Lumina" in why_other_rows(older, {"a": "1", "b": "2"})[0]
+    assert why_other_rows({}, {"a": "1"}) == ("the training data changed since it was saved", "restore the data")
