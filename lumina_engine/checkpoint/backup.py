@@ -145,20 +145,17 @@ class Backups:
         """Name of the checkpoint that is being copied: its lease is this process's own, which does not hold retention off."""
         return self._name if self._thread is not None and self._thread.is_alive() else None
 
-    def copy_if_due(self, checkpoint: Path, beside: bool) -> None:
-        """Copy a checkpoint just committed, if `backup_every_n_hours` have passed; with `beside` in a thread, one at a time.
+    def copy_if_due(self, checkpoint: Path) -> None:
+        """Copy a checkpoint just committed, if `backup_every_n_hours` have passed, in a thread, one at a time.
 
-        Raises:
-            CheckpointError, OSError: as `back_up`, without `beside`.
+        Beside a blocking save too: its time says nothing of how long a copy to another disk takes, so a watchdog that knows
+        saves would take the copy for a hang, and the other ranks would wait for it.
         """
         hours = self.config.backup_every_n_hours
         if not hours or self.copying is not None:
             return
         last = newest_backup(self.folder)
         if self._clock() - (self._started() if last is None else last) < hours * 3600:
-            return
-        if not beside:
-            self._make(checkpoint)
             return
         self._name = checkpoint.name
         # a daemon: a process that must leave does not wait for a slow disk, and the next start removes what is half-done

@@ -130,6 +130,11 @@ class CheckpointManager:
         self._saver.drain()
         return self._saver.poll()
 
+    @property
+    def backing_up(self) -> bool:
+        """Whether a copy to the backups is under way in this process, for which `close` waits."""
+        return self._saver.backups.copying is not None
+
     def close(self) -> list[SaveResult]:
         """Finish the save and the backup in flight and return what `poll` has not. The manager holds nothing else open."""
         results = self.wait()
@@ -222,7 +227,9 @@ class CheckpointManager:
             CheckpointError: nothing was committed, and why.
         """
         payload = self._plain(model, optimizer, scheduler, global_step, current_epoch, metrics)
-        return self._save_now(self.checkpoints, payload, best=is_best)
+        path = self._save_now(self.checkpoints, payload, best=is_best)
+        self._saver.backups.wait()  # a script may end right after this, and the copy's thread with it
+        return path
 
     def _plain(self, model: nn.Module, optimizer: Any, scheduler: Any, step: int, epoch: int, metrics: Any) -> Payload:
         if self._tokenizer is None:

@@ -233,7 +233,7 @@ class Saver:
             self._after(notes, lambda: self._point(job))
         self._after(notes, lambda: self._keep(job, notes))
         if job.folder == self.checkpoints:
-            self._after(notes, lambda: self.backups.copy_if_due(path, beside=not job.inline))
+            self._after(notes, lambda: self.backups.copy_if_due(path))
 
     def _after(self, notes: list[str], action: Callable[[], object]) -> None:
         """What follows a commit: each part of it may fail without the others, and costs no checkpoint."""

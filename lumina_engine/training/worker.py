@@ -34,6 +34,7 @@ from ..monitoring.log import MetricLog, read_records, surviving
 from ..run.directory import RunDirectory
 from ..run.policy import AGAIN, NO_PROGRESS, OUT_OF_MEMORY, REFUSED, USAGE
 from ..run.rank import NullChannel, RankChannel
+from ..run.sections import BACKUP
 from ..secrets import ScrubbedStream, Scrubber
 from .comm import Comm
 from .cuda import optimize_cuda_settings
@@ -147,8 +148,16 @@ class Worker:
         finally:
             if hardware is not None:
                 hardware.stop()
-        self.manager.close()
+        self._close()
         return summary
+
+    def _close(self) -> None:
+        """Wait for the save and the backup in flight; a backup in a section of its own: no other tells how long it takes."""
+        if self.manager.backing_up:
+            self.channel.report(self.trainer.progress.step, BACKUP)
+        self.manager.close()
+        for note in self.manager.take_notes():  # of a backup that failed after the last step
+            self.emit(rec.Alert(severity="warning", code="checkpoint_note", message=note))
 
     def _tell_data(self) -> None:
         """What becomes of the data in rows."""

@@ -193,7 +193,8 @@ def test_ck11_a_run_that_committed_is_not_started_from_scratch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     """Any one witness will do: checkpoints/ is empty, because its disk is not mounted or somebody removed what was in it."""
-    saved(tmp_path, 1, 2, backup_every_n_hours=1e-9 if "backup" in source else 0.0).close()
+    for step in (1, 2):
+        saved(tmp_path, step, backup_every_n_hours=1e-9 if "backup" in source else 0.0).close()
     folder, copies = tmp_path / "checkpoints", tmp_path / "backups"
     folder.rename(tmp_path / "gone")
     folder.mkdir()

@@ -295,6 +295,7 @@ def test_c083_backups_by_the_clock_verified_and_counted(tmp_path: Path) -> None:
         now += 3600
         (result,) = made.save(payload(step))
         assert result.failed is None and result.notes == ()
+        made.close()
         seen.append(list_steps(folder))
     assert seen[4] == [] and seen[5] == ["step-000006"] == seen[10] and seen[11] == ["step-000012", "step-000006"]
     assert seen[-1] == ["step-000024", "step-000018"]
@@ -306,9 +307,11 @@ def test_c083_backups_by_the_clock_verified_and_counted(tmp_path: Path) -> None:
 def test_c083_restarts_do_not_put_the_first_backup_off(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"id": "x", "created": 1e9}))
     config = settings(backup_every_n_hours=6.0)
-    CheckpointManager(config, tmp_path, clock=lambda: 1e9 + 5 * 3600).save(payload(1))
-    assert list_steps(tmp_path / "backups") == []
-    CheckpointManager(config, tmp_path, clock=lambda: 1e9 + 7 * 3600).save(payload(2))
+    for step, hours in ((1, 5), (2, 7)):
+        made = CheckpointManager(config, tmp_path, clock=lambda hours=hours: 1e9 + hours * 3600)
+        made.save(payload(step))
+        made.close()
+        assert bool(list_steps(tmp_path / "backups")) == (hours == 7)
     assert list_steps(tmp_path / "backups") == ["step-000002"]
 
 
@@ -320,6 +323,7 @@ def test_c083_a_backup_that_fails_costs_nothing_but_a_note(tmp_path: Path, monke
     config.backup_path = str(tmp_path / "disk")
     made = CheckpointManager(config, tmp_path / "run")
     (result,) = made.save(payload(2))
+    made.close()
     assert result.notes == () and list_steps(made.backups) == ["step-000002"] and made.backups.parent == tmp_path / "disk"
     monkeypatch.setattr(backup, "_copy_file", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
     made.save(payload(3), blocking=False)
@@ -335,6 +339,7 @@ def test_c083_runs_of_one_name_keep_their_own_backups(tmp_path: Path) -> None:
         config = settings(backup_every_n_hours=1e-9, backup_path=str(disk), max_backup_count=1)
         made.append(CheckpointManager(config, tmp_path / root / "same"))
         (result,) = made[-1].save(payload(step))
+        made[-1].close()
         assert result.notes == ()
     assert [list_steps(one.backups) for one in made] == [["step-000900"], ["step-000005"]]
 
@@ -347,10 +352,12 @@ def test_c083_backups_of_an_abandoned_branch_give_way(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         now += 3601
         made.save(payload(step))
+        made.close()
     made.rewind(1)
     for step in (2, 3):
         now += 3601
         (result,) = made.save(payload(step, tokens=7))
+        made.close()
         assert result.notes == () and result.failed is None
         # the newest is of this branch, and the second newest is the last one before it
         assert made.load(folder / f"step-{step:06d}").tokens == 7
@@ -391,7 +398,9 @@ def test_ck11_a_backup_of_another_history_is_dropped_only_where_the_log_explains
         assert all(verify(folder / name).ok for name in kept)
 
 
-def test_c083_a_backup_on_a_slow_disk_holds_no_save_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("blocking", [False, True])
+def test_c083_a_backup_on_a_slow_disk_holds_no_save_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocking: bool) -> None:
+    """Nor does it lengthen a blocking save, by whose time the watchdog of hangs goes."""
     copying, go_on = threading.Event(), threading.Event()
     real = backup._copy_file
 
@@ -402,29 +411,38 @@ def test_c083_a_backup_on_a_slow_disk_holds_no_save_up(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(backup, "_copy_file", slow)
     made = manager(tmp_path, backup_every_n_hours=1e-9, max_backup_count=5)
-    made.save(payload(1), blocking=False)
-    assert copying.wait(60)
+    results = made.save(payload(1), blocking=blocking)
+    assert copying.wait(60) and made.backing_up
     for step in (2, 3, 4):  # none of these waits, and retention leaves what is being copied
-        made.save(payload(step), blocking=False)
-        assert [result.failed for result in made.wait()] == [None]
+        results += made.save(payload(step), blocking=blocking) + made.wait()
+    results += made.wait()
+    assert [(result.step, result.failed) for result in results] == [(step, None) for step in (1, 2, 3, 4)]
     assert list_steps(tmp_path / "checkpoints") == ["step-000004", "step-000003", "step-000001"]
     go_on.set()
     made.close()
-    assert list_steps(tmp_path / "backups") == ["step-000001"] and made.take_notes() == []
+    assert list_steps(tmp_path / "backups") == ["step-000001"] and made.take_notes() == [] and not made.backing_up
     made.save(payload(5), blocking=False)
     made.close()
     assert list_steps(tmp_path / "backups") == ["step-000005", "step-000001"]
     assert list_steps(tmp_path / "checkpoints") == ["step-000005", "step-000004"]
 
 
+def test_c083_a_plain_script_that_ends_after_its_save_has_its_backup(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    manager(tmp_path, backup_every_n_hours=1e-9).save_checkpoint(model=model, global_step=4)
+    assert list_steps(tmp_path / "backups") == ["step-000004"]
+
+
 def test_c083_damaged_backups_do_not_count(tmp_path: Path) -> None:
     made = manager(tmp_path, backup_every_n_hours=1e-9, max_backup_count=2)
     for step in (1, 2):
         made.save(payload(step))
+        made.close()
     os.truncate(tmp_path / "backups" / "step-000002" / "model" / "model.safetensors", 9)
     again = manager(tmp_path, backup_every_n_hours=1e-9, max_backup_count=2)
     again.recover()
     again.save(payload(3))
+    again.close()
     assert names_in(tmp_path / "backups") == ["step-000001", "step-000002.corrupt", "step-000003"]
 
 

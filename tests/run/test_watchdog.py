@@ -34,6 +34,7 @@ def state(section: str | None = "backward", at: float = 0.0, steps: int = 100, *
         (state("compile"), 1800.0),
         (state("window", p99={"window": 0.1}), 1800.0),  # of a stream: seldom, and then long
         (state("rollback"), 1800.0),  # reads a whole checkpoint
+        (state("backup", p99={"backup": 0.1}), 1800.0),  # on a disk that nobody knows
         (state("waited save", p99={"save": 0.3, "waited save": 0.3}), 1800.0),  # not judged by copies to memory
         (state(None), 1800.0),
         (state("paused"), float("inf")),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from lumina_engine.checkpoint import backup
 from lumina_engine.checkpoint.manager import CheckpointManager
 from lumina_engine.config.schema import Config
 from lumina_engine.monitoring import record as rec
@@ -22,6 +24,7 @@ from lumina_engine.training.rollback import Recovery
 from lumina_engine.training.settle import NoRoom
 from lumina_engine.training.trial import TrialError
 from lumina_engine.training.worker import Worker
+from tests.checkpoint.helpers import payload
 
 LOST = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12")
 
@@ -60,6 +63,38 @@ def test_c098_a_rate_that_was_set_before_the_first_checkpoint_is_set_again(tmp_p
     worker._restore(None)
     assert boundary.rates == boundary.replay == {7: 1e-4} and told == [([], 0)]
     assert [r.to_step for r in read_records(run.metrics_path) if isinstance(r, rec.Rewind)] == [0]
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_ft07_the_wait_for_a_backup_at_the_end_is_no_other_section(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    """The copy goes on once the rank has said what it waits for; one that fails this late is told too."""
+    run = RunDirectory.create(tmp_path, "r")
+    Config(tokenizer="lumina-1k", backup_every_n_hours=1e-9).save(run.config_path)
+    told, said, real = [], threading.Event(), backup.back_up
+
+    class Told(Ear):
+        def report(self, step: int, section: str) -> None:
+            told.append((step, section))
+            said.set()
+
+    def slow(*arguments: Any) -> Path:
+        assert said.wait(30)
+        if broken:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*arguments)
+
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr(backup, "back_up", slow)
+    worker = Worker(run, Told())
+    worker.manager = CheckpointManager(worker.config, run_dir=run)
+    worker.trainer = SimpleNamespace(progress=SimpleNamespace(step=3))
+    worker.manager.save(payload(3))
+    worker._close()
+    assert told == [(3, "backup")] and [path.name for path in run.backups.iterdir()] == ["step-000003"] * (not broken)
+    alerts = [r.message for r in read_records(run.metrics_path) if isinstance(r, rec.Alert)]
+    assert [message.partition(":")[0] for message in alerts] == ["step-000003 was not backed up"] * broken
 
 
 @pytest.mark.parametrize("error", [LOST, MemoryError()])
