@@ -78,7 +78,8 @@ def obeyed(raw: bytes) -> list[str]:
 def hostile_manifest() -> dict[str, Any]:
     """What a foreign program may write into a checkpoint's manifest: payloads in every value and in names."""
     text = " ".join([*PAYLOADS, *MARKUP])
-    named = dict.fromkeys([*PAYLOADS, *MARKUP[:-1]], text)
+    # without the thousands of brackets: as often as this a manifest may not have them
+    named = dict.fromkeys([*PAYLOADS, *MARKUP[:-1]], " ".join([*PAYLOADS, *MARKUP[:-1]]))
     return {
         "metrics": {"eval_loss": 1.5, **dict.fromkeys(PAYLOADS, 1.0)},
         "flags": {"suspect": True, **named},

@@ -121,9 +121,9 @@ async def test_finished_run_is_read_from_the_file(tmp_path):
         (engine.run.reports / "sample_eval.json").write_text('{"overall": 0.824, "skills": {}}')
         await engine.finish()
         async with monitor(tmp_path) as (app, pilot, screen):
-            await until(pilot, lambda: "FINISHED" in screen_text(app))
+            await until(pilot, lambda: "FINISHED" in screen_text(app) and "FILE" in screen_text(app))
             text = screen_text(app)
-            assert "FILE" in text and "step 100" in text and "of training" in text
+            assert "step 100" in text and "of training" in text
             assert "held-out questions right: 82 %" in text and "T chats" in text
             assert screen.summary().startswith("step 100, loss")
 
