@@ -187,8 +187,9 @@ def _split(model: DeepSeekConfig, layout: Layout, counts: Counts, stage: int) ->
     count, part = _local(model, counts), counts.stored // layout.world
     weight, grad, _ = _BYTES[layout.precision]
     size = min(count, layout.reduce_bucket_size) if layout.on_cpu else layout.reduce_bucket_size
-    # the gradients of a block lie in them, and are counted by themselves
-    buckets = max(0, size * grad * (2 if layout.overlap_comm else 1) - grad * _block_parameters(model, counts))
+    buckets = size * grad * (2 if layout.overlap_comm else 1)
+    if layout.on_cpu:  # what is written to in them are a block's gradients, which are counted by themselves
+        buckets = max(0, buckets - grad * _block_parameters(model, counts))
     all_gradients, own = count * grad, part * grad
     # two moments, and masters where the weights are no masters themselves (training/deepspeed_engine.py)
     optimizer = (8 if layout.precision in ("fp32", "mixed_bf16") and not layout.offload_optimizer else 12) * part
