@@ -22,7 +22,10 @@ from .tokenizer import ConversationTokenizer
 def main() -> int:
     """Work until the input ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    shared = json.loads(sys.stdin.readline())
+    first = sys.stdin.readline()
+    if not first:  # started ahead, and not needed
+        return 0
+    shared = json.loads(first)
     tokenizer = ConversationTokenizer(shared["tokenizer"])
     if tokenizer.digest != shared["digest"]:
         _say(error=DataError(f"tokenizer {tokenizer.name} changed", fix="start again").to_dict())

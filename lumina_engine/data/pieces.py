@@ -1,6 +1,6 @@
 """A data set in pieces that are tokenised by themselves, so that many can work and a killed one costs its piece only.
 
-The pieces depend on the files alone: a JSON Lines file falls into ranges of 16 MiB (a line belongs to the piece in which it
+The pieces depend on the files alone: a JSON Lines file falls into ranges of 8 MiB (a line belongs to the piece in which it
 begins), a Parquet file into runs of row groups of about that size, any other file is one piece. Their stores, joined in order,
 are the store that one pass over the files would give.
 """
@@ -21,7 +21,7 @@ from .parquet import row_groups
 from .tally import Tally
 from .token_store import Progress, TokenStore, build_parts, open_verified
 
-PIECE_BYTES = 16 << 20
+PIECE_BYTES = 8 << 20
 
 Part = Callable[[Document], str]
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +28,29 @@ def processors() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class Ahead:
+    """Processes that start before it is known what they shall tokenise: a start takes as long as a third of a piece."""
+
+    def __init__(self) -> None:
+        self._started: list[subprocess.Popen[str]] = []
+
+    def start(self, count: int) -> None:
+        """Start `count` more."""
+        self._started += [_piece_worker() for _ in range(count)]
+
+    def take(self) -> subprocess.Popen[str]:
+        """One that was started, else a new one."""
+        try:
+            return self._started.pop()
+        except IndexError:
+            return _piece_worker()
+
+    def close(self) -> None:
+        """End those that nobody took."""
+        while self._started:
+            _end(self._started.pop())
+
+
 @dataclass(frozen=True)
 class Job:
     """What to tokenise, and where the stores of the pieces go meanwhile.
@@ -39,6 +62,7 @@ class Job:
         threshold: of the split into training and evaluation; None: one part, "all".
         part_of: the part of a document, as the workers decide it from `threshold`.
         engine: "local" for processes of this machine, "ray" for workers of Ray.
+        ahead: where the processes come from.
     """
 
     pieces: list[Piece]
@@ -47,6 +71,7 @@ class Job:
     threshold: int | None
     part_of: Callable[[Document], str]
     engine: str = "local"
+    ahead: Ahead = field(default_factory=Ahead)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -137,6 +162,7 @@ def join(
             tally.add(Tally.from_dict(stores[job.parts[0]].meta["tally"]))  # each part tells the counts of the whole piece
             for part, writer in writers.items():
                 writer.extend(stores[part])
+                writer.settle()  # the disk works while other pieces are tokenised
         if required and not all(writer.documents for writer in writers.values()):
             shutil.rmtree(job.folder, ignore_errors=True)
             return None
@@ -212,13 +238,7 @@ class _Worker:
     """One process of `piece_worker`."""
 
     def __init__(self, job: Job) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "lumina_engine.data.piece_worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            encoding="utf-8",
-        )
+        self._process = job.ahead.take()
         tokenizer = job.tokenizer
         self._tell({"tokenizer": tokenizer.name, "digest": tokenizer.digest, "threshold": job.threshold})
 
@@ -249,13 +269,22 @@ class _Worker:
 
     def close(self) -> None:
         """End the process, whatever it does: its piece is written again from its start."""
-        self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            try:
-                _there(pipe).close()
-            except OSError:  # what it was not told any more
-                pass
+        _end(self._process)
+
+
+def _piece_worker() -> subprocess.Popen[str]:
+    words = [sys.executable, "-m", "lumina_engine.data.piece_worker"]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        try:
+            _there(pipe).close()
+        except OSError:  # what it was not told any more
+            pass
 
 
 def _there(pipe: IO[str] | None) -> IO[str]:

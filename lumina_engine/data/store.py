@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,9 @@ from .files import Paths, digest_files, digests_of, expand, joined_digest, total
 from .formats import read_conversations
 from .mixed import Mixture, stores_of
 from .pieces import PIECE_BYTES, plan
-from .prepare import Job, join, processors, tokenise
+from .prepare import Ahead, Job, join, processors, tokenise
 from .rows import RowOptions
+from .size import has_label
 from .store_writer import locked
 from .stream import TokenStream
 from .stream_open import is_streamed, notes_of, open_stream
@@ -30,7 +32,7 @@ from .tokenizer import ConversationTokenizer
 __all__ = ["Data", "TokenStore", "build_store", "open_data", "open_train"]
 
 _SPLIT_UNIT = 1 << 64  # split values are below this
-PIECES_FROM = 4 * PIECE_BYTES  # below, starting processes costs more than they save
+PIECES_FROM = 8 * PIECE_BYTES  # below, starting processes costs more than they save
 
 
 @dataclass
@@ -73,12 +75,13 @@ def open_data(
     """
     check_vocabulary(config, tokenizer)
     cache = Cache(Path(getattr(config, "data_cache_dir", "data/cache")), tokenizer, progress, workers, engine)
-    if getattr(config, "multi_task", False):
-        from .tasks import open_tasks  # here, since it opens the sources of each task as this module does
+    with closing(cache.ahead):
+        if getattr(config, "multi_task", False):
+            from .tasks import open_tasks  # here, since it opens the sources of each task as this module does
 
-        data = open_tasks(config, cache)
-    else:
-        data = _open_whole(config, cache)
+            data = open_tasks(config, cache)
+        else:
+            data = _open_whole(config, cache)
     data.notes += _closing_notes(config, data)
     return data
 
@@ -98,6 +101,7 @@ def _open_whole(config: Any, cache: Cache) -> Data:
         if eval_path is None:
             held_out = cache.store(sample_source("eval"), notes)
     else:
+        cache.expect(expand(train_path, "train_data_path"), getattr(config, "data_format", "auto"))
         source = file_source(train_path, config, "train_data_path")
         sources = dict(source.digests)
         if eval_path is None and split > 0:
@@ -145,8 +149,7 @@ def _open_streamed(config: Any, cache: Cache) -> Data:
     split = float(getattr(config, "eval_split", 0.0)) if getattr(config, "eval_data_path", None) is None else 0.0
     stream = cache.stream(config.train_data_path, config, "train_data_path", split)
     files = expand(config.train_data_path, "train_data_path")
-    label = str(files[0]) if len(files) == 1 else f"{len(files)} files"
-    notes = notes_of(stream, RowOptions.from_config(config), label, split)
+    notes = notes_of(stream, RowOptions.from_config(config), label_of(files), split)
     held_out = stream.eval
     if getattr(config, "eval_data_path", None) is not None:
         held_out = cache.store(file_source(config.eval_data_path, config, "eval_data_path"), notes)
@@ -185,11 +188,15 @@ def file_source(paths: Paths, config: Any, key: str) -> Source:
     """Files, folders and globs as a source. Raises `DataError` for what is missing."""
     files = expand(paths, key)
     layout = getattr(config, "data_format", "auto")
-    label = str(files[0]) if len(files) == 1 else f"{len(files)} files"
     each = digests_of(files)
     digest = hashlib.sha256(f"{layout}\n{joined_digest(each)}".encode()).hexdigest()
     read = partial(_read_files, list(files), layout, key)
-    return Source(label, digest, read, tuple(files), layout, tuple(zip(map(str, files), each, strict=True)))
+    return Source(label_of(files), digest, read, tuple(files), layout, tuple(zip(map(str, files), each, strict=True)))
+
+
+def label_of(files: list[Path]) -> str:
+    """What notes call these files."""
+    return str(files[0]) if len(files) == 1 else f"{len(files)} files"
 
 
 def _read_files(files: list[Path], layout: str, key: str, tally: Tally) -> Iterator[Document]:
@@ -255,6 +262,15 @@ class Cache:
         self.folder, self.tokenizer, self.progress = folder, tokenizer, progress
         by_name = isinstance(tokenizer, ConversationTokenizer)  # another kind cannot be made again in another process
         self.workers = (workers or processors()) if by_name else 1
+        self.ahead = Ahead()
+
+    def expect(self, files: list[Path], layout: str) -> None:
+        """Start workers for a large source that no store comes from, while the caller reads it for its digest."""
+        if self.engine != "local" or self.workers < 2 or total_bytes(files) < PIECES_FROM:
+            return
+        pieces = [] if has_label(self.folder, label_of(files)) else plan(files, layout, PIECE_BYTES) or []
+        if len(pieces) > 1:
+            self.ahead.start(min(self.workers, len(pieces)))
 
     def store(self, source: Source, notes: list[str]) -> TokenStore:
         """The store of a whole source."""
@@ -340,7 +356,7 @@ class Cache:
         if pieces is None or (not by_ray and len(pieces) < 2):
             return None
         folder = self.folder / f"{next(iter(targets.values())).name}.pieces"
-        job = Job(pieces, folder, self.tokenizer, threshold, part_of(threshold), self.engine)
+        job = Job(pieces, folder, self.tokenizer, threshold, part_of(threshold), self.engine, self.ahead)
         try:
             finished = tokenise(job, min(self.workers, len(pieces)), self.progress)
             return join(job, finished, targets, partial(_meta, source))

@@ -105,6 +105,12 @@ class StoreWriter:
         self.trained += store.num_trained
         self.longest = max(self.longest, int(store.meta["longest"]))
 
+    def settle(self) -> None:
+        """Bring to disk what was added so far, so that `publish` has little left to wait for."""
+        for handle in self._handles.values():
+            handle.flush()
+            os.fsync(handle.fileno())
+
     def _copy(
         self, store: TokenStore, name: str, change: Callable[[np.ndarray], np.ndarray] | None = None, skip: int = 0
     ) -> None:
@@ -167,9 +173,8 @@ class StoreWriter:
     def publish(self, extra: Mapping[str, Any]) -> Path:
         """Finish the files, write meta.json (with `extra` in it) and rename the folder to its place. Returns that place."""
         self._flush()
+        self.settle()
         for handle in self._handles.values():
-            handle.flush()
-            os.fsync(handle.fileno())
             handle.close()
         digests = {name: state.hexdigest() for name, state in self._hashes.items()}
         weights = [0.0] * (max(self._codes.values()) + 1)

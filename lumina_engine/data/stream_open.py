@@ -10,7 +10,7 @@ from typing import Any
 from .conversation import READING_VERSION, DataError
 from .files import Paths, expand, total_bytes
 from .order import ORDER_VERSION
-from .pieces import PIECE_BYTES, plan
+from .pieces import plan
 from .rows import RowOptions
 from .store_writer import template_digest
 from .stream import STREAM_VERSION, WINDOW_PIECES, TokenStream, windows_of
@@ -18,6 +18,7 @@ from .stream_rows import StreamRows
 from .token_store import Progress
 
 _SPLIT_UNIT = 1 << 64
+PIECE_BYTES = 16 << 20  # of a stream: the order of its rows follows from it
 
 
 def is_streamed(paths: Paths | None, config: Any, key: str = "train_data_path") -> bool:

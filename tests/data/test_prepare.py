@@ -102,6 +102,51 @@ def test_c036_two_processes_give_the_same_store(write, in_pieces, settings):
     same(stores[0], stores[2])
 
 
+def test_c036_workers_start_while_a_new_source_is_read_and_end_with_it(write, in_pieces, settings, monkeypatch):
+    """Two are there when its digest is taken; none is started for a source of which there is a store, none is left."""
+    seen = []
+
+    def digests_of(files):
+        seen.append([child.pid for child in psutil.Process().children() if "piece_worker" in " ".join(child.cmdline())])
+        return taken(files)
+
+    taken = store.digests_of
+    monkeypatch.setattr(store, "digests_of", digests_of)
+    in_pieces(3000)
+    config = settings(train_data_path=str(write("x.jsonl", [talk(n) for n in range(200)])), eval_split=0.2)
+    tokenizer = ConversationTokenizer("lumina-1k")
+    first = open_data(config, tokenizer, workers=2)
+    again = open_data(config, tokenizer, workers=2)
+    assert [len(pids) for pids in seen] == [2, 0] and not any(map(psutil.pid_exists, seen[0]))
+    assert first.train.fingerprint == again.train.fingerprint
+
+
+def test_c036_a_worker_that_is_told_nothing_ends_in_silence():
+    """As when the parent is killed before it knew what to tokenise."""
+    words = [sys.executable, "-m", "lumina_engine.data.piece_worker"]
+    done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_c036_workers_that_nobody_needs_end_with_the_fault_of_a_source(write, in_pieces, settings, monkeypatch):
+    started, begin = [], prepare._piece_worker
+
+    def counted():
+        started.append(begin())
+        return started[-1]
+
+    def unreadable(files):
+        raise DataError("cannot be read", path=files[0])
+
+    monkeypatch.setattr(prepare, "_piece_worker", counted)
+    monkeypatch.setattr(store, "digests_of", unreadable)
+    in_pieces(3000)
+    config = settings(train_data_path=str(write("x.jsonl", [talk(n) for n in range(200)])))
+    with pytest.raises(DataError, match="cannot be read"):
+        open_data(config, ConversationTokenizer("lumina-1k"), workers=2)
+    assert len(started) == 2 and all(process.returncode is not None for process in started)
+
+
 SCRIPT = """
 import sys
 from types import SimpleNamespace
