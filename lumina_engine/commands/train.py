@@ -319,6 +319,8 @@ def _changed(config: Config, args: argparse.Namespace) -> Config:
     changes |= {key: "auto" for key in asked if getattr(wanted.config, key) == "auto"}  # resolved anew
     if "num_gpus" in changes and config.launcher in ("none", "torchrun"):  # what auto chose for one rank, and for several
         changes.setdefault("launcher", "auto")
+    if config.expert_parallel_size == 1 < changes.get("expert_parallel_size", 1):  # false may be what auto chose without
+        changes.setdefault("contiguous_gradients", "auto")
     machine = detect()
     new = Config(**(config.to_dict(sectioned=False) | changes))
     if ("batch_size" in changes) != ("gradient_accumulation_steps" in changes):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lumina_engine.config.buckets import bucket_size
+from lumina_engine.config.buckets import bucket_size, reduces_early
 from lumina_engine.config.counts import largest_parameter
 from lumina_engine.config.declare import show
 from lumina_engine.config.deepspeed_rules import useless, value_at
@@ -197,8 +197,8 @@ def _zero(config: Config, world: int) -> dict[str, Any]:
     zero: dict[str, Any] = {"stage": 0 if config.zero_stage == "auto" else config.zero_stage}
     if zero["stage"] >= 1:
         zero |= {
-            "overlap_comm": config.overlap_comm,
-            "contiguous_gradients": config.contiguous_gradients,
+            "overlap_comm": reduces_early(config.overlap_comm, zero["stage"]),
+            "contiguous_gradients": reduces_early(config.contiguous_gradients, zero["stage"]),
             "allgather_bucket_size": bucket_size(config.allgather_bucket_size),
             "reduce_bucket_size": bucket_size(config.reduce_bucket_size),
         }

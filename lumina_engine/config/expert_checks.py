@@ -45,7 +45,7 @@ def expert_parallel(config: Config) -> Iterator[Finding]:
     if config.zero_stage != "auto" and config.zero_stage > MOST_STAGE_WITH_EXPERTS:
         message = f"zero_stage = {config.zero_stage} with expert_parallel_size = {size}: both split the experts' weights"
         yield error("expert_stage", "expert_parallel_size zero_stage", message, f"set zero_stage={MOST_STAGE_WITH_EXPERTS}")
-    if config.use_deepspeed and config.zero_stage != 0 and not config.contiguous_gradients:
+    if config.use_deepspeed and config.zero_stage != 0 and config.contiguous_gradients is False:
         message = f"contiguous_gradients = false with expert_parallel_size = {size}: DeepSpeed needs them for experts"
         yield error("expert_gradients", "expert_parallel_size contiguous_gradients", message, "set contiguous_gradients=true")
     for key, proved in PROVED.items():

@@ -47,8 +47,20 @@ class DeepSpeedKeys(Section):
     nvme_path: str = key(
         "/tmp/deepspeed_nvme", "Folder for offload to disk.", pattern=r".+", form="a path", resume=True, read_by=_DEEPSPEED
     )
-    overlap_comm: bool = key(True, "Reduce gradients while the backward pass goes on.", resume=True, read_by=_DEEPSPEED)
-    contiguous_gradients: bool = key(True, "Copy gradients into one buffer as they come.", resume=True, read_by=_DEEPSPEED)
+    overlap_comm: bool | Literal["auto"] = key(
+        "auto",
+        "Reduce gradients while the backward pass goes on. auto: not on a CPU at ZeRO stage 1 with expert_parallel_size 1, "
+        "where a step is faster without.",
+        resume=True,
+        read_by=_DEEPSPEED,
+    )
+    contiguous_gradients: bool | Literal["auto"] = key(
+        "auto",
+        "Copy gradients into one buffer as they come. auto: not on a CPU at ZeRO stage 1 with expert_parallel_size 1, "
+        "where a step is faster without.",
+        resume=True,
+        read_by=_DEEPSPEED,
+    )
     allgather_bucket_size: int | Literal["auto"] = key(
         "auto",
         "Elements gathered at once. auto: 200,000,000 on GPUs, 2,000,000 on CPU.",

@@ -42,6 +42,7 @@ class Layout:
     reduce_bucket_size: int = ON_GPU
     prefetch_bucket_size: int = 50_000_000
     overlap_comm: bool = True
+    contiguous_gradients: bool = True
     on_cpu: bool = True
 
 
@@ -193,13 +194,15 @@ def _split(model: DeepSeekConfig, layout: Layout, counts: Counts, stage: int) ->
     all_gradients, own = count * grad, part * grad
     # two moments, and masters where the weights are no masters themselves (training/deepspeed_engine.py)
     optimizer = (8 if layout.precision in ("fp32", "mixed_bf16") and not layout.offload_optimizer else 12) * part
+    # at stage 1 DeepSpeed lets go of the gradients of other ranks only where it copies them into a bucket on the way
+    early = stage == 2 or (layout.overlap_comm and layout.contiguous_gradients)
     held = (all_gradients if stage == 1 else own) if layout.accumulates else 0
     return _State(
         weights=count * weight,
         gradients=all_gradients if stage == 1 else own,
         optimizer=0 if layout.offload_optimizer else optimizer,
         held=held,
-        left=held or own,
+        left=held or (own if early else all_gradients),
         update=own + (0 if layout.offload_optimizer else own + (4 * part if grad < 4 else 0)),
         buckets=buckets,
         host=optimizer + 4 * part if layout.offload_optimizer else 0,  # with fp32 gradients of this part

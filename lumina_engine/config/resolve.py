@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from math import gcd
 
-from lumina_engine.config.buckets import bucket_size
+from lumina_engine.config.buckets import bucket_size, reduces_early
 from lumina_engine.config.curriculum import Curriculum
 from lumina_engine.config.finding import ConfigError, Finding
 from lumina_engine.config.machine import Machine, gb_text
@@ -97,6 +97,7 @@ class StageChoice:
 def layout_of(config: Config, machine: Machine, stage: int, world: int | None = None) -> Layout:
     """The layout of a run at a given stage."""
     places = offload_of(config, stage)
+    on_cpu, experts = not machine.devices, config.expert_parallel_size
     return Layout(
         batch_size=config.batch_size,
         seq_length=config.seq_length,
@@ -109,10 +110,11 @@ def layout_of(config: Config, machine: Machine, stage: int, world: int | None = 
         nvme_optimizer=places.optimizer == "nvme",
         nvme_parameters=places.parameters == "nvme",
         accumulates=config.gradient_accumulation_steps > 1,
-        reduce_bucket_size=bucket_size(config.reduce_bucket_size, not machine.devices),
+        reduce_bucket_size=bucket_size(config.reduce_bucket_size, on_cpu),
         prefetch_bucket_size=config.stage3_prefetch_bucket_size,
-        overlap_comm=config.overlap_comm,
-        on_cpu=not machine.devices,
+        overlap_comm=reduces_early(config.overlap_comm, stage, on_cpu, experts),
+        contiguous_gradients=reduces_early(config.contiguous_gradients, stage, on_cpu, experts),
+        on_cpu=on_cpu,
     )
 
 
@@ -183,7 +185,7 @@ def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: in
 
     `warmup_steps` and `experiment_name` stay: they need the length of the data and the moment of the start. So do
     `data_format`, which is found out for each file, `master_port` of one machine, which each start finds, and what is switched
-    off: lengths without a curriculum, sizes of buckets where DeepSpeed splits nothing.
+    off: lengths without a curriculum, how gradients are reduced where DeepSpeed splits nothing.
 
     Raises:
         ConfigError: the vocabulary is too small for the tokenizer, or the run does not fit the devices.
@@ -209,8 +211,7 @@ def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: in
         "master_addr": "127.0.0.1" if config.master_addr == "auto" and config.num_nodes == 1 else config.master_addr,
     }
     if config.use_deepspeed and choice.stage > 0:
-        buckets = ("allgather_bucket_size", "reduce_bucket_size")
-        changes |= {name: bucket_size(getattr(config, name), not machine.devices) for name in buckets}
+        changes |= _reduction(config, choice.stage, not machine.devices)
     if config.curriculum_learning:
         lengths = Curriculum.of(config).lengths
         changes |= {"min_seq_length": lengths[0], "max_seq_length": lengths[-1]}
@@ -218,6 +219,13 @@ def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: in
 
 
 _MODEL_AUTO = ("vocab_size", "head_dim", "intermediate_size", "dense_intermediate_size", "router_normalize")
+
+
+def _reduction(config: Config, stage: int, on_cpu: bool) -> dict[str, int | bool]:
+    """How gradients are reduced at a stage that splits something."""
+    sizes, switches = ("allgather_bucket_size", "reduce_bucket_size"), ("overlap_comm", "contiguous_gradients")
+    early = {name: reduces_early(getattr(config, name), stage, on_cpu, config.expert_parallel_size) for name in switches}
+    return early | {name: bucket_size(getattr(config, name), on_cpu) for name in sizes}
 
 
 def _launcher(config: Config) -> str:

@@ -248,6 +248,21 @@ def test_c063_bytes_per_parameter_by_stage() -> None:
     assert moved.optimizer == 0 and moved.host == pytest.approx(count * (3 + 1), rel=1e-6)
 
 
+def test_c063_gradients_that_no_bucket_takes_stay_at_stage_1() -> None:
+    """Without either key, what the other ranks reduce is there until the end of the backward pass."""
+    model = model_config(ConfigPresets.b1())
+    count = parameter_counts(model).stored
+
+    def backward(stage: int, overlap: bool, contiguous: bool) -> int:
+        keys = {"reduce_bucket_size": 100_000, "overlap_comm": overlap, "contiguous_gradients": contiguous}
+        return training_memory(model, Layout(1, 64, "bf16", world=4, zero_stage=stage, **keys)).moments["backward"]
+
+    early = backward(1, True, True)
+    assert backward(2, False, False) == early
+    for overlap, contiguous in ((True, False), (False, True), (False, False)):
+        assert backward(1, overlap, contiguous) - early == pytest.approx(count * 2 * 3 / 4, rel=0.01)
+
+
 def test_c139_memory_falls_with_checkpointing_batch_and_chunks() -> None:
     model = model_config(ConfigPresets.b1())
     layout = Layout(4, 2048, "bf16", world=2, zero_stage=2)

@@ -112,7 +112,9 @@ def test_r22_agreement_is_accepted() -> None:
         "gradient_clipping": 1.0,
         "zero_optimization": {"stage": 1, "overlap_comm": True},
     }
-    assert errors(same | {"bf16": {"enabled": False}}, zero_stage=1, precision="fp32") == []
+    agreed = {"zero_stage": 1, "precision": "fp32", "overlap_comm": True}
+    assert errors(same | {"bf16": {"enabled": False}}, **agreed) == []
+    assert "contradicts overlap_comm = auto" in errors(same, **(agreed | {"overlap_comm": "auto"}))[0]
     assert "contradicts zero_stage = auto" in errors(same)[0]
 
 

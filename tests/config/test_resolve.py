@@ -29,9 +29,10 @@ def stage(config: Config, machine: Machine) -> tuple[int, bool]:
 def test_c054_resolve_leaves_no_auto_but_what_cannot_be_known_yet() -> None:
     config = resolve(ConfigPresets.debug(), LAPTOP, tokenizer_vocab=1024)
     auto = {i.name for i in fields_info() if getattr(config, i.name) == "auto"}
-    # data_format: each file is looked into; lengths of a curriculum, buckets: there are none; the port: each start finds it
+    # data_format: each file is looked into; lengths of a curriculum, gradients of ZeRO: there are none; the port: each start
+    # finds it
     known = {"warmup_steps", "experiment_name", "data_format", "min_seq_length", "max_seq_length", "master_port"}
-    assert auto == known | {"reduce_bucket_size", "allgather_bucket_size"}
+    assert auto == known | {"reduce_bucket_size", "allgather_bucket_size", "overlap_comm", "contiguous_gradients"}
     for machine, size in ((LAPTOP, 2_000_000), (gpus(2), 200_000_000)):
         split = resolve(Config(use_deepspeed=True, zero_stage=1, num_gpus=2), machine, tokenizer_vocab=1024)
         assert (split.reduce_bucket_size, split.allgather_bucket_size) == (size, size)
@@ -40,6 +41,42 @@ def test_c054_resolve_leaves_no_auto_but_what_cannot_be_known_yet() -> None:
     assert (config.head_dim, config.dense_intermediate_size, config.router_normalize) == (64, 512, False)
     assert resolve(config, LAPTOP, tokenizer_vocab=1024) == config
     assert config.validate() is not None
+
+
+@pytest.mark.parametrize(
+    ("machine", "keys", "early"),
+    [
+        (LAPTOP, {"zero_stage": 1}, False),
+        (LAPTOP, {"zero_stage": 1, "num_gpus": 1}, False),
+        (LAPTOP, {"precision": "bf16"}, False),
+        (LAPTOP, {"zero_stage": 2}, True),
+        (LAPTOP, {"zero_stage": 3}, True),
+        (LAPTOP, {"zero_stage": 1, "expert_parallel_size": 2}, True),
+        (gpus(2), {"zero_stage": 1}, True),
+    ],
+    ids=["cpu-1", "cpu-1-one-rank", "cpu-auto-stage", "cpu-2", "cpu-3", "cpu-1-experts", "gpu-1"],
+)
+def test_c058_auto_of_how_gradients_are_reduced(machine: Machine, keys: dict, early: bool) -> None:
+    config = Config(**({"num_gpus": 2, "seq_length": 512} | keys))
+    found = resolve(config, machine, tokenizer_vocab=100_277)
+    zero = found.to_deepspeed(2)["zero_optimization"]
+    for name in ("overlap_comm", "contiguous_gradients"):
+        assert getattr(found, name) is early and zero[name] is early
+    layout = layout_of(config, machine, found.zero_stage)
+    assert (layout.overlap_comm, layout.contiguous_gradients) == (early, early)
+    assert layout_of(found, machine, found.zero_stage) == layout
+    assert [f for f in found.validate() if f.severity != "info"] == []
+
+
+@pytest.mark.parametrize("machine", [LAPTOP, gpus(2)], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize(("overlap", "contiguous"), [(True, True), (False, True), (True, False), (False, False)])
+def test_c058_how_gradients_are_reduced_is_kept_where_it_is_said(
+    machine: Machine, stage: int, overlap: bool, contiguous: bool
+) -> None:
+    said = Config(num_gpus=2, seq_length=512, zero_stage=stage, overlap_comm=overlap, contiguous_gradients=contiguous)
+    found = resolve(said, machine, tokenizer_vocab=100_277)
+    assert (found.overlap_comm, found.contiguous_gradients) == (overlap, contiguous)
 
 
 def test_c054_resolved_configs_still_pass_their_own_checks() -> None:

@@ -130,6 +130,13 @@ def test_c085_auto_on_the_command_line_is_resolved_anew() -> None:
     assert (new.master_port, new.reduce_bucket_size, new.vocab_size) == ("auto", "auto", old.vocab_size)
 
 
+def test_c085_experts_spread_on_resume_get_the_gradients_that_they_need() -> None:
+    old = Config(zero_stage=1, overlap_comm=False, contiguous_gradients=False, num_gpus=2)
+    assert resumed(old, "max_steps=9").contiguous_gradients is False
+    assert resumed(old, "expert_parallel_size=2").contiguous_gradients == "auto"
+    assert resumed(old, "expert_parallel_size=2", "contiguous_gradients=false").contiguous_gradients is False
+
+
 @pytest.mark.parametrize("tasks", [False, True])
 def test_c085_the_same_command_resumes_with_relative_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tasks: bool

@@ -299,6 +299,15 @@ def test_c063_the_live_optimizer_has_the_communication_keys(stage: int, tmp_path
         assert getattr(holder, COMMUNICATION[name][2]) == value, name
 
 
+@pytest.mark.parametrize(("stage", "early"), [(1, False), (2, True)])
+def test_c063_the_live_optimizer_reduces_as_auto_says(stage: int, early: bool, tmp_path: Path) -> None:
+    from .test_trainer import setup
+
+    trainer, _, _ = setup(tmp_path, use_deepspeed=True, zero_stage=stage)
+    zero = trainer.engine.optimizer  # type: ignore[attr-defined]
+    assert (zero.overlap_comm, zero.contiguous_gradients) == (early, early)
+
+
 def test_c062_the_log_level_is_that_of_deepspeeds_logger(tmp_path: Path) -> None:
     from .test_trainer import setup
 

@@ -32,6 +32,8 @@ ONE = {
 TWO = {
     "ZeRO 0": {"zero_stage": 0},
     "ZeRO 1": {"zero_stage": 1, **BUCKETS},
+    "ZeRO 1, 64 tokens": {"zero_stage": 1, **BUCKETS, "batch_size": 1, "seq_length": 64},
+    "ZeRO 1, overlapped": {"zero_stage": 1, **BUCKETS, "overlap_comm": True, "contiguous_gradients": True},
     "ZeRO 2, bf16": {"zero_stage": 2, **SHORT},
     "ZeRO 1, bf16, accumulation": {"zero_stage": 1, **SHORT, "gradient_accumulation_steps": 2},
     "ZeRO 2, bf16, accumulation": {"zero_stage": 2, **SHORT, "gradient_accumulation_steps": 2},
