@@ -8,6 +8,8 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -28,6 +30,8 @@ from .data_parts import (
 )
 
 if TYPE_CHECKING:
+    from ..config.schema import Config
+    from ..data.ahead import Ahead
     from ..data.check import Check, Sofar
     from ..data.conversation import Document
     from ..data.inspection import PreviewRow
@@ -300,20 +304,31 @@ def _print_row(number: int, row: PreviewRow) -> None:
                 print(f"{piece.kind} | {line}")
 
 
+def _ahead(config: Config, args: argparse.Namespace) -> Ahead:
+    """Processes for a large source that is not prepared yet."""
+    from ..data.ahead import Ahead, processors
+
+    found, most = Ahead(), config.streaming_threshold_gb * 1e9
+    if args.engine == "local" and not config.multi_task and config.train_data_path is not None:
+        found.expect(config.train_data_path, "train_data_path", Path(config.data_cache_dir), args.workers or processors(), most)
+    return found
+
+
 def _prepare(args: argparse.Namespace) -> int:
     at_least(args, workers=1)
     for word in args.overrides:
         if "=" not in word:
             raise UserError(f"{word}: prepare takes keys of the configuration; write train_data_path={word}")
     config = load_config(args, default_preset="debug").config
-    from ..data.mixed import stores_of
-    from ..data.store import open_data
-    from ..data.tokenizer import ConversationTokenizer
-
-    tokenizer = ConversationTokenizer(config.tokenizer)
-    meter = Meter("conversations tokenised", args.progress)
     started = time.monotonic()
-    data = open_data(config, tokenizer, progress=meter.show, workers=args.workers, engine=args.engine)
+    with closing(_ahead(config, args)) as ahead:  # before this process imports and loads what it needs itself
+        from ..data.mixed import stores_of
+        from ..data.store import open_data
+        from ..data.tokenizer import ConversationTokenizer
+
+        tokenizer = ConversationTokenizer(config.tokenizer)
+        meter = Meter("conversations tokenised", args.progress)
+        data = open_data(config, tokenizer, progress=meter.show, workers=args.workers, engine=args.engine, ahead=ahead)
     seconds = time.monotonic() - started
     meter.end()
     parts = {

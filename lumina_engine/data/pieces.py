@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .ahead import PIECE_BYTES
 from .conversation import DataError, Document
 from .files import lines_before, located
 from .formats import layout_at, read_conversations, read_groups, read_lines
@@ -20,8 +21,6 @@ from .packed import is_packed
 from .parquet import row_groups
 from .tally import Tally
 from .token_store import Progress, TokenStore, build_parts, open_verified
-
-PIECE_BYTES = 8 << 20
 
 Part = Callable[[Document], str]
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from .ahead import Ahead, end
 from .conversation import DataError, Document
 from .pieces import Piece, build_piece
 from .store_writer import StoreWriter
@@ -21,34 +19,6 @@ from .tally import Tally
 from .token_store import Progress, TokenStore
 
 _TRIES = 3  # workers that may die over one piece
-
-
-def processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class Ahead:
-    """Processes that start before it is known what they shall tokenise: a start takes as long as a third of a piece."""
-
-    def __init__(self) -> None:
-        self._started: list[subprocess.Popen[str]] = []
-
-    def start(self, count: int) -> None:
-        """Start `count` more."""
-        self._started += [_piece_worker() for _ in range(count)]
-
-    def take(self) -> subprocess.Popen[str]:
-        """One that was started, else a new one."""
-        try:
-            return self._started.pop()
-        except IndexError:
-            return _piece_worker()
-
-    def close(self) -> None:
-        """End those that nobody took."""
-        while self._started:
-            _end(self._started.pop())
 
 
 @dataclass(frozen=True)
@@ -269,22 +239,7 @@ class _Worker:
 
     def close(self) -> None:
         """End the process, whatever it does: its piece is written again from its start."""
-        _end(self._process)
-
-
-def _piece_worker() -> subprocess.Popen[str]:
-    words = [sys.executable, "-m", "lumina_engine.data.piece_worker"]
-    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
-
-
-def _end(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.wait()
-    for pipe in (process.stdin, process.stdout):
-        try:
-            _there(pipe).close()
-        except OSError:  # what it was not told any more
-            pass
+        end(self._process)
 
 
 def _there(pipe: IO[str] | None) -> IO[str]:

@@ -142,15 +142,6 @@ def stored(config: Config, digest: str) -> tuple[Path, dict[str, Any]] | None:
     return best
 
 
-def has_label(cache: Path, label: str) -> bool:
-    """Whether a store in the cache comes from a source that notes call so, of whatever version."""
-    for _, meta in _stores(cache):
-        with contextlib.suppress(KeyError, TypeError):  # a strange file in the cache
-            if meta["source"]["label"] == label:
-                return True
-    return False
-
-
 def _tokenizer(name: str) -> tuple[str, int]:
     """The name of a tokenizer as stores have it, and of a file its time in nanoseconds, else 0."""
     if name in TOKENIZER_IDS:

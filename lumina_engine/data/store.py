@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,15 +12,15 @@ from typing import Any
 
 import numpy as np
 
+from .ahead import PIECE_BYTES, PIECES_FROM, Ahead, label_of, processors
 from .conversation import DataError, Document
 from .cut import Samples
 from .files import Paths, digest_files, digests_of, expand, joined_digest, total_bytes
 from .formats import read_conversations
 from .mixed import Mixture, stores_of
-from .pieces import PIECE_BYTES, plan
-from .prepare import Ahead, Job, join, processors, tokenise
+from .pieces import plan
+from .prepare import Job, join, tokenise
 from .rows import RowOptions
-from .size import has_label
 from .store_writer import locked
 from .stream import TokenStream
 from .stream_open import is_streamed, notes_of, open_stream
@@ -32,7 +31,6 @@ from .tokenizer import ConversationTokenizer
 __all__ = ["Data", "TokenStore", "build_store", "open_data", "open_train"]
 
 _SPLIT_UNIT = 1 << 64  # split values are below this
-PIECES_FROM = 8 * PIECE_BYTES  # below, starting processes costs more than they save
 
 
 @dataclass
@@ -62,11 +60,17 @@ class Source:
 
 
 def open_data(
-    config: Any, tokenizer: Any, progress: Progress | None = None, workers: int | None = None, engine: str = "local"
+    config: Any,
+    tokenizer: Any,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    engine: str = "local",
+    ahead: Ahead | None = None,
 ) -> Data:
     """The stores for `config`, built where the cache has none; large files by `workers` processes (default: one a processor).
 
-    With `engine` "ray" files of any size are built by workers of Ray; what cannot be cut in pieces is built here.
+    With `engine` "ray" files of any size are built by workers of Ray; what cannot be cut in pieces is built here. `ahead` has
+    processes that may be used; the caller closes it.
 
     `train_data_path` null is the built-in corpus with its own held-out split. Without `eval_data_path`, `eval_split` of the
     conversations is held out by digest of their id (or content), so a conversation stays on its side when others are added.
@@ -74,14 +78,13 @@ def open_data(
     Raises `DataError`: missing or empty file, malformed record (file:line), no conversation left, vocabulary too small.
     """
     check_vocabulary(config, tokenizer)
-    cache = Cache(Path(getattr(config, "data_cache_dir", "data/cache")), tokenizer, progress, workers, engine)
-    with closing(cache.ahead):
-        if getattr(config, "multi_task", False):
-            from .tasks import open_tasks  # here, since it opens the sources of each task as this module does
+    cache = Cache(Path(getattr(config, "data_cache_dir", "data/cache")), tokenizer, progress, workers, engine, ahead)
+    if getattr(config, "multi_task", False):
+        from .tasks import open_tasks  # here, since it opens the sources of each task as this module does
 
-            data = open_tasks(config, cache)
-        else:
-            data = _open_whole(config, cache)
+        data = open_tasks(config, cache)
+    else:
+        data = _open_whole(config, cache)
     data.notes += _closing_notes(config, data)
     return data
 
@@ -101,7 +104,6 @@ def _open_whole(config: Any, cache: Cache) -> Data:
         if eval_path is None:
             held_out = cache.store(sample_source("eval"), notes)
     else:
-        cache.expect(expand(train_path, "train_data_path"), getattr(config, "data_format", "auto"))
         source = file_source(train_path, config, "train_data_path")
         sources = dict(source.digests)
         if eval_path is None and split > 0:
@@ -194,11 +196,6 @@ def file_source(paths: Paths, config: Any, key: str) -> Source:
     return Source(label_of(files), digest, read, tuple(files), layout, tuple(zip(map(str, files), each, strict=True)))
 
 
-def label_of(files: list[Path]) -> str:
-    """What notes call these files."""
-    return str(files[0]) if len(files) == 1 else f"{len(files)} files"
-
-
 def _read_files(files: list[Path], layout: str, key: str, tally: Tally) -> Iterator[Document]:
     return read_conversations(files, layout, tally=tally, key=key)
 
@@ -257,20 +254,13 @@ class Cache:
         progress: Progress | None = None,
         workers: int | None = None,
         engine: str = "local",
+        ahead: Ahead | None = None,
     ) -> None:
         self.engine = engine
+        self.ahead = ahead or Ahead()
         self.folder, self.tokenizer, self.progress = folder, tokenizer, progress
         by_name = isinstance(tokenizer, ConversationTokenizer)  # another kind cannot be made again in another process
         self.workers = (workers or processors()) if by_name else 1
-        self.ahead = Ahead()
-
-    def expect(self, files: list[Path], layout: str) -> None:
-        """Start workers for a large source that no store comes from, while the caller reads it for its digest."""
-        if self.engine != "local" or self.workers < 2 or total_bytes(files) < PIECES_FROM:
-            return
-        pieces = [] if has_label(self.folder, label_of(files)) else plan(files, layout, PIECE_BYTES) or []
-        if len(pieces) > 1:
-            self.ahead.start(min(self.workers, len(pieces)))
 
     def store(self, source: Source, notes: list[str]) -> TokenStore:
         """The store of a whole source."""

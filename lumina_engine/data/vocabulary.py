@@ -52,13 +52,17 @@ class TokenizerError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Official:
-    """A published vocabulary: SHA-256 of its `.tiktoken` file, its pattern, its special tokens and ours (in unused ids)."""
+    """A published vocabulary: SHA-256 of its `.tiktoken` file, its pattern, its special tokens and ours (in unused ids).
+
+    `packed` is the SHA-256 of its tokens as the package has them: the text of the file would take longer than all the rest.
+    """
 
     encoding: str
     sha256: str
     pattern: str
     special: dict[str, int]
     turns: tuple[int, int, int] | None  # ids of IM_START, IM_END, PAD; None = behind the last id
+    packed: str = ""
 
 
 _OFFICIAL = (
@@ -74,6 +78,7 @@ _OFFICIAL = (
             "<|endofprompt|>": 100276,
         },
         (100264, 100265, 100266),
+        "6bfd43f7b31b50b645b3228413547e662af1ae4801e9b192b9791680a71d650c",
     ),
     Official(
         "o200k_base",
@@ -82,6 +87,7 @@ _OFFICIAL = (
         {END_OF_TEXT: 199999, "<|endofprompt|>": 200018},
         # tiktoken's o200k_harmony gives 199998 and 200000-200012 other meanings
         (200013, 200014, 200015),
+        "bac143fe7fe950090c6e4ed9a2f80de5412a92495758b52becbbe5a7eea25ecb",
     ),
     Official(
         "r50k_base",
@@ -181,10 +187,10 @@ def _named(name: str) -> Vocabulary:
         return _build(name, _parse(_package_data(file), file), LUMINA_PATTERN, {}, None)
     official = next(o for o in _OFFICIAL if o.encoding == _PACKED[name])
     file = f"{official.encoding}.bpe.xz"
-    tokens = _unpack(_package_data(file), file)
-    if hashlib.sha256(tiktoken_file(tokens)).hexdigest() != official.sha256:
-        raise TokenizerError(f"vocabulary {file} is damaged (SHA-256 differs from OpenAI's file); install Lumina again")
-    return _build(name, tokens, official.pattern, official.special, official.turns, official.sha256)
+    data = _unpack(_package_data(file), file)
+    if hashlib.sha256(data).hexdigest() != official.packed:
+        raise TokenizerError(f"vocabulary {file} is damaged (its SHA-256 differs); install Lumina again")
+    return _build(name, _tokens(data), official.pattern, official.special, official.turns, official.sha256)
 
 
 @lru_cache(maxsize=4)
@@ -231,16 +237,20 @@ def _package_data(file: str) -> bytes:
         raise TokenizerError(f"vocabulary {file} cannot be read ({error.strerror}); install Lumina again") from error
 
 
-def _unpack(packed: bytes, file: str) -> list[bytes]:
-    """Tokens in rank order of an xz stream of (length byte, token) pairs."""
+def _unpack(packed: bytes, file: str) -> bytes:
+    """What an xz stream holds: (length byte, token) pairs in rank order."""
     try:
         import lzma
     except ImportError as error:
         raise TokenizerError(f"vocabulary {file} needs the lzma module; install Python with xz support (liblzma)") from error
     try:
-        data = lzma.decompress(packed, format=lzma.FORMAT_XZ)
+        return lzma.decompress(packed, format=lzma.FORMAT_XZ)
     except lzma.LZMAError as error:
         raise TokenizerError(f"vocabulary {file} is damaged ({error}); install Lumina again") from error
+
+
+def _tokens(data: bytes) -> list[bytes]:
+    """Tokens in rank order of such pairs."""
     tokens: list[bytes] = []
     at = 0
     while at < len(data):
@@ -314,7 +324,7 @@ def _build(
     encoding = tiktoken.Encoding(
         f"lumina_{name}",
         pat_str=pattern,
-        mergeable_ranks={token: rank for rank, token in enumerate(tokens)},
+        mergeable_ranks=dict(zip(tokens, range(len(tokens)), strict=True)),
         special_tokens=ids,
     )
     unused = frozenset(range(len(tokens), size)) - frozenset(ids.values())

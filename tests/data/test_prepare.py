@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
 
-from lumina_engine.data import prepare, store
+from lumina_engine.data import ahead, prepare, store
 from lumina_engine.data.conversation import DataError
 from lumina_engine.data.formats import read_conversations
 from lumina_engine.data.pieces import plan
@@ -102,23 +103,38 @@ def test_c036_two_processes_give_the_same_store(write, in_pieces, settings):
     same(stores[0], stores[2])
 
 
-def test_c036_workers_start_while_a_new_source_is_read_and_end_with_it(write, in_pieces, settings, monkeypatch):
-    """Two are there when its digest is taken; none is started for a source of which there is a store, none is left."""
-    seen = []
+def _expecting(monkeypatch, size):
+    """An `Ahead` for sources from 0 to `size` bytes, and the processes that it starts."""
+    started, begin = [], ahead._piece_worker
 
-    def digests_of(files):
-        seen.append([child.pid for child in psutil.Process().children() if "piece_worker" in " ".join(child.cmdline())])
-        return taken(files)
+    def counted():
+        started.append(begin())
+        return started[-1]
 
-    taken = store.digests_of
-    monkeypatch.setattr(store, "digests_of", digests_of)
+    monkeypatch.setattr(ahead, "_piece_worker", counted)
+    monkeypatch.setattr(ahead, "PIECES_FROM", 0)
+    monkeypatch.setattr(ahead, "PIECE_BYTES", size)
+    return ahead.Ahead(), started
+
+
+def test_c036_workers_that_started_ahead_do_the_work_and_end_with_it(write, in_pieces, settings, monkeypatch):
+    """None is started for a source of which there is a store, for a small one, for one worker, or for a stream."""
     in_pieces(3000)
-    config = settings(train_data_path=str(write("x.jsonl", [talk(n) for n in range(200)])), eval_split=0.2)
-    tokenizer = ConversationTokenizer("lumina-1k")
-    first = open_data(config, tokenizer, workers=2)
-    again = open_data(config, tokenizer, workers=2)
-    assert [len(pids) for pids in seen] == [2, 0] and not any(map(psutil.pid_exists, seen[0]))
-    assert first.train.fingerprint == again.train.fingerprint
+    path = write("x.jsonl", [talk(n) for n in range(200)])
+    config = settings(train_data_path=str(path), eval_split=0.2)
+    cache, tokenizer = Path(config.data_cache_dir), ConversationTokenizer("lumina-1k")
+    workers, started = _expecting(monkeypatch, 3000)
+    workers.expect(path, "train_data_path", cache, 1)
+    workers.expect(path, "train_data_path", cache, 2, most=path.stat().st_size - 1)
+    assert not started
+    workers.expect(path, "train_data_path", cache, 2)
+    assert len(started) == 2
+    with closing(workers):
+        first = open_data(config, tokenizer, workers=2, ahead=workers)
+    assert len(started) == 2 and all(process.returncode is not None for process in started)
+    workers.expect(path, "train_data_path", cache, 2)
+    assert len(started) == 2
+    assert first.train.fingerprint == open_data(config, tokenizer, workers=1).train.fingerprint
 
 
 def test_c036_a_worker_that_is_told_nothing_ends_in_silence():
@@ -128,23 +144,37 @@ def test_c036_a_worker_that_is_told_nothing_ends_in_silence():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_c036_workers_that_nobody_needs_end_with_the_fault_of_a_source(write, in_pieces, settings, monkeypatch):
-    started, begin = [], prepare._piece_worker
-
-    def counted():
-        started.append(begin())
-        return started[-1]
-
-    def unreadable(files):
-        raise DataError("cannot be read", path=files[0])
-
-    monkeypatch.setattr(prepare, "_piece_worker", counted)
-    monkeypatch.setattr(store, "digests_of", unreadable)
-    in_pieces(3000)
-    config = settings(train_data_path=str(write("x.jsonl", [talk(n) for n in range(200)])))
-    with pytest.raises(DataError, match="cannot be read"):
-        open_data(config, ConversationTokenizer("lumina-1k"), workers=2)
+def test_c036_workers_that_nobody_needs_end_with_the_fault_of_a_source(write, settings, monkeypatch):
+    path = write("x.jsonl", [talk(n) for n in range(200)])
+    workers, started = _expecting(monkeypatch, 3000)
+    with pytest.raises(ValueError, match="no tokenizer"), closing(workers):
+        workers.expect(path, "train_data_path", path.parent, 2)
+        raise ValueError("no tokenizer")
     assert len(started) == 2 and all(process.returncode is not None for process in started)
+    with pytest.raises(DataError, match="train_data_path"):
+        workers.expect(path.parent / "none", "train_data_path", path.parent, 2)
+
+
+def test_c036_the_command_starts_its_workers_before_it_loads_numpy(write, tmp_path):
+    """In `data prepare`, with everything imported that this takes so far."""
+    code = """
+import sys
+from lumina_engine import cli
+from lumina_engine.data import ahead
+ahead.PIECES_FROM, ahead.PIECE_BYTES = 0, 3000
+began = ahead._piece_worker
+def begin():
+    print("numpy" in sys.modules, "tiktoken" in sys.modules)
+    return began()
+ahead._piece_worker = begin
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    path = write("x.jsonl", [talk(n) for n in range(200)])
+    keys = [f"train_data_path={path}", "tokenizer=lumina-1k", f"data_cache_dir={tmp_path / 'cache'}"]
+    words = [sys.executable, "-c", code, "data", "prepare", "--json", "--workers", "2", *keys]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("False False\n" * 2 + "{")
 
 
 SCRIPT = """

@@ -269,13 +269,13 @@ def test_c040_a_damaged_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(TokenizerError, match=r"cl100k_base\.bpe\.xz is damaged"):
         build("gpt-4")
     monkeypatch.setattr(vocabulary, "_package_data", lambda file: data)
-    monkeypatch.setattr(vocabulary, "_unpack", lambda packed, file: [b"a", b"b"])
+    monkeypatch.setattr(vocabulary, "_unpack", lambda packed, file: b"\1a\1b")
     with pytest.raises(TokenizerError, match="SHA-256 differs"):
         build("gpt-4")
 
 
 def _official_file() -> bytes:
-    tokens = vocabulary._unpack(vocabulary._package_data("cl100k_base.bpe.xz"), "cl100k_base.bpe.xz")
+    tokens = vocabulary._tokens(vocabulary._unpack(vocabulary._package_data("cl100k_base.bpe.xz"), "cl100k_base.bpe.xz"))
     return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
 
 
