@@ -4,11 +4,11 @@
 FROM python:3.11-slim
 
 WORKDIR /app
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml README.md LICENSE requirements.lock ./
 COPY lumina_engine lumina_engine
 COPY lumina_tui lumina_tui
 COPY presets presets
-RUN pip install --no-cache-dir . \
+RUN pip install --no-cache-dir -c requirements.lock . \
     && useradd --create-home --uid 1000 lumina \
     && mkdir data runs \
     && chown lumina:lumina data runs

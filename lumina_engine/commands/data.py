@@ -320,7 +320,6 @@ def _prepare(args: argparse.Namespace) -> int:
         if "=" not in word:
             raise UserError(f"{word}: prepare takes keys of the configuration; write train_data_path={word}")
     config = load_config(args, default_preset="debug").config
-    started = time.monotonic()
     with closing(_ahead(config, args)) as ahead:  # before this process imports and loads what it needs itself
         from ..data.mixed import stores_of
         from ..data.store import open_data
@@ -328,6 +327,7 @@ def _prepare(args: argparse.Namespace) -> int:
 
         tokenizer = ConversationTokenizer(config.tokenizer)
         meter = Meter("conversations tokenised", args.progress)
+        started = time.monotonic()
         data = open_data(config, tokenizer, progress=meter.show, workers=args.workers, engine=args.engine, ahead=ahead)
     seconds = time.monotonic() - started
     meter.end()

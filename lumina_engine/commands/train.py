@@ -283,6 +283,7 @@ def _first_checkpoint_bytes(plan: Plan) -> int:
 
 def _resume(args: argparse.Namespace, directory: Any) -> int:
     """Go on with a run: its own configuration, plus the keys that a resumed run may change."""
+    from ..config.resolve import left_to_auto
     from ..config.schema import Config
 
     if directory.alive:
@@ -291,7 +292,7 @@ def _resume(args: argparse.Namespace, directory: Any) -> int:
             f"run {directory.name!r} is running (pid {owner.pid if owner else '?'}): watch it with `lumina {directory.name}`",
             65,
         )
-    config = Config.load(directory.config_path)
+    config = left_to_auto(Config.load(directory.config_path))
     if args.preset or args.config or args.overrides:
         config = _changed(config, args)
     plan = _checked(config, None)
@@ -319,8 +320,6 @@ def _changed(config: Config, args: argparse.Namespace) -> Config:
     changes |= {key: "auto" for key in asked if getattr(wanted.config, key) == "auto"}  # resolved anew
     if "num_gpus" in changes and config.launcher in ("none", "torchrun"):  # what auto chose for one rank, and for several
         changes.setdefault("launcher", "auto")
-    if config.expert_parallel_size == 1 < changes.get("expert_parallel_size", 1):  # false may be what auto chose without
-        changes.setdefault("contiguous_gradients", "auto")
     machine = detect()
     new = Config(**(config.to_dict(sectioned=False) | changes))
     if ("batch_size" in changes) != ("gradient_accumulation_steps" in changes):

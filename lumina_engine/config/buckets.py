@@ -15,12 +15,14 @@ def bucket_size(given: int | str, on_cpu: bool = False) -> int:
     return ON_CPU if on_cpu else ON_GPU
 
 
-def reduces_early(given: bool | str, stage: int, on_cpu: bool = False, expert_ranks: int = 1) -> bool:
+def reduces_early(
+    given: bool | str, stage: int, *, on_cpu: bool = False, expert_ranks: int = 1, offloads: bool = False
+) -> bool:
     """`given` of `overlap_comm` or `contiguous_gradients`, or for "auto" the value at that ZeRO stage on that device.
 
-    A CPU copies each gradient into a bucket and out again with the cores that compute the backward pass. Stage 1 needs neither:
-    one rank then has 0.99 of the plain loop's speed, with both 0.92. Experts spread over ranks need contiguous gradients.
+    A CPU copies each gradient into a bucket and out again with the cores that compute the backward pass, and stage 1 needs
+    neither. Experts spread over ranks and an optimizer that is offloaded need contiguous gradients.
     """
     if isinstance(given, bool):
         return given
-    return not (on_cpu and stage == 1 and expert_ranks == 1)
+    return not (on_cpu and stage == 1 and expert_ranks == 1 and not offloads)

@@ -97,7 +97,8 @@ class StageChoice:
 def layout_of(config: Config, machine: Machine, stage: int, world: int | None = None) -> Layout:
     """The layout of a run at a given stage."""
     places = offload_of(config, stage)
-    on_cpu, experts = not machine.devices, config.expert_parallel_size
+    on_cpu = not machine.devices
+    reduction = _reduction(config, stage, on_cpu)
     return Layout(
         batch_size=config.batch_size,
         seq_length=config.seq_length,
@@ -110,10 +111,10 @@ def layout_of(config: Config, machine: Machine, stage: int, world: int | None = 
         nvme_optimizer=places.optimizer == "nvme",
         nvme_parameters=places.parameters == "nvme",
         accumulates=config.gradient_accumulation_steps > 1,
-        reduce_bucket_size=bucket_size(config.reduce_bucket_size, on_cpu),
+        reduce_bucket_size=reduction["reduce_bucket_size"],
         prefetch_bucket_size=config.stage3_prefetch_bucket_size,
-        overlap_comm=reduces_early(config.overlap_comm, stage, on_cpu, experts),
-        contiguous_gradients=reduces_early(config.contiguous_gradients, stage, on_cpu, experts),
+        overlap_comm=bool(reduction["overlap_comm"]),
+        contiguous_gradients=bool(reduction["contiguous_gradients"]),
         on_cpu=on_cpu,
     )
 
@@ -218,14 +219,35 @@ def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: in
     return Config(**(config.to_dict(sectioned=False) | changes))
 
 
+_REDUCTION = ("overlap_comm", "contiguous_gradients", "allgather_bucket_size", "reduce_bucket_size")
 _MODEL_AUTO = ("vocab_size", "head_dim", "intermediate_size", "dense_intermediate_size", "router_normalize")
 
 
 def _reduction(config: Config, stage: int, on_cpu: bool) -> dict[str, int | bool]:
     """How gradients are reduced at a stage that splits something."""
     sizes, switches = ("allgather_bucket_size", "reduce_bucket_size"), ("overlap_comm", "contiguous_gradients")
-    early = {name: reduces_early(getattr(config, name), stage, on_cpu, config.expert_parallel_size) for name in switches}
+    offloads = offload_of(config, stage).optimizer != "device"
+    early = {
+        name: reduces_early(
+            getattr(config, name), stage, on_cpu=on_cpu, expert_ranks=config.expert_parallel_size, offloads=offloads
+        )
+        for name in switches
+    }
     return early | {name: bucket_size(getattr(config, name), on_cpu) for name in sizes}
+
+
+def left_to_auto(config: Config) -> Config:
+    """The resolved `config` of a run with "auto" where its reduction is what auto gave: another stage or device has another.
+
+    The four keys count together: where one differs from what auto gives on a CPU and on a GPU, somebody chose them. Without
+    DeepSpeed and at stage 0 none has an effect.
+    """
+    free = config.model_copy(update=dict.fromkeys(_REDUCTION, "auto"))
+    stage = int(config.zero_stage) if config.use_deepspeed and config.zero_stage != "auto" else 0
+    stored = {name: getattr(config, name) for name in _REDUCTION}
+    if stage == 0 or stored in (_reduction(free, stage, True), _reduction(free, stage, False)):
+        return free
+    return config
 
 
 def _launcher(config: Config) -> str:

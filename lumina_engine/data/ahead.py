@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,9 @@ class Ahead:
         files = expand(paths, key)
         size = total_bytes(files)
         if workers > 1 and PIECES_FROM <= size <= most and not _has(cache, label_of(files)):
-            self._started += [_piece_worker() for _ in range(min(workers, size // PIECE_BYTES))]
+            with contextlib.suppress(OSError):  # no room for more: who needs one is told
+                for _ in range(min(workers, size // PIECE_BYTES)):
+                    self._started.append(_piece_worker())
 
     def take(self) -> subprocess.Popen[str]:
         """One that was started, else a new one."""
@@ -50,7 +53,7 @@ class Ahead:
     def close(self) -> None:
         """End those that nobody took."""
         while self._started:
-            end(self._started.pop())
+            end_worker(self._started.pop())
 
 
 def label_of(files: list[Path]) -> str:
@@ -58,7 +61,7 @@ def label_of(files: list[Path]) -> str:
     return str(files[0]) if len(files) == 1 else f"{len(files)} files"
 
 
-def end(process: subprocess.Popen[str]) -> None:
+def end_worker(process: subprocess.Popen[str]) -> None:
     """End a process of `piece_worker`, whatever it does: its piece is written again from its start."""
     process.kill()
     process.wait()
@@ -70,7 +73,11 @@ def end(process: subprocess.Popen[str]) -> None:
 
 def _piece_worker() -> subprocess.Popen[str]:
     words = [sys.executable, "-m", "lumina_engine.data.piece_worker"]
-    return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    held = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a worker inherits it: the parent decides
+    try:
+        return subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def _has(cache: Path, label: str) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from .tokenizer import ConversationTokenizer
 
 def main() -> int:
     """Work until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     first = sys.stdin.readline()
     if not first:  # started ahead, and not needed
         return 0

@@ -1,8 +1,8 @@
 """A data set in pieces that are tokenised by themselves, so that many can work and a killed one costs its piece only.
 
-The pieces depend on the files alone: a JSON Lines file falls into ranges of 8 MiB (a line belongs to the piece in which it
-begins), a Parquet file into runs of row groups of about that size, any other file is one piece. Their stores, joined in order,
-are the store that one pass over the files would give.
+The pieces depend on the files and a size alone: a JSON Lines file falls into ranges of that size (a line belongs to the piece
+in which it begins), a Parquet file into runs of row groups of about that size, any other file is one piece. Their stores,
+joined in order, are the store that one pass over the files would give.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .ahead import PIECE_BYTES
 from .conversation import DataError, Document
 from .files import lines_before, located
 from .formats import layout_at, read_conversations, read_groups, read_lines
@@ -56,7 +55,7 @@ class Piece:
             raise error.at_line(error.line + lines_before(path, self.start)) from None
 
 
-def plan(files: list[Path], format: str = "auto", size: int = PIECE_BYTES) -> list[Piece] | None:
+def plan(files: list[Path], format: str, size: int) -> list[Piece] | None:
     """The pieces of `files` in order, or None where they cannot be read apart: trees may come again in another file.
 
     Raises `DataError`.

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from .ahead import Ahead, end
+from .ahead import Ahead, end_worker
 from .conversation import DataError, Document
 from .pieces import Piece, build_piece
 from .store_writer import StoreWriter
 from .tally import Tally
 from .token_store import Progress, TokenStore
 
+_SETTLED = 4  # pieces after which those that were joined are brought to disk
 _TRIES = 3  # workers that may die over one piece
 
 
@@ -132,7 +133,8 @@ def join(
             tally.add(Tally.from_dict(stores[job.parts[0]].meta["tally"]))  # each part tells the counts of the whole piece
             for part, writer in writers.items():
                 writer.extend(stores[part])
-                writer.settle()  # the disk works while other pieces are tokenised
+                if not (number + 1) % _SETTLED:
+                    writer.settle()  # the disk works while other pieces are tokenised
         if required and not all(writer.documents for writer in writers.values()):
             shutil.rmtree(job.folder, ignore_errors=True)
             return None
@@ -239,7 +241,7 @@ class _Worker:
 
     def close(self) -> None:
         """End the process, whatever it does: its piece is written again from its start."""
-        end(self._process)
+        end_worker(self._process)
 
 
 def _there(pipe: IO[str] | None) -> IO[str]:

@@ -337,6 +337,14 @@ class Cache:
         extra = partial(_meta, source, tally)
         return build_parts(pairs, targets, self.tokenizer, extra, progress=self.progress, required=required)
 
+    def _pieces_folder(self, name: str) -> Path:
+        """Where the pieces of store `name` go. Those of another size, as another version cuts them, are removed."""
+        folder = self.folder / f"{name}-{PIECE_BYTES}.pieces"
+        for other in self.folder.glob(f"{name}*.pieces"):
+            if other != folder:
+                shutil.rmtree(other, ignore_errors=True)
+        return folder
+
     def _in_pieces(self, source: Source, threshold: int | None, targets: dict[str, Path]) -> dict[str, TokenStore] | None:
         """The same from pieces, for a large source. None: it is small, cannot be cut, or a part came out empty."""
         by_ray = self.engine == "ray"
@@ -344,8 +352,9 @@ class Cache:
             return None
         pieces = plan(list(source.files), source.layout, PIECE_BYTES)
         if pieces is None or (not by_ray and len(pieces) < 2):
+            self.ahead.close()
             return None
-        folder = self.folder / f"{next(iter(targets.values())).name}.pieces"
+        folder = self._pieces_folder(next(iter(targets.values())).name)
         job = Job(pieces, folder, self.tokenizer, threshold, part_of(threshold), self.engine, self.ahead)
         try:
             finished = tokenise(job, min(self.workers, len(pieces)), self.progress)

@@ -18,7 +18,7 @@ from .stream_rows import StreamRows
 from .token_store import Progress
 
 _SPLIT_UNIT = 1 << 64
-PIECE_BYTES = 16 << 20  # of a stream: the order of its rows follows from it
+STREAM_PIECE_BYTES = 16 << 20  # the order of a stream's rows follows from it
 
 
 def is_streamed(paths: Paths | None, config: Any, key: str = "train_data_path") -> bool:
@@ -49,7 +49,7 @@ def open_stream(
     split: float = 0.0,
     workers: int = 0,
     key: str = "train_data_path",
-    piece_bytes: int = PIECE_BYTES,
+    piece_bytes: int = STREAM_PIECE_BYTES,
     window_pieces: int = WINDOW_PIECES,
     progress: Progress | None = None,
 ) -> TokenStream:

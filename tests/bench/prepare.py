@@ -30,6 +30,7 @@ from pathlib import Path
 
 import psutil
 
+from lumina_engine.data.ahead import PIECE_BYTES
 from lumina_engine.data.pieces import build_piece, plan
 from lumina_engine.data.tally import Tally
 from lumina_engine.data.tokenizer import ConversationTokenizer
@@ -70,7 +71,7 @@ def core(source: Path) -> dict[str, object]:
     """Tokens a second of one core, the whole work on a piece by bare tiktoken."""
     tokenizer = ConversationTokenizer(TOKENIZER)
     ratios, rates = [], []
-    for number, piece in enumerate(plan([source]) or []):
+    for number, piece in enumerate(plan([source], "auto", PIECE_BYTES) or []):
         texts = [document.text for document in piece.read(Tally())]
 
         def bare(texts: list[str] = texts) -> tuple[float, int]:

@@ -134,7 +134,8 @@ def test_c036_workers_that_started_ahead_do_the_work_and_end_with_it(write, in_p
     assert len(started) == 2 and all(process.returncode is not None for process in started)
     workers.expect(path, "train_data_path", cache, 2)
     assert len(started) == 2
-    assert first.train.fingerprint == open_data(config, tokenizer, workers=1).train.fingerprint
+    alone = settings(train_data_path=str(path), eval_split=0.2, data_cache_dir=str(path.parent / "alone"))
+    assert first.train.fingerprint == open_data(alone, tokenizer, workers=1).train.fingerprint
 
 
 def test_c036_a_worker_that_is_told_nothing_ends_in_silence():
@@ -142,6 +143,81 @@ def test_c036_a_worker_that_is_told_nothing_ends_in_silence():
     words = [sys.executable, "-m", "lumina_engine.data.piece_worker"]
     done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_c036_workers_are_ended_where_a_source_cannot_be_cut(write, in_pieces, settings, monkeypatch):
+    """They do not wait beside the one that builds a list of JSON."""
+    in_pieces(3000)
+    path = write("x.json", [talk(n) for n in range(200)])
+    workers, started = _expecting(monkeypatch, 3000)
+    workers.expect(path, "train_data_path", path.parent, 2)
+    seen = []
+
+    def told(documents, tokens):
+        seen.append([process.returncode for process in started])
+
+    open_data(settings(train_data_path=str(path)), ConversationTokenizer("lumina-1k"), told, workers=2, ahead=workers)
+    assert len(started) == 2 and seen and None not in seen[0]
+
+
+def test_c036_a_process_that_cannot_start_ahead_is_none(write, monkeypatch):
+    path = write("x.jsonl", [talk(n) for n in range(200)])
+    workers, started = _expecting(monkeypatch, 3000)
+    counted = ahead._piece_worker
+
+    def full():
+        if started:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return counted()
+
+    monkeypatch.setattr(ahead, "_piece_worker", full)
+    with closing(workers):
+        workers.expect(path, "train_data_path", path.parent, 3)
+    assert len(started) == 1 and started[0].returncode is not None
+
+
+def test_c036_a_worker_hears_no_ctrl_c_from_its_first_moment_on(monkeypatch):
+    """The terminal sends it to the whole group while Python still imports."""
+    words = []
+
+    def popen(command, **options):
+        words.append(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        return process(command, **options)
+
+    process = subprocess.Popen
+    monkeypatch.setattr(ahead.subprocess, "Popen", popen)
+    worker = ahead._piece_worker()
+    worker.send_signal(signal.SIGINT)  # at once: it has not come to its own first line
+    worker.stdin.close()
+    assert worker.wait() == 0 and signal.SIGINT in words[0]
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    worker.stdout.close()
+
+
+def test_c036_pieces_of_another_size_are_not_taken_for_these(write, in_pieces, settings):
+    """What a killed process of another version left covers other bytes. It is cleared."""
+    tokenizer = ConversationTokenizer("lumina-1k")
+    path = write("x.jsonl", [talk(n) for n in range(400)])
+    whole = built(write, in_pieces, settings, tokenizer, 0, "x.jsonl", path.read_bytes())
+    config = settings(train_data_path=str(path), data_cache_dir=str(path.parent / "cache"))
+    cache = Path(config.data_cache_dir)
+    in_pieces(8000)
+    seen = 0
+
+    def stop(documents, tokens):
+        nonlocal seen
+        seen += 1
+        if seen > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        open_data(config, tokenizer, stop, workers=1)
+    left = {folder.name for folder in cache.glob("*.pieces")}
+    assert left and _pieces(cache)
+    in_pieces(4000)
+    found = open_data(config, tokenizer, workers=1)
+    assert len(found.train) == 400 and found.train.fingerprint == whole.train.fingerprint
+    assert not list(cache.glob("*.pieces"))
 
 
 def test_c036_workers_that_nobody_needs_end_with_the_fault_of_a_source(write, settings, monkeypatch):
@@ -270,8 +346,8 @@ def test_c036_a_malformed_record_is_named_by_its_line_in_the_file(write, in_piec
 def test_c036_what_cannot_be_read_apart_is_read_in_one_pass(write, settings):
     row = {"message_id": "a", "parent_id": None, "role": "prompter", "text": "q"}
     trees = write("t.jsonl", [row, {**row, "message_id": "b", "parent_id": "a", "role": "assistant"}])
-    assert plan([write("m.jsonl", [talk(1)]), trees], size=10) is None
-    assert [p.stop for p in plan([write("l.json", [talk(1), talk(2)])], size=10)] == [None]
+    assert plan([write("m.jsonl", [talk(1)]), trees], "auto", 10) is None
+    assert [p.stop for p in plan([write("l.json", [talk(1), talk(2)])], "auto", 10)] == [None]
     config = settings(train_data_path=str(trees))
     assert file_source(str(trees), config, "k").files == (trees,)
     assert len(list(read_conversations(trees))) == 1

@@ -66,7 +66,7 @@ def test_c145_ray_gives_the_local_store_bit_for_bit_and_loses_a_killed_worker_on
 
 def test_c145_a_worker_tells_what_is_wrong_with_a_piece(write, tmp_path):
     tokenizer = ConversationTokenizer("lumina-1k")
-    (piece,) = plan([write("b.jsonl", [talk(1), {"messages": 3}])])
+    (piece,) = plan([write("b.jsonl", [talk(1), {"messages": 3}])], "auto", 30_000)
     said = PieceBuilder("lumina-1k", tokenizer.digest, None).build(piece.to_dict(), {"all": str(tmp_path / "all")})
     assert said["error"]["line"] == 2 and not (tmp_path / "all").exists()
     other = PieceBuilder("lumina-1k", "of another version", None).build(piece.to_dict(), {"all": str(tmp_path / "all")})

@@ -137,7 +137,7 @@ def test_c035_several_windows_each_as_the_map_style_path_has_it(write, settings,
     files = [write("a.jsonl", [talk(n) for n in range(120)]), write("b.jsonl", [talk(n, 0.5) for n in range(200, 250)])]
     config = settings(packing=packing, num_epochs=2, batch_size=4)
     stream = opened(list(map(str, files)), config, tokenizer)
-    assert len(stream.windows) > 3 and Counter(p for w in stream.windows for p in w) == Counter(plan(files, size=1500))
+    assert len(stream.windows) > 3 and Counter(p for w in stream.windows for p in w) == Counter(plan(files, "auto", 1500))
     rows = stream.count(RowOptions.from_config(config))
     begin, expected = 0, {}
     for number, pieces in enumerate(stream.windows):
@@ -298,7 +298,7 @@ def test_c034_parquet_and_urls_stream_the_same_windows(write, settings, tokenize
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet", row_group_size=20, compression="none")
     config = settings()
     parquet = opened(tmp_path / "x.parquet", config, tokenizer)
-    pieces = [(p.start, p.stop) for p in plan([tmp_path / "x.parquet"], size=1500)]
+    pieces = [(p.start, p.stop) for p in plan([tmp_path / "x.parquet"], "auto", 1500)]
     assert len(parquet.windows) > 3 and [a for a, _ in pieces] == [0, *[b for _, b in pieces[:-1]]] and pieces[-1][1] == 15
     assert batches(parquet, config)
     by_path, by_url = opened(lines, config, tokenizer), opened(f"file://{lines}", config, tokenizer)

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from lumina_engine.cli import main
 from lumina_engine.commands import train
 from lumina_engine.config.presets import ConfigPresets
+from lumina_engine.config.resolve import left_to_auto
 from lumina_engine.config.schema import Config, ConfigError
 from lumina_engine.data import size
 from lumina_engine.data.conversation import DataError
@@ -130,11 +132,41 @@ def test_c085_auto_on_the_command_line_is_resolved_anew() -> None:
     assert (new.master_port, new.reduce_bucket_size, new.vocab_size) == ("auto", "auto", old.vocab_size)
 
 
-def test_c085_experts_spread_on_resume_get_the_gradients_that_they_need() -> None:
-    old = Config(zero_stage=1, overlap_comm=False, contiguous_gradients=False, num_gpus=2)
-    assert resumed(old, "max_steps=9").contiguous_gradients is False
-    assert resumed(old, "expert_parallel_size=2").contiguous_gradients == "auto"
-    assert resumed(old, "expert_parallel_size=2", "contiguous_gradients=false").contiguous_gradients is False
+REDUCTION = ("overlap_comm", "contiguous_gradients", "allgather_bucket_size", "reduce_bucket_size")
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "auto"),
+    [
+        ({"zero_stage": 1}, (False, False, 2_000_000, 2_000_000), True),  # auto on a CPU
+        ({"zero_stage": 2}, (True, True, 2_000_000, 2_000_000), True),
+        ({"zero_stage": 1}, (True, True, 200_000_000, 200_000_000), True),  # auto on a GPU
+        ({"zero_stage": 1}, (True, True, 2_000_000, 2_000_000), False),
+        ({"zero_stage": 2}, (False, False, 2_000_000, 2_000_000), False),
+        ({"zero_stage": 1}, (False, False, 2_000_000, 1_000_000), False),
+        ({"zero_stage": 0}, (True, True, "auto", "auto"), True),  # no effect
+        ({"use_deepspeed": False, "zero_stage": 1}, (True, True, "auto", "auto"), True),
+    ],
+)
+def test_c085_a_resumed_run_leaves_to_auto_what_auto_chose(
+    keys: dict[str, object], values: tuple[object, ...], auto: bool
+) -> None:
+    stored = Config(**{"use_deepspeed": True} | keys | dict(zip(REDUCTION, values, strict=True)))
+    found = left_to_auto(stored)
+    assert [getattr(found, name) for name in REDUCTION] == (["auto"] * 4 if auto else list(values))
+    assert found.model_copy(update=dict(zip(REDUCTION, values, strict=True))) == stored
+
+
+def test_c085_another_stage_on_resume_reduces_as_auto_says_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LUMINA_RUNS", str(tmp_path))
+    path = RunDirectory.create(tmp_path, "old").path
+    chosen = dict(zip(REDUCTION, (False, False, 2_000_000, 2_000_000), strict=True))
+    Config(use_deepspeed=True, zero_stage=1, tokenizer="lumina-1k", num_gpus=1, **chosen).save(path / "config.yaml")
+    assert main(["train", "--run", "old", "--resume", "--dry-run", "--json", "zero_stage=2"]) == 0
+    zero = json.loads(capsys.readouterr().out)["deepspeed"]["zero_optimization"]
+    assert (zero["stage"], zero["overlap_comm"], zero["contiguous_gradients"]) == (2, True, True)
 
 
 @pytest.mark.parametrize("tasks", [False, True])
