@@ -218,7 +218,7 @@ class GrowthWatch:
         self._evolution, self._run = ArchitectureEvolution(config), run
         self._on = config.use_moe and config.expert_growth != "off" and config.adaptive != "off"
         self._seen: dict[int, dict[int, tuple[list[float], float]]] = {}
-        self._evals: deque[float] = deque(maxlen=5)
+        self._evals: deque[tuple[int, float]] = deque(maxlen=5)  # (step, loss)
         self._told: tuple[str, int, int | None] | None = None
 
     def replay(self, records: Iterable[rec.Record]) -> None:
@@ -239,7 +239,10 @@ class GrowthWatch:
 
     def _look(self, record: rec.Record) -> rec.Alert | None:
         if isinstance(record, rec.Eval) and record.loss is not None:
-            self._evals.append(record.loss)
+            self._evals.append((record.step, record.loss))
+        if isinstance(record, rec.Rewind):  # what followed is of an abandoned branch
+            self._seen = {step: found for step, found in self._seen.items() if step <= record.to_step}
+            self._evals = deque((item for item in self._evals if item[0] <= record.to_step), maxlen=self._evals.maxlen)
         if not isinstance(record, rec.Experts):
             return None
         for layer, seen in layers_of(record):
@@ -271,7 +274,7 @@ class GrowthWatch:
             return None
         loads = {layer: np.sum([found[layer][0] for found in whole], axis=0).tolist() for layer in layers}
         dropped = {layer: float(np.mean([found[layer][1] for found in whole])) for layer in layers}
-        metrics = {"steps": step - min(self._seen) + 1, "dropped": dropped, "eval_loss": list(self._evals)}
+        metrics = {"steps": step - min(self._seen) + 1, "dropped": dropped, "eval_loss": [loss for _, loss in self._evals]}
         return self._evolution.should_add_expert(expert_utilization=loads, performance_metrics=metrics)
 
     def _advice(self, found: Mapping[str, Any]) -> str:

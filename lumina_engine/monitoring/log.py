@@ -358,11 +358,33 @@ def all_records(data: bytes) -> list[rec.Record] | None:
     return found if len(found) == data.count(b"\n") and min(map(_SEQ, found), default=1) > 0 else None
 
 
-def read_records(path: str | os.PathLike[str]) -> Iterator[rec.Record]:
-    """Every record in the file, first to last; lines that are no records are skipped (LogReader names them)."""
-    reader = LogReader(path)
+def read_records(path: str | os.PathLike[str], types: Iterable[str] = ()) -> Iterator[rec.Record]:
+    """Every record in the file, first to last; lines that are no records are skipped (LogReader names them).
+
+    With `types` only records of these types: a long log is nearly all steps, and lines of other types are not decoded.
+    """
+    reader = _Chosen(path, types) if types else LogReader(path)
     while records := reader.read_new():
         yield from records
+
+
+class _Chosen(LogReader):
+    """Only records of some types. What is wrong with other lines is not looked at, and `errors` stays empty."""
+
+    def __init__(self, path: str | os.PathLike[str], types: Iterable[str]) -> None:
+        super().__init__(path)
+        self._beginnings = _beginnings(types)
+
+    def _lines(self, data: bytes, records: list[rec.Record]) -> None:
+        lines = [line for line in data.splitlines(keepends=True) if line.startswith(self._beginnings)]
+        end = self.offset + len(data)
+        super()._lines(b"".join(lines), records)
+        self.offset, self.errors = end, []
+
+
+def _beginnings(types: Iterable[str]) -> tuple[bytes, ...]:
+    """How lines of these types begin."""
+    return tuple(b'{"type":"%s"' % name.encode() for name in types)
 
 
 def sampled_records(path: str | os.PathLike[str], lines: int = 2_000, near_end: int = 1 << 20) -> list[rec.Record]:
@@ -413,7 +435,7 @@ def last_records(
         within: look at no more than about this many bytes before the end.
         end: take this byte, which must follow a newline, for the end.
     """
-    wanted = [b'{"type":"%s"' % name.encode() for name in types]
+    wanted = _beginnings(types)
     found: list[rec.Record] = []
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -424,7 +446,7 @@ def last_records(
         for start, line in lines_backward(descriptor, end):
             if (count is not None and len(found) >= count) or (within is not None and end - start > within):
                 break
-            if wanted and not line.startswith(tuple(wanted)):
+            if wanted and not line.startswith(wanted):
                 continue
             try:
                 found.append(rec.decode(line))

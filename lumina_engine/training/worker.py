@@ -30,7 +30,7 @@ from ..monitoring.adaptive import Back
 from ..monitoring.decisions import backs_after
 from ..monitoring.growth import GrowthWatch
 from ..monitoring.hardware import HardwareThread
-from ..monitoring.log import MetricLog, read_records, surviving
+from ..monitoring.log import MetricLog, read_records
 from ..run.directory import RunDirectory
 from ..run.policy import AGAIN, NO_PROGRESS, OUT_OF_MEMORY, REFUSED, USAGE
 from ..run.rank import NullChannel, RankChannel
@@ -230,16 +230,18 @@ class Worker:
     def _logged_step(self) -> int:
         """The last step of which the log has anything."""
         kinds = rec.Step | rec.Eval | rec.Experts | rec.Checkpoint
-        return max((r.step for r in read_records(self.directory.metrics_path) if isinstance(r, kinds)), default=0)
+        records = read_records(self.directory.metrics_path, ("step", "eval", "experts", "checkpoint"))
+        return max((r.step for r in records if isinstance(r, kinds)), default=0)
 
     def _logged_checkpoints(self) -> list[int]:
         """Steps of the verified checkpoints in the log; rank 0 alone has it."""
-        records = read_records(self.directory.metrics_path) if self.log is not None else ()
+        records = read_records(self.directory.metrics_path, ("checkpoint",)) if self.log is not None else ()
         return [r.step for r in records if isinstance(r, rec.Checkpoint) and r.verified]
 
     def _rewinds(self) -> list[tuple[int, int]]:
         """(seq, to_step) of each rewind in the log."""
-        return [(r.seq, r.to_step) for r in read_records(self.directory.metrics_path) if isinstance(r, rec.Rewind)]
+        records = read_records(self.directory.metrics_path, ("rewind",))
+        return [(r.seq, r.to_step) for r in records if isinstance(r, rec.Rewind)]
 
     def _catch_up(self, step: int, seq: int | None) -> None:
         """What the log knows beyond the checkpoint of `step`: the user's rates after it, rollbacks since, and what they cost.
@@ -248,8 +250,10 @@ class Worker:
         """
         from .history import rates_after, rollbacks_after
 
-        records = list(read_records(self.directory.metrics_path)) if self.log is not None else []
-        self.growth.replay(surviving(records))
+        records: list[rec.Record] = []
+        if self.log is not None:
+            records = list(read_records(self.directory.metrics_path, ("alert", "change", "rewind")))
+            self.growth.replay(read_records(self.directory.metrics_path, ("experts", "eval", "rewind")))
         rollbacks = rollbacks_after(records, seq)
         mine = {
             "rates": list(rates_after(records, 0).items()),

@@ -16,6 +16,7 @@ from lumina_engine.config.counts import parameter_counts
 from lumina_engine.config.schema import DeepSeekConfig
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.growth import GrowthWatch
+from lumina_engine.monitoring.log import surviving
 
 LONG = {"steps": 1_500, "dropped": 0.12, "eval_loss": [3.0, 2.9, 2.8]}
 HOT, DEAD = [60.0, 12.0, 14.0, 14.0], [33.0, 33.0, 33.0, 1.0]
@@ -112,6 +113,23 @@ def test_c099_a_run_is_told_once_with_a_command_that_exists() -> None:
     again = GrowthWatch(BALANCING, "mine")
     again.replay(rec.Experts(step=step, layers=[2], load=[DEAD], dropped=[0.0]) for step in range(50, 3_000, 50))
     assert watched(again, DEAD, 3_000, 3_500) == []
+
+
+def test_c099_a_rewind_takes_back_what_followed_in_the_branch_that_is_left() -> None:
+    """In a living run and from the log alike: as if the branch had never been."""
+
+    def branch(first: int, last: int, load: list[float]) -> list[rec.Record]:
+        found: list[rec.Record] = []
+        for step in range(first, last, 50):
+            found += [rec.Experts(step=step, layers=[2], load=[load], dropped=[0.2]), rec.Eval(step=step, loss=4 - step / 1e4)]
+        return found
+
+    log = [*branch(50, 900, HOT), *branch(900, 2_000, DEAD), rec.Rewind(to_step=880), *branch(900, 1_100, HOT)]
+    watch, straight = GrowthWatch(BALANCING, "mine"), GrowthWatch(BALANCING, "mine")
+    watch.replay(log)
+    straight.replay(surviving(log))
+    assert (watch._seen, list(watch._evals)[-4:]) == (straight._seen, list(straight._evals)[-4:])
+    assert all(step < 1_100 for step, _ in watch._evals)
 
 
 @pytest.mark.parametrize("interval", [1, 7, 30, 50, 70, 300, 1_999, 2_000, 3_000])

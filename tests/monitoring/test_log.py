@@ -15,6 +15,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from lumina_engine.monitoring import log as log_module
@@ -506,3 +507,29 @@ def test_rs10_values_go_and_events_stay() -> None:
         rec.Rewind(to_step=8),
     ]
     assert surviving([*gone, *stay]) == stay
+
+
+def test_rs10_records_of_some_types_are_read_without_decoding_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run wants the few rewinds of a log of steps. Garbage and a line without its end are passed over as ever."""
+    path, records = tmp_path / "metrics.jsonl", []
+    for number in range(1, 400):
+        records.append(rec.Step(step=number))
+        if number % 50 == 0:
+            records += [rec.Rewind(to_step=number - 5), rec.Eval(step=number, loss=1.0)]
+    lines = [rec.encode(msgspec.structs.replace(record, seq=seq)) for seq, record in enumerate(records, 1)]
+    lines[3:3] = [b"\n", b'{"type":"rewind"\n', b"\xff{}\n", b'{"type":"rewind","seq":0,"to_step":1}\n', b'{"type":"step",\n']
+    path.write_bytes(b"".join(lines) + rec.encode(rec.Rewind(to_step=7, seq=10_000))[:-1])
+    decoded: list[int] = []
+
+    def counted(data: bytes) -> list[rec.Record]:
+        decoded.append(data.count(b"\n"))
+        return decode(data)
+
+    decode = rec.decode_lines
+    wanted = [r for r in read_records(path) if isinstance(r, rec.Rewind | rec.Eval)]
+    monkeypatch.setattr(rec, "decode_lines", counted)
+    assert list(read_records(path, ("rewind", "eval"))) == wanted and len(wanted) == 14
+    assert sum(decoded) == 16  # the two of the garbage that begin like a rewind
+    assert list(read_records(path, ("note",))) == [] and list(read_records(tmp_path / "none", ("note",))) == []
