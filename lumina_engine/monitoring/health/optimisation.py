@@ -69,23 +69,26 @@ class Divergence(Detector):
 
     6 of the newest 8 losses beyond 3 deviations (noise of the 64 before them) above the median of the 16 before them, and
     their median at least a fifth above it. From 64 steps on. Closed when the median of 8 is back within 1 deviation of the
-    level that it left.
+    level that it left. Until then each step gives the sign again, so that one that falls into a quiet time is not lost.
     """
 
     codes = ("divergence",)
     types = (rec.Step,)
 
     def __init__(self) -> None:
-        self._well: float | None = None  # log loss at which it is over, while it is open
+        self._well: float | None = None  # log loss at which it is over, while it lasts
+        self._sign: Sign | None = None  # what was seen when it began, while it lasts
 
     def look(self, seen: Windows) -> Iterator[Sign]:
         loss = seen.loss
         if seen.steps < WARM or not loss.known or len(loss.recent) < loss.recent.maxlen:  # type: ignore[operator]
             return
-        if self._well is not None:
+        if self._well is not None and self._sign is not None:
             if median(loss.recent) <= self._well:
-                self._well = None
+                self._well = self._sign = None
                 yield Sign("divergence", False)
+            else:
+                yield self._sign
             return
         if loss.recent[-1] - loss.middle <= loss.sigma:  # most steps end here
             return
@@ -100,7 +103,8 @@ class Divergence(Detector):
                 f"step {seen.step}: the loss went up from {was:.4g} to {now:.4g} and stays there ({far} of 8 beyond 3 sigma)"
             )
             advice = f"stop, and go back to a checkpoint from before step {max(0, seen.step - 8)} with {_lower_rate(seen)}"
-            yield Sign("divergence", True, "critical", words, advice)
+            self._sign = Sign("divergence", True, "critical", words, advice)
+            yield self._sign
 
 
 class GradientTail(Detector):
@@ -132,7 +136,8 @@ class RateJump(Detector):
     """The learning rate more than doubles from one step to the next, after step 10, and nobody has set it.
 
     No schedule does that: a linear warm-up grows by a tenth there, all others fall. A resume that changes the schedule sets the
-    rate of its first step. Critical from three times on. Closed when the rate is back at twice the last good one.
+    rate of its first step. Critical from three times on. Closed when the rate is back at twice the last good one; until then
+    each step gives the sign again, so that one that falls into a quiet time is not lost.
     """
 
     codes = ("rate_jump",)
@@ -140,7 +145,8 @@ class RateJump(Detector):
 
     def __init__(self) -> None:
         self._before: tuple[int, float] | None = None
-        self._good: float | None = None
+        self._good: float | None = None  # the rate before the jump, while it lasts
+        self._sign: Sign | None = None  # what was seen at the jump, while it lasts
 
     def look(self, seen: Windows) -> Iterator[Sign]:
         last = seen.last
@@ -148,16 +154,22 @@ class RateJump(Detector):
             return
         before, self._before = self._before, (last.step, last.lr)
         if self._good is not None and (last.lr <= 2 * self._good or seen.rate_set >= last.step - 1):
-            self._good = None
+            self._good = self._sign = None
             yield Sign("rate_jump", False)
-        if before is None or last.step <= 10 or last.step != before[0] + 1 or seen.rate_set >= before[0]:
+        if self._sign is not None:
+            yield self._sign
+        elif before is not None and last.step > 10 and last.step == before[0] + 1 and seen.rate_set < before[0]:
+            yield from self._jump(before[1], last)
+
+    def _jump(self, before: float, last: rec.Step) -> Iterator[Sign]:
+        """The sign of a step whose rate is more than twice that of the step `before` it."""
+        if last.lr is None or last.lr <= 2 * before:
             return
-        if self._good is None and last.lr > 2 * before[1]:
-            self._good = before[1]
-            times = last.lr / before[1]
-            words = f"step {last.step}: the learning rate went from {before[1]:.3g} to {last.lr:.3g} in one step"
-            advice = f"no schedule does that: set learning_rate={before[1]:.3g}"
-            yield Sign("rate_jump", True, "critical" if times >= 3 else "warning", words, advice)
+        self._good, times = before, last.lr / before
+        words = f"step {last.step}: the learning rate went from {before:.3g} to {last.lr:.3g} in one step"
+        advice = f"no schedule does that: set learning_rate={before:.3g}"
+        self._sign = Sign("rate_jump", True, "critical" if times >= 3 else "warning", words, advice)
+        yield self._sign
 
 
 class Plateau(Detector):

@@ -1,7 +1,8 @@
 """The health of a run from its records: feed them in the order of the log, get the alerts. The same log gives the same alerts.
 
 An alert is told once while its trouble lasts: it opens at one level, closes at another (each detector's own), and does not open
-again within `QUIET_STEPS` of its end.
+again within `QUIET_STEPS` of its end. Trouble that begins in a quiet time and outlasts it is told then. A run that goes back
+tries anew: what it left behind has no quiet time, since a rollback that did not help is news.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class HealthWatch:
         self.alerts: deque[rec.Alert] = deque(maxlen=KEPT)
         self.open: dict[str, rec.Alert] = {}
         self._closed: dict[str, int] = {}  # code -> step count at its end
+        self._left: set[str] = set()  # codes that were open when the run went back, and have not ended since
         self._leave_out = frozenset(leave_out)
         self._by_type: dict[type, list[Detector]] = {}
         for detector in detectors():
@@ -63,6 +65,9 @@ class HealthWatch:
     def observe(self, record: rec.Record) -> list[rec.Alert]:
         """The alerts that begin with this record."""
         self.seen.take(record)
+        if isinstance(record, rec.Rewind):
+            self._closed.clear()
+            self._left = set(self.open)
         interested = self._by_type.get(type(record))
         if interested is None:
             return []
@@ -80,8 +85,9 @@ class HealthWatch:
     def _judge(self, sign: Sign, record: rec.Record) -> rec.Alert | None:
         code = sign.code
         if not sign.bad:
-            if self.open.pop(code, None) is not None:
+            if self.open.pop(code, None) is not None and code not in self._left:
                 self._closed[code] = self.seen.steps
+            self._left.discard(code)
             return None
         quiet = self.seen.steps - self._closed.get(code, -QUIET_STEPS) < QUIET_STEPS
         if code in self.open or code in self._leave_out or quiet:

@@ -102,6 +102,48 @@ def test_c093_a_fault_that_comes_back_is_told_again_only_after_a_quiet_time() ->
     assert codes(watch).count("nonfinite_run") == 2
 
 
+def opened(watch: HealthWatch, code: str) -> list[int]:
+    """The steps at which alerts of this code were told."""
+    return [alert.step or 0 for alert in watch.alerts if alert.code == code]
+
+
+def test_c093_a_divergence_that_comes_back_within_the_quiet_time_is_told_when_that_is_over() -> None:
+    watch = fed()
+    watch.replay([*steps(20, 201, loss=4.0), *steps(60, 221)])
+    assert len(opened(watch, "divergence")) == 1 and not watch.open
+    watch.replay(steps(12, 281, loss=6.0))
+    assert "divergence" not in watch.open, "the first one ended less than a quiet time ago"
+    watch.replay(steps(2 * QUIET_STEPS, 293, loss=6.0))
+    _, second = opened(watch, "divergence")
+    assert "divergence" in watch.open and 293 <= second <= 221 + 8 + QUIET_STEPS, "told once, and it lasts"
+    assert "step 28" in watch.alerts[-1].message, "it tells where the loss went up, not when the quiet time was over"
+
+
+def test_c093_a_divergence_within_the_quiet_time_that_ends_there_is_not_told() -> None:
+    watch = fed()
+    watch.replay([*steps(20, 201, loss=4.0), *steps(40, 221), *steps(20, 261, loss=6.0), *steps(300, 281)])
+    assert len(opened(watch, "divergence")) == 1 and not watch.open
+
+
+def test_c093_a_rate_that_jumps_again_within_the_quiet_time_is_told_when_that_is_over() -> None:
+    watch = fed()
+    watch.replay([*steps(1, 201, lr=1e-2), *steps(49, 202)])
+    assert opened(watch, "rate_jump") == [201] and not watch.open
+    watch.replay(steps(3 * QUIET_STEPS, 251, lr=1e-2))
+    assert opened(watch, "rate_jump") == [201, 202 + QUIET_STEPS] and "rate_jump" in watch.open
+    assert watch.alerts[-1].message.startswith("step 251: ") and watch.alerts[-1].severity == "critical"
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["while it lasts", "after its end"])
+def test_c093_a_divergence_that_comes_back_after_a_rollback_is_told_at_once(ended: bool) -> None:
+    watch = fed()
+    watch.replay([*steps(20, 201, loss=4.0), *(steps(20, 221) if ended else ())])
+    assert ("divergence" in watch.open) != ended
+    watch.replay([rec.Rewind(to_step=190, failed_step=220), *steps(19, 191), *steps(150, 210, loss=4.0)])
+    _, second = opened(watch, "divergence")
+    assert 210 <= second <= 217 and "divergence" in watch.open, "the rollback did not help: that is news, once"
+
+
 def test_c093_a_batch_that_comes_once_more_and_a_part_that_rests_once_are_no_fault() -> None:
     watch = fed()
     watch.replay(steps(120, 201, repeats=lambda step: 7 if step % 4 == 0 else None))
