@@ -1,4 +1,4 @@
-"""Memory and cores of this process's control group: its limits, and whom the kernel killed in it. Standard library only.
+"""Memory and cores of this process's control group: limits, use, and whom the kernel killed in it. Standard library only.
 
 Version 2 keeps all controllers in one tree (`0::/path`), version 1 one tree a controller (`4:memory:/path`). In a container the
 path may be the host's, which is not there: then the top of the tree is the container's own.
@@ -11,6 +11,9 @@ from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
 _LIMITS = ("memory.max", "memory.limit_in_bytes")
+# what is in use, and the lines of memory.stat for page cache in it, with the groups below
+_USES = (("memory.current", ("inactive_file", "active_file")),
+         ("memory.usage_in_bytes", ("total_inactive_file", "total_active_file")))  # fmt: skip
 _KILLS = ("memory.events", "memory.oom_control")
 
 
@@ -32,10 +35,38 @@ def memory_folders(root: Path = ROOT, membership: Path = Path("/proc/self/cgroup
     return [folder for folder in dict.fromkeys([*found, root, root / "memory"]) if folder.is_dir()]
 
 
+def limiting_folder(root: Path = ROOT, membership: Path = Path("/proc/self/cgroup")) -> tuple[int, Path] | None:
+    """The lowest memory limit in bytes of the group and those above, and whose it is; None where there is none.
+
+    Of equal limits that of the outermost folder counts: what others use is in it.
+    """
+    lowest: tuple[int, Path] | None = None
+    for folder in memory_folders(root, membership):
+        for text in (_text(folder / name) for name in _LIMITS):
+            if text.isdigit() and (lowest is None or int(text) <= lowest[0]):
+                lowest = int(text), folder
+    return lowest
+
+
 def limit(root: Path = ROOT, membership: Path = Path("/proc/self/cgroup")) -> int | None:
     """The lowest memory limit in bytes of the group and those above; None where there is none."""
-    texts = [_text(folder / name) for folder in memory_folders(root, membership) for name in _LIMITS]
-    return min((int(text) for text in texts if text.isdigit()), default=None)
+    lowest = limiting_folder(root, membership)
+    return None if lowest is None else lowest[0]
+
+
+def in_use(folder: Path) -> int | None:
+    """Bytes of memory that a group and those below it use, without page cache; None where the kernel does not tell.
+
+    The kernel takes page cache back before it kills, and lets it fill the whole limit of a group that reads large files; the
+    host's `available` leaves it out in the same way. Memory that is shared between processes is no such cache.
+    """
+    for name, cached in _USES:
+        total = _text(folder / name)
+        pairs = (line.partition(" ") for line in _text(folder / "memory.stat").splitlines())
+        cache = [int(value) for key, _, value in pairs if key in cached and value.isdigit()]
+        if total.isdigit() and cache:
+            return max(0, int(total) - sum(cache))
+    return None
 
 
 def oom_kills(root: Path = ROOT, membership: Path = Path("/proc/self/cgroup")) -> int:

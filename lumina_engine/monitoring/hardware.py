@@ -179,6 +179,18 @@ def memory_limit(cgroup: Path = _CGROUP) -> int:
     return min(total, cgroup_memory.limit(cgroup) or total)
 
 
+def memory_in_use(cgroup: Path = _CGROUP) -> int | None:
+    """Bytes in use of what `memory_limit` tells: the machine's, or its cgroup's if that has the lower limit.
+
+    None where the cgroup does not tell: what the whole machine uses says nothing about the room in a group.
+    """
+    memory = psutil.virtual_memory()
+    lowest = cgroup_memory.limiting_folder(cgroup)
+    if lowest is not None and lowest[0] < memory.total:
+        return cgroup_memory.in_use(lowest[1])
+    return int(memory.total - memory.available)
+
+
 def _disk(path: Path) -> Any:
     place = path.absolute()
     while not place.exists():
@@ -193,20 +205,27 @@ class Sampler:
         path: whose file system is shown.
         root: the process whose tree (itself and all below) counts for `rss`.
         nvml: None looks for the machine's own.
+        cgroup: top of the tree of control groups.
     """
 
-    def __init__(self, path: str | os.PathLike[str] = ".", root: int | None = None, nvml: Nvml | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str] = ".",
+        root: int | None = None,
+        nvml: Nvml | None = None,
+        cgroup: Path = _CGROUP,
+    ) -> None:
         self._path = Path(path)
         self._root = root or os.getpid()
         self.nvml = nvml or Nvml.open()
         self._devices = self.nvml.visible(os.environ.get("CUDA_VISIBLE_DEVICES")) if self.nvml is not None else []
         self._cores = core_count()
-        self._memory = memory_limit()
+        self._cgroup = cgroup
+        self._memory = memory_limit(cgroup)
         self._before: tuple[float, float, float, int, int] | None = None
 
     def sample(self) -> rec.Hardware:
         """One record, not yet emitted."""
-        memory = psutil.virtual_memory()
         disk = _disk(self._path)
         now = self._counters()
         cpu = net_rx = net_tx = None
@@ -220,7 +239,7 @@ class Sampler:
             devices=[self.nvml.device(index) for index in self._devices] if self.nvml is not None else [],
             cpu=cpu,
             cpu_count=self._cores,
-            memory_used=min(self._memory, int(memory.total - memory.available)),
+            memory_used=memory_in_use(self._cgroup),
             memory_total=self._memory,
             rss=tree_rss(self._root),
             disk_free=disk.free,

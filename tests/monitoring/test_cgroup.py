@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lumina_engine.monitoring.cgroup import limit, memory_folders, oom_kills
+from lumina_engine.monitoring.cgroup import in_use, limit, limiting_folder, memory_folders, oom_kills
 
 V2, V1 = "0::/job/step\n", "9:cpu:/else\n4:memory,hugetlb:/job/step\n"
 
@@ -47,3 +47,30 @@ def test_a_path_that_is_the_hosts_falls_back_to_the_top(tmp_path: Path, text: st
     own = membership(tmp_path, text)
     assert limit(tmp_path, own) == 7000 and oom_kills(tmp_path, own) == 1
     assert limit(tmp_path, tmp_path / "none") == 7000
+
+
+V2_STAT = "anon 900\nfile 2100\nshmem 100\ninactive_file 700\nactive_file 1300\n"
+V1_STAT = "inactive_file 1\nactive_file 2\ntotal_inactive_file 700\ntotal_active_file 1300\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "top", "limits", "use", "stat"),
+    [
+        (V2, "", "memory.max", "memory.current", V2_STAT),
+        (V1, "memory/", "memory.limit_in_bytes", "memory.usage_in_bytes", V1_STAT),
+    ],
+)
+def test_c139_use_is_that_of_the_folder_whose_limit_counts_without_page_cache(
+    tmp_path: Path, text: str, top: str, limits: str, use: str, stat: str
+) -> None:
+    own = membership(tmp_path, text)
+    assert limiting_folder(tmp_path, own) is None
+    tree(tmp_path, {f"{top}job/step/{limits}": "9000\n", f"{top}job/{limits}": "5000\n", f"{top}{limits}": "max\n"})
+    assert limiting_folder(tmp_path, own) == (5000, tmp_path / f"{top}job")
+    assert in_use(tmp_path / f"{top}job") is None
+    tree(tmp_path, {f"{top}job/{use}": "3000\n"})
+    assert in_use(tmp_path / f"{top}job") is None, "use with an unknown share of cache is unknown"
+    tree(tmp_path, {f"{top}job/memory.stat": stat})
+    assert in_use(tmp_path / f"{top}job") == 1000
+    tree(tmp_path, {f"{top}job/step/{limits}": "5000\n"})
+    assert limiting_folder(tmp_path, own) == (5000, tmp_path / f"{top}job"), "the use of the step's neighbours counts as well"

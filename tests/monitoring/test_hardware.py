@@ -15,6 +15,7 @@ import pytest
 from lumina_engine.monitoring import hardware
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.hardware import HardwareThread, Nvml, Sampler, core_count, detect, memory_limit, tree_rss
+from lumina_engine.monitoring.health.watch import HealthWatch
 
 
 class FakeError(Exception):
@@ -128,6 +129,24 @@ def test_cgroup_limits(tmp_path: Path) -> None:
     assert core_count(tmp_path) == 1
 
 
+def test_c093_in_a_group_with_a_limit_memory_in_use_is_the_group_s_and_not_the_host_s(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    host = SimpleNamespace(total=512 * 10**9, available=300 * 10**9)  # others use 212 GB of it
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: host)
+    files = {"max": "64000000000\n", "current": "60000000000\n", "stat": "inactive_file 40000000000\nactive_file 5000000000\n"}
+    for name, text in files.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    found = Sampler(cgroup=tmp_path).sample()
+    assert (found.memory_used, found.memory_total) == (15 * 10**9, 64 * 10**9)
+    assert HealthWatch().replay([found]) == []
+    (tmp_path / "memory.stat").unlink()
+    unknown = Sampler(cgroup=tmp_path).sample()
+    assert (unknown.memory_used, unknown.memory_total) == (None, 64 * 10**9) and HealthWatch().replay([unknown]) == []
+    (tmp_path / "memory.max").write_text("max\n")
+    assert Sampler(cgroup=tmp_path).sample().memory_used == 212 * 10**9
+
+
 def test_host_figures_and_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     counters = iter([(0.0, 10.0, 100.0, 1000, 0), (2.0, 11.0, 104.0, 3000, 500), (3.0, 10.0, 104.0, 0, 0)])
     monkeypatch.setattr(Sampler, "_counters", lambda self: next(counters))
@@ -138,7 +157,7 @@ def test_host_figures_and_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (second.cpu, second.net_rx, second.net_tx) == (25.0, 1000.0, 250.0)
     third = sampler.sample()
     assert (third.cpu, third.net_rx) == (None, 0.0), "a counter that starts again is no negative rate"
-    assert second.memory_used and second.memory_total and second.disk_free and second.rss and second.cpu_count
+    assert second.memory_total and second.disk_free and second.rss and second.cpu_count
 
 
 def test_rss_is_that_of_the_whole_tree() -> None:
