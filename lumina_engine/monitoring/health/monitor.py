@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import record as rec
+from ..hardware import memory_limit
 from ..log import MetricLog
 from ..say import say
 from .watch import KEPT, HealthWatch
@@ -23,8 +24,10 @@ _NAMES = {  # what others call the fields of a step
     "tokens_per_second": "tokens_per_s",
     "gradient_norm": "grad_norm",
 }
-_STEP_FIELDS = frozenset(rec.Step.__struct_fields__) - {"seq", "t", "inc"}
+# the fields of a step that are one number; what `repeats` and `frozen` say comes from a trainer that looks at its batches
+_STEP_FIELDS = frozenset(rec.Step.__struct_fields__) - {"seq", "t", "inc", "repeats", "frozen"}
 _WHOLE = frozenset({"step", "epoch", "tokens", "seq_length", "batch"})
+_MOST = 2.0**63  # whole numbers of a record are below
 _RSS = ("rss", "host_rss", "process_rss", "memory_usage.rss", "memory_usage.host_rss")
 
 
@@ -64,10 +67,10 @@ class MetricsCollector:
                 continue
             try:
                 found[name] = float(value)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 if name not in self._strange and len(self._strange) < 1_000:
                     self._strange.add(name)
-                    say(f"health: {name} is no number ({type(value).__name__}): left out")
+                    say(f"health: {name} is no number that a float can hold ({type(value).__name__}): left out")
         return found
 
 
@@ -84,6 +87,7 @@ class TrainingHealthMonitor:
     def __init__(self, log_dir: str | os.PathLike[str] | None = None) -> None:
         self.metrics_collector = MetricsCollector()
         self.watch = HealthWatch()
+        self._memory = memory_limit()  # bytes that the growth of the loop's memory is measured against
         self._log: MetricLog | None = None
         if log_dir is not None:
             folder = Path(log_dir)
@@ -112,8 +116,8 @@ class TrainingHealthMonitor:
             fields["step_time"] = max(now - self.watch.seen.last.t, 1e-9)
         begun = self.emit(rec.Step(**fields, t=now))
         memory = next((numbers[name] for name in _RSS if name in numbers), None)
-        if memory is not None and math.isfinite(memory):
-            begun += self.emit(rec.Hardware(rss=int(memory), t=now))
+        if memory is not None and 0 <= memory < _MOST:
+            begun += self.emit(rec.Hardware(rss=int(memory), memory_total=self._memory, t=now))
         return begun
 
     def emit(self, record: rec.Record) -> list[rec.Alert]:
@@ -179,7 +183,7 @@ def _typed(field: str, value: float) -> float | int | bool | None:
     if field == "skipped":
         return bool(value)
     if field in _WHOLE:
-        return int(value) if math.isfinite(value) else 0
+        return int(value) if abs(value) < _MOST else 0
     return value
 
 

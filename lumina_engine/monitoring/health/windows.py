@@ -14,6 +14,8 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+import msgspec
+
 from .. import record as rec
 from ..experts import joined
 
@@ -51,6 +53,18 @@ def theil_sen(values: Sequence[float]) -> tuple[float, float, float]:
 def _sinks(before: object, after: object) -> bool:
     """Whether a value that was changed is lower now."""
     return isinstance(before, int | float) and isinstance(after, int | float) and after < before
+
+
+def _with(known: rec.Hardware, record: rec.Hardware) -> rec.Hardware:
+    """A record with the figures `known` that it leaves out.
+
+    A sampler's record, which always has the cores, is complete: what it leaves out cannot be measured any more, and a device
+    that it does not list is gone.
+    """
+    if record.cpu_count is not None:
+        return record
+    told = {name: value for name in record.__struct_fields__ if (value := getattr(record, name)) not in (None, [])}
+    return msgspec.structs.replace(known, **told)
 
 
 class Level:
@@ -149,7 +163,7 @@ class Windows:
         self.evals: deque[tuple[int, float, float | None]] = deque(maxlen=8)  # step, eval loss, log train loss then
         self.experts: rec.Experts | None = None  # the newest line
         self.routing: rec.Experts | None = None  # all layers of the newest step: a long record is several lines
-        self.hardware: rec.Hardware | None = None
+        self.hardware: rec.Hardware | None = None  # the newest of each figure: a record need not have all
         self.rss: deque[tuple[float, float]] = deque(maxlen=96)  # t, bytes
         self.disk: deque[tuple[float, float]] = deque(maxlen=128)  # t, free bytes
         self.checkpoint_bytes: int | None = None
@@ -238,7 +252,7 @@ class Windows:
         self.routing = joined(known, record) if known is not None and known.step == record.step else record
 
     def _hardware(self, record: rec.Hardware) -> None:
-        self.hardware = record
+        self.hardware = record if self.hardware is None else _with(self.hardware, record)
         if record.rss is not None:
             self.rss.append((record.t, float(record.rss)))
         if record.disk_free is not None:

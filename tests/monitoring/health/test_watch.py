@@ -19,9 +19,11 @@ from lumina_engine.bench.generated import MACHINE, machine_records
 from lumina_engine.bench.health import measure
 from lumina_engine.config.schema import Config, fields_info
 from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.hardware import memory_limit
 from lumina_engine.monitoring.health.scores import scores
 from lumina_engine.monitoring.health.watch import QUIET_STEPS, HealthWatch, detectors
 from lumina_engine.monitoring.health.windows import RATE_KEYS, SLOPE_BLOCK, Windows, theil_sen
+from lumina_engine.monitoring.log import read_records
 
 
 def steps(count: int, first: int = 1, seed: int = 0, **change: Any) -> Iterator[rec.Step]:
@@ -487,6 +489,45 @@ def test_c087_c088_c092_a_loop_of_ones_own(tmp_path: Path, capsys: pytest.Captur
     monitor.close()
     logged = (tmp_path / "logs" / "deep" / "metrics.jsonl").read_text().splitlines()
     assert sum('"type":"step"' in line for line in logged) == 109 and sum('"type":"alert"' in line for line in logged) == 2
+
+
+def test_c093_a_leak_in_a_loop_of_ones_own_is_told() -> None:
+    monitor = TrainingHealthMonitor()
+    total = memory_limit()
+    grown = [monitor.log_step({"loss": 2.0, "rss": total * (0.1 + 0.005 * step)}) for step in range(160)]
+    assert [alert.code for alerts in grown for alert in alerts] == ["memory_growth"]
+    steady = TrainingHealthMonitor()
+    assert [steady.log_step({"loss": 2.0, "memory_usage": {"rss": 0.3 * total}}) for _ in range(160)] == [[]] * 160
+
+
+def test_c093_a_record_that_lists_no_device_loses_none_unless_it_is_complete() -> None:
+    devices = [rec.Device(index=index, name="GPU", temperature=60.0) for index in range(2)]
+    monitor = TrainingHealthMonitor()
+    monitor.emit(rec.Hardware(cpu_count=8, devices=devices, memory_used=5, memory_total=10, disk_free=50))
+    assert monitor.log_step({"loss": 2.0, "rss": 1e9}) == [] and monitor.emit(rec.Hardware(cpu=50.0)) == []
+    known = monitor.watch.seen.hardware
+    assert known is not None and (known.devices, known.disk_free, known.rss, known.cpu) == (devices, 50, 10**9, 50.0)
+    assert [alert.code for alert in monitor.emit(rec.Hardware(devices=devices[:1]))] == ["device_lost"]
+    monitor.emit(rec.Hardware(devices=devices))
+    assert not monitor.watch.open
+    monitor.watch.replay(steps(QUIET_STEPS))
+    assert [alert.code for alert in monitor.emit(rec.Hardware(cpu_count=8, memory_used=5, memory_total=10))] == ["device_lost"]
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_c088_numbers_that_no_step_can_have_end_no_loop(log: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    monitor = TrainingHealthMonitor(tmp_path if log else None)
+    strange = {"frozen": 3, "repeats": 7, "grad_norm": 10**400, "tokens": 1e300, "batch": math.nan}
+    assert monitor.log_step({"step": 4, "loss": 2.0, "rss": 1e300, **strange}) == []
+    last = monitor.watch.seen.last
+    assert last is not None and (last.frozen, last.repeats, last.grad_norm, last.tokens) == ([], None, None, 0)
+    assert monitor.watch.seen.hardware is None and monitor.metrics_collector.latest["frozen"] == 3
+    assert "grad_norm is no number that a float can hold (int)" in capsys.readouterr().err
+    monitor.log_step({"loss": 2.0})
+    assert monitor.watch.seen.step == 5
+    monitor.close()
+    if log:
+        assert [record.step for record in read_records(tmp_path / "metrics.jsonl") if isinstance(record, rec.Step)] == [4, 5]
 
 
 def test_c089_a_monitor_without_anything(tmp_path: Path) -> None:
