@@ -69,7 +69,8 @@ class Divergence(Detector):
 
     6 of the newest 8 losses beyond 3 deviations (noise of the 64 before them) above the median of the 16 before them, and
     their median at least a fifth above it. From 64 steps on. Closed when the median of 8 is back within 1 deviation of the
-    level that it left. Until then each step gives the sign again, so that one that falls into a quiet time is not lost.
+    level that it left, and where rows get another length, since that level is no longer one. Until then each step gives the
+    sign again, so that one that falls into a quiet time is not lost.
     """
 
     codes = ("divergence",)
@@ -78,9 +79,13 @@ class Divergence(Detector):
     def __init__(self) -> None:
         self._well: float | None = None  # log loss at which it is over, while it lasts
         self._sign: Sign | None = None  # what was seen when it began, while it lasts
+        self._lengths = 0  # lengths of rows that had ended when it began
 
     def look(self, seen: Windows) -> Iterator[Sign]:
         loss = seen.loss
+        if self._sign is not None and seen.lengths != self._lengths:
+            self._well = self._sign = None
+            yield Sign("divergence", False)
         if seen.steps < WARM or not loss.known or len(loss.recent) < loss.recent.maxlen:  # type: ignore[operator]
             return
         if self._well is not None and self._sign is not None:
@@ -97,7 +102,7 @@ class Divergence(Detector):
             return
         risen = median(loss.recent) - loss.middle
         if risen >= math.log(1.2):
-            self._well = loss.middle + loss.sigma
+            self._well, self._lengths = loss.middle + loss.sigma, seen.lengths
             now, was = math.exp(median(loss.recent)), math.exp(loss.middle)
             words = (
                 f"step {seen.step}: the loss went up from {was:.4g} to {now:.4g} and stays there ({far} of 8 beyond 3 sigma)"

@@ -27,6 +27,7 @@ SLOPE_BLOCK = 20  # steps of one of its points
 NUMERIC_STEPS = 1_000
 BACK = 1_000  # values behind a reference that are kept, so that there is one after a rewind
 SPIKE_STEPS = 500
+LASTING = 24  # steps at one length of rows; fewer never make the level of a window in which the next length follows
 KENDALL_95 = {5: 10, 6: 13, 7: 15, 8: 18, 9: 20, 10: 23}  # points -> S of Kendall's test from which a trend is one (95 %)
 # what the learning rate of a step follows from: the shape of its schedule, and all that the number of steps comes from
 RATE_KEYS = frozenset(
@@ -149,6 +150,9 @@ class Windows:
         self.nonfinite_in_row = 0
         self._overflow: int | None = None  # step whose gradient was too large for its loss scale; told before its record
         self.finite_in_row = 0
+        self.length: int | None = None  # of the rows of the last step
+        self.at_length = 0  # steps at it in a row
+        self.lengths = 0  # how often a lasting length has ended: the windows of loss and gradient began anew
         self.loss = Level(recent=8, level=16)
         self.norm = Level(recent=8, level=16)
         # each value with its step, the last one of a block
@@ -210,6 +214,7 @@ class Windows:
         self.step, self.last = record.step, record
         # a loss scale that sinks is no sign of broken values; the loss itself is not scaled
         scaled, self._overflow = record.step == self._overflow, None
+        self._rows(record.seq_length)
         finite = math.isfinite(record.loss or 0.0) and (scaled or math.isfinite(record.grad_norm or 0.0))
         self.nonfinite.append((record.step, not finite))
         self.nonfinite_in_row = 0 if finite else self.nonfinite_in_row + 1
@@ -218,6 +223,23 @@ class Windows:
             self._values(record)
         if record.step_time and record.step_time > 0:
             self._time(record, record.step_time)
+
+    def _rows(self, length: int | None) -> None:
+        """Begin anew with loss and gradient where rows get another length for good, as in a curriculum.
+
+        Where the length is another one at each step, as where a loop of one's own pads to the longest row, losses are as like
+        as they get. The number of rows widens or narrows the noise and moves no level: the rest of an epoch ends no window.
+        """
+        if length == self.length:
+            self.at_length += 1
+            return
+        if self.at_length >= LASTING:
+            self.lengths += 1
+            self.loss.clear()
+            self.norm.clear()
+            self.curve.clear()
+            self._block.clear()
+        self.length, self.at_length = length, 1
 
     def _values(self, record: rec.Step) -> None:
         spike = False

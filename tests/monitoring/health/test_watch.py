@@ -91,6 +91,52 @@ def test_c093_a_fault_is_one_alert_of_its_code(change: dict[str, Any], code: str
     assert codes(watch).count(code) == 1, "told once while it lasts"
 
 
+def test_c093_a_loss_that_steps_up_with_the_length_of_rows_is_no_divergence() -> None:
+    watch = fed(800, loss=lambda step: 2.0 + 0.02 * (step % 5), seq_length=128, batch=16)
+    assert watch.replay(steps(200, 801, loss=lambda step: 2.5 + 0.02 * (step % 5), seq_length=256, batch=8)) == []
+    assert watch.summary()["health_status"] == "healthy"
+    found = watch.replay(steps(20, 1001, loss=3.5, seq_length=256, batch=8))
+    assert [alert.code for alert in found] == ["loss_spike", "divergence"]
+
+
+def test_c093_a_divergence_ends_where_rows_get_another_length_and_the_next_one_is_told() -> None:
+    watch = fed(200, seq_length=128)
+    watch.replay(steps(20, 201, loss=4.0, seq_length=128))
+    assert "divergence" in watch.open
+    watch.replay(steps(150, 221, loss=4.0, seq_length=256))
+    assert "divergence" not in watch.open, "its level is one of another length"
+    watch.replay(steps(20, 371, loss=6.0, seq_length=256))
+    assert opened(watch, "divergence")[1:] == [376]
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"seq_length": lambda step: 64 + step % 7},  # padded to the longest row
+        {"batch": lambda step: 8 if step % 30 else 3},  # the rest of an epoch
+    ],
+)
+def test_c093_batches_of_mixed_shapes_hide_no_divergence(shape: dict[str, Any]) -> None:
+    watch = fed(300, **shape)
+    assert "divergence" in [alert.code for alert in watch.replay(steps(12, 301, loss=4.0, **shape))]
+
+
+@pytest.mark.parametrize("to_step", range(300, 352, 4))
+def test_c093_a_rewind_over_a_change_of_length_is_no_divergence(to_step: int) -> None:
+    def level(first: int, last: int) -> Iterator[rec.Step]:
+        return (
+            record
+            for step in range(first, last)
+            for record in steps(
+                1, step, loss=(2.0 if step < 340 else 2.5) + 0.02 * (step % 5), seq_length=128 + 128 * (step >= 340)
+            )
+        )
+
+    watch = HealthWatch()
+    watch.replay([*level(1, 360), rec.Rewind(to_step=to_step), *level(to_step + 1, 480)])
+    assert codes(watch) == []
+
+
 def test_c093_a_loss_out_of_line_is_one_spike_and_no_divergence() -> None:
     watch = fed()
     assert [a.code for a in watch.replay([*steps(1, 201, loss=6.0), *steps(60, 202)])] == ["loss_spike"]
