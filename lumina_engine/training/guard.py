@@ -15,6 +15,9 @@ and standard deviation, the rule of OLMo-core), while the loss falls; with batch
 a step does no harm: clipping, and Adam's division by the root of the second moment, bound an update however long its gradient.
 What is harmful, a bad batch or broken weights, shows in the loss as well, or is of another order of magnitude.
 
+Losses and gradients of another shape of the global batch do not compare: where a curriculum lengthens the rows, the loss may
+step up for good, and that is no spike. With another shape the windows begin anew.
+
 The decision is a pure function of saved numbers and of figures that are the same on every rank, so all ranks decide alike and
 a resumed run decides as the unbroken one.
 """
@@ -79,9 +82,17 @@ class StepGuard:
         self.recover = int(config.spike_recover_steps)
         self.policy = str(config.spike_policy)
         self.windows = {name: deque[float](maxlen=int(config.spike_window)) for name in QUANTITIES}
+        self.shape: tuple[int, int] | None = None  # rows of the global batch and tokens of a row that the windows are of
         self.open_since: int | None = None
         self.calm = 0  # values inside the bound since the last spike of the episode
         self.left_out = 0  # steps of the episode that were not applied
+
+    def meet(self, rows: int, length: int) -> None:
+        """Take note of the shape of the step that comes: `rows` of the global batch, of `length` tokens. Before `allows`."""
+        if self.shape is not None and self.shape != (rows, length):
+            for window in self.windows.values():
+                window.clear()
+        self.shape = rows, length
 
     def spike(self, loss: float, grad_norm: float) -> Spike | None:
         """The larger deviation that counts as a spike, if any; None for what is not finite."""
@@ -122,10 +133,13 @@ class StepGuard:
 
     def state_dict(self) -> dict[str, Any]:
         windows = {name: list(window) for name, window in self.windows.items()}
-        return {"windows": windows, "open_since": self.open_since, "calm": self.calm, "left_out": self.left_out}
+        counts = {"open_since": self.open_since, "calm": self.calm, "left_out": self.left_out}
+        return {"windows": windows, "shape": None if self.shape is None else list(self.shape), **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, window in self.windows.items():
             window.clear()
             window.extend(state["windows"][name])
+        shape = state.get("shape")  # not in a checkpoint of an earlier version
+        self.shape = None if shape is None else (int(shape[0]), int(shape[1]))
         self.open_since, self.calm, self.left_out = state["open_since"], state["calm"], state["left_out"]

@@ -291,6 +291,8 @@ class EnhancedConversationTrainer:
         loss_value, balance, z = objective.reduce()  # the one read of a step, at its end: whether to apply it depends on it
         self.step_rng = None
         scale = self.engine.scale.value if self.engine.scale is not None else None
+        rows, length = sum(b.input_ids_BS.shape[0] for b in micro_batches), micro_batches[0].input_ids_BS.shape[1]
+        self.guard.meet(rows * self.comm.world_size, length)
         result = self.engine.step(lr, partial(self.guard.allows, loss_value))
         if result.applied and self.window is not None and cfg.router_bias_rate > 0:
             self.model.update_router_bias(objective.counts_LE, cfg.router_bias_rate)

@@ -247,6 +247,18 @@ def test_ft06_a_spike_is_left_out_by_deepspeed_too(tmp_path: Path, stage: int) -
     assert skipped(tiny) == [36] == [step for step in range(1, 41) if not changed[step]]
 
 
+def test_ft06_a_loss_that_steps_up_with_the_next_length_of_a_curriculum_is_left_alone(tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"curriculum_learning": True, "min_seq_length": 16, "curriculum_steps": 40}
+    tiny = Tiny(tmp_path, max_steps=56, **keys)
+    disturb(tiny, set(range(41, 57)), times(3.0))
+    tiny.train()
+    steps = [record for record in tiny.records if isinstance(record, rec.Step)]
+    assert {record.seq_length for record in steps[:40]} == {16} and {record.seq_length for record in steps[40:]} == {32}
+    assert skipped(tiny) == [] == tiny.alerts()
+    guard = tiny.trainer.guard
+    assert guard.shape == (steps[-1].batch, 32) and len(guard.windows["loss"]) == 16
+
+
 def test_d13_a_stop_waits_for_the_save_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An asynchronous save of the last step that fails in its writer is made again before the run ends."""
     tiny = Tiny(tmp_path, max_steps=10, save_interval=4, async_save=True)

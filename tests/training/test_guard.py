@@ -72,6 +72,35 @@ def test_ft06_a_new_level_is_not_left_out_for_ever() -> None:
     assert left_out == MOST_LEFT_OUT and steps < 128
 
 
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+@pytest.mark.parametrize("shape", [(8, 256), (16, 256), (8, 128)])
+def test_ft06_a_loss_that_steps_up_with_the_shape_of_the_batch_is_no_spike(shape: tuple[int, int], policy: str) -> None:
+    watch, draw = guard(spike_policy=policy), random.Random(1)
+    for step in range(1, 201):
+        watch.meet(16, 128)
+        assert watch.observe(step, 2.0 * math.exp(draw.gauss(0, 0.02)), 1.0, True) is None
+    assert not watch.allows(2.5, 1.0), "at the same shape it is one"
+    for step in range(201, 401):
+        watch.meet(*shape)
+        loss = 2.5 * math.exp(draw.gauss(0, 0.02))
+        assert watch.allows(loss, 1.0) and watch.observe(step, loss, 1.0, True) is None
+    assert not watch.allows(3.2, 1.0), "and the new level has its own"
+
+
+def test_rs04_the_shape_of_the_windows_is_put_back_and_one_that_is_not_known_begins_none_anew() -> None:
+    first, second = fed(200), guard()
+    first.meet(16, 128)
+    second.load_state_dict(first.state_dict())
+    second.meet(16, 128)
+    assert second.state_dict() == first.state_dict() and not second.allows(9.0, 1.0)
+    second.meet(8, 256)
+    assert second.allows(9.0, 1.0) and second.state_dict()["shape"] == [8, 256]
+    earlier = {name: value for name, value in first.state_dict().items() if name != "shape"}
+    second.load_state_dict(earlier)
+    second.meet(8, 256)
+    assert not second.allows(9.0, 1.0)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_ft06_a_thousand_ordinary_steps_give_no_event(seed: int) -> None:
     watch, draw = fed(0), random.Random(seed)
