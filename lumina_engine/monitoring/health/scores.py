@@ -56,8 +56,13 @@ def overall(found: dict[str, Score]) -> float:
     return mean if numerics is None else min(numerics, mean)
 
 
-def status(seen: Windows, total: float) -> str:
-    """`no_data`, `warming_up`, `healthy`, `degraded` or `critical`."""
+def status(seen: Windows, total: float, alarmed: bool = False) -> str:
+    """`no_data`, `warming_up`, `healthy`, `degraded` or `critical`.
+
+    `alarmed`: a critical alert is open, so one of the last two.
+    """
+    if alarmed:
+        return "critical" if total < DEGRADED else "degraded"
     if math.isnan(total):
         return "no_data"
     if seen.steps < WARMING_STEPS:

@@ -55,7 +55,7 @@ class HealthWatch:
         self.alerts: deque[rec.Alert] = deque(maxlen=KEPT)
         self.open: dict[str, rec.Alert] = {}
         self._closed: dict[str, int] = {}  # code -> step count at its end
-        self._left: set[str] = set()  # codes that were open when the run went back, and have not ended since
+        self._left: set[str] = set()  # open codes of a branch that was left: no sign of them since, and no end either
         self._leave_out = frozenset(leave_out)
         self._by_type: dict[type, list[Detector]] = {}
         for detector in detectors():
@@ -89,6 +89,7 @@ class HealthWatch:
                 self._closed[code] = self.seen.steps
             self._left.discard(code)
             return None
+        self._left.discard(code)
         quiet = self.seen.steps - self._closed.get(code, -QUIET_STEPS) < QUIET_STEPS
         if code in self.open or code in self._leave_out or quiet:
             return None
@@ -108,8 +109,9 @@ class HealthWatch:
         """`health_status`, `overall_health_score`, each sub-score with its words, and what is open."""
         found = scores(self.seen)
         total = overall(found)
+        alarmed = any(alert.severity == "critical" and code not in self._left for code, alert in self.open.items())
         return {
-            "health_status": status(self.seen, total),
+            "health_status": status(self.seen, total, alarmed),
             "overall_health_score": total,
             "step": self.seen.step,
             "steps_seen": self.seen.steps,

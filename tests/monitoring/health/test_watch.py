@@ -437,6 +437,34 @@ def test_c089_no_data_warming_up_and_the_scores_of_a_run() -> None:
     assert watch.summary()["health_status"] == "critical"
 
 
+def test_c089_a_run_with_a_critical_alert_open_is_degraded_at_best_and_its_score_is_as_it_was() -> None:
+    devices = [rec.Device(index=index, name="GPU") for index in range(2)]
+    watch = fed(500)
+    watch.observe(rec.Hardware(devices=devices))
+    score = watch.summary()["overall_health_score"]
+    assert watch.summary()["health_status"] == "healthy"
+    watch.observe(rec.Hardware(devices=devices[:1]))
+    told = watch.summary()
+    assert told["open_alerts"] == ["device_lost"] and told["health_status"] == "degraded"
+    assert told["overall_health_score"] == score > 0.95
+    watch.observe(rec.Hardware(devices=devices))
+    assert watch.summary()["health_status"] == "healthy"
+    back = fed(600)
+    back.replay([*steps(3, 601, loss=math.nan), rec.Rewind(to_step=590), *steps(10, 591)])
+    assert "nonfinite_run" in back.open and back.summary()["health_status"] == "healthy", "it was of the branch that is left"
+    back.replay(steps(3, 601, loss=math.nan))
+    back.replay(steps(1, 604))
+    assert back.summary()["health_status"] in ("degraded", "critical"), "and is of this one as well"
+    early = fed(10, loss=math.nan)
+    assert early.summary()["health_status"] == "critical", "nor is a run that begins with broken steps warming up"
+    unknown = HealthWatch()
+    unknown.replay([rec.Hardware(devices=devices), rec.Hardware(devices=devices[:1])])
+    assert math.isnan(unknown.summary()["overall_health_score"]) and unknown.summary()["health_status"] == "degraded"
+    warned = fed(600)
+    warned.replay(steps(40, 601, lr=2.5e-3))
+    assert "rate_jump" in warned.open and warned.summary()["health_status"] == "healthy", "a warning is none"
+
+
 def test_c089_sub_scores_follow_their_formulas() -> None:
     seen = Windows()
     for record in steps(400, loss=lambda step: math.exp(0.001 * step), grad_norm=1.0):
