@@ -7,7 +7,7 @@
 | numerics | 1 - 0.5 for each step in 1,000 that is not finite; 0 at 3 in a row | 1 step |
 | routing | worst layer: min(1, 1.4 / imbalance) (1 - 5 dropped) (1 - dead / experts) | 1 record |
 | throughput | tokens/s of 32 steps over the median of 256 before at one shape: 1 at 0.9, 0 at 0.3 | 96 steps |
-| resources | least of free memory (1 at 5 %, 0 at 0.5 %), wait for data (1 at 2 %, 0 at 30 %), disk (2 saves) | 1 record |
+| resources | least of free host memory (1 at 5 %, 0 at 0.5 %), wait for data (1 at 2 %, 0 at 30 %), disk (2 saves) | 1 record |
 
 A step whose gradient overflowed under the loss scale of fp16, which then sank, is finite if its loss is.
 """
@@ -133,7 +133,7 @@ def _resources(seen: Windows) -> Score:
     parts: list[tuple[float, str]] = []
     free = None if seen.hardware is None else headroom(seen.hardware)
     if free is not None:
-        parts.append((ramp(free, 0.005, 0.05), f"{free:.0%} of memory free"))
+        parts.append((ramp(free, 0.005, 0.05), f"{free:.0%} of host memory free"))
     if len(seen.waiting) >= 32:
         share = median(seen.waiting)
         parts.append((ramp(share, 0.3, 0.02), f"{share:.0%} of a step waits for data (64 steps)"))

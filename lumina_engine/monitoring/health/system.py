@@ -56,26 +56,34 @@ class LoaderWait(Detector):
 class Memory(Detector):
     """Room left in host and device memory, and growth of the run's own.
 
-    Critical below 2 % of free memory; closed above 5 %. A leak: over the last 64 hardware records (after 32 of this start),
-    cut into eight parts, resident memory rises from each part to the next by 1 % or more, none less than 0.3 of the largest
-    rise (what a run takes while it warms up grows ever more slowly), and at that pace fills the machine within 4 hours.
-    Closed by eight parts that rise by less than 1 % in all.
+    Critical below 2 % of free host memory, a warning below that on a device; closed above 5 %. What a driver tells as used has
+    in it what PyTorch's allocator keeps to hand out again, often nearly all of a device that does well.
+
+    A leak: over the last 64 hardware records (after 32 of this start), cut into eight parts, resident memory rises from each
+    part to the next by 1 % or more, none less than 0.3 of the largest rise (what a run takes while it warms up grows ever more
+    slowly), and at that pace fills the machine within 4 hours. Closed by eight parts that rise by less than 1 % in all.
     """
 
-    codes = ("memory_low", "memory_growth")
+    codes = ("memory_low", "device_memory_low", "memory_growth")
     types = (rec.Hardware,)
 
     def look(self, seen: Windows) -> Iterator[Sign]:
         hardware = seen.hardware
         if hardware is None:
             return
+        smaller = "a smaller micro batch: batch_size=1 with more gradient_accumulation_steps, or gradient_checkpointing=true"
         free = headroom(hardware)
         if free is not None and free < 0.02:
-            words = f"step {seen.step}: {free:.1%} of memory is free"
-            advice = "a smaller micro batch: batch_size=1 with more gradient_accumulation_steps, or gradient_checkpointing=true"
-            yield Sign("memory_low", True, "critical", words, advice)
+            yield Sign("memory_low", True, "critical", f"step {seen.step}: {free:.1%} of memory is free", smaller)
         elif free is not None and free > 0.05:
             yield Sign("memory_low", False)
+        index, free = fullest_device(hardware)
+        if free is not None and free < 0.02:
+            words = f"step {seen.step}: {free:.1%} of the memory of device {index} is free by its driver"
+            held = f"{words}; what the run's allocator keeps to hand out again counts as used"
+            yield Sign("device_memory_low", True, "warning", held, f"harmless by itself; after an out-of-memory {smaller}")
+        elif free is not None and free > 0.05:
+            yield Sign("device_memory_low", False)
         yield from self._growth(seen, hardware)
 
     def _growth(self, seen: Windows, hardware: rec.Hardware) -> Iterator[Sign]:
@@ -205,10 +213,17 @@ DROPPED = 0.3
 
 
 def headroom(hardware: rec.Hardware) -> float | None:
-    """The smallest free share of host and device memory, None if unknown."""
-    pairs: list[tuple[int | None, int | None]] = [(hardware.memory_used, hardware.memory_total)]
-    pairs += [(device.memory_used, device.memory_total) for device in hardware.devices]
-    return min((1 - used / total for used, total in pairs if used is not None and total), default=None)
+    """The free share of host memory, None if unknown."""
+    used, total = hardware.memory_used, hardware.memory_total
+    return 1 - used / total if used is not None and total else None
+
+
+def fullest_device(hardware: rec.Hardware) -> tuple[int, float | None]:
+    """The device with the smallest free share of memory, and that share; None if no device tells."""
+    told = [(device.index, device.memory_used, device.memory_total) for device in hardware.devices]
+    shares = [(1 - used / total, index) for index, used, total in told if used is not None and total]
+    free, index = min(shares, default=(None, 0))
+    return index, free
 
 
 def parts_of(series: Sequence[tuple[float, float]], count: int) -> list[float]:

@@ -307,6 +307,23 @@ def test_c093_faults_of_the_machine(kind: str) -> None:
     assert set(codes(watch)) <= {*critical, *warning} and bool(watch.alerts) == bool(critical or warning)
 
 
+def test_c093_a_device_that_the_allocator_fills_is_a_warning_that_says_so_and_costs_no_score() -> None:
+    watch = fed(500)
+
+    def told(used: int, host: int = 50) -> list[tuple[str, str]]:
+        devices = [
+            rec.Device(index=index, name="GPU", memory_used=part, memory_total=1000) for index, part in ((0, 500), (1, used))
+        ]
+        alerts = watch.observe(rec.Hardware(cpu_count=2, devices=devices, memory_used=host, memory_total=100))
+        return [(alert.code, alert.severity) for alert in alerts]
+
+    assert told(970) == [] and told(998) == [("device_memory_low", "warning")]
+    assert "device 1" in watch.alerts[-1].message and "allocator" in watch.alerts[-1].message
+    assert watch.summary()["health_status"] == "healthy" and watch.summary()["scores"]["resources"]["value"] == 1.0
+    assert told(998, host=99) == [("memory_low", "critical")] and watch.summary()["scores"]["resources"]["value"] < 0.3
+    assert told(940) == [] and not watch.open
+
+
 def test_c093_overfitting_and_a_plateau() -> None:
     watch = HealthWatch()
     for place, loss in enumerate([2.0, 1.8, 1.9, 2.0, 2.1]):
@@ -407,7 +424,7 @@ def test_c091_every_override_in_a_recommendation_is_a_valid_key_and_value() -> N
         tight.observe(rec.Eval(step=tight.seen.step, loss=loss))
     tight.observe(rec.Checkpoint(step=400, bytes=100))
     tight.replay(steps(64, tight.seen.step + 1, repeats=7, frozen=lambda step: [] if step % 32 else ["head"]))
-    hot = rec.Device(index=0, name="GPU", temperature=95.0)
+    hot = rec.Device(index=0, name="GPU", temperature=95.0, memory_used=99, memory_total=100)
     tight.observe(rec.Hardware(memory_used=995, memory_total=1000, disk_free=200, devices=[hot]))
     advice |= {alert.code: alert.recommendation for alert in tight.alerts}
     every = {code for detector in detectors() for code in detector.codes}
