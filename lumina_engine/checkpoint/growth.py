@@ -2,6 +2,7 @@
 
 A configuration has one `num_experts` for all layers, so every expert layer changes by one: each gets a twin of an expert of its
 own, or loses one. The old run is never touched; the new one begins with the same step, optimizer state and place in the data.
+What `adaptive` had decided of rate and balance stays behind: the new run's log alone must give its decisions again.
 
 Growing keeps the function (after Net2Net, arXiv:1511.05641, as routing demands it): the twin has weights and router row of its
 parent. With one expert per token and sigmoid scores that is all. With softmax each of the two gets half of the parent's
@@ -47,6 +48,8 @@ PART = re.compile(r"blocks\.(\d+)\.ffn\.(router\.weight|router\.bias|router\.log
 COUNTS = "routing.counts"
 MAX_LOSS_RISE = 0.01  # of the probe's loss, beyond which a removal is undone
 MAX_CAPACITY = 64.0  # of the key capacity_factor
+# of the saved state, since the new run's log begins behind it: controllers that have seen nothing, and no record before it
+_AT_A_START: Mapping[str, Any] = {"adaptive": {}, "inc": 0, "log_seq": 0}
 
 Probe = Callable[[Mapping[str, Any], Mapping[str, Tensor]], float]
 
@@ -318,7 +321,7 @@ def _write(source: Source, edits: Mapping[int, Edit], config: Config, folder: Pa
         model=dict(_Rewritten(loaded.model, edits)),
         model_config=shape,
         tokenizer=loaded.tokenizer,
-        global_state={**loaded.global_state, "inc": 0, "log_seq": 0},  # the new run's log begins behind it
+        global_state={**loaded.global_state, **_AT_A_START},
         rank_state={**loaded.rank_state, "world": 1, "begins": {}},
         metrics=loaded.metrics,
         flags=loaded.flags,

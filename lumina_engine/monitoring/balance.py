@@ -115,6 +115,7 @@ class BalanceController:
         if rules.mode != "act":
             return []
         layers = {str(layer): [seen.load, seen.dropped or 0.0] for layer, seen in layers_of(record)}
+        s.seen = [item for item in s.seen if _same_experts(item["layers"], layers)]  # other experts than these are no window
         s.seen.append({"step": record.step, "layers": layers})
         start = record.step - rules.cooldown
         later = [item for item in s.seen if item["step"] > start]
@@ -191,6 +192,11 @@ class BalanceController:
             "window": span,
         }
         return rec.Change(what=OUTCOME, step=step, before=before, after=now, by="adaptive", reason=reason, evidence=evidence)
+
+
+def _same_experts(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether the layers that both know have as many experts in both."""
+    return all(len(before[layer][0]) == len(load) for layer, (load, _) in now.items() if layer in before)
 
 
 def _load_of(seen: list[dict[str, Any]]) -> _Load | None:

@@ -16,6 +16,7 @@ from lumina_engine.config.schema import Config, DeepSeekConfig
 from lumina_engine.data.tokenizer import ConversationTokenizer
 from lumina_engine.model.transformer import DeepSeekTransformer
 from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.decisions import of_controller, replay
 from tests.faults.tiny import KEYS, Tiny
 
 ONE = {"moe_top_k": 1, "num_experts": 4, "num_dense_layers": 0}
@@ -183,3 +184,39 @@ def test_c099_training_goes_on_from_a_grown_checkpoint(tmp_path: Path) -> None:
     assert all(len(load) == 5 and load[4] > 0 for load in last.load)
     model, _, _ = load_model(tmp_path / "grown")
     assert model.config.num_experts == 5 and [len(layer.w13) for layer in model.expert_layers] == [5, 5]
+
+
+@pytest.mark.parametrize("change", [1, -1], ids=["grow", "shrink"])
+def test_c099_the_controllers_of_the_new_run_begin_with_its_log(tmp_path: Path, change: int) -> None:
+    """What they saw and did of another number of experts, in a log that the new run has not, is none of its own."""
+    keys = {
+        **ONE,
+        "adaptive": "act",
+        "adaptive_cooldown_steps": 10,
+        "expert_log_interval": 2,
+        "router_bias_rate": 0.0,
+        "load_balancing_weight": 0.005,
+        "moe_dropless": True,
+        "max_steps": 60,
+        "spike_policy": "alert",
+    }
+    first = Tiny(tmp_path, "old", **keys)
+    for layer in first.trainer.model.expert_layers:
+        layer.router.bias[1:] = -1e9
+    first.train(until=20)
+    decided = [record for record in first.records if of_controller(record)]
+    assert decided and first.trainer.adaptive.load_balancing_weight == 0.01
+    source = open_source(str(tmp_path / "old" / "checkpoints" / "step-000020"))
+    if change > 0:
+        grow(source, {0: 0, 1: 0}, tmp_path, "new")
+    else:
+        shrink(source, {0: 3, 1: 3}, None, tmp_path, "new", lambda shape, weights: 2.0)
+    new = Tiny(tmp_path, "new", **{**keys, "num_experts": 4 + change})
+    new.resume()
+    assert new.trainer.adaptive.load_balancing_weight == 0.005
+    new.train()
+    assert [r.step for r in new.records if isinstance(r, rec.Experts)][-1] == 60
+    log = [rec.Rewind(to_step=20), *new.records]
+    found = replay([rec.decode(rec.encode(record)) for record in log], new.config)
+    assert found.agrees and found.differences == []
+    assert change < 0 or [record.what for record in found.decisions][:1] == ["load_balancing_weight"]

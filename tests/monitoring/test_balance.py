@@ -115,6 +115,17 @@ def test_c100_a_key_that_is_set_anew_is_what_the_user_says() -> None:
     assert back.weight == 0.005 and back.state_dict() == controller.state_dict()
 
 
+def test_c099_only_records_of_the_newest_number_of_experts_are_one_window() -> None:
+    """What was seen of another number of experts adds up with nothing."""
+    first, second, fresh = (BalanceController(RULES) for _ in range(3))
+    told(first, run(EVEN))
+    second.load_state_dict(first.state_dict())
+    grown = [experts(step, [*HOT, 10.0]) for step in range(420, 800, 20)]
+    found = told(second, grown)
+    assert [change.what for change in found] == [WEIGHT, OUTCOME] and found == told(fresh, grown)
+    assert second.state_dict() == fresh.state_dict()
+
+
 def of(mode: str = "act") -> Config:
     return Config(adaptive=mode, adaptive_cooldown_steps=100, load_balancing_weight=0.01, router_bias_rate=0.0)
 
