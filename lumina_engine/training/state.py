@@ -12,6 +12,7 @@ import torch
 from ..checkpoint.manager import Loaded, Payload, capture_rng, restore_rng
 from ..checkpoint.universal import SavedState
 from .engine import parameter_groups
+from .ladder import PrecisionLadder, by_autocast
 from .memory import whole_numel
 from .progress import Progress
 from .rollback import Recovery
@@ -99,9 +100,7 @@ def restore(trainer: EnhancedConversationTrainer, loaded: Loaded) -> None:
     trainer.progress = Progress.from_state_dict(state["progress"])
     trainer.schedule.load_state_dict(state["schedule"])
     if trainer.ladder is not None and state.get("precision_ladder"):
-        trainer.ladder.load_state_dict(state["precision_ladder"])
-        trainer.use_precision(trainer.ladder.current)
-        trainer.ladder.current = trainer.config.precision = trainer.precision.name
+        _restore_ladder(trainer, trainer.ladder, state["precision_ladder"])
     if trainer.engine.scale is not None and state.get("loss_scale") is not None:
         trainer.engine.scale.load_state_dict(state["loss_scale"])
     if "guard" in state:  # not in a checkpoint of an earlier version
@@ -115,6 +114,18 @@ def restore(trainer: EnhancedConversationTrainer, loaded: Loaded) -> None:
         restore_rng(loaded.rank_state["rng"], loaded.rank_tensors)
     else:  # a rank that the saving run did not have: as at a start, but never the numbers of another step again
         torch.manual_seed(abs(hash((trainer.config.seed, trainer.comm.rank, loaded.step))))
+
+
+def _restore_ladder(trainer: EnhancedConversationTrainer, ladder: PrecisionLadder, saved: dict[str, Any]) -> None:
+    """Where the run stood on the rungs. A precision that the ladder cannot have configured is the user's: it stays the home."""
+    in_place = trainer.switches_in_place and by_autocast(saved["home"])
+    own = {saved["home"]} if in_place else {saved["home"], saved["current"]}
+    if trainer.config.precision not in own:
+        return
+    ladder.load_state_dict(saved)
+    if in_place:
+        trainer.use_precision(ladder.current)
+    ladder.current = trainer.precision.name  # after a restart that is what was configured for it
 
 
 def _window_sums(trainer: EnhancedConversationTrainer, saved: SavedState) -> dict[str, torch.Tensor]:

@@ -133,12 +133,16 @@ class EnhancedConversationTrainer:
         """`dynamic_precision`, where this trainer can change precision: in place by autocast, or by being started again."""
         if not self.config.dynamic_precision:
             return None
-        in_place = isinstance(self.engine, PlainEngine) and by_autocast(self.config.precision)
-        if not in_place and not getattr(self.channel, "supervised", False):
+        if not self.switches_in_place and not getattr(self.channel, "supervised", False):
             message = "dynamic_precision: precision %s needs restarts, which only `lumina-engine train` can make; it stays"
             logging.getLogger("lumina").warning(message, self.config.precision)
             return None
         return PrecisionLadder(self.config.precision, native_bf16(self.comm.device))
+
+    @property
+    def switches_in_place(self) -> bool:
+        """Whether another precision by autocast needs no other weights: then the configuration keeps the one asked for."""
+        return isinstance(self.engine, PlainEngine) and by_autocast(self.precision.name)
 
     def _rehearsed_engine(self) -> Engine:
         """The engine, after the dry run: with weights that are split over ranks it runs through the engine, else before it."""
@@ -332,7 +336,7 @@ class EnhancedConversationTrainer:
 
     def _switch_precision(self, switch: Switch) -> None:
         """Go on in another precision: in place where only autocast differs, else by being started again from here."""
-        before, after, step = self.config.precision, switch.precision, self.progress.step
+        before, after, step = self.precision.name, switch.precision, self.progress.step
         self.emit(rec.Change(what="precision", step=step, before=before, after=after, by="adaptive", reason=switch.reason))
         self.progress.nonfinite_in_row = 0
         self.use_precision(after)
@@ -340,11 +344,12 @@ class EnhancedConversationTrainer:
             raise Stop("restarting", AGAIN, f"precision {before} -> {after}: {switch.reason}")
 
     def use_precision(self, name: str) -> None:
-        """Put `name` into the configuration, and in force where that needs no other weights."""
-        self.config = self.config.model_copy(update={"precision": name})
-        if isinstance(self.engine, PlainEngine) and by_autocast(name) and by_autocast(self.precision.name):
+        """Compute in `name` from here on; where that needs other weights, put it into the configuration of the next start."""
+        if isinstance(self.engine, PlainEngine) and self.switches_in_place and by_autocast(name):
             self.precision = Precision.from_name(name)
             self.engine.use(self.precision)
+        else:
+            self.config = self.config.model_copy(update={"precision": name})
 
     # ---- between steps ---------------------------------------------------------------------------------------------------
 

@@ -162,6 +162,43 @@ def test_forced_overflows_walk_the_ladder_in_place(tmp_path: Path) -> None:
     assert payload(trainer).global_state["precision_ladder"]["returns"] == 1
 
 
+@pytest.mark.parametrize("bad", [set(), {2, 3, 4}], ids=["at home", "on the rung"])
+@pytest.mark.parametrize("chosen", ["fp32", "mixed_bf16"])
+def test_c071_a_precision_that_the_user_sets_anew_is_the_home_of_a_ladder(tmp_path: Path, chosen: str, bad: set[int]) -> None:
+    keys = {**MIXED, "save_interval": 0, "async_save": False}
+    trainer, dataset, _ = setup(tmp_path, manager=True, **keys, max_steps=5)
+    poison(trainer, bad)
+    trainer.train(dataset)
+    assert trainer.ladder is not None and trainer.ladder.current == trainer.precision.name == ("fp32" if bad else "mixed_bf16")
+    assert trainer.config.precision == "mixed_bf16"  # what a later start reads is what was asked for
+    again, dataset, records = setup(tmp_path, manager=True, **{**keys, "precision": chosen}, max_steps=12)
+    again.prepare(dataset)
+    restore(again, again.manager.load(again.manager.recover()))
+    assert again.ladder is not None and (again.ladder.home, again.config.precision) == (chosen, chosen)
+    assert again.precision.name == again.ladder.current == ("fp32" if bad else chosen)
+    again.ladder.hold = 2
+    again.train(dataset)
+    back = [("fp32", "mixed_bf16")] if bad and chosen == "mixed_bf16" else []
+    assert [(r.before, r.after) for r in records if isinstance(r, rec.Change)] == back
+
+
+def test_c071_weights_in_another_precision_stay_in_what_the_user_sets_anew(tmp_path: Path) -> None:
+    keys = {**MIXED, "precision": "bf16", "save_interval": 0, "async_save": False}
+    trainer, dataset, _ = setup(tmp_path, manager=True, **{**keys, "max_steps": 3})
+    trainer.channel = trainer.control.channel = Supervised()
+    trainer.ladder = trainer._make_ladder()
+    trainer.train(dataset)
+    again, dataset, records = setup(tmp_path, manager=True, **{**keys, "precision": "fp32", "max_steps": 8})
+    again.channel = again.control.channel = Supervised()
+    again.ladder = again._make_ladder()
+    again.prepare(dataset)
+    restore(again, again.manager.load(again.manager.recover()))
+    assert again.ladder is not None and (again.ladder.home, again.ladder.current) == ("fp32", "fp32")
+    again.ladder.hold = 2
+    assert again.train(dataset)["state"] == "finished"
+    assert not [r for r in records if isinstance(r, rec.Change)] and again.config.precision == "fp32"
+
+
 def test_a_clean_run_never_switches_and_fp32_has_nothing_wider(tmp_path: Path) -> None:
     trainer, dataset, records = setup(tmp_path, **MIXED, max_steps=8)
     assert trainer.train(dataset)["state"] == "finished"
