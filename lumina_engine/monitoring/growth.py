@@ -8,9 +8,10 @@ Shapes: L expert layers, E experts.
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +25,7 @@ COLD = 0.1  # of the equal share
 SUSTAINED = 1_000  # steps that the load must cover before an expert is called dead, or growth is thought of
 GIVEN_UP = 2_000  # steps after which a dead expert is not worth reviving
 STATE_BYTES = 16  # of a parameter in training: weight, gradient, two moments in fp32
+_T = TypeVar("_T")
 
 
 class ArchitectureEvolution:
@@ -207,6 +209,74 @@ def _falling(losses: Any) -> bool:
     return len(known) >= 2 and known[-1] < min(known[:-1])
 
 
+class LoadWindow:
+    """What `experts` records told of the last `GIVEN_UP` steps, and their sum by layer. A row is added once and taken out once.
+
+    A row of a layer is the load per expert and, last, the share of dropped choices: (E + 1,). Loads are counts: their sums in
+    float64 are exact below 2^53, however often rows come and go.
+    """
+
+    def __init__(self) -> None:
+        self.steps: deque[tuple[int, dict[int, np.ndarray]]] = deque()  # rows by layer of each step, the oldest first
+        self._sums: dict[int, np.ndarray] = {}
+        self._rows: Counter[int] = Counter()  # how many a sum is of
+
+    def take(self, record: rec.Experts) -> bool:
+        """Add a record, or a part of one that is long; whether all layers of its step are there.
+
+        Raises:
+            ValueError: another number of experts than before.
+        """
+        self.go_back(record.step)
+        if not self.steps or self.steps[-1][0] < record.step:
+            self.steps.append((record.step, {}))
+        rows = self.steps[-1][1]
+        for layer, seen in layers_of(record):
+            if layer in rows:
+                self._subtract(layer, rows.pop(layer))
+            rows[layer] = np.array([*seen.load, seen.dropped or 0.0], np.float64)
+            self._add(layer, rows[layer])
+        self._forget(record.step)
+        return len(rows) == len(self._sums)
+
+    def go_back(self, step: int) -> None:
+        """Take out what is of later steps than this."""
+        while self.steps and self.steps[-1][0] > step:
+            self._take_out(self.steps.pop()[1])
+
+    def loads(self) -> dict[int, list[float]]:
+        """Load per expert by layer, over all steps."""
+        return {layer: self._sums[layer][:-1].tolist() for layer in sorted(self._sums)}
+
+    def dropped(self) -> dict[int, float]:
+        """Mean share of dropped choices by layer."""
+        return {layer: float(total[-1]) / self._rows[layer] for layer, total in self._sums.items()}
+
+    @property
+    def span(self) -> int:
+        """Steps from the first record to the last, both counted."""
+        return self.steps[-1][0] - self.steps[0][0] + 1 if self.steps else 0
+
+    def _forget(self, now: int) -> None:
+        """Leave what covers `GIVEN_UP` steps up to `now`: the oldest goes only where the next one reaches as far back."""
+        while len(self.steps) > 1 and now - self.steps[1][0] + 1 >= GIVEN_UP:
+            self._take_out(self.steps.popleft()[1])
+
+    def _take_out(self, rows: Mapping[int, np.ndarray]) -> None:
+        for layer, row in rows.items():
+            self._subtract(layer, row)
+
+    def _add(self, layer: int, row: np.ndarray) -> None:
+        self._sums[layer] = self._sums[layer] + row if layer in self._sums else row.copy()
+        self._rows[layer] += 1
+
+    def _subtract(self, layer: int, row: np.ndarray) -> None:
+        self._sums[layer] = self._sums[layer] - row
+        self._rows[layer] -= 1
+        if not self._rows[layer]:
+            del self._sums[layer]
+
+
 class GrowthWatch:
     """The suggestions over the records of a run, as alerts with the command to run; each is told once until it changes.
 
@@ -217,65 +287,66 @@ class GrowthWatch:
     def __init__(self, config: Config, run: str) -> None:
         self._evolution, self._run = ArchitectureEvolution(config), run
         self._on = config.use_moe and config.expert_growth != "off" and config.adaptive != "off"
-        self._seen: dict[int, dict[int, tuple[list[float], float]]] = {}
+        self._window = LoadWindow()
         self._evals: deque[tuple[int, float]] = deque(maxlen=5)  # (step, loss)
         self._told: tuple[str, int, int | None] | None = None
 
     def replay(self, records: Iterable[rec.Record]) -> None:
-        """Fill the windows from a log, telling nothing that was told before."""
-        for record in records:
-            self.observe(record)
+        """Fill the windows from a log. What is to be said at its end counts as told."""
+        for record in records if self._on else ():
+            self._safely(partial(self._take, record))
+        self._safely(self._news)
 
     def observe(self, record: rec.Record) -> rec.Alert | None:
         """The alert that begins with this record. A watch that fails ends itself, with a word in engine.log, never the run."""
+        return self._safely(partial(self._look, record))
+
+    def _safely(self, work: Callable[[], _T]) -> _T | None:
         if not self._on:
             return None
         try:
-            return self._look(record)
+            return work()
         except Exception as error:
             self._on = False
             say(f"lumina: expert_growth: no more advice in this start: {type(error).__name__}: {error}")
             return None
 
     def _look(self, record: rec.Record) -> rec.Alert | None:
+        found = self._news() if self._take(record) else None
+        if found is None:
+            return None
+        step = self._window.steps[-1][0]
+        return rec.Alert(
+            severity="info",
+            code=found["action"],
+            message=f"step {step}: {found['reasoning']}",
+            recommendation=self._advice(found),
+            step=step,
+        )
+
+    def _take(self, record: rec.Record) -> bool:
+        """Add a record to the windows; whether it completes what is known of the experts at a step."""
         if isinstance(record, rec.Eval) and record.loss is not None:
             self._evals.append((record.step, record.loss))
         if isinstance(record, rec.Rewind):  # what followed is of an abandoned branch
-            self._seen = {step: found for step, found in self._seen.items() if step <= record.to_step}
+            self._window.go_back(record.to_step)
             self._evals = deque((item for item in self._evals if item[0] <= record.to_step), maxlen=self._evals.maxlen)
-        if not isinstance(record, rec.Experts):
-            return None
-        for layer, seen in layers_of(record):
-            self._seen.setdefault(record.step, {})[layer] = (seen.load, seen.dropped or 0.0)
-        self._forget(record.step)
-        found = self._suggestion(record.step)
+        return isinstance(record, rec.Experts) and self._window.take(record)
+
+    def _news(self) -> dict[str, Any] | None:
+        """What is suggested and has not been told yet; it counts as told from here on."""
+        found = self._suggestion()
         place = None if found is None else (found["action"], found["layer"], found["expert"])
         if found is None or found["action"] == "rebalance" or place == self._told:
             return None
         self._told = place
-        return rec.Alert(
-            severity="info",
-            code=found["action"],
-            message=f"step {record.step}: {found['reasoning']}",
-            recommendation=self._advice(found),
-            step=record.step,
-        )
+        return found
 
-    def _forget(self, now: int) -> None:
-        """Leave what covers `GIVEN_UP` steps up to `now`: the oldest goes only where the next one reaches as far back."""
-        kept = sorted(step for step in self._seen if step <= now)
-        first = max((step for step in kept if now - step + 1 >= GIVEN_UP), default=0)
-        self._seen = {step: self._seen[step] for step in kept if step >= first}
-
-    def _suggestion(self, step: int) -> dict[str, Any] | None:
-        layers = sorted({layer for found in self._seen.values() for layer in found})
-        whole = [found for found in self._seen.values() if len(found) == len(layers)]
-        if not whole:
-            return None
-        loads = {layer: np.sum([found[layer][0] for found in whole], axis=0).tolist() for layer in layers}
-        dropped = {layer: float(np.mean([found[layer][1] for found in whole])) for layer in layers}
-        metrics = {"steps": step - min(self._seen) + 1, "dropped": dropped, "eval_loss": [loss for _, loss in self._evals]}
-        return self._evolution.should_add_expert(expert_utilization=loads, performance_metrics=metrics)
+    def _suggestion(self) -> dict[str, Any] | None:
+        window = self._window
+        losses = [loss for _, loss in self._evals]
+        metrics = {"steps": window.span, "dropped": window.dropped(), "eval_loss": losses}
+        return self._evolution.should_add_expert(expert_utilization=window.loads(), performance_metrics=metrics)
 
     def _advice(self, found: Mapping[str, Any]) -> str:
         if found["action"] == "revive_expert":

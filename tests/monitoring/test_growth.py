@@ -15,7 +15,7 @@ from lumina_engine.commands.checkpoint import add_arguments
 from lumina_engine.config.counts import parameter_counts
 from lumina_engine.config.schema import DeepSeekConfig
 from lumina_engine.monitoring import record as rec
-from lumina_engine.monitoring.growth import GrowthWatch
+from lumina_engine.monitoring.growth import GrowthWatch, LoadWindow
 from lumina_engine.monitoring.log import surviving
 
 LONG = {"steps": 1_500, "dropped": 0.12, "eval_loss": [3.0, 2.9, 2.8]}
@@ -115,6 +115,60 @@ def test_c099_a_run_is_told_once_with_a_command_that_exists() -> None:
     assert watched(again, DEAD, 3_000, 3_500) == []
 
 
+def held(watch: GrowthWatch) -> tuple[Any, ...]:
+    """What a watch has of the experts: its rows, and what it has summed of them."""
+    window = watch._window
+    rows = {step: {layer: row.tolist() for layer, row in rows.items()} for step, rows in window.steps}
+    return rows, window.loads(), window.dropped()
+
+
+def routed(steps: range, experts: int = 8) -> list[rec.Experts]:
+    """Records of three layers with whole loads, the later ones in two parts as long records come."""
+    draw, found = np.random.default_rng(3), []
+    for step in steps:
+        loads = draw.integers(0, 10**9, (3, experts)).astype(float).tolist()
+        parts = [slice(0, 3)] if step < steps[len(steps) // 2] else [slice(0, 2), slice(2, 3)]
+        layers, dropped = [1, 2, 5], draw.random(3).tolist()
+        found += [rec.Experts(step=step, layers=layers[p], load=loads[p], dropped=dropped[p]) for p in parts]
+    return found
+
+
+def test_c099_a_load_is_added_once_and_a_log_is_judged_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many records a window holds: a run with many layers and a short interval pays for each record what it holds."""
+    counts = dict.fromkeys(("_add", "_subtract", "judged"), 0)
+
+    def counted(owner: Any, name: str, key: str) -> None:
+        inner = getattr(owner, name)
+
+        def call(*args: Any, **keys: Any) -> Any:
+            counts[key] += 1
+            return inner(*args, **keys)
+
+        monkeypatch.setattr(owner, name, call)
+
+    counted(LoadWindow, "_add", "_add")
+    counted(LoadWindow, "_subtract", "_subtract")
+    counted(ArchitectureEvolution, "should_add_expert", "judged")
+    records = routed(range(1, 4_001))
+    watch = GrowthWatch(BALANCING, "mine")
+    watch.replay(records)
+    assert counts == {"_add": 3 * 4_000, "_subtract": 3 * 2_000, "judged": 1}
+    for record in routed(range(4_001, 4_101)):
+        watch.observe(record)
+    assert counts == {"_add": 3 * 4_100, "_subtract": 3 * 2_100, "judged": 101}, "once a step, whatever its parts"
+
+
+def test_c099_sums_that_go_along_are_those_of_the_rows_in_the_window() -> None:
+    watch = GrowthWatch(BALANCING, "mine")
+    records: list[rec.Record] = [*routed(range(3, 9_000, 3)), rec.Rewind(to_step=8_100), *routed(range(8_103, 9_500, 3))]
+    watch.replay(records)
+    rows, loads, dropped = held(watch)
+    for layer in (1, 2, 5):
+        total = np.sum([found[layer] for found in rows.values()], axis=0)
+        assert loads[layer] == total[:-1].tolist(), "counts add up exactly"
+        assert dropped[layer] == pytest.approx(total[-1] / len(rows), abs=1e-12)
+
+
 def test_c099_a_rewind_takes_back_what_followed_in_the_branch_that_is_left() -> None:
     """In a living run and from the log alike: as if the branch had never been."""
 
@@ -128,20 +182,20 @@ def test_c099_a_rewind_takes_back_what_followed_in_the_branch_that_is_left() -> 
     watch, straight = GrowthWatch(BALANCING, "mine"), GrowthWatch(BALANCING, "mine")
     watch.replay(log)
     straight.replay(surviving(log))
-    assert (watch._seen, list(watch._evals)[-4:]) == (straight._seen, list(straight._evals)[-4:])
+    assert (held(watch), list(watch._evals)[-4:]) == (held(straight), list(straight._evals)[-4:])
     assert all(step < 1_100 for step, _ in watch._evals)
 
 
 @pytest.mark.parametrize("interval", [1, 7, 30, 50, 70, 300, 1_999, 2_000, 3_000])
 def test_c099_a_dead_expert_is_removed_whatever_the_interval_of_the_log(interval: int) -> None:
     watch = GrowthWatch(BALANCING, "mine")
-    alerts, held = [], 0
+    alerts, most = [], 0
     for step in range(interval, 10_001, interval):
         alerts.append(watch.observe(rec.Experts(step=step, layers=[2], load=[DEAD], dropped=[0.0])))
-        held = max(held, len(watch._seen))
+        most = max(most, len(watch._window.steps))
     told = [(alert.code, alert.step or 0) for alert in alerts if alert is not None]
     assert [code for code, _ in told][-1:] == ["remove_expert"] and 2_000 <= told[-1][1] < 2_000 + 2 * interval
-    assert held <= 2_000 // interval + 2, "what lies further back is forgotten"
+    assert most <= 2_000 // interval + 2, "what lies further back is forgotten"
 
 
 @pytest.mark.parametrize("keys", [{"expert_growth": "off"}, {"adaptive": "off"}, {"use_moe": False}])
