@@ -300,8 +300,8 @@ class MonitoringKeys(Section):
     )
     alert_command: list[str] = key(
         [],
-        "Program and arguments to run at a warning or critical alert, at most once a minute; no shell. The alert comes as JSON "
-        "on its standard input.",
+        "Program and arguments to run at a warning or critical alert, at most once a minute and at the run's end; no shell. "
+        "The worst alert since the last time comes as JSON on its standard input.",
         resume=True,
         read_by="run/policy.py",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,55 @@ def test_c093_a_command_is_run_once_a_minute_ended_when_late_and_outlives_no_run
     missing.take(alert)
     missing.tick(0.0)
     assert "No such file" in capsys.readouterr().err
+
+
+def writing(out: Path, tmp_path: Path, **times: float) -> AlertCommand:
+    return AlertCommand(
+        [sys.executable, "-c", f"import sys; open({str(out)!r}, 'a').write(sys.stdin.read())"], tmp_path, **times
+    )
+
+
+def told(out: Path) -> list[tuple[str, str, int]]:
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    return [(row["severity"], row["code"], row["others"]) for row in rows]
+
+
+def test_c093_of_several_alerts_the_command_is_told_the_worst(tmp_path: Path) -> None:
+    command = writing(tmp_path / "out", tmp_path)
+    given = ("warning a", "critical b", "critical c", *(f"warning {n}" for n in range(1_500)))
+    for severity, code in (words.split() for words in given):
+        command.take(rec.Alert(severity=severity, code=code, message="m"))  # type: ignore[arg-type]
+    command.finish()
+    for code in ("d", "e"):
+        command.take(rec.Alert(severity="warning", code=code, message="m"))
+    command.tick(command._started + 61)
+    command.finish()
+    assert told(tmp_path / "out") == [("critical", "c", 1_502), ("warning", "e", 1)], "the newest of the worst"
+
+
+def test_c093_what_waits_when_the_run_ends_is_told_whatever_the_interval(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Behind the command that runs, also where that one has to be ended."""
+    out, gate = tmp_path / "out", tmp_path / "gate"
+    command = writing(out, tmp_path)
+    command.take(rec.Alert(severity="warning", code="first", message="m"))
+    command.tick(time.monotonic())
+    assert command._child is not None
+    command.take(rec.Alert(severity="critical", code="last", message="m"))
+    command.finish()
+    command.finish()
+    assert told(out) == [("warning", "first", 0), ("critical", "last", 0)] and command._child is None
+    stuck = f"""
+import pathlib, sys, threading
+text = sys.stdin.read()
+if "first" in text:
+    threading.Event().wait()
+pathlib.Path({str(gate)!r}).write_text(text)
+"""
+    late = AlertCommand([sys.executable, "-c", stuck], tmp_path)
+    late.take(rec.Alert(severity="warning", code="first", message="m"))
+    late.tick(time.monotonic() - late.patience)
+    late.take(rec.Alert(severity="warning", code="last", message="m"))
+    late.finish()
+    assert json.loads(gate.read_text())["code"] == "last" and capsys.readouterr().err.count("not done after 10 s") == 1
