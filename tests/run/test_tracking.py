@@ -6,6 +6,8 @@ import contextlib
 import json
 import math
 import os
+import posixpath
+import re
 import signal
 import socket
 import sys
@@ -18,6 +20,7 @@ import pytest
 from lumina_engine.config import trackers
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import MetricLog, read_records
+from lumina_engine.monitoring.trackers.mlflow_sink import metric_name
 from lumina_engine.monitoring.trackers.points import Point, Subject, points
 from lumina_engine.monitoring.trackers.tensorboard_sink import Sink, crc32c, encode
 from lumina_engine.run import launch, tracking
@@ -256,6 +259,38 @@ def test_c149_mlflow_reads_back_what_the_log_says(over: RunDirectory) -> None:
     (tracking.place(over, "mlflow") / "state.json").write_text(json.dumps({"mark": state["mark"]}))
     assert follow(over, "mlflow") == 0
     assert mlflow_losses(over) == losses
+
+
+NAMES = [
+    "eval/tasks/code",
+    "eval/tasks/C++",
+    "eval/tasks/C__",
+    "eval/tasks/C--",
+    "eval/tasks/C#+",
+    "eval/tasks//C",
+    "eval/tasks/C",
+    "eval/tasks/C/",
+    "/eval/tasks/C",
+    "eval/tasks/./C",
+    "eval/tasks/../C",
+    "eval/tasks/..",
+    "eval/tasks/Gr\u00fc\u00dfe \u4e2d\u6587",
+    "eval/tasks/a\nb",
+    "eval/tasks/\ud800",
+    "..",
+    "+",
+    "",
+    *(f"eval/tasks/{'x' * length}{end}" for length in (238, 239, 400) for end in "ab"),
+]
+
+
+def test_c149_every_name_is_one_that_mlflow_takes_and_its_own() -> None:
+    found = [metric_name(name) for name in NAMES]
+    for name in found:  # mlflow/utils/validation.py: characters, no other path as a file, length
+        assert re.fullmatch(r"[/\w.\- ]+", name) and len(name) <= 250
+        assert posixpath.normpath(name) == name and not name.startswith(("..", "/"))
+    assert len(set(found)) == len(NAMES)
+    assert found[0] == NAMES[0] and found[12] == NAMES[12] and re.fullmatch(r"eval/tasks/C__-[0-9a-f]{8}", found[1])
 
 
 def test_c149_trackio_reads_back_what_the_log_says(over: RunDirectory) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any, TypeVar
@@ -11,6 +13,7 @@ from typing import Any, TypeVar
 from .points import Point, Subject
 
 _METRICS, _PARAMS, _LONGEST = 1_000, 100, 500  # of one call, and characters of a parameter, as the server accepts
+_NAME, _DIGEST = 250, 8  # characters of a metric's name, as the server accepts, and of the digest in one that is changed
 _STATES = {"finished": "FINISHED", "failed": "FAILED", "crashed": "FAILED", "preempted": "KILLED"}
 _Item = TypeVar("_Item")
 
@@ -19,6 +22,19 @@ def _pieces(items: Iterable[_Item], size: int) -> Iterator[Sequence[_Item]]:
     iterator = iter(items)
     while piece := list(islice(iterator, size)):
         yield piece
+
+
+def metric_name(name: str) -> str:
+    """The name as MLflow takes it: letters, digits, `_-. ` and parts between slashes that could be files, 250 characters.
+
+    One that has to be changed ends in a digest of what it was: two names never become one, and a restart gives the same.
+    """
+    parts = [part for part in re.sub(r"[^/\w.\- ]", "_", name).split("/") if part not in ("", ".", "..")]
+    clean = "/".join(parts)
+    if name and clean == name and len(name) <= _NAME:
+        return name
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST]
+    return f"{clean[: _NAME - _DIGEST - 1]}-{digest}"
 
 
 class Sink:
@@ -53,7 +69,8 @@ class Sink:
 
         metrics, tags = [], []
         for point in points:
-            metrics += [self._metric(name, value, int(point.t * 1e3), point.step) for name, value in point.values.items()]
+            at = (int(point.t * 1e3), point.step)
+            metrics += [self._metric(metric_name(name), value, *at) for name, value in point.values.items()]
             if point.text is not None:
                 tags.append(RunTag(f"{point.text[0]}.{point.seq}", f"step {point.step}: {point.text[1]}"[:_LONGEST]))
             if point.rewind is not None:  # a store cannot take back: later values of a step stand beside the abandoned ones
