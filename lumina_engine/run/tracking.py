@@ -158,6 +158,7 @@ class Follower:
         self.sink: Sink | None = None
         self.failures = 0
         self.state: dict[str, Any] = {}
+        self.unsaved = False  # whether the state is in memory only: the disk took no more
         self.reader = LogReader(run.metrics_path)
 
     def follow(self) -> int:
@@ -193,6 +194,8 @@ class Follower:
             records = self.reader.read_new(PIECE)
             if not records:
                 self.failures = 0
+                if self.unsaved:
+                    self._save()
                 return False
             step = int(self.state.get("step", 0))
             taken = list(points(records, step))
@@ -201,9 +204,10 @@ class Follower:
         except Exception as error:  # whatever a tracker raises costs a pause, never a record
             self._failed(error)
             return False
-        self.failures = 0
-        self._save(offset=self.reader.offset, step=taken[-1].step if taken else step, mark=mark, state="following", error=None)
-        return True
+        newest = taken[-1].step if taken else step
+        saved = self._save(offset=self.reader.offset, step=newest, mark=mark, state="following", error=None)
+        self.failures = 0 if saved else 1  # a pause in which the disk may get room; what was delivered is not sent again
+        return saved
 
     def _finish(self) -> int:
         last = last_records(self.run.metrics_path, 1, {"run"})
@@ -239,9 +243,19 @@ class Follower:
         config = Config.load(self.run.config_path).to_dict(sectioned=False) if self.run.config_path.exists() else {}
         return Subject(self.run.name, str(self.run.identity()["id"]), self.folder, config)
 
-    def _save(self, **changes: Any) -> None:
+    def _save(self, **changes: Any) -> bool:
+        """Note the state; whether it is on the disk. Where that is full it stays in memory, and the next save has it."""
         self.state = {**self.state, **changes, "t": time.time(), "pid": os.getpid()}
-        write_json(self.folder / "state.json", self.state)
+        try:
+            write_json(self.folder / "state.json", self.state)
+        except OSError as error:
+            if not self.unsaved:
+                words = "how far it is cannot be saved, and a restart would send again what was sent since"
+                say(f"lumina: tracker {self.name}: {words}: {_words(error)}")
+            self.unsaved = True
+            return False
+        self.unsaved = False
+        return True
 
 
 def _words(error: BaseException) -> str:

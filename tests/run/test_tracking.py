@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import pytest
 
 from lumina_engine.config import trackers
 from lumina_engine.monitoring import record as rec
-from lumina_engine.monitoring.log import MetricLog, read_records
+from lumina_engine.monitoring.log import MetricLog, read_records, whole_length
 from lumina_engine.monitoring.trackers.mlflow_sink import metric_name
 from lumina_engine.monitoring.trackers.points import Point, Subject, points
 from lumina_engine.monitoring.trackers.tensorboard_sink import Sink, crc32c, encode
@@ -247,6 +248,44 @@ def test_c149_a_tracker_that_never_works_leaves_its_place_and_says_why(over: Run
     assert follow(over, "tensorboard", opener=opener, pause=0.001) == 1
     row = tracking.status(over, "tensorboard")
     assert row["state"] == "failing" and row["error"] == "OSError: no route" and row["behind_bytes"] > 0
+
+
+class Full:
+    """A disk that takes a state file only when `free`; what it took."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.free, self.refused, self.inner = False, 0, tracking.write_json
+        monkeypatch.setattr(tracking, "write_json", self)
+
+    def __call__(self, path: Path, content: Any) -> None:
+        if not self.free:
+            self.refused += 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.inner(path, content)
+
+
+def test_c149_a_full_disk_ends_no_follower(over: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """With a tracker that fails at every second delivery: nothing is lost, and nothing that was taken is sent again."""
+    monkeypatch.setattr(tracking, "PIECE", 1)
+    log_of(over, *[rec.Note(message="x" * 500) for _ in range(300)], rec.Step(step=31, loss=0.1))
+    disk, kept = Full(monkeypatch), dict[int, Point]()
+    tracker = Moody(kept)
+    assert follow(over, "tensorboard", opener=tracker, pause=0.001) == 0
+    assert list(kept.values()) == list(points(read_records(over.metrics_path), 0))
+    pieces = whole_length(over.metrics_path) / (64 << 10)
+    assert disk.refused > 2 and tracker.calls <= 2 * (pieces + 1)
+    assert capsys.readouterr().err.count("cannot be saved") == 1
+    assert tracking.read_state(over, "tensorboard") == {}
+
+
+def test_c149_the_place_is_saved_when_the_disk_has_room_again(over: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Full(monkeypatch)
+    follower = tracking.Follower(over, "tensorboard", pause=0.001)
+    assert not follower._deliver() and follower.failures == 1 and tracking.read_state(over, "tensorboard") == {}
+    disk.free = True
+    assert not follower._deliver() and follower.failures == 0, "nothing new in the log"
+    assert tracking.status(over, "tensorboard")["behind_bytes"] == 0
+    follower.sink.close(None)  # type: ignore[union-attr]
 
 
 def test_c149_mlflow_reads_back_what_the_log_says(over: RunDirectory) -> None:
