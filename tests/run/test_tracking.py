@@ -159,7 +159,7 @@ def started() -> Iterator[Any]:
 
 
 def test_c149_a_follower_that_hangs_costs_the_run_nothing_and_loses_nothing(runs: Runs, started: Any) -> None:
-    run = runs.running(steps=400)
+    run = runs.running(steps=400, pace=0.01)  # longer than a follower takes to start
     hung = started(run, "tensorboard")
     until(lambda: tracking.status(run, "tensorboard")["step"] > 20, "the follower to deliver")
     assert send_signal(hung, signal.SIGSTOP)
