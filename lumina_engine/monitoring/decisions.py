@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeGuard
 
 import msgspec
@@ -36,7 +35,20 @@ class _Ruled:
     balance: BalanceRules
 
 
+EVERY = 2_000  # records between two marks: at most so many are decided again when a run goes back
+
 _Item = rec.Step | rec.Change | rec.Experts | Back | _Ruled
+
+
+@dataclass(frozen=True, slots=True)
+class _Mark:
+    """The controllers behind the first `count` items of what was kept, of which `top` is the highest step."""
+
+    count: int
+    top: int
+    rules: _Ruled
+    rate: Mapping[str, Any]
+    balance: Mapping[str, Any]
 
 
 def of_controller(record: rec.Record) -> TypeGuard[rec.Change | rec.Alert]:
@@ -106,14 +118,17 @@ class Replayed:
 
 
 class Replay:
-    """Takes the records of a log in their order."""
+    """Takes the records of a log in their order. The state is marked after each `every` of those that it comes from."""
 
-    def __init__(self, rules: Mapping[str, Any]) -> None:
-        self._first = _Ruled(0, Rules.from_config(rules), BalanceRules.from_config(rules))
-        self.controller, self._balance = RateController(self._first.rules), BalanceController(self._first.balance)
+    def __init__(self, rules: Mapping[str, Any], every: int = EVERY) -> None:
+        self._every = every
+        first = _Ruled(0, Rules.from_config(rules), BalanceRules.from_config(rules))
+        self.controller, self._balance = RateController(first.rules), BalanceController(first.balance)
         self.result = Replayed()
         self._values = dict(rules)
         self._kept: list[_Item] = []  # what the state of the branch comes from
+        self._top = 0  # highest step in it
+        self._marks = [_Mark(0, 0, first, {}, {})]
         self._due: list[rec.Change | rec.Alert] = []  # decided, and not met in the log yet
         self._experts: rec.Experts | None = None  # of the newest step; a long one comes in parts, each with some of the layers
 
@@ -128,7 +143,7 @@ class Replay:
         elif isinstance(record, rec.Resume):
             self._values = self._values | {name: now for name, (_, now) in record.changed.items() if name in KEYS}
             ruled = _Ruled(record.step, Rules.from_config(self._values), BalanceRules.from_config(self._values))
-            self._kept.append(ruled)
+            self._keep(ruled)
             self._obey(ruled)
         elif isinstance(record, rec.Rewind):
             self._rewind(record)
@@ -137,14 +152,29 @@ class Replay:
         elif isinstance(record, rec.Step | rec.Change):
             if isinstance(record, rec.Step):
                 self._missing(record.step)
-            self._kept.append(record)
+            self._keep(record)
             self._due += [decision.record for decision in self.controller.observe(record)]
+            self._mark()
+
+    def _keep(self, item: _Item) -> None:
+        self._kept.append(item)
+        self._top = max(self._top, item.to_step if isinstance(item, Back) else item.step or 0)
+
+    def _mark(self) -> None:
+        """Note the state now and then, so that going back need not begin at the start of the log."""
+        if len(self._kept) - self._marks[-1].count >= self._every:
+            rate, balance = self.controller.state_dict(), self._balance.state_dict()
+            self._marks.append(_Mark(len(self._kept), self._top, self._ruled(self._top), rate, balance))
+
+    def _ruled(self, step: int) -> _Ruled:
+        """The rules in force."""
+        return _Ruled(step, self.controller.rules, self._balance.rules)
 
     def _route(self) -> None:
         """All parts of a record of experts are there: give them to the controller of balance."""
         if self._experts is not None:
             whole, self._experts = self._experts, None
-            self._kept.append(whole)
+            self._keep(whole)
             self._due += self._balanced(whole)
 
     def _balanced(self, record: rec.Experts) -> list[rec.Change]:
@@ -187,25 +217,45 @@ class Replay:
         """Back to the state of a step, from the records that led to it."""
         self.result.unwritten += len(self._due)
         self._due.clear()
-        before = _Ruled(0, self.controller.rules, self._balance.rules)
+        before = self._ruled(record.to_step)
         back: Back | None = None
         if record.failed_step is not None:
             back = back_of(record, self.controller.in_force())
-        self._kept = [item for item in map(partial(_cut, to_step=record.to_step), self._kept) if item is not None]
-        self.controller, self._balance = RateController(self._first.rules), BalanceController(self._first.balance)
-        for item in self._kept:
-            if isinstance(item, Back):
-                self.controller.rolled_back([item], record.to_step)
-            elif isinstance(item, _Ruled):
-                self._obey(item)
-            elif isinstance(item, rec.Experts):
-                self._balanced(item)
-            else:
-                self.controller.observe(item)
-        self._obey(before)
+        tail = self._to_mark(record.to_step)
+        for item in tail:
+            left = _cut(item, record.to_step)
+            if left is not None:
+                self._keep(left)
+                self._again(left, record.to_step)
+        if before != self._ruled(record.to_step):
+            self._keep(before)
+            self._obey(before)
         if back is not None:
-            self._kept.append(back)
+            self._keep(back)
             self.controller.rolled_back([back], record.to_step)
+
+    def _to_mark(self, to_step: int) -> list[_Item]:
+        """Put back the newest mark that a run at `to_step` has behind it; what was kept after it."""
+        while self._marks[-1].top > to_step:
+            self._marks.pop()
+        mark = self._marks[-1]
+        tail, self._top = self._kept[mark.count :], mark.top
+        del self._kept[mark.count :]
+        self.controller, self._balance = RateController(mark.rules.rules), BalanceController(mark.rules.balance)
+        self.controller.load_state_dict(mark.rate)
+        self._balance.load_state_dict(mark.balance)
+        return tail
+
+    def _again(self, item: _Item, to_step: int) -> None:
+        """Take something that led to `to_step` once more."""
+        if isinstance(item, Back):
+            self.controller.rolled_back([item], to_step)
+        elif isinstance(item, _Ruled):
+            self._obey(item)
+        elif isinstance(item, rec.Experts):
+            self._balanced(item)
+        else:
+            self.controller.observe(item)
 
 
 def _cut(item: _Item, to_step: int) -> _Item | None:
@@ -226,18 +276,19 @@ def _fields(record: rec.Change | rec.Alert) -> list[str]:
     return [name for name in msgspec.structs.asdict(record) if name not in ("seq", "t", "inc", "recommendation")]
 
 
-def replay(records: Iterable[rec.Record], config: Any) -> Replayed:
+def replay(records: Iterable[rec.Record], config: Any, every: int = EVERY) -> Replayed:
     """Decide a whole log again.
 
     Args:
         config: the configuration of the run as it is now (keys `KEYS`); what it was before a resume is in the log.
+        every: records between two marks of the state, which a run that goes back is decided again from.
     """
     known = list(records)
     values = {name: getattr(config, name) for name in KEYS}
     for record in reversed(known):
         if isinstance(record, rec.Resume):
             values |= {name: before for name, (before, _) in record.changed.items() if name in KEYS}
-    again = Replay(values)
+    again = Replay(values, every)
     for record in known:
         again.take(record)
     found = again.end()

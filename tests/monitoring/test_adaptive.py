@@ -20,7 +20,7 @@ from lumina_engine import AdaptiveHyperparameterOptimizer
 from lumina_engine.bench.corpus import read
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.adaptive import FACTOR, LEAST, OUTCOME, RECENT, Decision, RateController, Rules
-from lumina_engine.monitoring.decisions import back_of, backs_after, of_controller, replay
+from lumina_engine.monitoring.decisions import EVERY, back_of, backs_after, of_controller, replay
 
 ACT = Rules(mode="act", window=64, cooldown=40, lowest=0.1, most=6)
 CORPUS = Path(__file__).parent / "health"
@@ -234,9 +234,10 @@ def test_c100_killed_after_any_record_it_decides_as_the_unbroken_run(
     killed = World(rules, regimes(seed), chosen=dict(chosen), guard=guard, kill=kill).run()
     assert killed.controller.state_dict() == whole.controller.state_dict()
     assert killed.factors == whole.factors
-    again = replay(killed.log, configured(rules))
-    assert again.differences == [] and again.unwritten <= 1
-    assert (again.factor, again.spent) == (whole.controller.factor, whole.controller.spent)
+    for every in (1, 7, EVERY):
+        again = replay(killed.log, configured(rules), every)
+        assert again.differences == [] and again.unwritten <= 1
+        assert (again.factor, again.spent) == (whole.controller.factor, whole.controller.spent)
     kept = told(killed.decisions())
     assert [r for r in told(whole.decisions()) if r not in kept] == []
 
@@ -295,7 +296,51 @@ def test_c100_rules_of_before_a_resume_are_those_that_its_record_names() -> None
     world.emit(rec.Resume(step=world.step, changed={"adaptive_cooldown_steps": (25, 60)}))
     world.run()
     cooldowns = [r.evidence["cooldown"] for r in world.decisions() if getattr(r, "what", "") == FACTOR]
-    assert set(cooldowns) == {25, 60} and replay(world.log, configured(world.rules)).differences == []
+    assert set(cooldowns) == {25, 60}
+    assert all(replay(world.log, configured(world.rules), every).differences == [] for every in (1, 7, EVERY))
+
+
+def restarted(steps: int, each: int, back: int) -> list[Any]:
+    """The log of a calm run that is killed after each so many steps and goes back by some."""
+    log: list[Any] = []
+    for begin in range(0, steps, each):
+        log += [step(n, noisy(2.0, 1, n)[0]) for n in range(max(1, begin - back + 1), begin + each + 1)]
+        log.append(rec.Rewind(to_step=begin + each - back))
+    return log
+
+
+def test_c100_a_log_with_many_restarts_is_decided_in_the_time_of_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each return costs at most what lies between two marks, however long the run was before."""
+    seen, inner = [0], RateController.observe
+
+    def observe(self: RateController, record: Any) -> Any:
+        seen[0] += 1
+        return inner(self, record)
+
+    monkeypatch.setattr(RateController, "observe", observe)
+    log = restarted(steps=12_000, each=300, back=20)
+    written, returns = sum(isinstance(r, rec.Step) for r in log), sum(isinstance(r, rec.Rewind) for r in log)
+    assert replay(log, configured(ACT), every=100).agrees and seen[0] <= written + 100 * returns
+    seen[0] = 0
+    assert replay(log, configured(ACT)).agrees and seen[0] <= written + EVERY * returns
+
+
+def test_c100_rules_that_a_return_did_not_take_back_hold_in_what_is_decided_again() -> None:
+    """A run that goes on by other rules from before the step of its resume keeps them at its next return too."""
+    rules = replace(ACT, cooldown=25)
+    world = World(rules, lambda branch, n: (noisy(2.0 if n < 100 else 5.0, 1, n)[0], 1.0, False), steps=90).run()
+    saves = dict(world.saves)
+    world.rules = replace(ACT, cooldown=60)
+    world.emit(rec.Rewind(to_step=90))
+    world.emit(rec.Resume(step=90, changed={"adaptive_cooldown_steps": (25, 60)}))
+    for to_step, until in ((80, 130), (120, 300)):  # the checkpoint of step 90 was damaged
+        world.step, world.steps = to_step, until
+        world.controller = RateController(world.rules)
+        world.controller.load_state_dict((saves if to_step == 80 else world.saves)[to_step][1])
+        world.emit(rec.Rewind(to_step=to_step))
+        world.run()
+    assert {r.evidence["cooldown"] for r in world.decisions() if getattr(r, "what", "") == FACTOR} == {60}
+    assert all(replay(world.log, configured(world.rules), every).differences == [] for every in (1, 7, EVERY))
 
 
 # ---- the rules ------------------------------------------------------------------------------------------------------------
