@@ -11,6 +11,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any, TypeVar
 
 import numpy as np
@@ -168,7 +169,7 @@ def loads_of(given: Any) -> dict[int, list[float]]:
     values = list(given.values()) if isinstance(given, Mapping) else list(given) if isinstance(given, Sequence) else None
     if values is None or isinstance(given, str):
         raise TypeError(f"expert_utilization: lists, mappings or an object with `load`, not {type(given).__name__}")
-    if values and all(isinstance(value, int | float) for value in values):
+    if values and all(isinstance(value, Real) for value in values):
         return {0: [float(value) if math.isfinite(value) and value > 0 else 0.0 for value in values]}
     names = [_index(name, place) for place, name in enumerate(given)] if isinstance(given, Mapping) else range(len(values))
     return {name: loads_of(value).get(0, []) for name, value in zip(names, values, strict=True)}
@@ -188,7 +189,7 @@ def _get(given: Any, name: str) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    return float(value) if isinstance(value, Real) and math.isfinite(value) else None
 
 
 def _dropped(metrics: Any, utilization: Any, layers: list[int]) -> dict[int, float]:
@@ -196,7 +197,7 @@ def _dropped(metrics: Any, utilization: Any, layers: list[int]) -> dict[int, flo
     value = _get(metrics, "dropped")
     value = _get(utilization, "dropped") if value is None and not isinstance(utilization, Mapping | Sequence) else value
     if isinstance(value, Mapping):
-        return {int(layer): float(share) for layer, share in value.items()}
+        return {_index(layer, place): float(share) for place, (layer, share) in enumerate(value.items())}
     if isinstance(value, Sequence) and not isinstance(value, str):
         return {layer: float(share) for layer, share in zip(layers, value, strict=False) if math.isfinite(share)}
     number = _number(value)

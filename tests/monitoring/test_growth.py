@@ -49,6 +49,19 @@ def test_c099_balanced_is_none_in_every_form() -> None:
         told("0.25 0.25")
 
 
+def test_c099_layers_by_name_and_numbers_of_numpy_are_as_good_as_any() -> None:
+    plain = told({1: [25.0] * 4, 3: HOT}, LONG | {"dropped": {1: 0.0, 3: 0.12}}, BALANCING)
+    assert plain is not None and (plain["action"], plain["layer"]) == ("add_expert", 3)
+    named = {"layer_1": [25.0] * 4, "layer_3": HOT}
+    assert told(named, LONG | {"dropped": {"layer_1": 0.0, "layer_3": 0.12}}, BALANCING) == plain
+    counted = {1: [np.int64(25)] * 4, 3: [np.float32(load) for load in HOT]}
+    shares = {np.int64(1): np.float32(0.0), np.int64(3): np.float32(0.12)}
+    found = told(counted, {"steps": np.int64(1_500), "dropped": shares, "eval_loss": LONG["eval_loss"]}, BALANCING)
+    assert found is not None and (found["action"], found["layer"], found["expert"]) == ("add_expert", 3, 0)
+    one = told([np.int64(1), np.int64(5)], {"dropped": np.float32(0.2)})
+    assert one is not None and one["action"] == "rebalance"
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_c099_the_scatter_of_an_even_router_is_no_reason(seed: int) -> None:
     draw = np.random.default_rng(seed)
