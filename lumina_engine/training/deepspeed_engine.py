@@ -246,7 +246,9 @@ class DeepSpeedEngine:
                 state = {key: torch.zeros_like(partition, requires_grad=False) for key in MOMENTS}
                 for piece in self._pieces(index):
                     found = saved_moments(saved, piece.name, piece.begin, piece.count)
-                    state["step"] = found["step"]
+                    state["step"] = found["step"].to(
+                        partition.device, torch.float32
+                    )  # fused kernels of a GPU take none of the host
                     for key in MOMENTS:
                         piece.of(state[key]).copy_(found[key])
                     piece.of(partition.data).copy_(saved.master(piece.name, piece.begin, piece.count))

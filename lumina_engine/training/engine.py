@@ -146,16 +146,17 @@ def saved_moments(saved: SavedState, name: str, begin: int, count: int) -> dict[
 def load_named_state(
     optimizer: torch.optim.Optimizer, names: dict[torch.Tensor, str], begins: dict[str, int], saved: SavedState
 ) -> None:
-    """Put back what `named_state` gave, or its part that belongs to these tensors.
+    """Put back what `named_state` gave, or its part that belongs to these tensors, on the device of each.
+
+    The counter of steps too: the fused kernels of a GPU take none from the host.
 
     Raises:
         StateMismatch, CheckpointError: as `saved_moments`.
     """
     for parameter, name in names.items():
         state = saved_moments(saved, name, begins.get(name, 0), parameter.numel())
-        optimizer.state[parameter] = {
-            key: value if key == "step" else value.to(parameter.device).reshape(parameter.shape) for key, value in state.items()
-        }
+        moments = {key: state[key].to(parameter.device).reshape(parameter.shape) for key in MOMENTS}
+        optimizer.state[parameter] = {"step": state["step"].to(parameter.device, torch.float32), **moments}
 
 
 def global_norm(parameters: list[nn.Parameter]) -> torch.Tensor:
