@@ -1,9 +1,10 @@
 """The follower of a run that feeds one experiment tracker, in a process of its own: `lumina-engine track RUN --to NAME`.
 
 It reads `metrics.jsonl` and nothing else, and neither a rank nor the supervisor knows of it: a tracker that is slow, hangs or
-dies takes time from nobody. Its place in the log is saved only after the tracker has made everything before it durable, so
-whoever follows next goes on there and nothing is lost. The newest follower takes over from the one before, also from one that
-hangs inside its tracker.
+dies takes time from nobody. Its place in the log is saved only after the tracker has flushed everything before it, so whoever
+follows next goes on there and nothing is lost; W&B alone cannot be told to flush, and loses its newest values if its follower
+is killed (`wandb_sink.py`). The newest follower takes over from the one before, also from one that hangs inside its
+tracker.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Sink(Protocol):
         """Take these points."""
 
     def flush(self) -> Any:
-        """Make everything taken so far durable; returns what `open_sink` needs to go on from here (JSON), or None."""
+        """Make everything taken so far durable, if the tracker can; returns what `open_sink` goes on from (JSON), or None."""
 
     def close(self, state: str | None) -> None:
         """Say goodbye; `state` is the run's final state, None if it goes on without this tracker."""

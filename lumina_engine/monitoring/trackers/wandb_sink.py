@@ -40,6 +40,11 @@ class Sink:
             self._run.log(content | {"step": point.step, "time": point.t, "seq": point.seq})
 
     def flush(self) -> Any:
+        """Nothing: the SDK has no call that waits until its own process has written, or sent, what `log` handed over.
+
+        That process writes its file in blocks of 32 KiB, newer versions every 15 s too, and the rest when the run finishes. If
+        it or the follower is killed, what it had not written is not in W&B, and is not delivered again.
+        """
         return None
 
     def close(self, state: str | None) -> None:
