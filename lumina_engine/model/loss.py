@@ -9,6 +9,7 @@ block.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from lumina_engine.model.product import product, weight_gradient
 IGNORED = -100
 # Logits that a CPU turns into their gradient at once: what is made on the way stays in the cache and needs little memory.
 _BLOCK = 1 << 20
-# Values of the head's gradient that are converted at once.
+# Values that are converted at once: on a GPU, and of the head's gradient everywhere.
 _PIECE = 1 << 24
 
 
@@ -113,9 +114,7 @@ def _chunk(
     """Loss sum of one chunk and the gradient of its logits; writes its rows of the hidden states' gradient."""
     logits_CV = product(hidden_CD, head_VD)
     loss = torch.zeros((), dtype=torch.float32, device=logits_CV.device)
-    step = max(1, _BLOCK // logits_CV.shape[1]) if logits_CV.device.type == "cpu" else len(logits_CV)
-    for start in range(0, len(logits_CV), max(1, step)):
-        part = slice(start, start + step)
+    for part in _blocks(logits_CV, _BLOCK if logits_CV.device.type == "cpu" else logits_CV.numel()):
         loss += _block(logits_CV[part], targets_C[part], scale_C[part])
     if grad_hidden is not None:
         grad_hidden.copy_(product(logits_CV, head_VD.t()))
@@ -134,12 +133,23 @@ def _block(logits_RV: Tensor, targets_R: Tensor, scale_R: Tensor) -> Tensor:
     return loss
 
 
-def _log_probs(hidden_CD: Tensor, head_VD: Tensor) -> Tensor:
-    return F.log_softmax(product(hidden_CD, head_VD), dim=-1, dtype=torch.float32)
+def _blocks(logits_CV: Tensor, most: int) -> Iterator[slice]:
+    """Cuts the rows of a chunk into blocks of at most `most` logits, or of one row."""
+    step = max(1, most // logits_CV.shape[1])
+    return (slice(start, start + step) for start in range(0, len(logits_CV), step))
 
 
-def _weighted_loss(log_probs_CV: Tensor, targets_C: Tensor, scale_C: Tensor) -> Tensor:
-    return torch.dot(log_probs_CV.gather(1, targets_C.clamp(min=0)[:, None]).squeeze(1), -scale_C)
+def _measured(hidden_CD: Tensor, head_VD: Tensor, targets_C: Tensor, scale_C: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss sum of one chunk, and how many of its targets are the most probable token; what is in float32 is one block."""
+    logits_CV = product(hidden_CD, head_VD)
+    loss = torch.zeros((), dtype=torch.float32, device=logits_CV.device)
+    correct = torch.zeros((), dtype=torch.int64, device=logits_CV.device)
+    for part in _blocks(logits_CV, _BLOCK if logits_CV.device.type == "cpu" else _PIECE):
+        exact_RV, targets_R = logits_CV[part].float(), targets_C[part]
+        chosen_R = exact_RV.gather(1, targets_R.clamp(min=0)[:, None]).squeeze(1)
+        loss += torch.dot(exact_RV.logsumexp(-1) - chosen_R, scale_C[part])
+        correct += (exact_RV.argmax(-1) == targets_R).sum()
+    return loss, correct
 
 
 def _scale(targets_N: Tensor, weights_N: Tensor | None, part: slice) -> Tensor:
@@ -172,9 +182,10 @@ def cross_entropy_and_correct(
     with torch.autocast(hidden_ND.device.type, enabled=False):
         for start in range(0, rows, chunk or max(rows, 1)):
             part = slice(start, start + (chunk or rows))
-            log_probs_CV = _log_probs(hidden_ND[part], head_VD)
-            loss_sum += _weighted_loss(log_probs_CV, targets_N[part], _scale(targets_N, weights_N, part))
-            correct += (log_probs_CV.argmax(-1) == targets_N[part]).sum()
+            scale_C = _scale(targets_N, weights_N, part)
+            loss, right = _measured(hidden_ND[part], head_VD, targets_N[part], scale_C)
+            loss_sum += loss
+            correct += right
     return loss_sum, correct
 
 

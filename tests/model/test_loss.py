@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lumina_engine.model.loss import cross_entropy_sum, shifted_targets
+from lumina_engine.model import loss as loss_module
+from lumina_engine.model.loss import cross_entropy_and_correct, cross_entropy_sum, shifted_targets
 
 
 def test_r01_labels_are_shifted_once():
@@ -35,6 +36,31 @@ def test_c001_loss_and_gradients_equal_torch(chunk, weighted):
     torch.testing.assert_close(ours, theirs)
     ours, theirs = (torch.autograd.grad(loss * 0.37, (hidden, head)) for loss in (ours, theirs))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [0, 1, 5, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_c001_evaluation_equals_torch_whatever_the_blocks_are(monkeypatch, chunk, dtype, weighted):
+    """Loss and correct predictions of plain logits; blocks of 2 rows, of one row that is longer, and of all rows."""
+    hidden, head = torch.randn(3, 7, 16).to(dtype), torch.randn(50, 16).to(dtype)
+    logits = (hidden @ head.t()).flatten(0, 1)
+    targets = torch.where(torch.rand(21) < 0.5, logits.float().argmax(-1), torch.randint(0, 50, (21,)))
+    targets[:3] = -100
+    weights = torch.rand(21) if weighted else torch.ones(21)
+    each = F.cross_entropy(logits.float(), targets, ignore_index=-100, reduction="none")
+    for block in (100, 1, 1 << 20):
+        monkeypatch.setattr(loss_module, "_BLOCK", block)
+        given = weights.view(3, 7) if weighted else None
+        loss, correct = cross_entropy_and_correct(hidden, head, targets.view(3, 7), given, chunk)
+        torch.testing.assert_close(loss, (each * weights).sum())
+        assert loss.dtype == torch.float32 and correct.dtype == torch.int64
+        assert correct == (logits.float().argmax(-1) == targets).sum() > 5
+
+
+def test_c001_evaluation_of_nothing_gives_zero():
+    loss, correct = cross_entropy_and_correct(torch.randn(1, 4, 8), torch.randn(20, 8), torch.full((1, 4), -100))
+    assert (float(loss), int(correct)) == (0.0, 0)
 
 
 def test_c001_tied_weight_used_twice():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 VOCABULARY = 100_352
 Shape = tuple[int, int, int]  # rows, hidden size, rows of a chunk
 SHAPE: Shape = (4096, 64, 1024)
@@ -12,7 +14,7 @@ WIDE: Shape = (64, 512, 32)  # here the gradient of the head is what counts, as 
 
 SCRIPT = f"""
 import sys, torch
-from lumina_engine.model.loss import cross_entropy_sum
+from lumina_engine.model.loss import cross_entropy_and_correct, cross_entropy_sum
 from pathlib import Path
 def memory(name):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -25,6 +27,8 @@ def run(rows, vocabulary):
     before = memory("VmRSS")
     if how == "chunked":
         (cross_entropy_sum(hidden[None], head, targets[None], chunk=chunk) * 0.3).backward()
+    elif how == "evaluation":
+        cross_entropy_and_correct(hidden[None], head, targets[None], chunk=chunk)
     else:
         torch.nn.functional.cross_entropy(hidden @ head.t(), targets, reduction="sum").backward()
     return memory("VmHWM") - before
@@ -58,3 +62,11 @@ def test_r38_the_gradient_of_a_wide_head_is_there_once():
 
 def test_r38_in_bf16_the_gradient_of_the_head_is_there_as_its_sum_in_fp32_and_rounded():
     assert peak("chunked", WIDE, "bfloat16") <= 1.3 * held(WIDE, 2, 4 + 2)
+
+
+@pytest.mark.parametrize(("dtype", "value"), [("float32", 4), ("bfloat16", 2)])
+def test_c077_evaluation_holds_one_chunk(dtype, value):
+    """At most 1.3 x its logits, and less than training, which has them and the gradients."""
+    evaluation = peak("evaluation", SHAPE, dtype)
+    assert evaluation <= 1.3 * value * SHAPE[2] * VOCABULARY
+    assert evaluation < peak("chunked", SHAPE, dtype)
