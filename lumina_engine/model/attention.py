@@ -101,18 +101,20 @@ class AttentionPlan:
 
 def cached_mask(cache: KVCache, new: int, dtype: torch.dtype, window: int | None = None, first: int = 0) -> Tensor:
     """Additive mask (B or 1, 1, S, T - first) for `new` tokens behind a cache: earlier slots from `first` on that hold a real
-    token and lie in the window, and oneself."""
+    token and lie in the window, and oneself. A window counts real tokens, as positions do."""
     device = cache.keys.device
     total = cache.length + new
     slots = torch.arange(first, total, device=device)
     rows = torch.arange(cache.length, total, device=device)[:, None]
-    seen = slots <= rows
-    if window is not None:
-        seen &= slots > rows - window
-    allowed = seen[None, None]
-    if cache.valid_BT is not None:
-        allowed = allowed & (cache.valid_BT[:, None, None, first:total] | (slots == rows))
-    return additive_mask(allowed, dtype)
+    allowed = (slots <= rows)[None]
+    if cache.valid_BT is None:
+        allowed = allowed if window is None else allowed & (slots > rows - window)
+    else:
+        if window is not None:
+            counts_BT = cache.valid_BT[:, :total].cumsum(-1)
+            allowed = allowed & (counts_BT[:, None, first:] > counts_BT[:, cache.length :, None] - window)
+        allowed = allowed & (cache.valid_BT[:, None, first:total] | (slots == rows))
+    return additive_mask(allowed[:, None], dtype)
 
 
 class Attention(nn.Module):

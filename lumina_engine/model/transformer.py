@@ -279,13 +279,15 @@ class DeepSeekTransformer(nn.Module):
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else x.dtype
         past = 0 if cache is None else cache.length
         window = self.config.sliding_window
-        first = 0 if window is None else max(0, past - window + 1)
+        first = 0
         mask: Tensor | None = None
         segments: Segments | None = None
         if cache is not None:
             cache.reserve(batch, new)
             if document_ids is not None:
                 cache.mark(document_ids > 0)
+            if window is not None and cache.valid_BT is None:  # among padding a window reaches back over more slots than tokens
+                first = max(0, past - window + 1)
             if (past and new > 1) or cache.valid_BT is not None:
                 mask = cached_mask(cache, new, dtype, window, first)
         elif document_ids is not None:

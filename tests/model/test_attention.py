@@ -307,6 +307,29 @@ def test_r13_left_padded_cache_equals_each_row_alone(tiny, kind, pieces):
             torch.testing.assert_close(torch.stack([step[i] for step in logits]), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("pieces", [[40], [24, 16]], ids=str)
+@pytest.mark.parametrize("fused", [True, False])
+def test_r13_right_padded_cache_equals_each_row_alone(tiny, kind, pieces, fused):
+    """Padding lies between prompt and answer, and a window counts the real tokens as it does without any."""
+    model = tiny(moe_top_k=2, use_flash_attention=fused, **kind).eval()
+    with torch.no_grad():
+        for block in model.blocks:  # so that a key more or less tells
+            block.attention.out.weight.mul_(20)
+    lengths, total, answer = [27, 40, 11], 40, 20
+    prompts, following = ids(3, total), ids(3, answer)
+    mask = (torch.arange(total) < torch.tensor(lengths)[:, None]).long()
+    with torch.no_grad():
+        cache = KVCache(model.config, 3, total + answer)
+        parts = zip(prompts.split(pieces, 1), mask.split(pieces, 1), strict=True)
+        logits = torch.cat([model(part, real, cache=cache) for part, real in parts], 1)
+        logits = torch.cat([logits, *(model(part, cache=cache) for part in following.split([1] * 17 + [3], 1))], 1)
+        for i, length in enumerate(lengths):
+            expected = model(torch.cat((prompts[i : i + 1, :length], following[i : i + 1]), 1))[0]
+            real = torch.cat((logits[i, :length], logits[i, total:]))
+            torch.testing.assert_close(real, expected, atol=2e-5, rtol=1e-4)
+
+
 def test_r13_outputs_do_not_depend_on_the_rest_of_the_batch(tiny):
     model = tiny(num_experts=8).eval()
     tokens = ids(4, 16)
