@@ -9,6 +9,7 @@ group, P = B·K pairs, R queries of a block, C keys that a block may see.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ _BLOCK_SCORES = 1 << 24
 _NARROWEST = 64
 # Pairs of one block that are computed at once have this many scores, so that they stay in the cache.
 _CACHED_SCORES = 1 << 19
+# Off the CPU each block is a handful of kernels to start: it takes all pairs, and memory alone bounds it (256 MiB in float32).
+_DEVICE_SCORES = 1 << 26
 
 
 def additive_mask(allowed: Tensor, dtype: torch.dtype) -> Tensor:
@@ -169,14 +172,28 @@ def _exact(query: Tensor, key: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 def _blocks(query_PGSd: Tensor, window: int) -> list[tuple[slice, slice, slice]]:
     """Pairs, blocks of their queries and the keys that these may see, by place."""
     pairs, groups, length = query_PGSd.shape[:3]
+    if query_PGSd.device.type != "cpu":
+        return [(slice(0, pairs), rows, _seen(rows, window)) for rows in _long_blocks(pairs * groups, length, window)]
     # Blocks much longer than the window, or than a part of the rows, would mostly compute what is hidden; short ones are slow.
     most = min(_BLOCK, max(_NARROWEST, min(window, length // 8)))
     found = []
     for rows in query_blocks(pairs * groups, length, min(length, window + most), most):
-        keys = slice(max(0, rows.start - window + 1), rows.stop)
+        keys = _seen(rows, window)
         scores = groups * (rows.stop - rows.start) * (keys.stop - keys.start)
         found += [(part, rows, keys) for part in _recurring(pairs, max(1, _CACHED_SCORES // scores))]
     return found
+
+
+def _seen(rows: slice, window: int) -> slice:
+    """The keys that a block of queries may see."""
+    return slice(max(0, rows.start - window + 1), rows.stop)
+
+
+def _long_blocks(heads: int, queries: int, window: int) -> list[slice]:
+    """Cuts S queries into blocks as long as the window, or as R·(R + window) scores of all heads leave room for."""
+    room = (math.isqrt(window * window + 4 * _DEVICE_SCORES // heads) - window) // 2
+    step = max(16, min(max(window, _BLOCK), room // 16 * 16))
+    return [slice(start, min(start + step, queries)) for start in range(0, queries, step)]
 
 
 def _recurring(count: int, most: int) -> list[slice]:

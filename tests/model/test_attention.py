@@ -169,6 +169,41 @@ def test_c140_blocks_equal_the_reference(monkeypatch, heads, window):
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
 
 
+# rows, heads, key/value heads, length, window, and blocks of queries that the memory for scores allows
+ON_A_DEVICE = [(1, 32, 8, 8192, 1024, 8), (8, 16, 4, 2048, 512, 5), (8, 32, 8, 8192, 1024, 40), (1, 8, 8, 4096, 16, 16)]
+
+
+@pytest.mark.parametrize(("batch", "heads", "kv_heads", "length", "window", "most"), ON_A_DEVICE, ids=str)
+def test_c140_off_the_cpu_a_window_takes_few_blocks_of_all_heads(batch, heads, kv_heads, length, window, most):
+    query = torch.empty(batch * kv_heads, heads // kv_heads, length, 128, device="meta")
+    blocks = attention_core._blocks(query, window)
+    assert len(blocks) <= most < len(attention_core._blocks(torch.empty(*query.shape[:3], 0), window))
+    place = 0
+    for pairs, rows, keys in blocks:
+        assert (pairs.start, pairs.stop, rows.start) == (0, batch * kv_heads, place)
+        assert (keys.start, keys.stop) == (max(0, rows.start - window + 1), rows.stop)
+        assert batch * heads * (rows.stop - rows.start) * (keys.stop - keys.start) <= attention_core._DEVICE_SCORES
+        place = rows.stop
+    assert place == length
+
+
+@pytest.mark.parametrize("room", [1 << 26, 40_000], ids=["whole windows", "little memory"])
+@pytest.mark.parametrize("window", [1, 7, 257, 299])
+def test_c140_blocks_of_a_device_equal_the_reference(monkeypatch, window, room):
+    """The cut that a GPU takes, computed here; forward and backward."""
+    cut = attention_core._blocks
+    monkeypatch.setattr(attention_core, "_blocks", lambda query, window: cut(query.to("meta"), window))
+    monkeypatch.setattr(attention_core, "_BLOCK", 64)
+    monkeypatch.setattr(attention_core, "_DEVICE_SCORES", room)
+    inputs = [torch.randn(2, heads, 300, 16, requires_grad=True) for heads in (4, 2, 2)]
+    weight = torch.randn(2, 4, 300, 16)
+    results = []
+    for attend in (block_attention, lambda q, k, v, s, w: reference_attention(q, k, v, None, True, s, w)):
+        out = attend(*inputs, 0.3, window)
+        results.append((out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ["gqa window", "mla window"])
 @pytest.mark.parametrize("fused", [True, False])
 def test_c140_a_window_of_16_is_oneself_and_the_15_before(tiny, kind, fused):
