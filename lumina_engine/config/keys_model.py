@@ -196,7 +196,9 @@ class ExpertKeys(Section):
     router_scale: float = key(1.0, "Factor on the gates.", above=0, read_by=_MOE)
     load_balancing_weight: float = key(
         0.01,
-        "Weight of the balance loss, which is 1.0 when all experts get the same load. 0.02 when experts drift apart.",
+        "Weight of the balance loss, which is 1.0 when all experts get the same load. 0.02 when experts drift apart. With "
+        "gradient accumulation the loads that a micro batch is judged by are those of its own and the earlier micro batches of "
+        "the step, on all ranks; without it they are those of the global batch.",
         minimum=0,
         maximum=10,
         resume=True,

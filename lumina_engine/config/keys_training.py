@@ -134,7 +134,8 @@ class TrainingKeys(Section):
     )
     dynamic_batching: bool = key(
         False,
-        "Find the largest micro batch that fits before the start; the global batch stays as configured.",
+        "Find the largest micro batch that fits before the start; the global batch stays as configured. What experts learn "
+        "depends a little on how it is cut (see load_balancing_weight), and so does what a capacity drops.",
         resume=True,
         read_by="training/settle.py",
     )

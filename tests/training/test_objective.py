@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from lumina_engine.config.schema import fields_info
 from lumina_engine.training.comm import Comm
 from lumina_engine.training.objective import GlobalBatch, Objective
 
@@ -34,6 +35,19 @@ def test_c016_the_balance_loss_that_is_told_is_that_of_the_whole_batch() -> None
     whole.add(part([4.0, 4.0], [4.0, 4.0]), 8)
     assert split.reduce()[1] == pytest.approx(1.0, abs=1e-12)
     assert whole.reduce()[1] == pytest.approx(1.0, abs=1e-12)
+
+
+def test_c016_a_micro_batch_is_judged_by_its_own_loads_and_the_earlier_ones() -> None:
+    """As the help of load_balancing_weight tells: what it pushes is w · E/k · n_e/T of the choices so far, over all tokens."""
+    done = objective(8.0, 8)
+    done.z_weight = 0.0
+    for counts_E, so_far_E in (([4.0, 0.0], [4.0, 0.0]), ([1.0, 3.0], [5.0, 3.0])):
+        output = part(counts_E, [2.0, 2.0])
+        probs_LE = output.router.prob_sum_LE.requires_grad_()
+        (pushed_LE,) = torch.autograd.grad(done.add(output, 4), probs_LE)
+        assert pushed_LE[0].tolist() == pytest.approx([0.01 * 2 * n / sum(so_far_E) / 8 for n in so_far_E])
+    told = {info.name: info.help for info in fields_info()}
+    assert "earlier micro batches" in told["load_balancing_weight"] and "load_balancing_weight" in told["dynamic_batching"]
 
 
 @pytest.mark.parametrize("labels", [0.3, 1.0, 7.0])
