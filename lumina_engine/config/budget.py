@@ -19,7 +19,7 @@ from lumina_engine.config.counts import (
 )
 from lumina_engine.config.duration import Hours, Speed, device_peak, duration, guessed_speed
 from lumina_engine.config.machine import GB, Accelerator, Machine, count_text, flops_text, gb_text, parse_devices
-from lumina_engine.config.memory import Memory, training_memory
+from lumina_engine.config.memory import Memory, checkpoint_bytes, training_memory
 from lumina_engine.config.resolve import (
     choose_stage,
     device_limit,
@@ -56,9 +56,6 @@ __all__ = [
     "training_memory",
 ]
 
-# Bytes of one parameter in a checkpoint: weights as trained, fp32 master (not beside fp32 weights), two fp32 moments.
-_CHECKPOINT_BYTES = {"fp32": 12, "bf16": 14, "fp16": 14, "mixed_bf16": 12, "mixed_fp16": 12}
-
 
 def budget(
     config: Config,
@@ -86,7 +83,8 @@ def budget(
     world = world_size(config, machine)
     config = plannable(config, machine, model, world)
     choice = choose_stage(config, machine, model, world)
-    memory = training_memory(model, layout_of(config, machine, choice.stage, world))
+    layout = layout_of(config, machine, choice.stage, world)
+    memory, saved = training_memory(model, layout), checkpoint_bytes(model, layout)
     precision = resolved_precision(config, machine)
     available, limit = device_limit(config, machine)
     tokens_per_step = config.batch_size * config.gradient_accumulation_steps * world * config.seq_length
@@ -97,7 +95,9 @@ def budget(
     if tokens_basis and steps is not None:
         time["basis"] += f"; length of the data {tokens_basis}"
     host = host_memory(config, machine, memory)
-    disk = _disk(config, machine, counts, precision, memory.nvme * ranks_per_node(config, machine), time["p90_h"])
+    disk = _disk(
+        config, machine, saved.weights + saved.state * world, memory.nvme * ranks_per_node(config, machine), time["p90_h"]
+    )
     enough = choice.fits and host["total"] <= host["available"]
     found = [] if enough else advice(config, machine, model, world)
     found += [] if _disk_fits(disk) else disk_advice(config, disk)
@@ -139,15 +139,12 @@ def _device(memory: Memory, available: int, limit: int) -> dict[str, Any]:
     return parts | {"total": memory.total, "moment": memory.moment, "available": available, "limit": limit}
 
 
-def _disk(
-    config: Config, machine: Machine, counts: Counts, precision: str, nvme: int, hours: float | None
-) -> dict[str, int | None]:
+def _disk(config: Config, machine: Machine, checkpoint: int, nvme: int, hours: float | None) -> dict[str, int | None]:
     """Disk of a run on one node: checkpoints (those kept, the best, the one being written), backups, log, NVMe offload.
 
     Backups count where they lie beside the run, as many as `hours` (None: unknown) give time for, and the one being written.
-    All of it is taken to be on one disk.
+    `checkpoint`: bytes of one, of all ranks. All of it is taken to be on one disk.
     """
-    checkpoint = counts.stored * _CHECKPOINT_BYTES[precision]
     kept = config.keep_checkpoints + 2
     backups = 0
     if config.backup_every_n_hours and config.backup_path is None:

@@ -102,8 +102,7 @@ def training_memory(model: DeepSeekConfig, layout: Layout) -> Memory:
 
     With `expert_parallel_size` a device holds its share of the experts, and the tokens of a balanced routing.
     """
-    if not model.use_moe or layout.world % model.expert_parallel_size:
-        model = model.model_copy(update={"expert_parallel_size": 1})
+    model = _spread(model, layout)
     counts = parameter_counts(model)
     weight_bytes, grad_bytes, value_bytes = _BYTES[layout.precision]
     state = _state(model, layout, counts)
@@ -139,6 +138,34 @@ def training_memory(model: DeepSeekConfig, layout: Layout) -> Memory:
         nvme=state.nvme,
         moments=moments,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Bytes that a checkpoint holds: `weights` of the whole model, which rank 0 saves, and the `state` that each rank saves."""
+
+    weights: int
+    state: int
+
+
+def checkpoint_bytes(model: DeepSeekConfig, layout: Layout) -> Checkpoint:
+    """What is saved: two fp32 moments of each value, and fp32 masters beside shorter weights.
+
+    ZeRO splits them over the ranks; without it, and at stage 0, each rank saves those of all that it holds.
+    """
+    model = _spread(model, layout)
+    counts = parameter_counts(model)
+    weight = _BYTES[layout.precision][0]
+    splits = layout.use_deepspeed and layout.zero_stage > 0
+    held = counts.stored // layout.world if splits else _local(model, counts)
+    return Checkpoint(weights=counts.stored * weight, state=held * (12 if weight < 4 else 8))
+
+
+def _spread(model: DeepSeekConfig, layout: Layout) -> DeepSeekConfig:
+    """The model with the ranks over which its experts can be spread."""
+    if model.use_moe and layout.world % model.expert_parallel_size == 0:
+        return model
+    return model.model_copy(update={"expert_parallel_size": 1})
 
 
 def _block_parameters(model: DeepSeekConfig, counts: Counts) -> int:

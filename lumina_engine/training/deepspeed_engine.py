@@ -77,7 +77,8 @@ class DeepSpeedEngine:
             self.engine, self.optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=inner, config=ds_config, dist_init_required=False
             )
-        self.shares = self.clips and precision.weights == torch.float32
+        self.masters = precision.weights != torch.float32  # else its partitions are equal copies of the weights
+        self.shares = self.clips and not self.masters
         if self.shares:
             self._share_weights()
         # DeepSpeed counts micro steps inside the call that runs the optimizer, and where it clips knows the norm only there.
@@ -204,7 +205,7 @@ class DeepSpeedEngine:
     def state_tensors(self) -> dict[str, torch.Tensor]:
         """Optimizer state of this rank as plain tensors by name of parameter; above stage 0 its parts of the flat partitions.
 
-        What lies on disk is copied into memory, all of it.
+        Masters are among them unless the weights are fp32 themselves. What lies on disk is copied into memory, all of it.
         """
         if self.stage == 0:
             return dict(named_state(self.optimizer, self.names))
@@ -212,9 +213,11 @@ class DeepSpeedEngine:
         for index, partition in enumerate(self._partitions()):
             with self._in_memory(index):
                 held = {f"optimizer.{key}": value for key, value in self._base_optimizer().state.get(partition, {}).items()}
+                if self.masters:
+                    held["master"] = partition.detach()
                 on_disk = self._on_disk(index)
                 for piece in self._pieces(index):
-                    for kind, value in (held | {"master": partition.detach()}).items():
+                    for kind, value in held.items():
                         mine = torch.as_tensor(value)
                         mine = piece.of(mine) if mine.ndim else mine
                         tensors[f"{kind}.{piece.name}"] = mine.clone() if on_disk else mine

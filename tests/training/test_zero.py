@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from lumina_engine.checkpoint.manager import load_model
+from lumina_engine.config.budget import Machine, budget
 from lumina_engine.config.offload_checks import async_io_problem
+from lumina_engine.config.schema import Config
 from tests.launch import last_line, launch
 from tests.parity.modes import nvme_offload, write_data
 
@@ -22,6 +24,15 @@ MODES: dict[str, dict[str, Any]] = {
     "zero3-bf16": {"zero_stage": 3, "precision": "bf16"},
 }
 PLAIN = {"use_deepspeed": False}
+# modes that are only saved, for the size of their checkpoints
+SAVED: dict[str, dict[str, Any]] = {
+    "zero0": {"zero_stage": 0},
+    "zero1": {"zero_stage": 1},
+    "zero1-bf16": {"zero_stage": 1, "precision": "bf16"},
+    "zero1-offload": {"zero_stage": 1, "cpu_offload_optimizer": True},
+    "zero2-mixed": {"zero_stage": 2, "precision": "mixed_bf16"},
+    "plain-experts": {**PLAIN, "num_experts": 4, "expert_parallel_size": 2},
+}
 # widths that two ranks cannot share evenly, and norms that stay whole on every rank
 UNEVEN = {"hidden_size": 65, "head_dim": 34, "num_experts": 3, "stage3_param_persistence_threshold": 100}
 
@@ -41,6 +52,8 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     checks |= {f"resume-{name}": ("resume", keys) for name, keys in MODES.items()}
     checks |= {f"idle-{name}": ("idle", keys) for name, keys in {"plain": PLAIN, **MODES}.items() if "bf16" not in name}
     checks |= {f"weights-{name}": ("weights", {**keys, **UNEVEN}) for name, keys in {"plain": PLAIN, **MODES}.items()}
+    checks |= {f"saved-{name}": ("weights", {**keys, "max_steps": 1}) for name, keys in SAVED.items()}
+    checks |= {"masters": ("masters", {"zero_stage": 2})}
     checks |= {f"reordered-{name}": ("reordered", {"zero_stage": stage, **keys}) for name, (stage, keys) in REORDERED.items()}
     arguments = (str(write_data(folder)), str(folder), json.dumps(checks))
     state = {"XDG_STATE_HOME": str(folder / "state")}
@@ -97,6 +110,21 @@ def test_r34_the_checkpoint_holds_whole_weights(found: dict[str, Any], mode: str
     for name, tensor in loaded[mode].items():
         assert torch.allclose(tensor.float(), loaded["plain"][name].float(), atol=bound, rtol=bound), name
         assert name.endswith("bias") or float(tensor.flatten()[-1]) != 0, name  # the last value is nobody's padding
+
+
+@pytest.mark.parametrize("name", [*(f"weights-{mode}" for mode in ("plain", *MODES)), *(f"saved-{mode}" for mode in SAVED)])
+def test_c139_a_checkpoint_of_two_ranks_weighs_what_its_budget_says(found: dict[str, Any], name: str) -> None:
+    """At each stage; without ZeRO each rank saves the state of all that it holds."""
+    path = Path(found[name]["path"])
+    config = Config(**json.loads((path / "state" / "config.json").read_text())).model_copy(update={"num_gpus": 2})
+    held = [file.read_bytes() for file in path.rglob("*.safetensors")]
+    tensors = sum(len(body) - 8 - int.from_bytes(body[:8], "little") for body in held)  # headers count more in a tiny model
+    assert budget(config, Machine())["disk"]["checkpoint"] == pytest.approx(tensors, rel=0.02)
+
+
+def test_c081_a_checkpoint_with_masters_of_fp32_weights_loads_the_same_bits(found: dict[str, Any]) -> None:
+    result = found["masters"]
+    assert result["saved"] == [False, False] and result["digests"][0] == result["digests"][1] != result["digests"][2]
 
 
 @pytest.mark.parametrize("name", REORDERED)

@@ -19,10 +19,12 @@ import torch
 
 from lumina_engine.checkpoint.consolidate import KINDS
 from lumina_engine.checkpoint.manager import CheckpointManager
+from lumina_engine.checkpoint.universal import SavedState, Shard
 from lumina_engine.data.tokenizer import ConversationTokenizer
 from lumina_engine.model.transformer import DeepSeekTransformer
 from lumina_engine.monitoring.record import Step
 from lumina_engine.training.comm import Comm
+from lumina_engine.training.engine import MOMENTS
 from lumina_engine.training.state import restore
 from lumina_engine.training.trainer import EnhancedConversationTrainer
 from tests.parity.rows import Records, config_of, store_of
@@ -162,12 +164,33 @@ def reordered(data: str, folder: Path, overrides: dict[str, Any], comm: Comm) ->
     return {"differ": comm.all_gather(differ), "compared": compared}
 
 
+def masters(data: str, folder: Path, overrides: dict[str, Any], comm: Comm) -> dict[str, Any]:
+    """fp32 state put back over another one, from a file that holds masters beside it.
+
+    `saved`: whether the engine itself saves masters; `digests`: of the state at first, put back, and before it was.
+    """
+    first = Run(data, overrides, comm).train()
+    engine, weights = first.trainer.engine, first.trainer.engine.model_tensors()
+    state, begins = {name: t.clone() for name, t in engine.state_tensors().items()}, engine.state_begins()
+    kind = f"optimizer.{MOMENTS[0]}."
+    runs = {name.removeprefix(kind): t.numel() for name, t in state.items() if name.startswith(kind)}
+    old = {f"master.{n}": weights[n].reshape(-1)[begins.get(n, 0) :][:count].clone() for n, count in runs.items()}
+    other = Run(data, {**overrides, "seed": 7}, comm).train()
+    before = other.digest()
+    masters_alone = SavedState(Shard({**state, **old}, begins))
+    other.trainer.engine.load_model_tensors(weights)
+    other.trainer.engine.load_state(masters_alone)
+    saved = any(name.startswith("master.") for name in state)
+    return {"saved": comm.all_gather(saved), "digests": [first.digest(), other.digest(), before]}
+
+
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
     "skip": skip,
     "idle": idle,
     "resume": resume,
     "weights": weights,
     "reordered": reordered,
+    "masters": masters,
 }
 
 
