@@ -99,6 +99,7 @@ def detail_lines(figures: Mapping[str, Any], width: int) -> list[Line]:
         ("devices", f"{resolved['devices']}, {ranks}, {resolved['precision']}", "text"),
         ("ZeRO", f"{resolved['zero_stage']}: {resolved['zero_reason']}", "text"),
         ("host", f"{gb_text(host['total'])} of {gb_text(host['available'])} (processes guessed)", _role(host)),
+        *([("", f"saving a checkpoint {gb_text(host['saving'])}", "dim")] if host["saving"] else []),
         ("disk", f"{disk_text(figures)[0]} (computed)", disk_text(figures)[1]),
         ("", f"{_kept(disk)} of {gb_text(disk['checkpoint'])}", "dim"),
         ("tokens/step", f"{figures['tokens_per_step']:,} (computed)", "text"),

@@ -116,6 +116,7 @@ def describe(figures: dict[str, Any], width: int = 80) -> str:
         ("parts", ", ".join(f"{name} {gb_text(device[name])}" for name in PARTS if device[name])),
         ("host", f"{gb_text(host['total'])} of {gb_text(host['available'])} (computed, Python and torch guessed)"),
         *([("", f"offloaded {gb_text(host['offload'])}")] if host["offload"] else []),
+        *([("", f"saving a checkpoint {gb_text(host['saving'])}")] if host["saving"] else []),
         ("disk", f"{gb_text(disk['total'])}{_of(disk['available'])} (computed)"),
         ("", f"{disk['checkpoints']} checkpoints{backups} of {gb_text(disk['checkpoint'])}"),
         *([("", f"offloaded to NVMe {gb_text(disk['nvme'])}")] if disk["nvme"] else []),

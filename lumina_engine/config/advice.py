@@ -78,7 +78,7 @@ def _enough(config: Config, machine: Machine, vocab: int, ranks: int) -> list[Ch
     moves = list(_moves(config, machine, ranks))
     found: list[Change] = []
     for size in (1, 2, 3, len(moves)):
-        for together in combinations(moves, size):
+        for together in _groups(moves, size):
             if len(found) == MOST:
                 return found
             keys = [name for move in together for name in move.values]
@@ -97,6 +97,17 @@ def _enough(config: Config, machine: Machine, vocab: int, ranks: int) -> list[Ch
     return found or [change for change in [_shorter(config, machine, vocab, ranks, moves)] if change]
 
 
+def _groups(moves: list[Change], size: int) -> Iterator[tuple[Change, ...]]:
+    """Moves to try together, `size` of them; where that is all of them, first those that leave saving as it is."""
+    if size == len(moves) and (kept := _without_saving(moves)):
+        yield tuple(kept)
+    yield from combinations(moves, size)
+
+
+def _without_saving(moves: list[Change]) -> list[Change]:
+    return [move for move in moves if "async_save" not in move.values]
+
+
 def _moves(config: Config, machine: Machine, ranks: int) -> Iterator[Change]:
     """What may be changed at all, cheapest first."""
     if config.batch_size > 1:
@@ -107,6 +118,8 @@ def _moves(config: Config, machine: Machine, ranks: int) -> Iterator[Change]:
         yield Change({"gradient_checkpointing": True}, "a third more compute")
     if config.loss_chunk_size == 0 or config.loss_chunk_size > 512:
         yield Change({"loss_chunk_size": 512}, "")
+    if config.async_save:
+        yield Change({"async_save": False}, "training waits for each save")
     if config.use_deepspeed:
         if ranks > 1 and config.zero_stage != "auto" and config.zero_stage < most_stage(config):
             yield Change({"zero_stage": "auto"}, "")
@@ -136,12 +149,12 @@ def _with_batch(config: Config, machine: Machine, vocab: int, ranks: int, change
 
 def _shorter(config: Config, machine: Machine, vocab: int, ranks: int, moves: list[Change]) -> Change | None:
     """Shorter rows with all that saves memory, if nothing else is enough."""
-    everything = {name: value for move in moves for name, value in move.values.items()}
     length = config.seq_length // 2
     while length >= 128:
-        values = everything | {"seq_length": length}
-        if _fits(config, machine, vocab, ranks, values):
-            return Change(values, "shorter rows")
+        for together in (_without_saving(moves), moves):
+            values = {name: value for move in together for name, value in move.values.items()} | {"seq_length": length}
+            if _fits(config, machine, vocab, ranks, values):
+                return Change(values, "shorter rows")
         length //= 2
     return None
 

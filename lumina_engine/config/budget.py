@@ -94,7 +94,7 @@ def budget(
     time = duration(config, model, speed, world=world, steps=steps, done=done, train_tokens=train_tokens)
     if tokens_basis and steps is not None:
         time["basis"] += f"; length of the data {tokens_basis}"
-    host = host_memory(config, machine, memory)
+    host = host_memory(config, machine, memory, saved)
     disk = _disk(
         config, machine, saved.weights + saved.state * world, memory.nvme * ranks_per_node(config, machine), time["p90_h"]
     )

@@ -136,7 +136,9 @@ def _fits(figures: dict, keep: int) -> Iterator[Finding]:
         yield error("does_not_fit", "batch_size num_gpus", message, "; or ".join(figures["advice"]))
     elif host["total"] > host["available"]:
         message = f"host memory: {gb_text(host['total'])} needed (computed), {gb_text(host['available'])} there"
-        yield finding("warning", "host_memory", "num_gpus batch_size", message, "set fewer ranks or a smaller batch_size")
+        message += f", {gb_text(host['saving'])} of it while a checkpoint is saved" if host["saving"] else ""
+        keys = "num_gpus batch_size async_save"
+        yield finding("warning", "host_memory", keys, message, "; or ".join(figures["advice"]))
     if disk["available"] is not None and disk["total"] > disk["available"]:
         message = (
             f"disk: {disk['checkpoints']} checkpoints need {gb_text(disk['total'])}, {gb_text(disk['available'])} are free"

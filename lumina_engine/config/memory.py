@@ -142,10 +142,15 @@ def training_memory(model: DeepSeekConfig, layout: Layout) -> Memory:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Bytes that a checkpoint holds: `weights` of the whole model, which rank 0 saves, and the `state` that each rank saves."""
+    """Bytes that a checkpoint holds: `weights` of the whole model, which rank 0 saves, and the `state` that each rank saves.
+
+    `gathered` of these weights rank 0 puts together in host memory first; `fetched` of its state each rank reads from disk.
+    """
 
     weights: int
     state: int
+    gathered: int
+    fetched: int
 
 
 def checkpoint_bytes(model: DeepSeekConfig, layout: Layout) -> Checkpoint:
@@ -158,7 +163,14 @@ def checkpoint_bytes(model: DeepSeekConfig, layout: Layout) -> Checkpoint:
     weight = _BYTES[layout.precision][0]
     splits = layout.use_deepspeed and layout.zero_stage > 0
     held = counts.stored // layout.world if splits else _local(model, counts)
-    return Checkpoint(weights=counts.stored * weight, state=held * (12 if weight < 4 else 8))
+    state = held * (12 if weight < 4 else 8)
+    apart = counts.experts if model.expert_parallel_size > 1 else 0
+    return Checkpoint(
+        weights=counts.stored * weight,
+        state=state,
+        gathered=weight * (counts.stored if splits and layout.zero_stage == 3 else apart),
+        fetched=state if layout.nvme_optimizer else 0,
+    )
 
 
 def _spread(model: DeepSeekConfig, layout: Layout) -> DeepSeekConfig:

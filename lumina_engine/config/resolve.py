@@ -9,7 +9,7 @@ from lumina_engine.config.buckets import bucket_size, reduces_early
 from lumina_engine.config.curriculum import Curriculum
 from lumina_engine.config.finding import ConfigError, Finding
 from lumina_engine.config.machine import Machine, gb_text
-from lumina_engine.config.memory import Layout, Memory, training_memory
+from lumina_engine.config.memory import Checkpoint, Layout, Memory, checkpoint_bytes, training_memory
 from lumina_engine.config.micro_batch import candidates, split
 from lumina_engine.config.offload import least_stage, offload_of
 from lumina_engine.config.schema import Config, DeepSeekConfig
@@ -162,13 +162,20 @@ def plannable(config: Config, machine: Machine, model: DeepSeekConfig, ranks: in
     return config.model_copy(update=split(config, sizes[0])) if sizes else config
 
 
-def host_memory(config: Config, machine: Machine, memory: Memory) -> dict[str, int]:
-    """Host memory of one node in bytes. On CPU the devices' share lies in it too."""
+def host_memory(config: Config, machine: Machine, memory: Memory, saved: Checkpoint) -> dict[str, int]:
+    """Host memory of one node in bytes, that of rank 0. On CPU the devices' share lies in it too.
+
+    `saving` is what a save takes beside training: with `async_save` a copy of the checkpoint, kept until it is written; and
+    what is put together in host memory before, at a time when a CPU holds neither activations nor gradients.
+    """
     ranks = ranks_per_node(config, machine)
+    free = 0 if machine.devices else (memory.total - memory.weights - memory.optimizer) * ranks
     parts = {
         "processes": RANK_BYTES * ranks,
         "offload": memory.host * ranks,
         "training": 0 if machine.devices else memory.total * ranks,
+        "saving": max(0, saved.gathered + saved.fetched * ranks - free)
+        + (saved.weights + saved.state * ranks if config.async_save else 0),
     }
     return parts | {"total": sum(parts.values()), "available": machine.host_memory_bytes}
 
@@ -177,7 +184,8 @@ def fits_memory(config: Config, machine: Machine, model: DeepSeekConfig, ranks: 
     """Whether a run fits the memory of its devices and of its hosts."""
     config = plannable(config, machine, model, ranks)
     choice = choose_stage(config, machine, model, ranks)
-    host = host_memory(config, machine, training_memory(model, layout_of(config, machine, choice.stage, ranks)))
+    layout = layout_of(config, machine, choice.stage, ranks)
+    host = host_memory(config, machine, training_memory(model, layout), checkpoint_bytes(model, layout))
     return choice.fits and host["total"] <= host["available"]
 
 

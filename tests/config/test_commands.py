@@ -107,6 +107,7 @@ def test_c139_budget(run, tmp_path, monkeypatch) -> None:
     (tmp_path / "data.jsonl").write_text("x" * 81_920)
     assert run("budget", "--json", "train_data_path=data.jsonl", "num_epochs=1")[1]["steps"] == 10
     text = run("budget")[1]
+    assert "saving a checkpoint " in text and "saving a checkpoint" not in run("budget", "async_save=false")[1]
     assert "494 K active (computed)" in text and "guessed" in text and max(map(len, text.splitlines())) <= 200
     with pytest.raises(Exception, match="devices are written like 8x80GB"):
         run("budget", "--devices", "8 gpus")

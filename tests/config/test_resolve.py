@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from lumina_engine.config.advice import advice
 from lumina_engine.config.budget import budget, parse_devices, stage_table
+from lumina_engine.config.checks import check
 from lumina_engine.config.machine import GB, Accelerator, Machine, count_text, gb_text
 from lumina_engine.config.presets import NAMES, ConfigPresets
 from lumina_engine.config.resolve import choose_stage, layout_of, model_config, resolve
@@ -190,6 +192,52 @@ def test_c139_budget_keys_for_every_preset(name: str, machine: Machine) -> None:
         == (enough and (machine.disk_free_bytes or 10**18) >= figures["disk"]["total"])
     )
     assert all("computed" in text or "guessed" in text for text in figures["basis"].values())
+
+
+@pytest.mark.parametrize(
+    ("keys", "machine", "each"),
+    [
+        # bytes of a parameter on one node: of the copy, and of what is put together in host memory before
+        ({"use_deepspeed": False, "precision": "fp32"}, LAPTOP, (12, 0)),
+        ({"use_deepspeed": False, "precision": "bf16"}, LAPTOP, (14, 0)),
+        ({"use_deepspeed": False, "num_gpus": 2}, LAPTOP, (4 + 2 * 8, 0)),
+        ({"zero_stage": 1, "num_gpus": 2}, LAPTOP, (12, 0)),
+        ({"zero_stage": 3}, LAPTOP, (12, 0)),  # the weights lie there in the place of gradients and activations
+        ({"zero_stage": 0, "precision": "mixed_bf16"}, gpus(4), (4 + 4 * 8, 0)),
+        ({"zero_stage": 2, "precision": "bf16"}, gpus(4), (14, 0)),
+        ({"zero_stage": 2, "precision": "bf16", "num_nodes": 2}, gpus(4), (2 + 12 / 2, 0)),
+        ({"zero_stage": 3, "precision": "bf16"}, gpus(4), (14, 2)),
+        (
+            {"zero_stage": 3, "precision": "bf16", "nvme_offload_optimizer": True, "nvme_path": "/nvme"},
+            gpus(4),
+            (14, 2 + 12),
+        ),
+    ],
+)
+def test_c139_host_memory_counts_a_save(keys: dict, machine: Machine, each: tuple[float, float]) -> None:
+    """A save beside training holds a copy of all that the node writes; at stage 3 the weights are gathered before it."""
+    config = Config(hidden_size=256, num_layers=4, num_heads=4, num_kv_heads=2, vocab_size=1024, **keys)
+    beside, waiting = (budget(config.model_copy(update={"async_save": on}), machine) for on in (True, False))
+    count, (copied, before) = beside["parameters"]["stored"], each
+    assert waiting["host"]["saving"] == pytest.approx(count * before, rel=1e-6)
+    assert beside["host"]["saving"] == pytest.approx(count * (copied + before), rel=1e-6)
+    parts = [beside["host"][name] for name in ("processes", "offload", "training", "saving")]
+    assert beside["host"]["total"] == sum(parts)
+
+
+def test_c139_host_memory_that_a_save_exceeds_is_said_with_what_helps(tmp_path: Path) -> None:
+    shape = {"hidden_size": 1024, "num_layers": 12, "num_heads": 16, "num_kv_heads": 8, "num_experts": 8, "moe_top_k": 2}
+    config = Config(**shape, vocab_size=100_352, batch_size=1, seq_length=512, use_deepspeed=False, precision="fp32")
+    machine = Machine([], int(25.3 * GB), 4, None)
+    figures = budget(config, machine)
+    assert figures["device"]["total"] < figures["device"]["limit"] and not figures["fits"]
+    assert "set async_save=false (training waits for each save)" in figures["advice"]
+    assert budget(config.model_copy(update={"async_save": False}), machine)["fits"]
+    data = tmp_path / "data.jsonl"
+    data.touch()
+    found = {f.code: f for f in check(config.model_copy(update={"train_data_path": str(data)}), machine)}
+    text = found["host_memory"].line()
+    assert "while a checkpoint is saved" in text and "async_save=false" in text
 
 
 def test_c113_time_grows_with_data_and_is_unknown_without() -> None:

@@ -7,7 +7,10 @@ use: temporaries inside an operator, buffers of other threads and all that belon
 touched not. The kernel keeps its largest value; it is reset at the beginning of each section of a step. What was resident
 before the model was built, after a first run of the same kind that loaded every library, is taken off.
 
-Prints `PEAK {...}` for each case (rank 0): `name`, `peak` in bytes, the largest value in each section, the budget's `Memory`.
+With `save_interval: 1` the first step is saved beside the second, and its copy kept until that one has ended.
+
+Prints `PEAK {...}` for each case (rank 0): `name`, `peak` in bytes, the largest value in each section, the budget's `Memory`
+and what it says of `saving`.
 """
 
 from __future__ import annotations
@@ -16,18 +19,22 @@ import ctypes
 import gc
 import json
 import sys
+import tempfile
+import threading
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lumina_engine.checkpoint.manager import CheckpointManager
 from lumina_engine.config.machine import Machine
-from lumina_engine.config.memory import training_memory
-from lumina_engine.config.resolve import layout_of, model_config
+from lumina_engine.config.memory import checkpoint_bytes, training_memory
+from lumina_engine.config.resolve import host_memory, layout_of, model_config
 from lumina_engine.config.schema import Config
 from lumina_engine.data.store import open_data
 from lumina_engine.data.tokenizer import ConversationTokenizer
 from lumina_engine.model.transformer import DeepSeekTransformer
 from lumina_engine.run.rank import NullChannel
+from lumina_engine.run.sections import WAITED
 from lumina_engine.training.comm import Comm
 from lumina_engine.training.trainer import EnhancedConversationTrainer
 
@@ -69,13 +76,16 @@ def reset_largest() -> None:
 
 
 class Sections(NullChannel):
-    """A channel that keeps the largest resident set of each section, from the first step on."""
+    """A channel that keeps the largest resident set of each section, from the first step on; `done` when the last ends."""
 
     def __init__(self) -> None:
         self.highest: dict[str, int] = {}
         self.name = ""
+        self.done = threading.Event()
 
     def report(self, step: int, section: str) -> None:
+        if step == STEPS and section in (WAITED, "save"):
+            self.done.set()
         if self.name:
             self.highest[self.name] = max(self.highest.get(self.name, 0), resident("VmHWM"))
         self.name = section if step else ""
@@ -88,6 +98,19 @@ def settle() -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
+def saving_late(config: Config, folder: Path, channel: Sections) -> CheckpointManager:
+    """A manager that begins to write a checkpoint when the last step has ended."""
+    manager = CheckpointManager(config, run_dir=folder)
+    write = manager._saver._write
+
+    def late(job: Any) -> None:
+        channel.done.wait()
+        write(job)
+
+    manager._saver._write = late  # type: ignore[method-assign]
+    return manager
+
+
 def measured(config: Config, comm: Comm) -> dict[str, Any]:
     """Train `STEPS` steps; the peak over what was resident before, in bytes, in all and by section."""
     tokenizer = ConversationTokenizer(config.tokenizer)
@@ -95,9 +118,12 @@ def measured(config: Config, comm: Comm) -> dict[str, Any]:
     settle()
     before = resident("VmRSS")
     channel = Sections()
-    trainer = EnhancedConversationTrainer(DeepSeekTransformer(config), tokenizer, config, None, comm=comm, channel=channel)
-    trainer.train(data)
-    channel.report(0, "")
+    with tempfile.TemporaryDirectory() as folder:
+        manager = saving_late(config, Path(folder), channel) if config.save_interval == 1 else None
+        model = DeepSeekTransformer(config)
+        trainer = EnhancedConversationTrainer(model, tokenizer, config, None, comm=comm, channel=channel, manager=manager)
+        trainer.train(data)
+        channel.report(0, "")
     sections = {name: value - before for name, value in channel.highest.items()}
     return {"peak": max(sections.values()), "sections": sections, "resolved": trainer.config}
 
@@ -124,9 +150,11 @@ def main() -> None:
         found = measured(Config(**(SHAPE | own | overrides)), comm)
         config = found.pop("resolved")
         layout = layout_of(config, Machine(), config.zero_stage, comm.world_size)
-        memory = training_memory(model_config(config), layout)
+        memory, saved = training_memory(model_config(config), layout), checkpoint_bytes(model_config(config), layout)
+        saving = host_memory(config, Machine(), memory, saved)["saving"] if config.save_interval == 1 else 0
         if comm.rank == 0:
-            print("PEAK " + json.dumps({"name": name, **found, "memory": asdict(memory) | {"total": memory.total}}), flush=True)
+            told = {"memory": asdict(memory) | {"total": memory.total}, "saving": saving}
+            print("PEAK " + json.dumps({"name": name, **found, **told}), flush=True)
 
 
 if __name__ == "__main__":

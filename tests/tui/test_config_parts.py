@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lumina_engine.config.budget import budget, stage_table
 from lumina_engine.config.checks import check
-from lumina_engine.config.machine import GB, Accelerator, Machine
+from lumina_engine.config.machine import GB, Accelerator, Machine, gb_text
 from lumina_engine.config.presets import NAMES, ConfigPresets
 from lumina_engine.config.schema import SECTIONS
 from lumina_tui import budget_text, catalogue, checking, config_text
@@ -153,6 +153,7 @@ def test_c139_what_does_not_fit_says_what_would(name: str, width: int) -> None:
         assert ("does not fit" not in text) == fits and all(advice in text for advice in figures["advice"])
         assert ("what would make it fit" in text) == bool(figures["advice"]) == (not figures["fits"])
         assert f"{figures['tokens_per_step']:,}" in text and "guessed" in text and "computed" in text
+        assert f"saving a checkpoint {gb_text(figures['host']['saving'])}" in text
         assert len(budget_text.summary_lines(figures, width)) == 3
 
 
