@@ -67,6 +67,7 @@ class DeepSpeedKeys(Section):
         unit="elements",
         minimum=100_000,
         maximum=5_000_000_000,
+        multiple_of=2,
         resume=True,
         read_by=_DEEPSPEED,
     )

@@ -194,7 +194,8 @@ def resolve(config: Config, machine: Machine, *, tokenizer_vocab: int, world: in
 
     `warmup_steps` and `experiment_name` stay: they need the length of the data and the moment of the start. So do
     `data_format`, which is found out for each file, `master_port` of one machine, which each start finds, and what is switched
-    off: lengths without a curriculum, how gradients are reduced where DeepSpeed splits nothing.
+    off: lengths without a curriculum, how gradients are reduced where DeepSpeed splits nothing, `allgather_bucket_size` at
+    stage 3.
 
     Raises:
         ConfigError: the vocabulary is too small for the tokenizer, or the run does not fit the devices.
@@ -232,8 +233,9 @@ _MODEL_AUTO = ("vocab_size", "head_dim", "intermediate_size", "dense_intermediat
 
 
 def _reduction(config: Config, stage: int, on_cpu: bool) -> dict[str, int | bool]:
-    """How gradients are reduced at a stage that splits something."""
-    sizes, switches = ("allgather_bucket_size", "reduce_bucket_size"), ("overlap_comm", "contiguous_gradients")
+    """How gradients are reduced at a stage that splits something. Stage 3 gathers weights by keys of its own."""
+    sizes = ("reduce_bucket_size",) if stage == 3 else ("allgather_bucket_size", "reduce_bucket_size")
+    switches = ("overlap_comm", "contiguous_gradients")
     offloads = offload_of(config, stage).optimizer != "device"
     early = {
         name: reduces_early(
@@ -247,15 +249,14 @@ def _reduction(config: Config, stage: int, on_cpu: bool) -> dict[str, int | bool
 def left_to_auto(config: Config) -> Config:
     """The resolved `config` of a run with "auto" where its reduction is what auto gave: another stage or device has another.
 
-    The four keys count together: where one differs from what auto gives on a CPU and on a GPU, somebody chose them. Without
-    DeepSpeed and at stage 0 none has an effect.
+    The keys that have an effect count together: where one differs from what auto gives on a CPU and on a GPU, somebody chose
+    them. Without DeepSpeed and at stage 0 none has an effect, at stage 3 all but `allgather_bucket_size`.
     """
     free = config.model_copy(update=dict.fromkeys(_REDUCTION, "auto"))
     stage = int(config.zero_stage) if config.use_deepspeed and config.zero_stage != "auto" else 0
-    stored = {name: getattr(config, name) for name in _REDUCTION}
-    if stage == 0 or stored in (_reduction(free, stage, True), _reduction(free, stage, False)):
-        return free
-    return config
+    by_auto = [_reduction(free, stage, on_cpu) for on_cpu in (True, False)] if stage else [{}]
+    stored = {name: getattr(config, name) for name in by_auto[0]}
+    return free if stored in by_auto else config
 
 
 def _launcher(config: Config) -> str:

@@ -45,6 +45,7 @@ SWITCHES = (
     ),
     Switch("use_deepspeed", lambda c: not c.use_deepspeed, "use_deepspeed=true", (*_SPLIT, "deepspeed_log_level")),
     Switch("zero_stage", lambda c: c.use_deepspeed and c.zero_stage == 0, "zero_stage=1", _SPLIT),
+    Switch("zero_stage", lambda c: c.use_deepspeed and c.zero_stage == 3, "zero_stage=2", ("allgather_bucket_size",)),
     Switch("use_deepspeed", lambda c: not c.use_deepspeed, "use_deepspeed=true", STAGE_3_KEYS),
     Switch("zero_stage", lambda c: c.use_deepspeed and c.zero_stage in (0, 1, 2), "zero_stage=3", STAGE_3_KEYS),
 )

@@ -131,6 +131,7 @@ CASES = [
         {"use_deepspeed": True},
     ),
     ({"zero_stage": 0, "reduce_bucket_size": 1_000_000}, "switched_off", "info", "with zero_stage = 0", {"zero_stage": 1}),
+    ({"zero_stage": 3, "allgather_bucket_size": 10**6}, "switched_off", "info", "with zero_stage = 3", {"zero_stage": 2}),
 ]
 
 

@@ -67,6 +67,7 @@ def test_c058_auto_of_how_gradients_are_reduced(machine: Machine, keys: dict, ea
     layout = layout_of(config, machine, found.zero_stage)
     assert (layout.overlap_comm, layout.contiguous_gradients) == (early, early)
     assert layout_of(found, machine, found.zero_stage) == layout
+    assert (found.allgather_bucket_size == "auto") == (found.zero_stage == 3)  # which gathers by keys of its own
     assert [f for f in found.validate() if f.severity != "info"] == []
 
 

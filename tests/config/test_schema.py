@@ -110,6 +110,13 @@ def test_r37_values_as_meant() -> None:
     assert Config(max_steps=1e3).max_steps == 1000 and Config(experiment_name=2024).experiment_name == "2024"
 
 
+def test_c058_deepspeed_gathers_an_even_number_of_elements() -> None:
+    """It asserts on an odd one, with two elements to an alignment; of reducing it asks no such thing."""
+    with pytest.raises(ConfigError, match="allgather_bucket_size = 100,001: must be .*a multiple of 2"):
+        Config(allgather_bucket_size=100_001)
+    assert accepts("allgather_bucket_size", 100_002) and accepts("reduce_bucket_size", 100_001)
+
+
 def test_c052_experiment_name() -> None:
     assert all(accepts("experiment_name", n) for n in ("auto", "a", "A.b_c-9", "9" * 64))
     assert not any(accepts("experiment_name", n) for n in ("", "-a", ".a", "a/b", "a b", "x" * 65, "a\n", "a\x1b[2J"))

@@ -141,6 +141,7 @@ REDUCTION = ("overlap_comm", "contiguous_gradients", "allgather_bucket_size", "r
         ({"zero_stage": 1}, (False, False, 2_000_000, 2_000_000), True),  # auto on a CPU
         ({"zero_stage": 2}, (True, True, 2_000_000, 2_000_000), True),
         ({"zero_stage": 1}, (True, True, 200_000_000, 200_000_000), True),  # auto on a GPU
+        ({"zero_stage": 3}, (True, True, "auto", 2_000_000), True),  # stage 3 does not read what is left at auto
         ({"zero_stage": 1}, (True, True, 2_000_000, 2_000_000), False),
         ({"zero_stage": 2}, (False, False, 2_000_000, 2_000_000), False),
         ({"zero_stage": 1}, (False, False, 2_000_000, 1_000_000), False),
