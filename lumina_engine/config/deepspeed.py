@@ -1,4 +1,4 @@
-"""Config → the JSON that DeepSpeed gets, and the check of every name in it.
+"""Config → the JSON that DeepSpeed gets, and the check of every name and value in it.
 
 DeepSpeed 0.19 silently ignores unknown keys at the top level and in several blocks, so nothing reaches it unchecked. The key
 lists below are those of DeepSpeed 0.19.8; a test compares them with the installed version.
@@ -13,6 +13,7 @@ from lumina_engine.config.buckets import bucket_size, reduces_early
 from lumina_engine.config.counts import largest_parameter
 from lumina_engine.config.declare import show
 from lumina_engine.config.deepspeed_rules import useless, value_at
+from lumina_engine.config.deepspeed_values import wrong_values
 from lumina_engine.config.finding import ConfigError, Finding, has_errors, nearest
 from lumina_engine.config.offload import offload_of
 from lumina_engine.config.resolve import model_config
@@ -239,7 +240,7 @@ def _merged(base: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]
 
 
 def check_overrides(config: Config, world: int | None = None) -> list[Finding]:
-    """Findings of `deepspeed_overrides`: unknown names (with the nearest), refused blocks, contradictions with a key.
+    """Findings of `deepspeed_overrides`: unknown names (with the nearest), wrong values, what is refused or contradicts a key.
 
     Without `world` the global batch is not compared.
     """
@@ -250,7 +251,7 @@ def check_overrides(config: Config, world: int | None = None) -> list[Finding]:
         message = "deepspeed_overrides is set, but use_deepspeed is false"
         fix = "set use_deepspeed=true or remove the overrides"
         return [Finding("deepspeed_off", "error", ("deepspeed_overrides", "use_deepspeed"), message, fix)]
-    findings = [*_unknown(overrides, KNOWN, ""), *_unguarded(overrides), *_unscattered(config)]
+    findings = [*_unknown(overrides, KNOWN, ""), *wrong_values(overrides), *_unguarded(overrides), *_unscattered(config)]
     disk = config.nvme_offload_optimizer or config.nvme_offload_parameters
     findings += useless(overrides, config.zero_stage, config.nvme_offload_optimizer, disk)
     generated = _generated(config, world or 1)

@@ -28,6 +28,11 @@ NO_EFFECT = {
     "seq_parallel_communication_data_type": "Lumina has no sequence parallelism: remove it",
     "vocabulary_size": "only DeepSpeed's tuner reads it: remove it",
     "weight_quantization": "it serves inference only: remove it",
+    "disable_allgather": "nothing in DeepSpeed reads it: remove it",
+    "zero_optimization.allgather_partitions": "nothing in DeepSpeed acts on it: remove it",
+    "data_types.grad_accum_dtype": "DeepSpeed takes another optimizer with it, or none; precision decides the dtype of the "
+    "gradients: set precision",
+    "data_types.buffer_dtype": "the routers' bias must stay in fp32, or its small updates round to nothing: remove it",
     "data_types.param_dtype": "precision decides the dtype of the weights: set precision",
     "fp16.auto_cast": "only DeepSpeed's pipeline reads it: set precision=mixed_fp16",
     "fp16.loss_scale": _SCALE,

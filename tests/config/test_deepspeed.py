@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 
 from lumina_engine.config.checks import check
+from lumina_engine.config.declare import show
 from lumina_engine.config.deepspeed import ANY, COVERED, GUARDS, KNOWN, REFUSED, to_deepspeed
+from lumina_engine.config.deepspeed_rules import NO_EFFECT, ONLY, value_at
+from lumina_engine.config.deepspeed_values import VALUES
+from lumina_engine.config.machine import GB, Accelerator, Machine
 from lumina_engine.config.schema import Config, ConfigError
 
 
@@ -86,6 +90,53 @@ def test_r19_each_key_misspelt_is_refused_with_the_nearest_name(path: tuple[str,
     typo = (*path[:-1], path[-1][0] + path[-1][2:])
     found = errors(nested(typo, 1))
     assert any(f"{'.'.join(typo)}: DeepSpeed has no such key" in line and "did you mean" in line for line in found), found
+
+
+def test_r19_every_setting_that_is_left_to_overrides_has_a_rule_for_its_values() -> None:
+    decided = {*COVERED, *GUARDS, *NO_EFFECT, *ONLY}
+    leaves = {".".join(path) for path in paths(KNOWN) if not isinstance(value_at(KNOWN, ".".join(path)), dict)}
+    free = {path for path in leaves - decided if path.split(".")[0] not in REFUSED}
+    assert {path for path in VALUES if "leaf_module" not in path} == free - {"zero_optimization.leaf_module"}
+    assert all(rule.holds(rule.example) for rule in VALUES.values())
+
+
+@pytest.mark.parametrize("path", VALUES)
+def test_r19_a_value_that_deepspeed_cannot_take_is_named_with_what_it_must_be(path: str) -> None:
+    for wrong in (0, -2, "maybe", 1.5, [3], {"a": 1}, None):
+        found = errors(nested(tuple(path.split(".")), wrong), zero_stage=3, nvme_offload_optimizer=True, precision="bf16")
+        said = [line for line in found if f"{path} = {show(wrong)}: must be {VALUES[path].must}" in line]
+        assert len(said) == (not VALUES[path].holds(wrong)), (wrong, found)
+        assert all(f"set {path} to " in line for line in said)
+    right = errors(nested(tuple(path.split(".")), VALUES[path].example), zero_stage=3)
+    assert not any("must be" in line for line in right)
+
+
+def test_r19_values_that_ended_in_a_traceback() -> None:
+    for overrides, words in (
+        ({"steps_per_print": 0}, "steps_per_print = 0: must be a whole number, 1 or more"),
+        ({"communication_data_type": "foo"}, "communication_data_type = foo: must be one of fp32, bf16, fp16"),
+        ({"zero_optimization": {"round_robin_gradients": "maybe"}}, "must be true or false"),
+        ({"zero_optimization": {"sub_group_size": "big"}}, "must be a whole number"),
+        ({"data_types": {"grad_accum_dtype": "fp32"}}, "is refused: DeepSpeed takes another optimizer"),
+        ({"data_types": {"buffer_dtype": "bf16"}}, "the routers' bias must stay in fp32"),
+        ({"disable_allgather": True}, "nothing in DeepSpeed reads it"),
+    ):
+        found = errors(overrides, zero_stage=3)
+        assert len(found) == 1 and words in found[0] and found[0].count("; "), found
+    assert errors({"zero_optimization": {"sub_group_size": 1e9}}, zero_stage=3) == []
+
+
+def test_r19_quantized_weights_need_a_gpu_and_no_autocast() -> None:
+    overrides = {"zero_optimization": {"zero_quantized_weights": True}}
+    gpus = Machine([Accelerator("GPU", 80 * GB)] * 2, 500 * GB, 8, None)
+    for machine, precision, words in (
+        (Machine([], 16 * GB, 4, None), "bf16", "on GPUs only"),
+        (gpus, "mixed_bf16", "with autocast"),
+        (gpus, "bf16", None),
+    ):
+        config = Config(zero_stage=3, precision=precision, deepspeed_overrides=overrides)
+        found = [f.line() for f in check(config, machine) if f.code == "deepspeed_quantized"]
+        assert len(found) == (words is not None) and all(str(words) in line for line in found)
 
 
 @pytest.mark.parametrize("name", REFUSED)
