@@ -112,7 +112,7 @@ def test_r37_values_as_meant() -> None:
 
 def test_c058_deepspeed_gathers_an_even_number_of_elements() -> None:
     """It asserts on an odd one, with two elements to an alignment; of reducing it asks no such thing."""
-    with pytest.raises(ConfigError, match="allgather_bucket_size = 100,001: must be .*a multiple of 2"):
+    with pytest.raises(ConfigError, match=r"allgather_bucket_size = 100,001: must be .*a multiple of 2"):
         Config(allgather_bucket_size=100_001)
     assert accepts("allgather_bucket_size", 100_002) and accepts("reduce_bucket_size", 100_001)
 
