@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import record as rec
-from ..hardware import memory_limit
 from ..log import MetricLog
 from ..say import say
 from .watch import KEPT, HealthWatch
@@ -85,6 +84,8 @@ class TrainingHealthMonitor:
     """
 
     def __init__(self, log_dir: str | os.PathLike[str] | None = None) -> None:
+        from ..hardware import memory_limit  # here, since it loads psutil, which the supervisor does without
+
         self.metrics_collector = MetricsCollector()
         self.watch = HealthWatch()
         self._memory = memory_limit()  # bytes that the growth of the loop's memory is measured against
