@@ -4,7 +4,7 @@
 FROM python:3.11-slim
 
 WORKDIR /app
-COPY pyproject.toml README.md LICENSE requirements.lock ./
+COPY pyproject.toml README.md LICENSE tests/requirements.lock ./
 COPY lumina_engine lumina_engine
 COPY lumina_tui lumina_tui
 COPY presets presets

@@ -1,4 +1,4 @@
-"""`requirements.lock`: the versions that the tests were run with. `python -m tests.lock` writes it from what is installed.
+"""`requirements.lock` here: the versions that the tests were run with. `python -m tests.lock` writes it from what is installed.
 
 It is a constraints file for pip, for one interpreter (`TARGET`): what `pyproject.toml` asks for with the extras `EXTRAS`, and
 what that asks for in turn, one `name==version` a line. `faults/test_se_versions.py` audits it.
@@ -25,7 +25,7 @@ else:  # pytest brings it there
     import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-LOCK = ROOT / "requirements.lock"
+LOCK = ROOT / "tests" / "requirements.lock"
 NAME = "lumina"
 EXTRAS = ("test",)  # which takes in parquet, tokenizers and ray
 # Markers are read for the interpreter of the lock, whichever one reads them.
@@ -43,7 +43,7 @@ TARGET = {
 OF_A_BUILD = re.compile(r"nvidia-|cuda-|triton$|pytorch-triton")
 HEADER = """\
 # The versions that Lumina's tests were run with (Linux, Python 3.11): a constraints file for pip.
-# Use:   pip install -c requirements.lock -e '.[test]'
+# Use:   pip install -c tests/requirements.lock -e '.[test]'
 # Renew: python -m tests.lock     (in an environment with the versions that are to be pinned)
 # Pinned is what lumina[test] needs, transitively: parquet, tokenizers and ray are in it. Not pinned: the extra trackers
 # (wandb, mlflow, trackio, TensorBoard), pre-commit of the extra dev, and what the CUDA builds of torch bring (nvidia-*,

@@ -54,7 +54,6 @@ TOP = {
     "README.md",
     "LICENSE",
     "Dockerfile",
-    "requirements.lock",
 }
 
 

@@ -19,6 +19,9 @@ _HOST = r"auto|[A-Za-z0-9][A-Za-z0-9.-]{0,252}"
 _HOST_FORM = "auto, or a host name or address"
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _NAME_FORM = "at most 64 letters, digits, '.', '_' or '-', the first one a letter or digit"
+_REDUCTION = (
+    "auto: not on a CPU at ZeRO stage 1, where a step is faster without, unless experts are spread or the optimizer offloaded."
+)
 
 
 class DeepSpeedKeys(Section):
@@ -49,15 +52,13 @@ class DeepSpeedKeys(Section):
     )
     overlap_comm: bool | Literal["auto"] = key(
         "auto",
-        "Reduce gradients while the backward pass goes on. auto: not on a CPU at ZeRO stage 1 with expert_parallel_size 1, "
-        "where a step is faster without.",
+        "Reduce gradients while the backward pass goes on. " + _REDUCTION,
         resume=True,
         read_by=_DEEPSPEED,
     )
     contiguous_gradients: bool | Literal["auto"] = key(
         "auto",
-        "Copy gradients into one buffer as they come. auto: not on a CPU at ZeRO stage 1 with expert_parallel_size 1, "
-        "where a step is faster without.",
+        "Copy gradients into one buffer as they come. " + _REDUCTION,
         resume=True,
         read_by=_DEEPSPEED,
     )

@@ -12,8 +12,10 @@ from pathlib import Path
 ROOT = Path("/sys/fs/cgroup")
 _LIMITS = ("memory.max", "memory.limit_in_bytes")
 # what is in use, and the lines of memory.stat for page cache in it, with the groups below
-_USES = (("memory.current", ("inactive_file", "active_file")),
-         ("memory.usage_in_bytes", ("total_inactive_file", "total_active_file")))  # fmt: skip
+_USES = (
+    ("memory.current", ("inactive_file", "active_file")),
+    ("memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+)
 _KILLS = ("memory.events", "memory.oom_control")
 
 

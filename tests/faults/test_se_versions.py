@@ -1,4 +1,4 @@
-"""Dependencies (SE12): floors of what is installed, and the audit of `requirements.lock`, which needs no network.
+"""Dependencies (SE12): floors of what is installed, and the audit of `tests/requirements.lock`, which needs no network.
 
 No release with a known hole that matters here may be installed beside Lumina, and the lock is complete, free of contradictions
 and free of releases that `advisories.json` names. That list was drawn up in November 2026 from advisories whose first repaired
