@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lumina_engine.model.layers import gated_silu, gated_silu_backward, runner
-from lumina_engine.model.product import product, weight_gradient
+from lumina_engine.model.product import generates_code, product, weight_gradient
 
 # oneDNN generates code for every new number of rows, which costs as much as a product; multiples of up to this recur.
 _MULTIPLE = 32
@@ -36,7 +36,8 @@ def experts_loop(
     gates_N = gates_TK.reshape(-1).index_select(0, choice_N)
     token_N = choice_N // gates_TK.shape[1]
     segments = [(e, start, end) for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
-    return _ExpertsLoop.apply(x_TD, gates_N, w13, w2, token_N, segments, recompute, torch.is_grad_enabled())
+    filled = torch.is_grad_enabled() and generates_code(x_TD)
+    return _ExpertsLoop.apply(x_TD, gates_N, w13, w2, token_N, segments, recompute, filled)
 
 
 class _ExpertsLoop(torch.autograd.Function):

@@ -1,14 +1,14 @@
 """Matrix products by the fastest of the libraries that PyTorch brings, and the linear layer made of them.
 
-On a CPU with AVX-512 oneDNN's float32 products are faster than MKL's, which `torch.mm` takes; with AVX2 alone they are as fast
-where the weight is read along its rows, and slower where it is read across them. PyTorch offers oneDNN's product only as an
-operator of its compiler, so it is looked up and `torch.mm` stands in where it is absent.
+In float32 `torch.mm` takes MKL. On Intel's processors that is the fastest. On AMD's with AVX-512 oneDNN's products are faster;
+with AVX2 alone they are as fast where the weight is read along its rows, and slower where it is read across them. PyTorch
+offers oneDNN's product only as an operator of its compiler, so it is looked up and `torch.mm` stands in where it is absent.
 
 A CPU that cannot multiply bfloat16 or float16 has fallbacks in PyTorch at a seventh of its float32 speed (measured:
 tests/bench/README.md). There the factors are widened to float32, a part at a time, and the result is rounded: the sums are
 float32, as they are where the processor does it.
 
-Which one is taken depends on device, dtype and layout alone: the same machine gives the same bits.
+Which one is taken depends on device, processor, dtype and layout alone: the same machine gives the same bits.
 
 Shapes: R rows, I inner size, O output size; P and Q rows and outputs of a part.
 """
@@ -26,6 +26,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 _HAS_ONEDNN: bool = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _ONLY_AVX2: bool = torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+def _is_intel() -> bool:
+    """Whether the processor is one of Intel's; not where this torch cannot tell."""
+    capabilities = getattr(torch.cpu, "get_capabilities", dict[str, Any])()
+    return str(capabilities.get("cpu_name", "")).startswith("Intel")
+
+
+_INTEL: bool = _is_intel()
 # Rows, columns and inner size of the parts that are widened at a time: 4 MiB each, and products of full speed.
 _SIDE = 1024
 
@@ -48,7 +57,12 @@ def widens(x: Tensor) -> bool:
 def _takes_onednn(x: Tensor) -> bool:
     if torch.compiler.is_compiling():  # the compiler chooses its products itself
         return False
-    return _HAS_ONEDNN and x.dtype == torch.float32 and x.device.type == "cpu"
+    return _HAS_ONEDNN and not _INTEL and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+def generates_code(x: Tensor) -> bool:
+    """Whether the first product of each new number of rows takes longer: oneDNN makes code for it, MKL in float32 does not."""
+    return x.dtype != torch.float32 or _takes_onednn(x)
 
 
 if _HAS_ONEDNN:

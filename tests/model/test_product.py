@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lumina_engine.config.schema import DeepSeekConfig
 from lumina_engine.model import product as products
-from lumina_engine.model.product import Linear, linear, product, weight_gradient
+from lumina_engine.model.product import Linear, generates_code, linear, product, weight_gradient
 from lumina_engine.model.transformer import DeepSeekTransformer
 
 HALVES = [torch.bfloat16, torch.float16]
@@ -55,6 +55,28 @@ def test_c071_every_product_equals_float64(dtype, without_halves):
     into = torch.empty(50, 33, dtype=dtype)
     assert weight_gradient(grad, x, out=into) is into
     torch.testing.assert_close(into, expected, **bound)
+
+
+@pytest.mark.parametrize("intel", [False, True])
+def test_c071_the_library_goes_by_the_processor(intel, monkeypatch):
+    """On Intel's the very bits of `torch.mm`, and no rows of filler; on another one those of oneDNN."""
+    taken: list[str] = []
+    monkeypatch.setattr(products, "_HAS_ONEDNN", True)
+    monkeypatch.setattr(products, "_ONLY_AVX2", False)
+    monkeypatch.setattr(products, "_INTEL", intel)
+
+    class Operators:
+        @staticmethod
+        def _linear_pointwise(x, weight, *_):
+            taken.append("oneDNN")
+            return torch.mm(x, weight.t())
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Operators)
+    x, weight = torch.randn(37, 64), torch.randn(96, 64)
+    assert torch.equal(product(x, weight), torch.mm(x, weight.t()))
+    assert taken == ([] if intel else ["oneDNN"])
+    assert generates_code(x) is not intel
+    assert generates_code(x.bfloat16())
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["weights", "autocast"])
