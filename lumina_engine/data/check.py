@@ -11,13 +11,12 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .conversation import Conversation, DataError, Document, TextDocument
+from .conversation import DataError, Document, TextDocument
 from .cut import Template, cut_conversation
 from .files import Paths, expand
 from .formats import FORMATS, check_format, detect_format, read_conversations, read_located
@@ -114,7 +113,7 @@ class Lengths:
             length = trained = kept = len(self._tokenizer.encode(document.text)) + 1  # and the end of the text
         else:
             ids, mask = self._tokenizer.encode_with_mask(document)
-            length, trained = len(ids), _trained(mask, document)
+            length, trained = len(ids), sum(mask)  # an answer of weight 0 is not in the mask
             kept = length
             if self._template is not None and self.seq_length and length > self.seq_length:
                 ranges, done = cut_conversation(np.asarray(ids), self.seq_length, self._template)
@@ -176,15 +175,6 @@ class Lengths:
             "edges": [0, *upper.tolist()],
             "counts": counts.tolist(),
         }
-
-
-def _trained(mask: list[bool], conversation: Conversation) -> int:
-    """Tokens that carry loss: the mask without the answers of weight 0."""
-    if not any(message.weight == 0 for message in conversation.messages):
-        return sum(mask)
-    runs = [sum(run) for kind, run in groupby(mask) if kind]  # one for each answer, in order
-    answers = [message for message in conversation.messages if message.role == "assistant"]
-    return sum(run for run, answer in zip(runs, answers, strict=True) if answer.weight != 0)
 
 
 @dataclass

@@ -38,9 +38,11 @@ class ByteTokenizer:
         for message in messages:
             role = message["role"] if isinstance(message, dict) else message.role
             content = message["content"] if isinstance(message, dict) else message.content
+            weight = message.get("weight") if isinstance(message, dict) else message.weight
+            trained = role == "assistant" and weight != 0
             header, body = [256, *self.encode(role + "\n")], [*self.encode(content), 257]
             ids += [*header, *body, 10]
-            mask += [False] * len(header) + [role == "assistant"] * len(body) + [False]
+            mask += [False] * len(header) + [trained] * len(body) + [False]
         return ids, mask
 
     def encode_conversation(self, conversation: Any) -> list[int]:

@@ -22,6 +22,7 @@ from lumina_engine.data.cut import Samples
 from lumina_engine.data.files import excerpt
 from lumina_engine.data.rows import RowOptions, RowPlan
 from lumina_engine.data.store import build_store
+from lumina_engine.data.tokenizer import ConversationTokenizer
 from tests.waiting import until
 
 from .conftest import ByteTokenizer
@@ -133,10 +134,15 @@ def test_c030_a_conversation_of_exactly_seq_length_is_not_cut_and_stands_before_
     }
 
 
-def test_c030_answers_of_weight_0_are_not_trained(write, talk):
-    talks = [talk("q", "abc", "r", "de", weights={1: 0.0}), talk("q", "abcd")]
+@pytest.mark.parametrize("tokenizer", [TOKENIZER, ConversationTokenizer("lumina-1k")], ids=lambda tokenizer: tokenizer.name)
+def test_c030_answers_of_weight_0_are_not_trained(write, talk, tokenizer):
+    """The figure is that of the store, which training reads."""
+    talks = [talk("q", "abc", "r", "de", weights={1: 0.0}), talk("q", "abcd", "r", "e", weights={3: 0.0}), talk("q", "ab")]
     path = write("w.jsonl", [t.to_record() for t in talks])
-    assert check_files(path, tokenizer=TOKENIZER).to_dict()["trained_tokens"] == len("de") + 1 + len("abcd") + 1
+    found = check_files(path, tokenizer=tokenizer).to_dict()
+    assert found["trained_tokens"] == sum(len(tokenizer.encode(text)) + 1 for text in ("de", "abcd", "ab"))
+    store = build_store(talks, tokenizer, path.parent / "store", source_digest="x")
+    assert (found["trained_tokens"], found["tokens"]) == (store.num_trained, store.num_tokens)
 
 
 def test_c030_built_in_corpus_holds_nothing_of_its_own_evaluation(tokenizer):
