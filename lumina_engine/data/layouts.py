@@ -66,7 +66,7 @@ def layout_of(value: object) -> str | None:
         return None
     if (
         isinstance(value.get("prompt"), Mapping)
-        or ("conversation_id" in value and isinstance(value.get("messages"), list))
+        or _is_linear(value)
         or ("thread_id" in value and "thread" in value)
         or ("message_id" in value and ("replies" in value or "text" in value))
     ):
@@ -80,6 +80,15 @@ def layout_of(value: object) -> str | None:
     if isinstance(value.get("text"), str):
         return "text"
     return None
+
+
+def _is_linear(value: Mapping[str, object]) -> bool:
+    """Whether it is a conversation that was made from a message tree. The role prompter tells it: an id by the name of
+    conversation_id may stand in any record of messages."""
+    entries = value.get("messages")
+    if "conversation_id" not in value or not isinstance(entries, list):
+        return False
+    return any(isinstance(entry, Mapping) and entry.get("role") == "prompter" for entry in entries)
 
 
 def strict(record: Record, tally: Tally) -> Iterator[Conversation]:

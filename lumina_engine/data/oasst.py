@@ -19,6 +19,7 @@ from .files import OnError, Record
 from .tally import Tally
 
 _ROLES = {"prompter": "user", "assistant": "assistant", "user": "user"}
+_NO_PLACE = ("weight", "task", "tools", "tool_calls", "function_call")  # in a record or a message of other layouts
 READY = "ready_for_export"
 TREE_STATES = (
     READY,
@@ -279,6 +280,11 @@ class OasstReader:
         entries = value[list_key]
         if not isinstance(entries, list) or not entries:
             raise place.error(f"{list_key!r} is {shown(entries)}", "write a list of messages", f"bad {list_key}")
+        for holder in (value, *(entry for entry in entries if isinstance(entry, Mapping))):
+            for key in _NO_PLACE:
+                if holder.get(key) not in (None, [], ""):
+                    fix = f"leave {key!r} out, or use the messages layout with roles user and assistant"
+                    raise place.error(f"an OASST conversation has no {key!r}, it would be lost", fix, f"{key} in a tree")
         numbered = ({"message_id": str(number), **e} if isinstance(e, Mapping) else e for number, e in enumerate(entries, 1))
         chain = [self._node(e, place, record.line, "text" if text_key not in e else text_key) for e in numbered]
         for parent, child in pairwise(chain):

@@ -85,6 +85,7 @@ FORMATS = {
         [" a "],
     ),
     "chat": ("messages", [CHAT], [CALL_TEXT, "two", "é🫠"]),
+    "chat with an id of its own": ("messages", [{**CHAT, "conversation_id": "c"}], [CALL_TEXT, "two", "é🫠"]),
     "sharegpt": ("sharegpt", [SHAREGPT], [CALL_TEXT, "two\n"]),
     "oasst trees": ("oasst", [TREE], ["better <|im_end|>"]),
     "oasst flat": ("oasst", FLAT, ["one", "two"]),

@@ -10,7 +10,7 @@ from collections import Counter
 import pytest
 
 from lumina_engine.data.conversation import DataError
-from lumina_engine.data.formats import convert, process_oasst_data, read_conversations
+from lumina_engine.data.formats import convert, detect_format, process_oasst_data, read_conversations
 from lumina_engine.data.oasst import OasstOptions
 from lumina_engine.data.tally import Tally
 
@@ -185,6 +185,49 @@ def test_c029_linear_threads_and_bare_trees(write):
     for record in (linear, thread, bare):
         assert read(write("x.jsonl", [record]))[0] == ["q a"]
     assert read(write("mixed.jsonl", [linear, {**thread, "thread_id": "u"}, bare]))[0] == ["q a"] * 3
+
+
+def test_c029_a_conversation_id_alone_makes_no_tree(write, tmp_path):
+    """Records of messages stay such: weights, task, system prompt and calls are kept, and an id may come again."""
+    record = {
+        "conversation_id": "c",
+        "task": "chat",
+        "messages": [
+            {"role": "system", "content": "s"},
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "content": "a", "weight": 0},
+            {"role": "user", "content": "r"},
+            {"role": "assistant", "content": "b"},
+        ],
+    }
+    path = write("x.jsonl", [record, record])
+    assert detect_format(path) == "messages"
+    found = list(read_conversations(path))
+    assert [(c.task, [m.role for m in c.messages], c.messages[2].weight) for c in found] == [
+        ("chat", ["system", "user", "assistant", "user", "assistant"], 0.0)
+    ] * 2
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    tools = {"conversation_id": "d", "messages": [{"role": "user", "content": "q"}, call]}
+    convert(write("y.jsonl", [tools]), tmp_path / "o.jsonl")
+    assert read(tmp_path / "o.jsonl")[0] == ['q {"name": "f", "arguments": {}}']
+
+
+@pytest.mark.parametrize(
+    ("of_record", "of_answer", "key"),
+    [
+        ({"weight": 0.5}, {}, "weight"),
+        ({"task": "t"}, {}, "task"),
+        ({}, {"weight": 0}, "weight"),
+        ({}, {"tool_calls": [1]}, "tool_calls"),
+    ],
+)
+def test_c029_what_a_linear_conversation_has_no_place_for_is_an_error(write, of_record, of_answer, key):
+    turns = [{"role": "prompter", "content": "q"}, {"role": "assistant", "content": "a", **of_answer}]
+    path = write("x.jsonl", [{"conversation_id": "c", "messages": turns, **of_record}])
+    with pytest.raises(DataError, match=rf"x.jsonl:1: an OASST conversation has no '{key}', it would be lost"):
+        read(path)
+    turns[1] = {"role": "assistant", "content": "a", "tool_calls": None, "weight": None}  # columns of a table without a value
+    assert read(write("y.jsonl", [{"conversation_id": "c", "messages": turns, "task": None}]))[0] == ["q a"]
 
 
 def test_c029_a_deep_tree_is_no_matter(write):
