@@ -36,6 +36,7 @@ _SPACE = " \t\r\n"
 _PROBE = 1 << 16  # bytes that tell the container
 _MAX_PROBE = 1 << 26  # bytes of one line that are looked at to tell the container
 _BEFORE, _BEHIND = 24, 32  # bytes or characters shown before a fault, and from it on
+EMPTY = "empty file"  # reason of the error about a file that holds no record
 MAX_RECORD = 1 << 26  # bytes or characters of one record
 _MAX_TEXT = 1 << 15  # characters of one plain-text document; longer files are cut at an empty line or a line end
 
@@ -176,14 +177,15 @@ def container(path: Path) -> str:
     with opened(path) as file:
         start, lines = _beginning(file)
     if not start.strip(b" \t\r\n\x00\xef\xbb\xbf"):
-        raise DataError("the file is empty", path=path, fix="name a file with conversations", reason="empty file")
+        raise DataError("the file is empty", path=path, fix="name a file with conversations", reason=EMPTY)
     if start.startswith(PARQUET):
         return "parquet"
     for magic, name in _ARCHIVES.items():
         if start.startswith(magic):
             message = f"{name} archives are not read"
             raise DataError(message, path=path, fix="unpack it first", excerpt=excerpt(start, 0))
-    objects = [_is_object(line) for line in lines]
+    whole = [_whole(line) for line in lines]
+    objects = [isinstance(value, dict) for value in whole]
     if b"\0" in start and not any(objects):  # one bad record does not condemn a file of good ones
         at = start.index(b"\0")
         raise DataError(
@@ -195,6 +197,8 @@ def container(path: Path) -> str:
         )
     text = start.decode("utf-8", "ignore").lstrip("\ufeff").lstrip()
     named_json = _suffix(path) in _JSON_SUFFIXES
+    if len(whole) > 1 and isinstance(whole[0], list) and objects[1]:
+        return "jsonl"  # a list that ends with its line, such as [1, 2], holds none of the objects that follow
     if text.startswith("[") and (named_json or text[1:].lstrip()[:1] in ("{", "]", "")):
         return "json"
     if any(objects):  # with a broken first line the second one decides
@@ -217,11 +221,12 @@ def _beginning(file: DataFile) -> tuple[bytes, list[bytes]]:
     return start, lines
 
 
-def _is_object(line: bytes) -> bool:
+def _whole(line: bytes) -> object:
+    """The JSON value of a line, None where it is not a whole one."""
     try:
-        return isinstance(json.loads(line.decode("utf-8-sig")), dict)
+        return json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError):
-        return False
+        return None
 
 
 def records(path: Path, kind: str, on_error: OnError | None = None) -> Iterator[Record]:

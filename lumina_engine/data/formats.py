@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .conversation import DataError, Document, nearest, shown
-from .files import OnError, Paths, Record, container, expand, line_range, records, texts
+from .files import EMPTY, OnError, Paths, Record, container, expand, line_range, records, texts
 from .layouts import READERS, layout_of, strict
 from .oasst import OasstOptions, OasstReader
 from .parquet import parquet_rows
@@ -25,6 +25,7 @@ FORMATS = ("auto", "messages", "oasst", "alpaca", "sharegpt", "text")
 
 _log = logging.getLogger("lumina_engine.data")
 _REPORT_EVERY = 1000  # records between calls of a progress callback
+_PROBED = 200  # records without a known layout after which a file has none
 
 
 def detect_format(path: str | os.PathLike[str]) -> str:
@@ -37,21 +38,42 @@ def _detect(path: Path) -> tuple[str, str]:
     kind = container(path)
     if kind == "text":
         return kind, "text"
-    first = next(records(path, kind), None)
-    if first is None:
-        raise DataError("it holds no record", path=path, fix="name a file with conversations", reason="empty file")
-    layout = layout_of(first.value)
-    if layout is None:
-        keys = ", ".join(sorted(map(str, first.value))[:8]) if isinstance(first.value, Mapping) else shown(first.value)
-        raise DataError(
-            f"no known layout (found: {shown(keys, 120)})",
-            path=path,
-            line=first.line,
-            fix="known are messages [role, content], sharegpt conversations [from, value], alpaca instruction and output, "
-            "oasst trees, text",
-            reason="unknown layout",
-        )
-    return kind, layout
+    return kind, _first_layout(path, kind)
+
+
+def _first_layout(path: Path, kind: str) -> str:
+    """The layout of the first record that tells one, so that a bad record at the beginning is one bad record.
+
+    Raises `DataError`, the fault of the first record, where none of the first 200 does.
+    """
+    faults: list[DataError] = []
+
+    def untold(error: DataError) -> None:
+        faults.append(error)
+        if len(faults) == _PROBED:
+            raise faults[0]
+
+    for record in records(path, kind, untold):
+        layout = layout_of(record.value)
+        if layout is not None:
+            return layout
+        untold(_unknown(record))
+    if faults:
+        raise faults[0]
+    raise DataError("it holds no record", path=path, fix="name a file with conversations", reason=EMPTY)
+
+
+def _unknown(record: Record) -> DataError:
+    value = record.value
+    keys = ", ".join(sorted(map(str, value))[:8]) if isinstance(value, Mapping) else shown(value)
+    return DataError(
+        f"no known layout (found: {shown(keys, 120)})",
+        path=record.path,
+        line=record.line,
+        fix="known are messages [role, content], sharegpt conversations [from, value], alpaca instruction and output, "
+        "oasst trees, text",
+        reason="unknown layout",
+    )
 
 
 def _as(path: Path, layout: str) -> tuple[str, str]:
@@ -61,10 +83,10 @@ def _as(path: Path, layout: str) -> tuple[str, str]:
         raise DataError(f"plain text, not {layout}", path=path, line=1, fix="let auto tell the format of each file")
     if kind != "text" and layout == "text":
         try:
-            first = next(records(path, kind), None)
+            told = _first_layout(path, kind)
         except DataError:  # not JSON after all, such as source code that begins with a brace
-            first = None
-        if first is None or layout_of(first.value) != "text":
+            told = None
+        if told != "text":
             kind = "text"
     return kind, layout
 
@@ -110,11 +132,12 @@ def read_conversations(
     tally: Tally | None = None,
     tidy: bool = False,
     on_error: OnError | None = None,
+    on_empty: OnError | None = None,
     key: str = "data path",
     oasst: OasstOptions | None = None,
 ) -> Iterator[Document]:
     """Every conversation of files, folders and globs, in order, one in memory at a time. See `read_located`."""
-    located = read_located(paths, format, tally=tally, tidy=tidy, on_error=on_error, key=key, oasst=oasst)
+    located = read_located(paths, format, tally=tally, tidy=tidy, on_error=on_error, on_empty=on_empty, key=key, oasst=oasst)
     return (document for _, document in located)
 
 
@@ -125,6 +148,7 @@ def read_located(
     tally: Tally | None = None,
     tidy: bool = False,
     on_error: OnError | None = None,
+    on_empty: OnError | None = None,
     key: str = "data path",
     oasst: OasstOptions | None = None,
 ) -> Iterator[tuple[Record, Document]]:
@@ -132,13 +156,20 @@ def read_located(
 
     `format` "auto" detects each file by itself. `tidy` also tidies the messages layout, which is read strictly otherwise.
     `tally` counts. `oasst` says what is taken from message trees. Raises `DataError` with file:line for a malformed record;
-    with `on_error` it is handed there instead and reading goes on behind it.
+    with `on_error` it is handed there instead and reading goes on behind it. `on_empty` gets the error of a file without a
+    record, and the next file is read.
     """
     check_format(format)
     tally = tally if tally is not None else Tally()
     trees = OasstReader(oasst or OasstOptions(), tally, on_error)
     for path in expand(paths, key):
-        kind, layout = layout_at(path, format)
+        try:
+            kind, layout = layout_at(path, format)
+        except DataError as error:
+            if on_empty is None or error.reason != EMPTY:
+                raise
+            on_empty(error)
+            continue
         source = texts(path) if kind == "text" else records(path, kind, on_error)
         if layout == "oasst":
             yield from trees.read(source)
@@ -217,9 +248,9 @@ def convert(
 
     `output` appears whole or not at all, and replaces a file of that name. A record that is malformed or has nothing to train
     on is dropped and counted, with a line in `rejects` (default: `rejects_path`), which replaces a file of that name; where
-    none is dropped that file goes. With `strict` the first one that would be dropped or cut is an error. `oasst` says what is
-    taken from message trees. `progress` gets the number read so far. Raises `DataError`, also where the rest of a file cannot
-    be read.
+    none is dropped that file goes. A file that holds no record counts as a dropped one. With `strict` the first one that would
+    be dropped or cut is an error. `oasst` says what is taken from message trees. `progress` gets the number read so far. Raises
+    `DataError`, also where the rest of a file cannot be read.
     """
     target = Path(output)
     bad = Path(rejects) if rejects is not None else rejects_path(target)
@@ -242,7 +273,9 @@ def convert(
         bad.parent.mkdir(parents=True, exist_ok=True)
         try:
             with staging.open("x", encoding="utf-8", newline="\n") as handle:
-                documents = read_conversations(files, format, tally=tally, tidy=True, on_error=malformed, oasst=oasst)
+                documents = read_conversations(
+                    files, format, tally=tally, tidy=True, on_error=malformed, on_empty=tally.malformed, oasst=oasst
+                )
                 written = _write(handle, documents, tally, progress)
                 if not written:
                     raise _nothing_left(rejected.first, tally, files[0])

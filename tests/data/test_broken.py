@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from lumina_engine.data.check import check_files
 from lumina_engine.data.conversation import DataError
 from lumina_engine.data.formats import convert, read_conversations
 
@@ -123,6 +124,36 @@ def test_c027_every_broken_record_is_named_with_its_line(broken):
         assert text in str(error) and "\n" not in str(error) and len(str(error)) < 400, (text, str(error))
         assert str(error).startswith(f"{broken}:{error.line}: ") and error.reason
     assert all([m.content for m in c.messages] == ["q", "a"] for c in found)
+
+
+@pytest.mark.parametrize("number", range(len(BROKEN)))
+def test_c027_a_broken_record_at_the_beginning_is_one_bad_record(write, tmp_path, number):
+    record, text = BROKEN[number]
+    if b'"conversations"' in record:
+        pytest.skip("a whole record of another layout: the first known layout is that of the file")
+    good = talk(USER, ANSWER)
+    path = write("first.jsonl", b"\n".join([record, good, good]))
+    errors: list[DataError] = []
+    found = list(read_conversations(path, on_error=errors.append))
+    assert len(found) == 2 and [error.line for error in errors] == [1] and text in str(errors[0])
+    check = check_files(path)
+    assert (check.conversations, check.counts.total(), check.lost) == (2, 1, 1)
+    done = convert(path, tmp_path / "o.jsonl")
+    assert done.tally.read == 3 == done.written + done.tally.dropped.total() and done.written >= 2
+    with pytest.raises(DataError, match=r"first\.jsonl:1: "):
+        list(read_conversations(path))
+
+
+@pytest.mark.parametrize("count", [3, 300])
+def test_c027_many_bad_records_at_the_beginning(write, count):
+    """Up to some hundreds; behind that the first of them says why the file is none."""
+    rows = ["oops"] * count + [talk(USER, ANSWER).decode()] * 2
+    path = write("first.jsonl", "\n".join(rows))
+    if count < 200:
+        assert len(list(read_conversations(path, on_error=lambda error: None))) == 2
+        return
+    with pytest.raises(DataError, match=r"first\.jsonl:1: not valid JSON"):
+        list(read_conversations(path, on_error=lambda error: None))
 
 
 def test_c027_training_stops_at_the_first(broken):

@@ -284,6 +284,8 @@ def test_c028_json_lines_are_not_loaded_whole(write):
 def test_text_may_look_like_json_where_it_is_named_text(write, text):
     assert read(write("x.txt", text), "text") == [TextDocument(text)]
     assert read(write("t.jsonl", [{"text": "a"}, {"text": "b"}]), "text") == [TextDocument("a"), TextDocument("b")]
+    bad_first = write("b.jsonl", '{"text": null}\n{"text": "a"}\n')
+    assert list(read_conversations(bad_first, "text", on_error=lambda error: None)) == [TextDocument("a")]
     with pytest.raises(DataError, match="plain text, not alpaca"):
         read(write("y.txt", "Once.\n"), "alpaca")
 
@@ -333,6 +335,24 @@ def test_c028_convert_is_all_or_nothing(write, tmp_path):
         convert(write("s.json", [SHAREGPT, sharegpt(("human", "q"))]), out, strict=True)
     assert out.read_text() == "old\n"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out.jsonl", "s.json"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "format"),
+    [("e.jsonl", "", "auto"), ("e.jsonl", "", "messages"), ("e.jsonl", "\n \n", "auto"), ("e.json", "[]", "auto")],
+)
+def test_c028_an_empty_file_among_others_is_one_counted_reject(write, tmp_path, name, content, format):
+    write("d/a.jsonl", [MESSAGES])
+    empty = write(f"d/{name}", content)
+    write("d/z.jsonl", [MESSAGES])
+    result = convert(tmp_path / "d", tmp_path / "o.jsonl", format)
+    assert (result.written, result.tally.read, result.tally.dropped) == (2, 3, {"empty file": 1})
+    (reject,) = [json.loads(line) for line in result.rejects.read_text().splitlines()]
+    assert (reject["file"], reject["reason"]) == (str(empty), "empty file")
+    with pytest.raises(DataError, match=f"{name}: "):
+        convert(tmp_path / "d", tmp_path / "o.jsonl", format, strict=True)
+    with pytest.raises(DataError, match=f"{name}: "):
+        convert(empty, tmp_path / "p.jsonl", format)
 
 
 def test_c028_convert_does_not_overwrite_its_input(write):
