@@ -228,6 +228,16 @@ def parse_weight(value: object, what: str, place: Place) -> float:
     return float(value)
 
 
+def with_weight(messages: list[Message], record: Mapping[str, object], place: Place) -> list[Message]:
+    """`messages` with the `weight` of their record, if it has one, on every answer without its own."""
+    if record.get("weight") is None:
+        return messages
+    whole = parse_weight(record["weight"], "the record", place)
+    if whole == 1:
+        return messages
+    return [Message(m.role, m.content, whole) if m.role == "assistant" and m.weight is None else m for m in messages]
+
+
 def parse_label(value: object, name: str, place: Place) -> str | None:
     """An optional `id` or `task`: text or (for ids) a whole number."""
     if value is None:
@@ -345,12 +355,7 @@ def parse_conversation(obj: object, path: object = None, line: int | None = None
     fault = order_fault([message.role for message in messages])
     if fault:
         raise place.error(*fault)
-    if obj.get("weight") is not None:
-        whole = parse_weight(obj["weight"], "the record", place)
-        messages = [
-            Message(m.role, m.content, whole) if m.role == "assistant" and m.weight is None and whole != 1 else m
-            for m in messages
-        ]
+    messages = with_weight(messages, obj, place)
     if all(m.weight == 0 for m in messages if m.role == "assistant"):
         raise place.error("every assistant message has weight 0", "give one a weight, or remove the record", "no trained turn")
     return Conversation(tuple(messages), parse_label(obj.get("id"), "id", place), parse_label(obj.get("task"), "task", place))

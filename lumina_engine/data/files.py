@@ -11,13 +11,14 @@ import glob
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from ..text import safe_text
-from .conversation import DataError, nearest
+from .conversation import DataError, nearest, shown
 from .packed import SUFFIXES as PACKED_SUFFIXES
 from .packed import DataFile, opened, unreadable
 from .parquet import MAGIC as PARQUET
@@ -295,10 +296,38 @@ def _too_long(path: Path, line: int) -> DataError:
     )
 
 
+class _RepeatedKey(ValueError):
+    """A key stands twice in one object; which value was meant nobody can tell."""
+
+
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        (key, _), *_ = Counter(key for key, _ in pairs).most_common(1)
+        raise _RepeatedKey(f"the key {shown(key)} comes twice in an object")
+    return made
+
+
+def _no_constant(name: str) -> object:
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_constant, object_pairs_hook=_object)  # made once: that costs what a line costs
+_ANY_KEYS = json.JSONDecoder(parse_constant=_no_constant)
+_ONE_KEY = "keep one of them"
+
+
+def loads(text: str) -> object:
+    """A JSON value; `ValueError` for what is none, and for an object in which a key comes twice."""
+    return _DECODER.decode(text)
+
+
 def _loads(line: bytes, path: Path, number: int) -> object:
     seen = None
     try:
-        return json.loads(line.decode("utf-8"), parse_constant=_no_constant)
+        return loads(line.decode("utf-8"))
+    except _RepeatedKey as error:
+        raise DataError(str(error), path=path, line=number, fix=_ONE_KEY, reason="repeated key") from None
     except UnicodeDecodeError as error:
         cause, fix = f"byte {error.start + 1} is not UTF-8", "save the file as UTF-8"
         seen = excerpt(line, error.start)
@@ -310,10 +339,6 @@ def _loads(line: bytes, path: Path, number: int) -> object:
     except RecursionError:
         cause, fix = "not valid JSON: nested too deeply", "write one complete JSON object per line"
     raise DataError(cause, path=path, line=number, fix=fix, reason="malformed JSON", excerpt=seen)
-
-
-def _no_constant(name: str) -> object:
-    raise ValueError(f"{name} is not JSON")
 
 
 class _Window:
@@ -377,7 +402,6 @@ class _Window:
 
 def _values(file: DataFile, path: Path, on_error: OnError | None) -> Iterator[Record]:
     """Elements of a JSON list, or objects that follow one another over several lines."""
-    decoder = json.JSONDecoder(parse_constant=_no_constant)
     window = _Window(file.content, path)
     try:
         in_list = window.peek() == "["
@@ -385,7 +409,13 @@ def _values(file: DataFile, path: Path, on_error: OnError | None) -> Iterator[Re
             window.skip(window.at + 1)
         while window.peek() not in ("", "]" if in_list else ""):
             line = window.line
-            yield Record(path, line, _next_value(decoder, window, path), file.offset())
+            value = _next_value(window, path)
+            if isinstance(value, DataError):
+                if on_error is None:
+                    raise value
+                on_error(value)
+            else:
+                yield Record(path, line, value, file.offset())
             if in_list and window.peek() == ",":
                 window.skip(window.at + 1)
                 if window.peek() in ("]", ""):
@@ -417,12 +447,19 @@ def _values(file: DataFile, path: Path, on_error: OnError | None) -> Iterator[Re
         on_error(error)
 
 
-def _next_value(decoder: json.JSONDecoder, window: _Window, path: Path) -> object:
-    """The value at the window's position; reads on while it may be incomplete."""
-    size = _CHUNK
+def _next_value(window: _Window, path: Path) -> object:
+    """The value at the window's position, or the `DataError` of one that is whole but holds a key twice.
+
+    Reads on while it may be incomplete. Raises `DataError` where its end cannot be told.
+    """
+    size, line, decoder = _CHUNK, window.line, _DECODER
+    fault: DataError | None = None
     while True:
         try:
             value, end = decoder.raw_decode(window.text, window.at)
+        except _RepeatedKey as error:
+            fault, decoder = DataError(str(error), path=path, line=line, fix=_ONE_KEY, reason="repeated key"), _ANY_KEYS
+            continue
         except json.JSONDecodeError as error:
             if len(window.text) - window.at > MAX_RECORD:
                 raise _too_long(path, window.line) from None
@@ -445,7 +482,7 @@ def _next_value(decoder: json.JSONDecoder, window: _Window, path: Path) -> objec
         if end == len(window.text) and not isinstance(value, (dict, list)) and window.more(size):
             continue  # a number or word that may go on in the next chunk
         window.skip(end)
-        return value
+        return fault or value
 
 
 def texts(path: Path) -> Iterator[Record]:

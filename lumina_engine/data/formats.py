@@ -11,12 +11,13 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
 from .conversation import DataError, Document, nearest, shown
 from .files import EMPTY, OnError, Paths, Record, container, expand, line_range, records, texts
-from .layouts import READERS, layout_of, strict
+from .layouts import READERS, layout_of, parts, strict
 from .oasst import OasstOptions, OasstReader
 from .parquet import parquet_rows
 from .tally import Tally
@@ -175,7 +176,7 @@ def read_located(
             yield from trees.read(source)
             continue
         read = READERS[layout] if layout != "messages" or tidy else strict
-        for record in source:
+        for record in chain.from_iterable(map(parts, source)) if layout == "alpaca" else source:
             try:
                 for document in read(record, tally):
                     yield record, document

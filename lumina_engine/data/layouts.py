@@ -32,8 +32,9 @@ from .conversation import (
     parse_label,
     parse_weight,
     shown,
+    with_weight,
 )
-from .files import Record
+from .files import Record, loads
 from .tally import Tally
 
 _CHAT_ROLES = {**{role: role for role in ROLES}, "developer": "system", "function": "tool"}
@@ -166,7 +167,7 @@ def _calls(entry: Mapping[str, object], what: str, place: Place) -> list[str]:
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:
-                arguments = json.loads(arguments)
+                arguments = loads(arguments)
             except (ValueError, RecursionError):
                 pass  # kept as the text that it is
         line = json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
@@ -175,8 +176,12 @@ def _calls(entry: Mapping[str, object], what: str, place: Place) -> list[str]:
 
 
 def _tidied(turns: list[Message], value: Mapping[str, object], place: Place, tally: Tally) -> Iterator[Conversation]:
-    """The conversation of `turns` after the rules at the top of this file, if anything is left of it."""
+    """The conversation of `turns` after the rules at the top of this file, if anything is left of it.
+
+    `id`, `task` and `weight` of the record `value` mean the same in every layout.
+    """
     id_, task = parse_label(value.get("id"), "id", place), parse_label(value.get("task"), "task", place)
+    turns = with_weight(turns, value, place)
     tally.read += 1
     if not turns:
         return tally.drop("no turns", place)
@@ -218,10 +223,6 @@ def _is_whole(exchange: list[Message]) -> bool:
 def _messages(record: Record, tally: Tally) -> Iterator[Conversation]:
     value, place = _object(record, "messages", "messages"), _place(record)
     turns = _with_tools(_turns(value, "messages", place, _CHAT_ROLES), value, place)
-    weight = value.get("weight")
-    if weight is not None:
-        whole = parse_weight(weight, "the record", place)
-        turns = [Message(t.role, t.content, whole) if t.role == "assistant" and t.weight is None else t for t in turns]
     yield from _tidied(turns, value, place, tally)
 
 
@@ -258,22 +259,42 @@ def _alpaca(record: Record, tally: Tally) -> Iterator[Conversation]:
     if isinstance(value.get("prompt"), list) and isinstance(value.get("completion"), list):
         yield from _prompt_and_completion(value, place, tally)
         return
-    rows: list[object] = [value]
+    rows, what = [value], "the record"
     if "instances" in value:
-        if not isinstance(value["instances"], list):
-            raise place.error("'instances' is not a list", "write [{input, output}]", "bad instances")
-        rows = value["instances"]
+        rows, what = _instances(value, place), "an instance"
     for row in rows:
         answer = next((key for key in _ANSWER if key in row), None) if isinstance(row, Mapping) else None
         if not isinstance(row, Mapping) or answer is None:
-            raise place.error("the record has no 'output'", "add 'output', the answer", "no alpaca record")
+            raise place.error(f"{what} has no 'output'", "add 'output', the answer", "no alpaca record")
         context = next((key for key in _CONTEXT if key in row), "input")
         question = _joined(_field(value, ask, place), _field(row, context, place))
         system = _field(value, "system", place)
         turns = [Message("system", system)] if system.strip() else []
         turns += [turn for pair in _history(value, place) for turn in pair]
-        turns += [Message("user", question), Message("assistant", _field(row, answer, place))]
+        own = row.get("weight")
+        weight = None if own is None else parse_weight(own, what, place)
+        turns += [Message("user", question), Message("assistant", _field(row, answer, place), weight)]
         yield from _tidied(turns, value, place, tally)
+
+
+def _instances(value: Mapping[str, object], place: Place) -> list[object]:
+    rows = value["instances"]
+    if not isinstance(rows, list):
+        raise place.error("'instances' is not a list", "write [{input, output}]", "bad instances")
+    if not rows:
+        raise place.error("no instances", "add one [{input, output}], or remove the record", "no instances")
+    return rows
+
+
+def parts(record: Record) -> Iterator[Record]:
+    """An alpaca record of several instances as a record for each, so that a bad one costs no other; any other as it is."""
+    value = record.value
+    rows = value.get("instances") if isinstance(value, Mapping) else None
+    if not isinstance(value, Mapping) or not isinstance(rows, list) or len(rows) < 2:
+        yield record
+        return
+    for row in rows:
+        yield Record(record.path, record.line, {**value, "instances": [row]}, record.offset)
 
 
 def _field(holder: Mapping[str, object], name: str, place: Place) -> str:

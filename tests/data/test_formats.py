@@ -93,6 +93,58 @@ def test_c028_alpaca_input_history_system_instances(write):
     assert (found[2].id, found[2].task, found[3].id) == ("4", "t", "s")
 
 
+def test_c028_of_instances_each_bad_one_is_counted_and_the_others_stay(write, tmp_path):
+    rows = [{"output": "one"}, {"input": "no answer"}, {"output": 5}, 7, {"output": ""}, {"input": "x", "output": "two"}]
+    path = write("a.jsonl", [{"instruction": "i", "id": "s", "instances": rows}, {"instruction": "j", "instances": []}])
+    result = convert(path, tmp_path / "o.jsonl")
+    assert result.tally.read == 7 == result.written + result.tally.dropped.total()
+    assert result.tally.dropped == {
+        "no alpaca record": 2,
+        "output is not text": 1,
+        "nothing but empty turns": 1,
+        "no instances": 1,
+    }
+    assert [(turns(c)[1][1], c.id) for c in read(tmp_path / "o.jsonl")] == [("one", "s"), ("two", "s")]
+    assert [json.loads(line)["line"] for line in result.rejects.read_text().splitlines()] == [1, 1, 1, 1, 2]
+    foreign = {**MESSAGES, "instances": rows}
+    assert len(read(write("m.jsonl", [foreign]))) == 1  # of another layout it is a column that means nothing
+
+
+@pytest.mark.parametrize("weight", [0.5, 2, 1, None])
+def test_c028_weight_of_a_record_means_the_same_in_every_layout(write, weight):
+    rows = {
+        "messages": {**MESSAGES, "weight": weight},
+        "sharegpt": {**SHAREGPT, "weight": weight},
+        "alpaca": {**ALPACA, "weight": weight, "history": [["h", "i"]]},
+        "instances": {"instruction": "i", "weight": weight, "instances": [{"output": "o"}]},
+        "an instance": {"instruction": "i", "weight": 3, "instances": [{"output": "o", "weight": weight}]},
+        "lists": {"prompt": MESSAGES["messages"][:1], "completion": MESSAGES["messages"][1:], "weight": weight},
+    }
+    for name, row in rows.items():
+        for tidy in (False, True):
+            (found,) = read(write(f"{name}.jsonl", [row]), tidy=tidy)
+            weights = {1 if m.weight is None else m.weight for m in found.messages if m.role == "assistant"}
+            assert weights == {weight or (3 if name == "an instance" else 1)}, name
+
+
+def test_c028_a_repeated_key_costs_its_record_alone(write, tmp_path):
+    good = json.dumps(ALPACA)
+    twice = '{"instruction": "q", "output": "a", "output": "b"}'
+    deep = '{"instruction": "q", "output": "a", "input": ' + '{"k": [{"x": 1, "y": 2, "x": 3}]}}'
+    for name, text in (
+        ("a.jsonl", "\n".join([good, twice, good, deep])),
+        ("a.json", "[" + ",\n".join([good, twice, good, deep]) + "]"),
+        ("many.json", json.dumps(ALPACA, indent=1) + "\n" + twice + good + deep),
+    ):
+        result = convert(write(name, text), tmp_path / "o.jsonl")
+        assert (result.written, result.tally.read, result.tally.dropped) == (2, 4, {"repeated key": 2}), name
+    call = {"name": "f", "arguments": '{"a": 1, "a": 2}'}
+    record = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]}
+    convert(write("c.jsonl", [record]), tmp_path / "o.jsonl")
+    (found,) = read(tmp_path / "o.jsonl")
+    assert found.messages[1].content == json.dumps(call)  # arguments as the text that they are, nothing of it lost
+
+
 def test_c028_sharegpt_tools_become_calls_results_and_system_prompt(write):
     row = sharegpt(
         ("human", "q"), ("function_call", '{"f": 1}'), ("observation", "42"), ("gpt", "it is 42"), tools='[{"name": "f"}]'
@@ -128,7 +180,7 @@ END = "unanswered turns at the end removed"
         (sharegpt(("human", "a"), ("human", "b"), ("gpt", "c")), None, "wrong role order", None),
         (sharegpt(("gpt", "a"), ("human", "b"), ("gpt", "c")), "abc", None, None),
         (sharegpt(("system", "s"), ("gpt", ""), ("human", "b"), ("gpt", "c")), "sbc", None, EMPTY),
-        (sharegpt(("human", "a"), ("gpt", "b"), weight="a foreign column"), "ab", None, None),
+        (sharegpt(("human", "a"), ("gpt", "b"), weight=0), None, "no trained turn", None),
     ],
 )
 def test_c028_tidying_is_counted_and_an_empty_answer_is_never_a_target(write, row, kept, dropped, changed):
@@ -173,6 +225,23 @@ def test_c028_tidying_is_counted_and_an_empty_answer_is_never_a_target(write, ro
             "s.json:2: turn 1 has unknown role 'humna'; did you mean 'human'?",
         ),
         ("s.json", [{"conversations": [{"from": "human", "text": "q"}]}], "s.json:2: turn 1 has no 'value'"),
+        (
+            "s.json",
+            [sharegpt(("human", "q"), ("gpt", "a"), weight="heavy")],
+            "s.json:2: weight of the record is 'heavy'; use a number from 0 to 10",
+        ),
+        ("a.json", [{"instruction": "i", "instances": []}], "a.json:2: no instances; add one"),
+        (
+            "a.json",
+            [{"instruction": "i", "instances": [{"output": "o", "weight": -1}]}],
+            "a.json:2: weight of an instance is -1",
+        ),
+        (
+            "a.jsonl",
+            json.dumps(MESSAGES) + '\n{"messages": [], "id": 1, "messages": []}\n',
+            "a.jsonl:2: the key 'messages' comes twice in an object; keep one of them",
+        ),
+        ("a.json", "[\n" + json.dumps(ALPACA) + ',\n{"instruction": {"a": 1, "a": 1}}]', "a.json:3: the key 'a' comes twice"),
         ("s.json", [{"conversations": "q"}], "s.json:2: 'conversations' is 'q', not a list"),
         ("s.json", [sharegpt(("human", "q"), ("gpt", 3))], "s.json:2: the content of turn 2 is 3, not text"),
         ("x.jsonl", [{"ask": "q", "answer": "a"}], "x.jsonl:1: no known layout (found: 'answer, ask')"),
