@@ -152,7 +152,11 @@ def _filtered(targets: list[str] | None) -> Iterator[tuple[Judged | None, Lost |
     try:
         for place in places:
             place.parent.mkdir(parents=True, exist_ok=True)
-        with stagings[0].open("w", encoding="utf-8") as kept, stagings[1].open("w", encoding="utf-8") as dropped:
+        with (
+            stagings[0].open("w", encoding="utf-8") as kept,
+            # "backslashreplace": a file name that is not UTF-8 stands there as JSON escapes
+            stagings[1].open("w", encoding="utf-8", errors="backslashreplace") as dropped,
+        ):
 
             def judged(document: Document, broken: list[str]) -> None:
                 record = document.to_record()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -217,13 +216,8 @@ def parse_content(value: object, what: str, place: Place) -> str:
 
 
 def parse_weight(value: object, what: str, place: Place) -> float:
-    """A loss weight: a finite number from 0 to 10."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not math.isfinite(value)
-        or not 0 <= value <= MAX_WEIGHT
-    ):
+    """A loss weight: a number from 0 to 10."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= MAX_WEIGHT:  # NaN is not, either
         raise place.error(f"weight of {what} is {shown(value)}", f"use a number from 0 to {MAX_WEIGHT:g}", "bad weight")
     return float(value)
 

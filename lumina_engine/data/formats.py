@@ -200,7 +200,10 @@ class Converted:
 
 
 class _Rejects:
-    """One JSON line for each record that was dropped: file, line, reason, message. Appears beside the output, if at all."""
+    """One JSON line for each record that was dropped: file, line, reason, message. Appears beside the output, if at all.
+
+    Bytes of a file name that are not UTF-8 stand as JSON escapes, from which `json.loads` makes the name again.
+    """
 
     def __init__(self, target: Path, staging: Path) -> None:
         self.target, self._staging = target, staging
@@ -209,7 +212,7 @@ class _Rejects:
 
     def add(self, error: DataError) -> None:
         if self._handle is None:
-            self._handle = self._staging.open("x", encoding="utf-8", newline="\n")
+            self._handle = self._staging.open("x", encoding="utf-8", errors="backslashreplace", newline="\n")
             self.first = error
         entry = {"file": error.path, "line": error.line, "reason": error.reason, "message": error.message}
         self._handle.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -20,6 +20,7 @@ from .conversation import (
     ROLE_ALIASES,
     ROLES,
     Conversation,
+    DataError,
     Document,
     Message,
     Place,
@@ -168,11 +169,24 @@ def _calls(entry: Mapping[str, object], what: str, place: Place) -> list[str]:
         if isinstance(arguments, str):
             try:
                 arguments = loads(arguments)
-            except (ValueError, RecursionError):
+            except ValueError:
                 pass  # kept as the text that it is
-        line = json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False)
+            except RecursionError:
+                raise _too_deep(f"a tool call of {what}", place) from None
+        line = _dumps({"name": function["name"], "arguments": arguments}, f"a tool call of {what}", place)
         lines.append(check_text(line, f"a tool call of {what}", place))
     return lines
+
+
+def _dumps(value: object, what: str, place: Place) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise _too_deep(what, place) from None
+
+
+def _too_deep(what: str, place: Place) -> DataError:
+    return place.error(f"{what} is nested too deeply", "write it with fewer levels", "nested too deeply")
 
 
 def _tidied(turns: list[Message], value: Mapping[str, object], place: Place, tally: Tally) -> Iterator[Conversation]:
@@ -239,7 +253,7 @@ def _with_tools(turns: list[Message], value: Mapping[str, object], place: Place)
     if not isinstance(prompt, str) or not isinstance(tools, (str, list)):
         raise place.error("'system' and 'tools' must be text", "write them as strings", "bad system or tools")
     if isinstance(tools, list):
-        tools = json.dumps(tools, ensure_ascii=False) if tools else ""
+        tools = _dumps(tools, "'tools'", place) if tools else ""
     if tools.strip() in ("", "[]", "{}"):
         tools = ""
     if not prompt and not tools:

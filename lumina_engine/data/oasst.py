@@ -157,11 +157,8 @@ class OasstReader:
         if text is not None and not isinstance(text, str):
             raise place.error(f"the text of message {shown(name)} is {shown(text)}", "write it as a string", "text is not text")
         text = check_text(text or "", f"message {shown(name)}", place)
-        rank = value.get("rank")
-        if rank is not None and (isinstance(rank, bool) or not isinstance(rank, (int, float)) or rank != rank):
-            raise place.error(f"the rank of message {shown(name)} is {shown(rank)}", "use a number or null", "bad rank")
-        fault = self._fault(value, text, rank)
-        return _Node(name, _ROLES[role], text, float("inf") if rank is None else float(rank), fault, line)
+        rank = _rank(value.get("rank"), name, place)
+        return _Node(name, _ROLES[role], text, float("inf") if rank is None else rank, self._fault(value, text, rank), line)
 
     def _fault(self, value: Mapping[str, object], text: str, rank: float | None) -> str | None:
         """Why a message is not used, or None."""
@@ -289,12 +286,30 @@ class OasstReader:
         chain = [self._node(e, place, record.line, "text" if text_key not in e else text_key) for e in numbered]
         for parent, child in pairwise(chain):
             parent.replies.append(child)
-        for conversation in self._tree(chain[0], name or f"{record.path}:{record.line}", value.get("tree_state"), place):
+        name = name or f"{_readable(str(record.path))}:{record.line}"
+        for conversation in self._tree(chain[0], name, value.get("tree_state"), place):
             yield record, conversation
+
+
+def _readable(name: str) -> str:
+    """A file name as text that UTF-8 can hold: bytes that are none stand as \\xNN."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _place(record: Record) -> Place:
     return Place(str(record.path), record.line)
+
+
+def _rank(value: object, name: str, place: Place) -> float | None:
+    """The rank of message `name`, None where it has none."""
+    if value is None:
+        return None
+    try:
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+            return float(value)
+    except OverflowError:  # a whole number of more than 308 digits
+        pass
+    raise place.error(f"the rank of message {shown(name)} is {shown(value)}", "use a number or null", "bad rank")
 
 
 def _name(value: object, key: str, place: Place) -> str | None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
+from pathlib import Path
 
 import pytest
 
+from lumina_engine.commands import data as command
 from lumina_engine.data.check import check_files
 from lumina_engine.data.conversation import DataError
 from lumina_engine.data.formats import convert, read_conversations
@@ -84,7 +88,9 @@ BROKEN: list[tuple[bytes, str]] = [
     (talk(USER, {**ANSWER, "weight": -1}), "weight of message 2"),
     (talk(USER, {**ANSWER, "weight": "high"}), "weight of message 2"),
     (talk(USER, {**ANSWER, "weight": True}), "weight of message 2"),
+    (talk(USER, {**ANSWER, "weight": 10**400}), "weight of message 2"),
     (talk(USER, ANSWER, weight=11), "weight of the record"),
+    (talk(USER, ANSWER, weight=-(10**400)), "weight of the record"),
     (talk(USER, {**ANSWER, "weight": 0}), "weight 0"),
     (talk(USER, ANSWER, id=[1]), "id is list"),
     (talk(USER, ANSWER, task=""), "task is ''"),
@@ -190,6 +196,44 @@ def test_c028_convert_counts_and_lists_what_it_drops(broken, tmp_path):
     assert len(list(read_conversations(tmp_path / "o.jsonl"))) == done.written  # read as strictly as training does
     again = convert(tmp_path / "o.jsonl", tmp_path / "q.jsonl")
     assert again.rejects is None and (tmp_path / "q.jsonl").read_bytes() == (tmp_path / "o.jsonl").read_bytes()
+
+
+def test_c028_a_file_name_that_is_not_utf8_is_listed_with_its_rejects(tmp_path, capsys):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    path = Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jsonl"))
+    path.write_bytes(b"\n".join([talk(USER, ANSWER), b'{"messages": []}', talk(USER, ANSWER)]))
+    done = convert(folder, tmp_path / "o.jsonl")
+    (reject,) = [json.loads(line) for line in done.rejects.read_text().splitlines()]
+    assert (reject["file"], reject["line"], done.written) == (str(path), 2, 2)
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    kept, dropped = tmp_path / "kept.jsonl", tmp_path / "dropped.jsonl"
+    words = ["report", folder, "--tokenizer", "lumina-1k", "--out", tmp_path / "r.html", "--filter", kept, dropped]
+    assert command.run(parser.parse_args([str(word) for word in words])) == 0
+    places = [record["path"] for line in dropped.read_text().splitlines() if "path" in (record := json.loads(line))]
+    assert places == [str(path)] and len((kept.read_text() + dropped.read_text()).splitlines()) == 3
+    assert command.run(parser.parse_args(["validate", str(folder)])) == 1
+    assert "caf\ufffd.jsonl:2: " in capsys.readouterr().out
+    linear = {"conversation_id": None, "messages": [{"role": "prompter", "content": "q"}, ANSWER]}
+    path.write_text(json.dumps(linear))
+    convert(folder, tmp_path / "o.jsonl")
+    assert [c.id for c in read_conversations(tmp_path / "o.jsonl")] == [f"{folder}/caf\\xe9.jsonl:1"]
+
+
+def test_c028_calls_and_tools_at_the_depth_where_json_gives_up_are_dropped_by_name(write, tmp_path):
+    """A little below what the parser refuses, it is the writer that does."""
+    question, rows = json.dumps(USER).encode(), list[bytes]()
+    for levels in range(800, 1000):  # how deep the stack is already, the test cannot know
+        deep = b'{"a":' * levels + b"1" + b"}" * levels
+        for arguments in (deep, json.dumps(deep.decode()).encode()):
+            call = b'{"function": {"name": "f", "arguments": ' + arguments + b"}}"
+            answer = b'{"role": "assistant", "content": "", "tool_calls": [' + call + b"]}"
+            rows.append(b'{"messages": [' + question + b", " + answer + b"]}")
+        rows.append(talk(USER, ANSWER)[:-1] + b', "tools": [' + deep + b"]}")
+    done = convert(write("deep.jsonl", b"\n".join([talk(USER, ANSWER), *rows])), tmp_path / "o.jsonl")
+    assert done.tally.read == len(rows) + 1 == done.written + done.tally.dropped.total()
+    assert set(done.tally.dropped) == {"nested too deeply", "malformed JSON"}
 
 
 def test_c028_a_list_that_cannot_be_read_to_its_end_is_an_error(write, tmp_path):

@@ -246,6 +246,7 @@ def test_c029_a_deep_tree_is_no_matter(write):
         ({"message_id": "a", "role": "promter", "text": "q"}, "unknown role 'promter'; did you mean 'prompter'?"),
         ({"message_id": "a", "role": "prompter", "text": 5}, "the text of message 'a' is 5"),
         ({"message_id": "a", "role": "prompter", "text": "q", "rank": "0"}, "the rank of message 'a' is '0'"),
+        ({"message_id": "a", "role": "prompter", "text": "q", "rank": 10**400}, "the rank of message 'a' is 1000"),
         ({"message_id": "a", "role": "prompter", "text": "q", "replies": "x"}, "the replies of message 'a' are 'x'"),
         ({"message_tree_id": "t", "prompt": {"text": "q"}}, "a message has no 'message_id'"),
         ({"conversation_id": "t", "messages": []}, "'messages' is list; write a list of messages"),
