@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from .conversation import DataError, Document, TextDocument
-from .cut import Template, cut_conversation
+from .cut import Template, cut_trained
 from .files import Paths, expand
 from .formats import FORMATS, check_format, detect_format, read_conversations, read_located
 from .packing import pack
@@ -116,7 +116,7 @@ class Lengths:
             length, trained = len(ids), sum(mask)  # an answer of weight 0 is not in the mask
             kept = length
             if self._template is not None and self.seq_length and length > self.seq_length:
-                ranges, done = cut_conversation(np.asarray(ids), self.seq_length, self._template)
+                ranges, done = cut_trained(np.asarray(ids), np.asarray(mask), self.seq_length, self._template)
                 kept = sum(stop - start for start, stop in ranges)
                 self._cut += 1
                 self._lost += length - kept

@@ -19,6 +19,7 @@ from .token_store import TokenStore
 Ranges = list[tuple[int, int]]  # [start, stop) positions inside a document
 
 TURNS, PROMPT, QUESTION, ANSWER = "oldest turns cut", "system prompt cut", "question cut at its start", "answer cut at its end"
+UNTRAINED = "no trained answer left"  # beside the names above: the answers that are kept are all of weight 0
 
 
 class Template:
@@ -35,6 +36,15 @@ class Template:
             role = next((r for r, h in self.headers.items() if np.array_equal(ids[at : at + len(h)], h)), "")
             found.append((int(at), role))
         return found
+
+
+def cut_trained(ids: np.ndarray, trained: np.ndarray, limit: int, template: Template) -> tuple[Ranges, list[str]]:
+    """`cut_conversation`, and whether that leaves anything to train on. `trained`: for each id whether it is in an answer
+    that carries loss; at least one is."""
+    ranges, done = cut_conversation(ids, limit, template)
+    if not any(trained[start:stop].any() for start, stop in ranges):
+        done = [*done, UNTRAINED]
+    return ranges, done
 
 
 def cut_conversation(ids: np.ndarray, limit: int, template: Template) -> tuple[Ranges, list[str]]:
@@ -172,8 +182,9 @@ class Samples:
     def _shortened(self, document: int, template: Template) -> Ranges:
         """What is kept of one long conversation."""
         assert self.limit is not None
-        ids, _ = self.store.document(document)
-        ranges, done = cut_conversation(np.asarray(ids), self.limit, template)
+        ids, mask = self.store.document(document)
+        trained = np.asarray(self.store.meta["weights"])[mask] > 0
+        ranges, done = cut_trained(np.asarray(ids), trained, self.limit, template)
         self.cut_documents += 1
         self.shortened.update(done)
         self.lost_tokens += len(ids) - sum(stop - start for start, stop in ranges)

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lumina_engine.data.check import Lengths
 from lumina_engine.data.conversation import Conversation, Message, TextDocument
-from lumina_engine.data.cut import ANSWER, PROMPT, QUESTION, TURNS, Samples, Template, cut_conversation
+from lumina_engine.data.cut import ANSWER, PROMPT, QUESTION, TURNS, UNTRAINED, Samples, Template, cut_conversation
 from lumina_engine.data.store_writer import template_of
 from lumina_engine.data.token_store import build_store
 
@@ -111,6 +112,23 @@ def test_r08_samples_count_what_was_cut(tokenizer, talk, tmp_path):
     assert Samples(store, 122).note("training") is None and len(Samples(store, None)) == 4
     _, length, owner = samples.segments(np.array([5, 0, 2]))
     assert length.sum() == 30 + 23 + 30 and owner.tolist() == sorted(owner.tolist())
+
+
+def test_r08_a_row_that_keeps_no_trained_answer_is_counted(tokenizer, talk, tmp_path):
+    """The last answer is kept even if its weight is 0; what is then left to train on is told by the store and by the check."""
+    documents = [
+        talk("q1", "a1", "q2", "a2", weights={3: 0.0}),
+        talk("q1", "a1", "q2", "a2", weights={1: 0.0}),
+        talk("q1", "a1", "q2", "b" * 100, weights={3: 0.0, 1: 0.5}),
+        talk("q", "a"),
+    ]
+    samples = Samples(build_store(documents, tokenizer, tmp_path, source_digest="1"), 30)
+    assert samples.shortened == {TURNS: 3, ANSWER: 1, UNTRAINED: 2}
+    assert "no trained answer left in 2" in samples.note("training")
+    lengths = Lengths(tokenizer, 30)
+    for document in documents:
+        lengths.add(document)
+    assert lengths.cut.how == samples.shortened
 
 
 def test_samples_cut_again_lose_nothing(tokenizer, talk, tmp_path):
