@@ -273,9 +273,8 @@ def _alpaca(record: Record, tally: Tally) -> Iterator[Conversation]:
     if isinstance(value.get("prompt"), list) and isinstance(value.get("completion"), list):
         yield from _prompt_and_completion(value, place, tally)
         return
-    rows, what = [value], "the record"
-    if "instances" in value:
-        rows, what = _instances(value, place), "an instance"
+    nested = "instances" in value
+    rows, what = (_instances(value, place), "an instance") if nested else ([value], "the record")
     for row in rows:
         answer = next((key for key in _ANSWER if key in row), None) if isinstance(row, Mapping) else None
         if not isinstance(row, Mapping) or answer is None:
