@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 _ALLOCATOR = "PYTORCH_CUDA_ALLOC_CONF"
+# torch takes the first of these that is set (HIP's in its builds for AMD only) and merges nothing
+_OF_THE_USER = (_ALLOCATOR, "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 
 
 def optimize_cuda_settings(
@@ -17,7 +19,7 @@ def optimize_cuda_settings(
     """Set what makes training on NVIDIA GPUs faster; call it before the first tensor is put on one.
 
     TF32 in fp32 matrix products, cuDNN's search for the fastest kernel, and an allocator whose segments grow (less memory lost
-    to gaps). A setting of the user's own for the allocator stays.
+    to gaps). A setting of the user's own for the allocator stays, whichever of torch's variables holds it.
 
     Args:
         deterministic: leave TF32 and the search off, because results would not be the same to the bit.
@@ -31,7 +33,7 @@ def optimize_cuda_settings(
         return {}
     environment = os.environ if environment is None else environment
     done: dict[str, str] = {}
-    if not backend.cuda.is_initialized() and _ALLOCATOR not in environment:
+    if not backend.cuda.is_initialized() and not any(name in environment for name in _OF_THE_USER):
         environment[_ALLOCATOR] = done["allocator"] = "expandable_segments:True"
     if not deterministic:
         backend.set_float32_matmul_precision("high")

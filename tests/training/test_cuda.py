@@ -41,7 +41,15 @@ def test_c112_deterministic_leaves_arithmetic_alone() -> None:
     assert torch.precision == "highest" and torch.backends.cudnn.benchmark is False
 
 
-@pytest.mark.parametrize(("torch", "environment"), [(Torch(initialized=True), {}), (Torch(), {"PYTORCH_CUDA_ALLOC_CONF": "x"})])
+@pytest.mark.parametrize(
+    ("torch", "environment"),
+    [
+        (Torch(initialized=True), {}),
+        (Torch(), {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"}),
+        (Torch(), {"PYTORCH_ALLOC_CONF": "max_split_size_mb:128"}),
+        (Torch(), {"PYTORCH_HIP_ALLOC_CONF": "max_split_size_mb:128"}),
+    ],
+)
 def test_c112_the_allocator_is_set_only_in_time_and_over_nobody(torch: Torch, environment: dict) -> None:
     before = dict(environment)
     assert "allocator" not in optimize_cuda_settings(backend=torch, environment=environment) and environment == before
