@@ -27,7 +27,9 @@ _NAMES = {  # what others call the fields of a step
 _STEP_FIELDS = frozenset(rec.Step.__struct_fields__) - {"seq", "t", "inc", "repeats", "frozen"}
 _WHOLE = frozenset({"step", "epoch", "tokens", "seq_length", "batch"})
 _MOST = 2.0**63  # whole numbers of a record are below
-_RSS = ("rss", "host_rss", "process_rss", "memory_usage.rss", "memory_usage.host_rss")
+_PLACES = ("", "memory_usage.")  # where a step has its memory
+_RSS = tuple(place + name for place in _PLACES for name in ("rss", "host_rss", "process_rss", "host.rss"))
+_WORDS = {place + "device.type" for place in _PLACES}  # of `get_memory_stats`, which are no numbers
 
 
 class Readable(dict[str, Any]):
@@ -62,7 +64,7 @@ class MetricsCollector:
             if isinstance(value, Mapping):
                 found |= self.flatten(value, name + ".")
                 continue
-            if value is None:
+            if value is None or name in _WORDS:
                 continue
             try:
                 found[name] = float(value)
@@ -98,7 +100,8 @@ class TrainingHealthMonitor:
     def log_step(self, metrics: Mapping[str, Any]) -> list[rec.Alert]:
         """Take the numbers of one step: `global_step` (or `step`), `loss`, `learning_rate`, `grad_norm`, `tokens_per_sec`, …
 
-        Without a step number it is the one after the last. Memory (`memory_usage`, in bytes, also nested) is kept too.
+        Without a step number it is the one after the last. Memory (`memory_usage`, in bytes, also nested, as a trainer's
+        `get_memory_stats` gives it) is kept too.
 
         Returns:
             the alerts that begin with it.
@@ -116,10 +119,22 @@ class TrainingHealthMonitor:
         if "step_time" not in fields and self.watch.seen.last is not None and "tokens_per_s" in fields:
             fields["step_time"] = max(now - self.watch.seen.last.t, 1e-9)
         begun = self.emit(rec.Step(**fields, t=now))
-        memory = next((numbers[name] for name in _RSS if name in numbers), None)
-        if memory is not None and 0 <= memory < _MOST:
-            begun += self.emit(rec.Hardware(rss=int(memory), memory_total=self._memory, t=now))
+        memory = self._hardware(numbers)
+        if memory is not None:
+            memory.t = now
+            begun += self.emit(memory)
         return begun
+
+    def _hardware(self, numbers: Mapping[str, float]) -> rec.Hardware | None:
+        """The memory of the process, and of the host if that is told; None without any."""
+        rss = _bytes(next((numbers[name] for name in _RSS if name in numbers), None))
+        available, total = (
+            _bytes(next((numbers[place + name] for place in _PLACES if place + name in numbers), None))
+            for name in ("host.available", "host.total")
+        )
+        if available is None or total is None or total > self._memory:  # a cgroup's limit: the host says nothing of its room
+            return None if rss is None else rec.Hardware(rss=rss, memory_total=self._memory)
+        return rec.Hardware(rss=rss, memory_used=max(0, total - available), memory_total=total)
 
     def emit(self, record: rec.Record) -> list[rec.Alert]:
         """Take a record (`step`, `eval`, `experts`, `hardware`, …), as a trainer gives it; the alerts that begin with it."""
@@ -186,6 +201,11 @@ def _typed(field: str, value: float) -> float | int | bool | None:
     if field in _WHOLE:
         return int(value) if abs(value) < _MOST else 0
     return value
+
+
+def _bytes(value: float | None) -> int | None:
+    """A size as a record can hold it; None if it is none."""
+    return int(value) if value is not None and 0 <= value < _MOST else None
 
 
 def report(watch: HealthWatch) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from lumina_engine import TrainingHealthMonitor
 from lumina_engine.bench.corpus import Recorded, read, write
@@ -24,6 +25,7 @@ from lumina_engine.monitoring.health.scores import scores
 from lumina_engine.monitoring.health.watch import QUIET_STEPS, HealthWatch, detectors
 from lumina_engine.monitoring.health.windows import RATE_KEYS, SLOPE_BLOCK, Windows, theil_sen
 from lumina_engine.monitoring.log import read_records
+from lumina_engine.training.memory import memory_stats
 
 
 def steps(count: int, first: int = 1, seed: int = 0, **change: Any) -> Iterator[rec.Step]:
@@ -589,6 +591,35 @@ def test_c093_a_leak_in_a_loop_of_ones_own_is_told() -> None:
     assert [alert.code for alerts in grown for alert in alerts] == ["memory_growth"]
     steady = TrainingHealthMonitor()
     assert [steady.log_step({"loss": 2.0, "memory_usage": {"rss": 0.3 * total}}) for _ in range(160)] == [[]] * 160
+
+
+def memory(share: float, used: float = 0.5) -> dict[str, Any]:
+    """What `get_memory_stats` gives (C67), with a process and a host that fill these shares of the memory."""
+    told, total = memory_stats(torch.nn.Linear(2, 2), 0, torch.device("cpu")), memory_limit()
+    assert set(told["host"]) == {"rss", "available", "total"} and told["host"]["rss"] > 0
+    return {**told, "host": {"rss": int(share * total), "available": int((1 - used) * total), "total": total}}
+
+
+@pytest.mark.parametrize("wrap", [lambda told: {"memory_usage": told}, lambda told: told], ids=["named", "flat"])
+def test_c088_c067_the_memory_of_a_trainer_reaches_the_watch(wrap: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    leak = TrainingHealthMonitor()
+    grown = [leak.log_step({"loss": 2.0, **wrap(memory(0.1 + 0.005 * step))}) for step in range(160)]
+    assert [alert.code for alerts in grown for alert in alerts] == ["memory_growth"]
+    full = TrainingHealthMonitor()
+    assert full.log_step({"loss": 2.0, **wrap(memory(0.3, used=0.9))}) == []
+    assert [alert.code for alert in full.log_step({"loss": 2.0, **wrap(memory(0.3, used=0.99))})] == ["memory_low"]
+    known = full.watch.seen.hardware
+    assert known is not None and known.memory_total == memory_limit() and known.rss == int(0.3 * memory_limit())
+    assert capsys.readouterr().err == "", "its one word, the kind of device, is no surprise"
+
+
+def test_c088_memory_of_a_host_that_a_cgroup_limits_is_measured_against_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = memory(0.1, used=0.999)
+    monkeypatch.setattr("lumina_engine.monitoring.hardware.memory_limit", lambda: told["host"]["total"] // 2)
+    monitor = TrainingHealthMonitor()
+    assert monitor.log_step({"loss": 2.0, "memory_usage": told}) == []
+    known = monitor.watch.seen.hardware
+    assert known is not None and (known.memory_used, known.memory_total) == (None, told["host"]["total"] // 2)
 
 
 def test_c093_a_record_that_lists_no_device_loses_none_unless_it_is_complete() -> None:
