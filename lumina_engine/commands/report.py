@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..run.directory import RunDirectory
 
 HELP = "one HTML page and one JSON file about a run"
+_KINDS = (".html", ".htm", ".json")
 _SMALL = 1 << 20  # bytes of a JSON file that is taken into the report
 
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from ..run.directory import find, runs_root
 
     directory = find(args.run, Path(args.runs) if args.runs else runs_root())
-    target = Path(args.out).with_suffix(".html") if args.out else directory.reports / "report.html"
+    target, data = _files(Path(args.out) if args.out else directory.reports / "report.html")
     about = subject(directory)
     try:
         history = read_history(directory.metrics_path)
@@ -54,7 +55,6 @@ def run(args: argparse.Namespace) -> int:
     found = document(about, history)
     if args.moe:
         found["moe"] = routing.routing(directory, about.config, args.rows)
-    data = target.with_suffix(".json")
     target.parent.mkdir(parents=True, exist_ok=True)
     _replace(target, page(found, history))
     _replace(data, common.json_text(found, lines=True) + "\n")
@@ -70,6 +70,12 @@ def run(args: argparse.Namespace) -> int:
     for text in routing.lines(found["moe"]) if args.moe else ():
         print(common.safe(text))
     return 0
+
+
+def _files(named: Path) -> tuple[Path, Path]:
+    """The HTML and the JSON file of a name; what follows a dot in it is part of it unless it names one of the two kinds."""
+    stem = named.stem if named.suffix.lower() in _KINDS else named.name
+    return named.parent / f"{stem}.html", named.parent / f"{stem}.json"
 
 
 def _replace(path: Path, text: str) -> None:

@@ -390,6 +390,16 @@ def test_out_names_both_files_and_json_says_where(run, tmp_path, capsys):
     assert cli.main(["report", "nowhere", "--runs", str(tmp_path)]) == 2
 
 
+def test_c116_out_takes_a_dot_in_a_name_for_part_of_it(run, tmp_path, capsys):
+    write(run, rec.Step(step=1, loss=1.0))
+    out = tmp_path / "out"
+    for name in ("run-1.5", "run-1.6", "a.html", "b.htm", "c.JSON"):
+        assert cli.main(["report", str(run.path), "--out", str(out / name)]) == 0
+    stems = ("a", "b", "c", "run-1.5", "run-1.6")
+    assert sorted(path.name for path in out.iterdir()) == [f"{stem}.{kind}" for stem in stems for kind in ("html", "json")]
+    assert f"{out / 'run-1.5.html'} and run-1.5.json" in capsys.readouterr().out
+
+
 def test_timelines_keep_both_ends_and_count_the_rest(run):
     timeline = Timeline()
     for n in range(5000):
