@@ -15,17 +15,23 @@ MACHINE: dict[str, tuple[list[str], list[str]]] = {
     "device lost": (["device_lost"], []),
     "disk full": (["disk_full"], ["disk_low"]),
 }
+DISK: dict[str, tuple[list[str], list[str]]] = {
+    "disk fills": ([], ["disk_low"]),
+    "disk saw-tooth": ([], []),
+}
 
 
 def machine() -> list[Recorded]:
-    """Hardware records by arithmetic, beside steady steps: growth of memory, a lost device, a full disk."""
+    """Hardware records by arithmetic, beside steady steps: growth of memory, a lost device, a disk that is full or fills."""
     runs = []
-    for number in range(40):
-        kind = list(MACHINE)[number % len(MACHINE)]
-        critical, warning = MACHINE[kind]
-        run = Recorded(kind, number, "machine", held=number // 4 % 2 == 1, critical=critical, warning=warning, generated=True)
-        run.at = 0 if kind == "healthy" else 200
-        runs.append(run.take(machine_records(kind, random.Random(number))))
+    for number in range(60):
+        kinds, records, at = (MACHINE, machine_records, 200) if number < 40 else (DISK, disk_records, 100)
+        kind = list(kinds)[number % len(kinds)]
+        critical, warning = kinds[kind]
+        held = number // len(kinds) % 2 == 1
+        run = Recorded(kind, number, "machine", held=held, critical=critical, warning=warning, generated=True)
+        run.at = 0 if kind == "healthy" else at
+        runs.append(run.take(records(kind, random.Random(number))))
     return runs
 
 
@@ -46,3 +52,25 @@ def machine_records(kind: str, draw: random.Random) -> Iterator[rec.Record]:
         ]
         memory = {"memory_used": int(8e9 + grown), "memory_total": int(64e9), "rss": int(grown)}
         yield rec.Hardware(t=t, devices=devices, disk_free=int(free), disk_total=int(200e9), **memory)
+
+
+def disk_records(kind: str, draw: random.Random) -> Iterator[rec.Record]:
+    """The records of 220 steps of 20 s. A save begins every 8 to 24 of them and takes up to 4; 2 to 12 checkpoints are kept.
+
+    "disk fills": from step 100 on somebody else writes too, and takes what is left in 1.5 to 3 hours. "disk saw-tooth": nobody.
+    """
+    size, keep, every = draw.uniform(1e9, 8e9), draw.randint(2, 12), draw.randint(8, 24)
+    takes = draw.randint(1, every // 6)
+    spare = size * draw.uniform(6, 20)  # bytes beside the checkpoints
+    others = (kind == "disk fills") * spare / (draw.uniform(1.5, 3) * 180)  # bytes a step
+    level = draw.uniform(2, 5)
+    for step in range(1, 221):
+        t, (saves, since) = 20.0 * step, divmod(step, every)
+        loss, norm = level * step**-0.1 * draw.lognormvariate(0, 0.03), draw.lognormvariate(0, 0.3)
+        yield rec.Step(step=step, t=t, loss=loss, grad_norm=norm, lr=1e-4, step_time=20.0, batch=8, seq_length=64)
+        writing = saves > 0 and since < takes
+        if saves and since == takes:
+            yield rec.Checkpoint(step=every * saves, bytes=int(size), seconds=20.0 * takes - 1, verified=True, t=t)
+        mine = min(saves - writing, keep) + (since / takes if writing else 0.0)
+        free = spare + size * (keep - mine) - others * max(0, step - 100) + draw.gauss(0, 1e-4 * spare)
+        yield rec.Hardware(t=t, disk_free=int(free), disk_total=int(2 * spare))

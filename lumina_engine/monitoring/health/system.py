@@ -12,7 +12,7 @@ from .detector import Detector, Sign
 from .windows import Windows
 
 HOUR = 3_600.0
-LEAST_RSS = 32  # hardware records
+LEAST = 32  # hardware records: half of what a trend is taken from
 
 
 class Throughput(Detector):
@@ -87,8 +87,8 @@ class Memory(Detector):
         yield from self._growth(seen, hardware)
 
     def _growth(self, seen: Windows, hardware: rec.Hardware) -> Iterator[Sign]:
-        rss = list(seen.rss)[LEAST_RSS:]
-        if len(rss) < 2 * LEAST_RSS or not hardware.memory_total:
+        rss = list(seen.rss)[LEAST:]
+        if len(rss) < 2 * LEAST or not hardware.memory_total:
             return
         parts = parts_of(rss, 8)
         if parts[-1] <= parts[0] * 1.01:
@@ -106,24 +106,63 @@ class Memory(Detector):
 
 
 class Disk(Detector):
-    """Room for two checkpoints (warning) or for one (critical), by the size of the last; closed with room for three."""
+    """Room for two checkpoints (warning) or for one (critical), by the size of the last; closed with room for three.
+
+    A disk that fills (warning): over 64 points, 20 s or more apart, cut into eight parts, free room falls from each part to the
+    next by 1 % or more, none less than 0.3 of the largest fall, and at that pace is gone within 4 hours. What falls and rises
+    while the run saves is left out: its checkpoints come and go. Closed by eight parts that fall by less than 1 % in all.
+    """
 
     codes = ("disk_full", "disk_low")
     types = (rec.Hardware, rec.Checkpoint)
 
     def look(self, seen: Windows) -> Iterator[Sign]:
         free = seen.hardware.disk_free if seen.hardware is not None else None
-        size = seen.checkpoint_bytes
-        if free is None or not size:
+        if free is None:
             return
-        words = f"step {seen.step}: {free / 1e9:.3g} GB free on the run's disk, a checkpoint takes {size / 1e9:.3g} GB"
+        size = seen.checkpoint_bytes or 0  # 0: none was saved, and room for none is asked for
+        pace = _filling(seen)
+        room = f"step {seen.step}: {free / 1e9:.3g} GB free on the run's disk"
         advice = "free some room, or keep fewer: keep_checkpoints=2, checkpoint_compression=zstd"
-        if free < 1.1 * size:
-            yield Sign("disk_full", True, "critical", words, advice)
-        elif free < 2.2 * size:
-            yield Sign("disk_low", True, "warning", words, advice)
+        if free < 2.2 * size:
+            code, severity = ("disk_full", "critical") if free < 1.1 * size else ("disk_low", "warning")
+            yield Sign(code, True, severity, f"{room}, a checkpoint takes {size / 1e9:.3g} GB", advice)  # type: ignore[arg-type]
+        elif pace and free < 4 * HOUR * pace:
+            words = f"{room}, less by {pace * HOUR / 1e9:.3g} GB/h beside its saves: full in {free / pace / HOUR:.1f} h"
+            yield Sign("disk_low", True, "warning", words, f"find out what else writes there, {advice}")
         if free > 3.3 * size:
-            yield from (Sign(code, False) for code in self.codes)
+            yield Sign("disk_full", False)
+            if pace == 0:
+                yield Sign("disk_low", False)
+
+
+def _filling(seen: Windows) -> float | None:
+    """Bytes/s by which free room falls beside the run's saves; 0 if it does not, or too little is known; None if unsure."""
+    points = _beside_saves(seen.disk, 2 * LEAST)
+    if len(points) < 2 * LEAST:
+        return 0.0
+    parts = parts_of(points, 8)
+    if parts[-1] >= 0.99 * parts[0]:
+        return 0.0
+    falls = [a - b for a, b in pairwise(parts)]
+    if min(falls) < 0.01 * parts[0] or min(falls) < 0.3 * max(falls):
+        return None
+    times = parts_of([(t, t) for t, _ in points], 8)
+    return (parts[0] - parts[-1]) / (times[-1] - times[0])
+
+
+def _beside_saves(disk: Sequence[tuple[float, float, bool]], most: int) -> list[tuple[float, float]]:
+    """The newest `most` points (s up to the newest, free bytes) as they were without the time, and the change, of saves."""
+    if not disk:
+        return []
+    found = [(0.0, disk[-1][1])]
+    for place in range(len(disk) - 1, 0, -1):
+        (before, was, _), (t, free, saving) = disk[place - 1], disk[place]
+        if not saving and t > before:
+            found.append((found[-1][0] - (t - before), found[-1][1] + was - free))
+        if len(found) == most:
+            break
+    return found[::-1]
 
 
 class Devices(Detector):

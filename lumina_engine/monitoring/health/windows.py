@@ -27,6 +27,8 @@ SLOPE_BLOCK = 20  # steps of one of its points
 NUMERIC_STEPS = 1_000
 BACK = 1_000  # values behind a reference that are kept, so that there is one after a rewind
 SPIKE_STEPS = 500
+DISK_EVERY = 20.0  # s between two points of the disk window
+SETTLES = 5.0  # s after a save in which the file system may still give room back
 LASTING = 24  # steps at one length of rows; fewer never make the level of a window in which the next length follows
 KENDALL_95 = {5: 10, 6: 13, 7: 15, 8: 18, 9: 20, 10: 23}  # points -> S of Kendall's test from which a trend is one (95 %)
 # what the learning rate of a step follows from: the shape of its schedule, and all that the number of steps comes from
@@ -169,7 +171,8 @@ class Windows:
         self.routing: rec.Experts | None = None  # all layers of the newest step: a long record is several lines
         self.hardware: rec.Hardware | None = None  # the newest of each figure: a record need not have all
         self.rss: deque[tuple[float, float]] = deque(maxlen=96)  # t, bytes
-        self.disk: deque[tuple[float, float]] = deque(maxlen=128)  # t, free bytes
+        self.disk: deque[tuple[float, float, bool]] = deque(maxlen=256)  # t, free bytes, whether a save lies before it
+        self._settled = -math.inf  # t at which the last save has left the disk alone
         self.checkpoint_bytes: int | None = None
         self.rate_set = 0  # step at which somebody set the learning rate last, or began another schedule by a resume
 
@@ -188,6 +191,7 @@ class Windows:
                 self.evals.append((record.step, record.loss, train))
         elif isinstance(record, rec.Checkpoint):
             self.checkpoint_bytes = record.bytes or self.checkpoint_bytes
+            self._saved(record)
         elif isinstance(record, rec.Change):
             if record.what == "learning_rate":
                 self.rate_set = record.step or self.step
@@ -278,7 +282,21 @@ class Windows:
         if record.rss is not None:
             self.rss.append((record.t, float(record.rss)))
         if record.disk_free is not None:
-            self.disk.append((record.t, float(record.disk_free)))
+            self._free(record.t, float(record.disk_free))
+
+    def _free(self, t: float, free: float) -> None:
+        before = self.disk[-1][0] if self.disk else -math.inf
+        if abs(t - before) >= DISK_EVERY:
+            self.disk.append((t, free, before < self._settled))
+
+    def _saved(self, record: rec.Checkpoint) -> None:
+        """A save is told at its end: mark the points that came while it wrote, and deleted what is not kept any more."""
+        begin, self._settled = record.t - (record.seconds or 0.0), record.t + SETTLES
+        for place in range(len(self.disk) - 1, -1, -1):
+            t, free, _ = self.disk[place]
+            if t <= begin:
+                break
+            self.disk[place] = t, free, True
 
     def _rewind(self, step: int) -> None:
         """The run goes back: what was seen of later steps is of a branch that is left. Speed is the machine's, and stays."""
@@ -293,9 +311,10 @@ class Windows:
                 trail.pop()
 
     def _start(self, inc: int) -> None:
-        """Other processes: their memory and speed are their own."""
+        """Other processes: their memory and speed are their own, and nobody looked at the disk in between."""
         self.inc = inc
         self.speed.clear()
         self.waiting.clear()
         self.rss.clear()
+        self.disk.clear()
         self.hardware = self.experts = self.routing = self._overflow = None

@@ -16,14 +16,14 @@ import torch
 
 from lumina_engine import TrainingHealthMonitor
 from lumina_engine.bench.corpus import Recorded, read, write
-from lumina_engine.bench.generated import MACHINE, machine_records
+from lumina_engine.bench.generated import DISK, MACHINE, disk_records, machine_records
 from lumina_engine.bench.health import measure
 from lumina_engine.config.schema import Config, fields_info
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.hardware import memory_limit
 from lumina_engine.monitoring.health.scores import scores
 from lumina_engine.monitoring.health.watch import QUIET_STEPS, HealthWatch, detectors
-from lumina_engine.monitoring.health.windows import RATE_KEYS, SLOPE_BLOCK, Windows, theil_sen
+from lumina_engine.monitoring.health.windows import DISK_EVERY, RATE_KEYS, SLOPE_BLOCK, Windows, theil_sen
 from lumina_engine.monitoring.log import read_records
 from lumina_engine.training.memory import memory_stats
 
@@ -309,6 +309,59 @@ def test_c093_faults_of_the_machine(kind: str) -> None:
     assert set(codes(watch)) <= {*critical, *warning} and bool(watch.alerts) == bool(critical or warning)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_c093_a_disk_that_fills_is_told_with_the_hours_that_are_left_and_a_saw_tooth_is_not(seed: int) -> None:
+    saw, fills = (list(disk_records(kind, random.Random(seed))) for kind in ("disk saw-tooth", "disk fills"))
+    assert HealthWatch().replay(saw) == []
+    (alert,) = HealthWatch().replay(fills)
+    assert alert.code == "disk_low" and alert.severity == "warning" and 128 < (alert.step or 0) < 190
+    told = re.search(r"less by ([\d.]+) GB/h beside its saves: full in ([\d.]+) h", alert.message)
+    assert told is not None
+    free, without = (
+        next(record.disk_free or 0 for record in records if isinstance(record, rec.Hardware) and record.t == alert.t)
+        for records in (fills, saw)
+    )
+    pace = (without - free) / (alert.t - 20 * 100) * 3600 / 1e9  # GB/h that somebody else writes from step 100 on
+    assert [float(part) for part in told.groups()] == [pytest.approx(pace, rel=0.1), pytest.approx(free / 1e9 / pace, rel=0.15)]
+
+
+def disk(*free: float, every: float = DISK_EVERY, begin: float = 0.0) -> list[rec.Record]:
+    """Free GB in records so many seconds apart."""
+    return [rec.Hardware(t=begin + every * place, disk_free=int(1e9 * gb)) for place, gb in enumerate(free, 1)]
+
+
+@pytest.mark.parametrize(
+    "free",
+    [
+        [100 - 0.5 * n for n in range(63)],  # too few points
+        [100.0] * 64 + [100 - n for n in range(45)],  # one save of 15 minutes that is not told yet
+        [100 - n % 45 for n in range(200)],  # what somebody else writes for 15 minutes, and deletes
+        [100 - 0.05 * n for n in range(200)],  # full in 11 hours
+        [100 - 40 * (n > 100) for n in range(200)],  # one file
+        [100 + 3 * random.Random(n).gauss(0, 1) for n in range(200)],
+    ],
+)  # fmt: skip
+def test_c093_what_does_not_fill_a_disk_within_hours(free: list[float]) -> None:
+    assert HealthWatch().replay(disk(*free)) == []
+
+
+def test_c093_a_disk_that_fills_is_told_once_and_ends_where_it_fills_no_more() -> None:
+    watch = HealthWatch()
+    falls = [100 - 0.3 * n for n in range(100)]
+    assert [alert.code for alert in watch.replay(disk(*falls))] == ["disk_low"]
+    assert "full in 1.5 h" in watch.alerts[0].message and "54 GB/h" in watch.alerts[0].message
+    watch.replay(disk(*[falls[-1]] * 40, begin=2_000.0))
+    assert list(watch.open) == ["disk_low"], "half an hour has not shown it yet"
+    watch.replay(disk(*[falls[-1]] * 40, begin=2_800.0))
+    assert not watch.open
+    again = HealthWatch()
+    again.replay([*disk(*falls[:50]), rec.Run(state="preparing", inc=2), *disk(*falls[50:], begin=1_020.0)])
+    assert codes(again) == [], "nobody knows what fell between two starts"
+    often = HealthWatch()
+    assert [a.code for a in often.replay(disk(*[100 - 0.03 * n for n in range(1000)], every=2.0))] == ["disk_low"]
+    assert len(often.seen.disk) == 100
+
+
 def test_c093_a_device_that_the_allocator_fills_is_a_warning_that_says_so_and_costs_no_score() -> None:
     watch = fed(500)
 
@@ -416,8 +469,11 @@ def test_c091_every_override_in_a_recommendation_is_a_valid_key_and_value() -> N
     for step in range(270, 320, 10):
         watch.observe(experts(step, 8000, 0, 0, 0, 0, 0, 0, 0, dropped=0.5))
     advice = {alert.code: alert.recommendation for alert in watch.alerts}
-    for kind in MACHINE:
-        advice |= {alert.code: alert.recommendation for alert in HealthWatch().replay(machine_records(kind, random.Random(2)))}
+    made = [machine_records(kind, random.Random(2)) for kind in MACHINE] + [
+        disk_records(kind, random.Random(2)) for kind in DISK
+    ]
+    for records in made:
+        advice |= {alert.code: alert.recommendation for alert in HealthWatch().replay(records)}
     tight = fed(70)
     for place, loss in enumerate([2.0, 1.5, 1.501, 1.499, 1.502, 1.498, 1.5]):
         tight.observe(rec.Eval(step=place, loss=loss))
