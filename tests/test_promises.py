@@ -127,6 +127,18 @@ def test_c117_the_image_trains_by_default_and_not_as_root() -> None:
     assert "docker build -t lumina ." in README and "-v $(pwd)/data:/app/data -v $(pwd)/runs:/app/runs" in README
 
 
+def test_c117_the_documented_container_can_write_where_it_must() -> None:
+    """Docker makes a folder that is mounted and missing as root; a user without an entry in /etc/passwd has / for a home."""
+    text = (ROOT / "Dockerfile").read_text()
+    for said in (README, text):
+        command = said.index("docker run --gpus all --user $(id -u):$(id -g) -v $(pwd)/data:/app/data")
+        assert 0 < said.index("mkdir -p data runs") < command
+    home = re.search(r"^ENV .*HOME=(\S+)", text, re.MULTILINE)
+    assert (
+        home is not None and re.search(rf"chmod 1777 .*{home[1]}\b", text) and re.search(r"^ENV .*USER=\w", text, re.MULTILINE)
+    )
+
+
 def test_c120_licence_and_how_to_contribute() -> None:
     assert (ROOT / "LICENSE").read_text().startswith("MIT License") and (ROOT / ".gitignore").is_file()
     section = README.partition("## Contributing")[2]
