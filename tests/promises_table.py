@@ -1,14 +1,18 @@
-"""`python -m tests.promises_table [--json]`: each row C1-C150 of the specification with the tests that prove it.
+"""`python -m tests.promises_table [--json] [--results FILE]`: each row C1-C150 of the specification with its tests.
 
 A test proves the rows whose numbers its name carries (`test_c015_…`, `test_c122_c096_…`). `ALSO` names tests whose names say
-something else, `NOT` says of rows without a test why there is none.
+something else, `NOT` says of rows without a test why there is none. With what `pytest --junit-xml FILE` wrote, each row says
+how its tests ended.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import sys
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent
@@ -56,20 +60,49 @@ def row_tests() -> dict[int, list[str]]:
     return {row: sorted(tests) for row, tests in found.items()}
 
 
-def table() -> list[dict[str, object]]:
-    """One entry for each row: `row`, `state` (present, explained, missing), `tests`, `why`."""
+def read_results(path: Path) -> dict[str, set[str]]:
+    """How the tests of a JUnit XML file ended, by name without parameters: green, skipped, failed.
+
+    Raises:
+        OSError, xml.etree.ElementTree.ParseError: it cannot be read, or is no XML.
+    """
+    found: dict[str, set[str]] = {}
+    for case in ET.parse(path).iter("testcase"):
+        kinds = {child.tag for child in case}
+        ended = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "green"
+        found.setdefault(case.get("name", "").partition("[")[0], set()).add(ended)
+    return found
+
+
+def table(results: Mapping[str, set[str]] | None = None) -> list[dict[str, object]]:
+    """One entry for each row: `row`, `state`, `tests`, `why`.
+
+    States: explained, missing; else present without results, and with them failed (one failed), green (one passed), skipped,
+    not run.
+    """
     rows = []
     for row, tests in row_tests().items():
         why = None if tests else NOT.get(row)
-        rows.append(
-            {"row": f"C{row}", "state": "present" if tests else "explained" if why else "missing", "tests": tests, "why": why}
-        )
+        state = "explained" if why else "missing"
+        if tests:
+            state = "present" if results is None else _ended(tests, results)
+        rows.append({"row": f"C{row}", "state": state, "tests": tests, "why": why})
     return rows
 
 
-def main() -> int:
-    rows = table()
-    if "--json" in sys.argv[1:]:
+def _ended(tests: Sequence[str], results: Mapping[str, set[str]]) -> str:
+    ends = set().union(*(results.get(test, set()) for test in tests))
+    return next((state for state in ("failed", "green", "skipped") if state in ends), "not run")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the table; 1 if a row is missing or its tests failed, were all skipped, or did not run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="what pytest --junit-xml wrote")
+    args = parser.parse_args(argv)
+    rows = table(read_results(args.results) if args.results else None)
+    if args.json:
         print(json.dumps(rows, indent=1))
     else:
         for item in rows:
@@ -77,9 +110,9 @@ def main() -> int:
             assert isinstance(tests, list)
             shown = ", ".join(tests[:3]) + (f" and {len(tests) - 3} more" if len(tests) > 3 else "")
             print(f"{item['row']:<5} {item['state']:<9} {shown or item['why'] or ''}")
-        counts = {state: sum(item["state"] == state for item in rows) for state in ("present", "explained", "missing")}
-        print(", ".join(f"{count} {state}" for state, count in counts.items()))
-    return int(any(item["state"] == "missing" for item in rows))
+        states = [str(item["state"]) for item in rows]
+        print(", ".join(f"{states.count(state)} {state}" for state in sorted(set(states))))
+    return int(any(item["state"] not in ("present", "green", "explained") for item in rows))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from lumina_engine.config.checks import NOT_YET, check
 from lumina_engine.config.declare import show
 from lumina_engine.config.loading import merge
 from lumina_engine.config.schema import Config, infos_of
-from tests.promises_table import ALSO, NOT, ROWS, row_tests, table
+from tests.promises_table import ALSO, NOT, ROWS, main, read_results, row_tests, table
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = ROOT.parent / "shared" / "spec" / "capabilities.md"
@@ -66,6 +66,36 @@ def test_each_row_has_a_test_or_a_reason() -> None:
 def test_tests_named_for_a_row_exist() -> None:
     found = row_tests()
     assert [(row, name) for row, names in ALSO.items() for name in names if name not in found[row]] == []
+
+
+def junit(path: Path, **tests: str) -> Path:
+    """A file as pytest writes it; a test's name -> the element within it."""
+    cases = "".join(f'<testcase classname="tests.a" name="{name}">{inner}</testcase>' for name, inner in tests.items())
+    path.write_text(f'<?xml version="1.0"?><testsuites><testsuite name="pytest">{cases}</testsuite></testsuites>')
+    return path
+
+
+def test_rows_tell_how_their_tests_ended(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, *others = (tests[0] for row, tests in sorted(row_tests().items()) if tests and row in (53, 117, 120, 121))
+    bad, skipped = "<failure message='m'/>", "<skipped/>"
+    ends = {f"{one}[a]": "", f"{one}[b]": bad, others[0]: skipped, f"{others[1]}[x]": skipped, f"{others[1]}[y]": ""}
+    path = junit(tmp_path / "r.xml", **ends)
+    assert read_results(path) == {one: {"green", "failed"}, others[0]: {"skipped"}, others[1]: {"green", "skipped"}}
+    states = {str(item["row"]): item["state"] for item in table(read_results(path))}
+    assert [states[row] for row in ("C53", "C117", "C120", "C121", "C126")] == [
+        "failed",
+        "skipped",
+        "green",
+        "not run",
+        "explained",
+    ]
+    assert main(["--results", str(path)]) == 1
+    shown = capsys.readouterr().out
+    assert re.search(rf"^C53 +failed +.*{one}", shown, re.MULTILINE) and "1 failed, 1 green" in shown
+    every = {test: "" for tests in row_tests().values() for test in tests}
+    assert main(["--results", str(junit(path, **every))]) == 0 == main([])
+    broken = {**every, one: "<error message='m'/>"}
+    assert main(["--json", "--results", str(junit(path, **broken))]) == 1
 
 
 def documented_names() -> list[str]:
