@@ -40,19 +40,20 @@ def run(args: argparse.Namespace) -> int:
 
     from ..monitoring import scaling_page
     from ..monitoring.curves import History, read_history
+    from ..monitoring.health.timeline import HealthTimeline
     from ..monitoring.report import document
     from ..monitoring.report_page import page
     from ..run.directory import find, runs_root
 
     directory = find(args.run, Path(args.runs) if args.runs else runs_root())
     target, data = _files(Path(args.out) if args.out else directory.reports / "report.html")
-    about = subject(directory)
+    about, health = subject(directory), HealthTimeline()
     try:
-        history = read_history(directory.metrics_path)
+        history = read_history(directory.metrics_path, health.take)
     except OSError as error:
-        history = History()
+        history, health = History(), HealthTimeline()
         about = replace(about, missing=(*about.missing, f"metrics.jsonl: cannot be read ({error.strerror or error})"))
-    found = document(about, history)
+    found = document(about, history, health)
     if args.moe:
         found["moe"] = routing.routing(directory, about.config, args.rows)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ itself and what came after it. Memory: 8 bytes a value and step; timelines keep 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
@@ -134,8 +134,10 @@ class History:
                 seen.pop()
 
 
-def read_history(path: str | Path) -> History:
+def read_history(path: str | Path, beside: Callable[[list[rec.Record]], object] | None = None) -> History:
     """Read a log from its beginning to its end, a few MiB at a time. A missing file is an empty history.
+
+    `beside` is given the records too, in their order.
 
     Raises:
         OSError: the file is there but cannot be read.
@@ -144,6 +146,8 @@ def read_history(path: str | Path) -> History:
     reader, taker = LogReader(path), _Taker(history)
     while records := reader.read_new():
         taker.take(records)
+        if beside is not None:
+            beside(records)
     history.unreadable = list(reader.errors)
     return history
 

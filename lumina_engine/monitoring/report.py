@@ -18,6 +18,7 @@ import numpy as np
 from . import record as rec
 from .curves import EVAL_METRICS, ROUTING_METRICS, SMOOTHING, SPLIT, STEP_METRICS, History, reduced
 from .experts import LayerLoad
+from .health.timeline import HealthTimeline
 from .resume_words import resume_words
 from .scaling import scaling
 
@@ -50,13 +51,13 @@ class Subject:
     missing: tuple[str, ...] = ()
 
 
-def document(subject: Subject, history: History, now: float | None = None) -> dict[str, Any]:
+def document(subject: Subject, history: History, health: HealthTimeline, now: float | None = None) -> dict[str, Any]:
     """The report as plain values (dicts, lists, text, numbers; numbers may be NaN or infinite)."""
     return {
         "format": FORMAT,
         "made": time.time() if now is None else now,
         "run": _run(subject, history),
-        "missing": [*subject.missing, *_missing(subject, history)],
+        "missing": [*subject.missing, *_missing(subject, history, health)],
         "summary": _summary(history),
         "curves": _curves(history),
         "evals": {"step": history.evals.step.tolist(), **{n: history.evals[n].tolist() for n in EVAL_METRICS}},
@@ -64,6 +65,7 @@ def document(subject: Subject, history: History, now: float | None = None) -> di
         "step_split": _split(history),
         "scaling": scaling(history, subject.config),
         "routing": _routing(history),
+        "health": None if health.failed else health.document(),
         "timeline": {"left_out": history.events.left_out, "entries": [_event(item) for item in history.events]},
         "checkpoints": _checkpoints(subject, history),
         "starts": [msgspec.to_builtins(item) for item in history.incarnations.values()],
@@ -89,7 +91,7 @@ def _run(subject: Subject, history: History) -> dict[str, Any]:
     }
 
 
-def _missing(subject: Subject, history: History) -> list[str]:
+def _missing(subject: Subject, history: History, health: HealthTimeline) -> list[str]:
     told = []
     if not history.records:
         told.append("metrics.jsonl: no records")
@@ -105,6 +107,8 @@ def _missing(subject: Subject, history: History) -> list[str]:
         told.append("no evaluation was recorded")
     if len(history.steps) and not history.layers:
         told.append("no routing of experts was recorded")
+    if health.failed:
+        told.append(f"health: the monitor failed on these records ({health.failed})")
     return told
 
 

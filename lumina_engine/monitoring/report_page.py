@@ -22,6 +22,7 @@ from .svg import Series, line_svg
 
 _CHARTS = ("loss", "tokens_per_s", "grad_norm", "lr", "imbalance", "entropy", "dead")
 _SIZE = (960, 300)  # px of a chart
+_HEALTH = 101  # number of its chart among those of a page
 _LEVELS = (0.25, 0.75, 1.25, 2.0)  # of the fair load: the five levels of the expert map
 _SIGNS = " .:+#"
 _MOST_FIGURES = 16  # experts up to which the cells of the map hold figures
@@ -37,6 +38,7 @@ def page(found: Mapping[str, Any], history: History) -> str:
         _missing(found["missing"]),
         _summary(found),
         *_charts(found, history),
+        _health(found["health"]),
         *scaling_page.sections(found["scaling"], history),
         _split(found["step_split"]),
         _routing(found["routing"]),
@@ -110,6 +112,36 @@ def _split_chart(history: History) -> str:
         if np.isfinite(history.steps[name]).any()
     ]
     return line_svg(series, title=f"parts of a step in seconds, EMA {SMOOTHING:g}", width=_SIZE[0], height=_SIZE[1])
+
+
+def _health(health: Mapping[str, Any] | None) -> Markup:
+    """Scores over steps as the monitor gave them, and what it says at the end."""
+    if health is None or not health["step"]:
+        return Markup("")
+    last, names = health["last"], list(health["scores"])
+    status = last["health_status"].replace("_", " ")
+    total = _score(last["overall_health_score"])
+    alerts = ", ".join(last["open_alerts"]) or "none"
+    rows = [(name, _score(last["scores"][name]["value"]), last["scores"][name]["from"]) for name in names]
+    columns = {"overall": health["overall_health_score"], **health["scores"]}
+    step_N = np.array(health["step"])
+    series = [Series(name, step_N, np.array([_number(value) for value in values])) for name, values in columns.items()]
+    picture = line_svg(series, title="health scores, 1 is best", y_range=(0.0, 1.02), width=_SIZE[0], height=_SIZE[1])
+    return Markup(
+        tag("h2", "Health")
+        + tag("p", tag("b", status), f", overall {total} at step {last['step']:,}; open alerts: {alerts}")
+        + own_ids(picture, _HEALTH).replace(' xmlns="http://www.w3.org/2000/svg"', "", 1)
+        + table(("score", "last", "from"), rows, right=(1,))
+    )
+
+
+def _score(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.2f}"
+
+
+def _number(value: float | str) -> float:
+    """What a chart draws: a gap where a score is not known."""
+    return math.nan if isinstance(value, str) else value
 
 
 def _split(split: Mapping[str, Any] | None) -> Markup:

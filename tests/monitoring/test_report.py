@@ -12,6 +12,7 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from lumina_engine import cli
 from lumina_engine.config.presets import ConfigPresets
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.curves import SMOOTHING, Timeline, read_history, reduced, worst
+from lumina_engine.monitoring.health.timeline import HealthTimeline
+from lumina_engine.monitoring.health.watch import TOLD_BY_TRAINER, HealthWatch
 from lumina_engine.monitoring.html import Markup, tag
 from lumina_engine.monitoring.plot import POINTS, curve, stacked, svg, text
 from lumina_engine.run.directory import RunDirectory
@@ -183,6 +186,78 @@ def test_c031_report_equals_plain_loops_over_the_records(run, seed):
     assert split["seconds"]["forward_time"] == pytest.approx(0.03)
     rest = np.median([s.step_time - s.data_time - s.forward_time - s.backward_time - s.optimizer_time for s in steps])
     assert split["seconds"]["rest"] == pytest.approx(rest)
+
+
+def known(value: Any) -> Any:
+    return "unknown" if value is None or value != value else value
+
+
+def judged(summary: dict[str, Any]) -> dict[str, Any]:
+    """Status and scores of a summary of the monitor, as a report has them."""
+    scores = {name: known(score["value"]) for name, score in summary["scores"].items()}
+    return {"status": summary["health_status"], "overall": known(summary["overall_health_score"]), **scores}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_c115_the_health_timeline_is_what_the_monitor_said_at_its_steps(run, seed):
+    records = story(seed)
+    write(run, *records)
+    found, page = report(run)
+    watch, told = HealthWatch(TOLD_BY_TRAINER), {}
+    for record in records:
+        watch.observe(record)
+        if isinstance(record, rec.Step):
+            told[record.step] = judged(watch.summary())
+    health = found["health"]
+    steps, columns = health["step"], {"overall": health["overall_health_score"], **health["scores"]}
+    shown = [
+        {"status": status, **{name: values[place] for name, values in columns.items()}}
+        for place, status in enumerate(health["health_status"])
+    ]
+    last = health["last"]
+    assert steps[-1] == last["step"] == 700 and {**last, "overall_health_score": 0, "scores": 0} == {
+        **watch.summary(), "overall_health_score": 0, "scores": 0
+    }  # fmt: skip
+    assert judged(last) == judged(watch.summary())
+    assert shown[:-1] == [told[step] for step in steps[:-1]] and shown[-1] in (told[700], judged(last))
+    assert 125 <= len(steps) <= 251 and steps == sorted(set(steps)) and max(b - a for a, b in pairwise(steps)) <= 30
+    assert shown[0]["convergence"] == shown[0]["routing"] == "unknown" != shown[-1]["convergence"] != shown[-1]["routing"]
+    words = check_page(page).words
+    assert f"overall {last['overall_health_score']:.2f} at step 700" in words and last["scores"]["stability"]["from"] in words
+    assert 'id="plot101"' in page and "health scores" in page
+
+
+def test_c115_health_of_a_short_run_is_unknown_and_of_no_run_not_shown(run):
+    found, page = report(run)
+    assert (
+        found["health"]["step"] == [] and found["health"]["last"]["health_status"] == "no_data" and "health scores" not in page
+    )
+    write(run, *[rec.Step(step=n, loss=2.0, grad_norm=1.0, step_time=0.1) for n in range(1, 11)])
+    found, page = report(run)
+    assert (
+        found["health"]["health_status"] == ["warming_up"] * 10 and found["health"]["scores"]["stability"] == ["unknown"] * 10
+    )
+    assert found["health"]["scores"]["numerics"] == [1.0] * 10 and "unknown" in check_page(page).words
+
+
+def test_c115_a_health_timeline_is_bounded_however_long_the_run(monkeypatch):
+    timeline, asked = HealthTimeline(most=32), []
+    real = HealthWatch.summary
+    monkeypatch.setattr(HealthWatch, "summary", lambda self: (asked.append(1), real(self))[1])
+    sizes = []
+    for n in range(1, 5001):
+        timeline.take([rec.Step(step=n, loss=2.0 + n % 3 / 100, grad_norm=1.0, t=float(n))])
+        sizes.append(len(timeline._points))
+    assert max(sizes) <= 32 and min(sizes[32:]) >= 16 and len(asked) <= 32 + 16 * 8
+    assert timeline.document()["step"] == [*range(256, 5000, 256), 5000]
+
+
+def test_c115_a_monitor_that_fails_is_named_and_costs_only_its_part(run, monkeypatch):
+    write(run, rec.Step(step=1, loss=1.0))
+    monkeypatch.setattr(HealthWatch, "observe", lambda self, record: 1 / 0)
+    found, page = report(run)
+    assert found["health"] is None and any("health: the monitor failed" in text for text in found["missing"])
+    assert found["summary"]["step"] == 1 and "health scores" not in page
 
 
 def test_a_rewind_takes_values_back_before_anything_is_written_again(run):

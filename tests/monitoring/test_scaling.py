@@ -12,6 +12,7 @@ import pytest
 from lumina_engine.config.presets import ConfigPresets
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.curves import History, read_history
+from lumina_engine.monitoring.health.timeline import HealthTimeline
 from lumina_engine.monitoring.log import MetricLog
 from lumina_engine.monitoring.report import Subject, document
 from lumina_engine.monitoring.report_page import page
@@ -101,7 +102,7 @@ def test_a_run_s_own_points(tmp_path: Path, evals: int, source: str) -> None:
     assert half["loss"] > found["now"]["loss"] and half["high"] - half["low"] > found["now"]["high"] - found["now"]["low"]
     ratio = found["tokens_per_parameter"]
     assert ratio["value"] == pytest.approx(2e8 / ratio["parameters"]) and ratio["value"] < 1 and "more data" in ratio["advice"]
-    report = document(Subject("mine", "runs/mine", "finished", config=config), known)
+    report = document(Subject("mine", "runs/mine", "finished", config=config), known, HealthTimeline())
     text = page(report, known)
     assert "with twice the data" in text and "arXiv:2203.15556" in text and report["scaling"] == found
     assert [line.split()[0] for line in lines(found)] == ["scale", "estimate", "estimate", "estimate"]
