@@ -29,7 +29,7 @@ RULES = {
     "refusal": "an answer is a ready-made refusal",
     "special_tokens": "text that looks like a tokenizer's control token",
     "duplicate": "the same text came before, but for case and white space",
-    "near_duplicate": "nearly the same text came before (Jaccard of word 5-grams at least 0.8)",
+    "near_duplicate": "nearly the same turns behind the system prompt came before (Jaccard of word 5-grams at least 0.8)",
     "eval_overlap": "stands in the evaluation data too",
 }
 FLAGS = {
@@ -120,7 +120,7 @@ class Quality:
         seq_length: rows of training, in tokens; None leaves the rule out.
         languages: wanted language codes such as ("en", "de"); empty leaves the rule out.
         evaluation: digests of the evaluation data, see `normal_digest`; empty leaves the rule out.
-        near: look for near duplicates, at 300 bytes and about a millisecond a conversation.
+        near: look for near duplicates, at about 3 KB and a fifth of a millisecond a conversation of 200 words.
         texts: keep the beginnings of the worst conversations, not only their places.
     """
 
@@ -187,7 +187,7 @@ class Quality:
         digest = normal_digest(document)
         if digest in self._digests:
             broken.add("duplicate")
-        elif self._near is not None and self._near.seen(whole):
+        elif self._near is not None and self._near.seen("\n".join(_turns_of(document))):
             broken.add("near_duplicate")
         self._digests.add(digest)
         if digest in self.evaluation:
@@ -239,6 +239,13 @@ def wilson(share: float, count: float, z: float = 1.959964) -> tuple[float, floa
 def texts_of(document: Document) -> list[str]:
     """Every text of a document, in order."""
     return [document.text] if isinstance(document, TextDocument) else [message.content for message in document.messages]
+
+
+def _turns_of(document: Document) -> list[str]:
+    """The texts behind the system prompt, which holds the tools too: many conversations share a long one and are not alike."""
+    if isinstance(document, Conversation):
+        return [message.content for message in document.messages if message.role != "system"]
+    return [document.text]
 
 
 def _answers(document: Document) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import tracemalloc
 from xml.etree import ElementTree
 
 import pytest
@@ -95,6 +96,52 @@ def test_77_near_duplicates_follow_jaccard(overlap, least, most):
         assert not near.seen(" ".join(words))
         found += near.seen(" ".join(other))
     assert least <= found / 200 <= most
+
+
+def test_77_a_shared_system_prompt_makes_no_near_duplicates():
+    """200 conversations of one long prompt, then each of the first ten again with one word changed."""
+    rng = random.Random(0)
+
+    def words(count):
+        return [f"w{rng.randrange(10**9)}" for _ in range(count)]
+
+    def prompted(question, answer):
+        turns = Message("user", " ".join(question)), Message("assistant", " ".join(answer))
+        return Conversation((Message("system", prompt), *turns))
+
+    prompt, quality = " ".join(words(500)), Quality()
+    pairs = [(words(20), words(40)) for _ in range(200)]
+    for number, (question, answer) in enumerate(pairs):
+        assert quality.judge(prompted(question, answer), 600, Where("f", number)) == []
+    for question, answer in pairs[:10]:
+        assert quality.judge(prompted(question, [*answer[:-1], "other"]), 600, Where("f", 0)) == ["near_duplicate"]
+
+
+def test_77_texts_with_a_common_passage_are_compared_with_a_bounded_number_of_others():
+    """Texts that share 150 of 210 words: comparisons stop growing, and the one that is changed a little is found."""
+    rng = random.Random(0)
+    passage = [f"w{rng.randrange(10**9)}" for _ in range(150)]
+    texts = [passage + [f"w{rng.randrange(10**9)}" for _ in range(60)] for _ in range(1200)]
+    near, each = NearDuplicates(), []
+    for text in texts:
+        before = near.compared
+        assert not near.seen(" ".join(text))
+        each.append(near.compared - before)
+    assert sum(each[800:]) <= 1.2 * sum(each[400:800]) and max(each) <= 16 * 64
+    found = sum(near.seen(" ".join([*text[:-2], "changed", *text[-1:]])) for text in texts[::10])
+    assert found >= 0.95 * len(texts[::10])
+
+
+def test_77_a_long_text_takes_a_bounded_part_of_its_size_more():
+    text = " ".join(f"word{n}" for n in range(30_000))
+    near = NearDuplicates()
+    tracemalloc.start()
+    try:
+        near.seen(text)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 * len(text)
 
 
 def test_77_flags_do_not_lower_the_score():
