@@ -80,7 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     prepare = add("prepare", "tokenise the configured data into the token store now")
     add_config_arguments(prepare)
-    prepare.add_argument("--workers", type=int, metavar="N", help="processes that tokenise (default: one a processor)")
+    text = "processes that tokenise (default: one a processor, for ray of the whole cluster)"
+    prepare.add_argument("--workers", type=int, metavar="N", help=text)
     text = "local processes (default), or workers of Ray: the cluster of RAY_ADDRESS, else one started here"
     prepare.add_argument("--engine", choices=("local", "ray"), default="local", help=text)
     add_progress(prepare)

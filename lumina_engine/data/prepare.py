@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from .ahead import Ahead, end_worker
+from .ahead import Ahead, end_worker, processors
 from .conversation import DataError, Document
 from .pieces import Piece, build_piece
 from .store_writer import StoreWriter
@@ -54,10 +54,11 @@ class Job:
         return {part: self.folder / f"piece-{number:06d}-{part}" for part in self.parts}
 
 
-def tokenise(job: Job, workers: int, progress: Progress | None = None, *, apart: bool = False) -> Generator[int]:
+def tokenise(job: Job, workers: int | None, progress: Progress | None = None, *, apart: bool = False) -> Generator[int]:
     """Build the stores of all pieces, those that are there excepted. Yields their numbers in order, each when it is whole.
 
-    With `apart` a single worker is a process, too. Closing the generator ends the workers.
+    `workers` None is one for each processor of this machine, or of the cluster of Ray. With `apart` a single worker is a
+    process, too. Closing the generator ends the workers.
 
     Raises:
         DataError: the fault of the first piece that has one, or that a piece killed its worker three times.
@@ -69,9 +70,11 @@ def tokenise(job: Job, workers: int, progress: Progress | None = None, *, apart:
     if job.engine == "ray":
         from .ray_engine import tokenise_on_ray  # an optional extra
 
-        tokenise_on_ray(job, max(workers, 1), _TRIES, {number: counts.of(number) for number in range(len(job.pieces))})
+        tokenise_on_ray(job, workers, _TRIES, {number: counts.of(number) for number in range(len(job.pieces))})
         yield from range(len(job.pieces))
-    elif apart or (workers > 1 and len(job.pieces) > 1):
+        return
+    workers = processors() if workers is None else workers
+    if apart or (workers > 1 and len(job.pieces) > 1):
         yield from _by_processes(job, workers, counts)
     else:
         for number, piece in enumerate(job.pieces):

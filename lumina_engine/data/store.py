@@ -261,6 +261,7 @@ class Cache:
         self.folder, self.tokenizer, self.progress = folder, tokenizer, progress
         by_name = isinstance(tokenizer, ConversationTokenizer)  # another kind cannot be made again in another process
         self.workers = (workers or processors()) if by_name else 1
+        self._cluster = workers  # Ray knows how many processors its machines have
 
     def store(self, source: Source, notes: list[str]) -> TokenStore:
         """The store of a whole source."""
@@ -357,7 +358,8 @@ class Cache:
         folder = self._pieces_folder(next(iter(targets.values())).name)
         job = Job(pieces, folder, self.tokenizer, threshold, part_of(threshold), self.engine, self.ahead)
         try:
-            finished = tokenise(job, min(self.workers, len(pieces)), self.progress)
+            workers = self._cluster if by_ray else min(self.workers, len(pieces))
+            finished = tokenise(job, workers, self.progress)
             return join(job, finished, targets, partial(_meta, source))
         except OSError as error:
             cause = f"the token store cannot be written ({error.strerror or error})"

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from lumina_engine.commands import data as command
 from lumina_engine.commands.common import report
-from lumina_engine.data import store
+from lumina_engine.data import ray_engine, store
 from lumina_engine.data.conversation import DataError
 from lumina_engine.data.pieces import plan
+from lumina_engine.data.prepare import Job, tokenise
 from lumina_engine.data.ray_engine import PieceBuilder
 from lumina_engine.data.store import open_data
 from lumina_engine.data.tokenizer import ConversationTokenizer
@@ -62,6 +65,75 @@ def test_c145_ray_gives_the_local_store_bit_for_bit_and_loses_a_killed_worker_on
             assert (one.path / file).read_bytes() == (other.path / file).read_bytes()
         assert {k: v for k, v in one.meta.items() if k != "source"} == {k: v for k, v in other.meta.items() if k != "source"}
     assert spread.notes == local.notes
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """`cluster(num_cpus)`: Ray as another program started it, with so many processors."""
+    ray = pytest.importorskip("ray", reason="needs Ray: pip install 'lumina[ray]'")
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+
+    def start(num_cpus):
+        options = {"include_dashboard": False, "object_store_memory": 80 << 20, "log_to_driver": False}
+        ray.init(num_cpus=num_cpus, logging_level=logging.ERROR, **options)
+        return ray
+
+    yield start
+    ray.shutdown()
+
+
+def counting(remote, started):
+    """`ray.remote` that notes each actor that is made."""
+
+    def counted(**options):
+        make = remote(**options)
+
+        def kind(cls):
+            actor = make(cls)
+
+            class Noted:
+                @staticmethod
+                def remote(*args):
+                    started.append(args)
+                    return actor.remote(*args)
+
+            return Noted
+
+        return kind
+
+    return counted
+
+
+@pytest.mark.parametrize("workers", [3, None])
+def test_c145_a_cluster_with_fewer_free_processors_than_workers_does_all_pieces(cluster, workers, write, settings, monkeypatch):
+    """None is a worker for each processor of the cluster, not of this machine."""
+    ray = cluster(1)
+    monkeypatch.setattr(store, "processors", lambda: 3)
+    monkeypatch.setattr(store, "PIECE_BYTES", 10_000)
+    path, started = write("x.jsonl", [talk(n) for n in range(600)]), []
+    monkeypatch.setattr(ray, "remote", counting(ray.remote, started))
+    data = open_data(settings(train_data_path=str(path)), ConversationTokenizer("lumina-1k"), workers=workers, engine="ray")
+    assert len(data.train) == 600 and len(started) == (workers or 1)
+
+
+def test_c145_a_cluster_without_a_free_processor_is_told(cluster, write, settings, monkeypatch):
+    cluster(0)
+    monkeypatch.setattr(ray_engine, "_PATIENCE", 0.5)
+    path = write("x.jsonl", [talk(n) for n in range(20)])
+    with pytest.raises(DataError, match=r"no Ray worker could be started: no processor of the cluster came free") as raised:
+        open_data(settings(train_data_path=str(path)), ConversationTokenizer("lumina-1k"), workers=2, engine="ray")
+    assert raised.value.exit_code == 2
+
+
+def test_c145_a_tokenizer_that_a_node_lacks_is_named(cluster, write, tmp_path):
+    cluster(1)
+    pieces = plan([write("x.jsonl", [talk(1)])], "auto", 30_000)
+    lacking = SimpleNamespace(name="lumina-0k", digest="x")
+    job = Job(pieces, tmp_path / "pieces", lacking, None, store.part_of(None), "ray")
+    with pytest.raises(DataError, match=r"no Ray worker could be started: .*lumina-0k"):
+        list(tokenise(job, 1))
 
 
 def test_c145_a_worker_tells_what_is_wrong_with_a_piece(write, tmp_path):
