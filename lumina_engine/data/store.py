@@ -280,7 +280,15 @@ class Cache:
         return store
 
     def stream(self, paths: Paths, config: Any, key: str, split: float = 0.0) -> TokenStream:
-        """The stream of `paths`, counted. Raises `DataError`."""
+        """The stream of `paths`, counted. Raises `DataError`, also with Ray: a stream is tokenised here, window by window."""
+        if self.engine == "ray":
+            files = expand(paths, key)
+            raise DataError(
+                "--engine ray builds token stores whole, and these data would be streamed",
+                path=label_of(files),
+                fix=f"set streaming_threshold_gb above {total_bytes(files) / 1e9:.3g}, here and in the run",
+                exit_code=2,
+            )
         workers = self.workers if isinstance(self.tokenizer, ConversationTokenizer) else 0
         return open_stream(paths, config, self.tokenizer, split=split, workers=workers, key=key, progress=self.progress)
 

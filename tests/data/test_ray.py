@@ -158,3 +158,15 @@ def test_c145_without_ray_it_says_what_to_install(write, tmp_path, monkeypatch, 
     assert "pip install 'lumina[ray]'" in capsys.readouterr().err
     assert command.run(parser.parse_args([*words[:-3], "--json"])) == 0  # the local engine does without
     assert json.loads(capsys.readouterr().out)["stores"]
+
+
+@pytest.mark.parametrize("tasks", [False, True])
+def test_c145_data_that_would_be_streamed_are_refused_and_not_built_here(tasks, write, tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    path, cache = write("x.jsonl", [talk(n) for n in range(20)]), tmp_path / "cache"
+    data = [f'task_data_paths={{"talk": "{path}"}}', "multi_task=true"] if tasks else [f"train_data_path={path}"]
+    words = ["prepare", *data, f"data_cache_dir={cache}", "streaming_threshold_gb=0", "--engine", "ray"]
+    with pytest.raises(DataError, match=r"x\.jsonl: --engine ray builds token stores whole.*streaming_threshold_gb") as raised:
+        command.run(parser.parse_args(words))
+    assert report(raised.value) == 2 and not list(cache.glob("*.stream"))
