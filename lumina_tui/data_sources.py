@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lumina_engine.config.schema import Config
+from lumina_engine.config.task_checks import train_paths
 from lumina_engine.data.conversation import DataError
 from lumina_engine.data.files import expand
 from lumina_engine.data.formats import detect_format
@@ -147,7 +148,8 @@ class Settings:
 
     @property
     def train(self) -> list[str]:
-        return _entries(self.config.train_data_path)
+        """Of a mixed run the paths of all tasks."""
+        return [path for value in train_paths(self.config).values() for path in _entries(value)]
 
     @property
     def eval(self) -> list[str]:
@@ -227,8 +229,11 @@ class Sources:
         return new
 
     def share(self, source: Source) -> tuple[float | None, str]:
-        """The share of the training tokens that a source brings, and how it is known; None if it is not trained on."""
-        if source.use != "train":
+        """The share of the training tokens that a source brings, and how it is known.
+
+        None if it is not trained on, and in a mixed run, whose tasks have shares, not its files.
+        """
+        if source.use != "train" or self.settings.config.multi_task:
             return None, ""
         counts = [row.tokens for row in self.rows.values() if row.use == "train"]
         own, total = source.tokens[0], sum(count or 0 for count, _ in counts)

@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from types import FrameType
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from ..config.schema import Config
     from ..data.ahead import Ahead
     from ..data.check import Check, Sofar
-    from ..data.conversation import Document
     from ..data.inspection import PreviewRow
     from ..data.oasst import OasstOptions
 
@@ -70,12 +69,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data_report.add_arguments(add("report", data_report.HELP))
 
     preview = add("preview", "rows as training sees them: trained, context and padding tokens marked")
-    preview.add_argument("path", nargs="?", metavar="PATH", help="file, folder or glob (default: the configured data)")
+    text = "file, folder or glob (default: the configured data; with multi_task rows of each task)"
+    preview.add_argument("path", nargs="?", metavar="PATH", help=text)
     add_config_arguments(preview)
     preview.add_argument("--tokenizer", metavar="NAME", help="the same as tokenizer=NAME")
-    preview.add_argument("--rows", type=int, default=2, metavar="N", help="rows to show (default 2)")
+    preview.add_argument("--rows", type=int, default=2, metavar="N", help="rows to show, of each task (default 2)")
     preview.add_argument("--first", type=int, default=0, metavar="N", help="begin with row N (default 0)")
-    preview.add_argument("--sample", type=int, default=500, metavar="N", help="conversations to pack, 0 = all (default 500)")
+    text = "conversations to pack, of each task, 0 = all (default 500)"
+    preview.add_argument("--sample", type=int, default=500, metavar="N", help=text)
     add_progress(preview)
 
     prepare = add("prepare", "tokenise the configured data into the token store now")
@@ -238,55 +239,51 @@ def _preview(args: argparse.Namespace) -> int:
         args.overrides.append(f"tokenizer={args.tokenizer}")
     at_least(args, rows=1, first=0, sample=0)
     config = load_config(args, default_preset="debug").config
-    from ..data.inspection import preview
+    from ..data.inspection import preview_tasks
     from ..data.rows import RowOptions
+    from ..data.tasks import documents_at, train_documents
     from ..data.tokenizer import ConversationTokenizer
 
-    label, documents = _documents(args.path if args.path is not None else config.train_data_path, config.data_format)
+    if args.path is None and config.multi_task:
+        sources = train_documents(config)
+    else:
+        given = (args.path, "PATH") if args.path is not None else (config.train_data_path, "train_data_path")
+        sources = {"": documents_at(given[0], config.data_format, given[1])}
     tokenizer = ConversationTokenizer(config.tokenizer)
     options = RowOptions.from_config(config)
     meter = Meter("conversations tokenised", args.progress)
-    seen = preview(documents, tokenizer, options, args.rows, args.sample, first=args.first, progress=meter.show)
+    documents = {task: read for task, (_, read) in sources.items()}
+    seen = preview_tasks(documents, tokenizer, options, args.rows, args.sample, first=args.first, progress=meter.show)
     meter.end()
+    labels = {task: f"task {task}: {label}" if task else label for task, (label, _) in sources.items()}
     if args.json:
         print_json(
             {
-                "source": label,
+                "source": "; ".join(labels.values()),
                 "tokenizer": tokenizer.name,
                 "seq_length": options.seq_length,
                 "packing": options.packing,
-                "conversations": seen.conversations,
-                "total_rows": seen.total_rows,
-                "first": seen.first,
-                "rows": [_row_json(row) for row in seen.rows],
+                "conversations": sum(found.conversations for found in seen.values()),
+                "total_rows": sum(found.total_rows for found in seen.values()),
+                "first": args.first,
+                "rows": [_row_json(row, task) for task, found in seen.items() for row in found.rows],
             }
         )
         return 0
-    print(safe(f"{label}, tokenizer {tokenizer.name}, seq_length {options.seq_length:,}, packing {options.packing}"))
-    for number, row in enumerate(seen.rows, seen.first):
-        _print_row(number, row)
+    for task, found in seen.items():
+        print(safe(f"{labels[task]}, tokenizer {tokenizer.name}, seq_length {options.seq_length:,}, packing {options.packing}"))
+        for number, row in enumerate(found.rows, found.first):
+            _print_row(number, row)
     return 0
 
 
-def _documents(path: Any, layout: str) -> tuple[str, Iterable[Document]]:
-    """Conversations of a path (None: the built-in corpus) and a name for them. Reads no more of them than is taken."""
-    from ..data.files import expand
-    from ..data.formats import read_conversations
-
-    if path is None:
-        from ..data.sample import conversations
-
-        return "built-in corpus (train)", conversations("train")
-    files = expand(path, "PATH")
-    return str(files[0]) if len(files) == 1 else f"{len(files)} files", read_conversations(list(files), layout, key="PATH")
-
-
-def _row_json(row: PreviewRow) -> dict[str, Any]:
+def _row_json(row: PreviewRow, task: str) -> dict[str, Any]:
     pieces = [
         {"kind": p.kind, "document": p.document, "tokens": p.tokens, "text": p.text, "ends_turn": p.ends_turn}
         for p in row.pieces
     ]
-    return {"documents": row.documents, "tokens": row.tokens, "trained": row.trained, "padding": row.padding, "pieces": pieces}
+    told = {"documents": row.documents, "tokens": row.tokens, "trained": row.trained, "padding": row.padding, "pieces": pieces}
+    return told | ({"task": task} if task else {})
 
 
 def _print_row(number: int, row: PreviewRow) -> None:

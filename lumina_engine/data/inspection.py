@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -40,11 +40,12 @@ class PreviewRow:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """Some rows of epoch 0: `rows[0]` is row `first` of `total_rows`, which `conversations` documents fill."""
+    """Some rows of epoch 0: `rows[0]` is row `first` of `total_rows`, which `conversations` of `tokens` fill."""
 
     first: int
     total_rows: int
     conversations: int
+    tokens: int
     rows: list[PreviewRow]
 
 
@@ -62,19 +63,46 @@ def preview(
 
     Raises `DataError` when no document is left or there is no row `first`.
     """
-    chosen = islice(documents, sample) if sample else documents
-    with tempfile.TemporaryDirectory(prefix="lumina-preview-") as folder:
-        store = build_store(chosen, tokenizer, Path(folder), source_digest="preview", progress=progress)
-        if not len(store):
-            raise DataError("no conversation left to show", fix="check data_format and the records")
-        plan = RowPlan(store, options)
-        if first >= plan.num_rows:
-            raise DataError(
-                f"there is no row {first:,}: they are {plan.num_rows:,}, from 0 on", fix="lower --first", exit_code=2
-            )
-        stop = min(first + rows, plan.num_rows)
-        shown = [_preview(plan.build([plan.row(0, index)]), tokenizer) for index in range(first, stop)]
-        return Preview(first, plan.num_rows, len(store), shown)
+    return preview_tasks({"": documents}, tokenizer, options, rows, sample, first=first, progress=progress)[""]
+
+
+def preview_tasks(
+    documents: Mapping[str, Iterable[Document]],
+    tokenizer: Any,
+    options: RowOptions,
+    rows: int,
+    sample: int = 0,
+    *,
+    first: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Preview]:
+    """The same for each task of a mixed run, whose rows hold conversations of one task; a task may have no row `first`.
+
+    Raises `DataError` when no document of a task is left or no task has a row `first`.
+    """
+    found: dict[str, Preview] = {}
+    for task, given in documents.items():
+        before = sum(seen.conversations for seen in found.values()), sum(seen.tokens for seen in found.values())
+        told = None if progress is None else _after(progress, *before)
+        chosen = islice(given, sample) if sample else given
+        with tempfile.TemporaryDirectory(prefix="lumina-preview-") as folder:
+            store = build_store(chosen, tokenizer, Path(folder), source_digest="preview", progress=told)
+            if not len(store):
+                of = f" of task {task}" if task else ""
+                raise DataError(f"no conversation{of} left to show", fix="check data_format and the records")
+            plan = RowPlan(store, options)
+            stop = min(first + rows, plan.num_rows)
+            shown = [_preview(plan.build([plan.row(0, index)]), tokenizer) for index in range(first, stop)]
+            found[task] = Preview(first, plan.num_rows, len(store), store.num_tokens, shown)
+    most = max(seen.total_rows for seen in found.values())
+    if first >= most:
+        raise DataError(f"there is no row {first:,}: they are {most:,}, from 0 on", fix="lower --first", exit_code=2)
+    return found
+
+
+def _after(progress: Progress, documents: int, tokens: int) -> Progress:
+    """Figures of one task, told on top of those of the tasks before it."""
+    return lambda more, of_them: progress(documents + more, tokens + of_them)
 
 
 def _preview(built: Rows, tokenizer: Any) -> PreviewRow:

@@ -10,9 +10,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
+from .ahead import label_of
 from .conversation import READING_VERSION, DataError, Document, nearest
+from .files import Paths, expand
+from .formats import read_conversations
 from .mixed import Mixture, Store, mixture_of
 from .order import ORDER_VERSION
 from .rows import RowOptions
@@ -85,6 +89,37 @@ def train_sources(config: Any, without: Collection[str] = ()) -> dict[str, Sourc
     if "train_data_path" in without:
         return {}
     return {name: _source(name, config) for name in task_names(config)} if config.multi_task else {"": _whole(config, "train")}
+
+
+def train_documents(config: Any) -> dict[str, tuple[str, Iterator[Document]]]:
+    """What a mixed run trains on, by task: what to call it, and its conversations. Reads no more of them than is taken.
+
+    Raises `DataError` for paths that name nothing, and where something is read, as training does.
+    """
+    found = {}
+    for name in task_names(config):
+        path, key = config.train_data_path, "train_data_path"
+        if config.task_data_paths:
+            path, key = config.task_data_paths[name], f"task_data_paths.{name}"
+        label, documents = documents_at(path, config.data_format, key)
+        if not config.task_data_paths:
+            documents = filter(partial(_is_of, name), documents)
+        found[name] = label, documents
+    return found
+
+
+def documents_at(path: Paths | None, layout: str, key: str) -> tuple[str, Iterator[Document]]:
+    """What to call a path (None: the built-in corpus), and its conversations. Reads no more of them than is taken."""
+    if path is None:
+        from .sample import conversations
+
+        return "built-in corpus (train)", iter(conversations("train"))
+    files = expand(path, key)
+    return label_of(files), read_conversations(list(files), layout, key=key)
+
+
+def _is_of(name: str, document: Document) -> bool:
+    return document.task == name
 
 
 def _source(name: str, config: Any) -> Source:

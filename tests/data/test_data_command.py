@@ -111,6 +111,36 @@ def test_c142_preview_shows_real_rows(run, write):
     assert row["pieces"][-1]["kind"] == "padding"
 
 
+def talk(about, count, **more):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": f"an answer of {about}"}]
+    return [{"messages": turns, **more}] * count
+
+
+@pytest.mark.parametrize("by_record", [False, True])
+def test_c142_preview_of_a_mixed_run_shows_rows_of_each_task(run, write, by_record):
+    """Not the built-in corpus, which nothing of it trains on."""
+    if by_record:
+        path = write("all.jsonl", talk("chat", 9, task="chat") + talk("code", 9, task="code") + talk("poem", 9, task="poem"))
+        mix = {"train_data_path": str(path), "task_weights": {"chat": 1.0, "code": 2.0}}
+    else:
+        mix = {"task_data_paths": {name: str(write(f"{name}.jsonl", talk(name, 9))) for name in ("chat", "code")}}
+    config = write("mix.yaml", json.dumps({"multi_task": True, "seq_length": 128, "tokenizer": "lumina-1k", **mix}))
+    code, out, err = run("preview", "--config", config, "--rows", "1", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert [row["task"] for row in found["rows"]] == ["chat", "code"] and found["conversations"] == 18
+    for row in found["rows"]:
+        trained = [piece["text"] for piece in row["pieces"] if piece["kind"] == "trained"]
+        assert trained and set(trained) == {f"an answer of {row['task']}<|im_end|>"}
+    for name in ("chat", "code"):
+        assert f"task {name}: " in found["source"] and ("all.jsonl" if by_record else f"{name}.jsonl") in found["source"]
+    code, out, _ = run("preview", "--config", config, "--rows", "1")
+    assert code == 0 and out.count("row 0: ") == 2 and "built-in" not in out
+    code, out, _ = run("preview", write("own.jsonl", talk("own", 3)), "--config", config, "--json")
+    assert code == 0 and json.loads(out)["source"].endswith("own.jsonl") and "task" not in json.loads(out)["rows"][0]
+    assert run("preview", "--config", config, "--first", "99")[0] == 2
+
+
 def test_se04_preview_makes_text_safe(run, write):
     code, out, _ = run("preview", write("s.json", [ROW]), "seq_length=128", "--tokenizer", "lumina-1k")
     assert code == 0 and "\x1b" not in out and "hi ␛[31m" in out

@@ -193,6 +193,16 @@ def test_c137_sources_are_those_of_the_configuration_the_corpus_and_the_users():
     assert sources.validate(sources.rows[BUILT_IN])[-1] == "--"
 
 
+def test_c137_sources_of_a_mixed_run_are_those_of_its_tasks():
+    paths = {"chat": "a.jsonl", "code": ["b.jsonl", "c.jsonl"]}
+    sources = Sources(settings(multi_task=True, task_data_paths=paths))
+    uses = {s.key: s.use for s in sources.rows.values()}
+    assert uses == {"a.jsonl": "train", "b.jsonl": "train", "c.jsonl": "train", BUILT_IN: "built-in"}
+    assert 'train_data_path="b.jsonl"' in sources.preview(sources.rows["b.jsonl"], 0)
+    sources.took({key: Look(((key, 100, 1),)) for key in ("a.jsonl", "b.jsonl", "c.jsonl")})
+    assert sources.share(sources.rows["a.jsonl"]) == (None, ""), "tasks have shares, files have none"
+
+
 def test_c137_share_of_the_mix_is_marked_guessed_until_all_is_measured():
     sources = Sources(settings(train_data_path=["a", "b"]))
     a, b = sources.rows["a"], sources.rows["b"]
