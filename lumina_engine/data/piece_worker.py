@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,22 @@ def main() -> int:
     side = part_of(shared["threshold"])
     for line in sys.stdin:
         task = json.loads(line)
-        targets = {part: Path(target) for part, target in task["targets"].items()}
+        piece, targets = Piece(**task["piece"]), {part: Path(target) for part, target in task["targets"].items()}
         try:
-            build_piece(Piece(**task["piece"]), targets, tokenizer, side, lambda d, t: _say(documents=d, tokens=t))
+            build_piece(piece, targets, tokenizer, side, lambda d, t: _say(documents=d, tokens=t))
         except DataError as error:
             _say(error=error.to_dict())
+        except Exception as error:  # a fault of the program: another process would meet it, too
+            traceback.print_exc()
+            _say(error=_unexpected(error, piece).to_dict())
         else:
             _say(done=True)
     return 0
+
+
+def _unexpected(error: Exception, piece: Piece) -> DataError:
+    cause = f"{type(error).__name__} while bytes {piece.start:,} on were tokenised: {error}"
+    return DataError(cause, path=piece.path, fix="please report it with what is above", exit_code=1)
 
 
 def _say(**line: Any) -> None:

@@ -123,6 +123,45 @@ def test_c028_damaged_parquet_is_one_line(parquet):
     assert "\n" not in str(caught.value)
 
 
+def _holding(kind, rows, bad):
+    """`rows` with a column `seen` of a type whose value in row `bad` Python cannot hold."""
+    pa = pytest.importorskip("pyarrow", reason="the parquet extra is not installed")
+
+    values = {"timestamp[ns]": 1, "date32": 10**7, "string": b"\xff\xfe"}
+    column = [values[kind] if n == bad else b"" if kind == "string" else 0 for n in range(len(rows))]
+    made = {
+        "timestamp[ns]": lambda: pa.array(column, pa.int64()).cast(pa.timestamp("ns")),
+        "date32": lambda: pa.array(column, pa.int32()).cast(pa.date32()),
+        "string": lambda: pa.array(column, pa.binary()).view(pa.string()),
+    }[kind]()
+    return pa.Table.from_pylist(rows), made
+
+
+@pytest.mark.parametrize("kind", ["timestamp[ns]", "date32", "string"])
+def test_c028_a_parquet_value_that_python_cannot_hold_costs_nothing_where_it_is_not_read(tmp_path, plain, kind):
+    table, column = _holding(kind, ROWS, 3)
+    import pyarrow.parquet as pq
+
+    pq.write_table(table.append_column("seen", column), tmp_path / "m.parquet")
+    assert contents(tmp_path / "m.parquet") == contents(plain)
+
+
+@pytest.mark.parametrize("kind", ["timestamp[ns]", "date32", "string"])
+def test_c028_a_parquet_value_that_python_cannot_hold_is_an_error_of_its_row(tmp_path, kind):
+    table, column = _holding(kind, [{"instruction": f"q{n}", "output": "a"} for n in range(9)], 3)
+    path = tmp_path / "a.parquet"
+    import pyarrow.parquet as pq
+
+    pq.write_table(table.append_column("input", column), path)
+    with pytest.raises(DataError, match=r"a\.parquet:\d: .*; ") as caught:
+        contents(path)
+    assert "\n" not in str(caught.value)
+    if kind == "string":  # of the others no value is text
+        assert caught.value.line == 4 and "column 'input' (string) holds a value that cannot be read" in str(caught.value)
+        done = convert(path, tmp_path / "o.jsonl")
+        assert done.written == 8 and done.tally.dropped == {"unreadable value": 1}
+
+
 def test_c028_without_pyarrow_the_extra_is_named(write, monkeypatch):
     import sys
 

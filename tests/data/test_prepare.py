@@ -145,6 +145,20 @@ def test_c036_a_worker_that_is_told_nothing_ends_in_silence():
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_c036_a_worker_tells_of_a_fault_that_is_not_the_datas(write, tmp_path):
+    """Instead of dying of it, which looks like being out of memory."""
+    path, tokenizer = write("x.jsonl", [talk(1)]), ConversationTokenizer("lumina-1k")
+    piece = {"path": str(path), "layout": "no such layout", "stop": 10}
+    shared = {"tokenizer": tokenizer.name, "digest": tokenizer.digest, "threshold": None}
+    lines = [shared, {"piece": piece, "targets": {"all": str(tmp_path / "all")}}]
+    words = [sys.executable, "-m", "lumina_engine.data.piece_worker"]
+    told = "".join(json.dumps(line) + "\n" for line in lines)
+    done = subprocess.run(words, input=told, capture_output=True, text=True)
+    error = json.loads(done.stdout)["error"]
+    assert done.returncode == 0 and error["path"] == str(path) and error["exit_code"] == 1
+    assert "KeyError while bytes 0 on were tokenised" in error["message"] and "Traceback" in done.stderr
+
+
 def test_c036_workers_are_ended_where_a_source_cannot_be_cut(write, in_pieces, settings, monkeypatch):
     """They do not wait beside the one that builds a list of JSON."""
     in_pieces(3000)
