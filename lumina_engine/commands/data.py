@@ -151,6 +151,7 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _convert(args: argparse.Namespace) -> int:
+    from ..data.files import unread_note
     from ..data.formats import convert, rejects_path
 
     targets = [args.out, args.rejects or rejects_path(args.out)]
@@ -162,8 +163,9 @@ def _convert(args: argparse.Namespace) -> int:
         args.inputs, args.out, args.format, strict=args.strict, oasst=options, rejects=args.rejects, progress=meter.show
     )
     meter.end()
+    unread = unread_note(args.inputs)
     if args.json:
-        print_json(result.to_dict())
+        print_json({**result.to_dict(), "not_read": unread})
         return 0
     tally = result.tally
     print(safe(f"{result.written:,} of {tally.read:,} conversations written to {args.out}"))
@@ -174,11 +176,14 @@ def _convert(args: argparse.Namespace) -> int:
             print(safe(f"  {count:,} {verb}: {reason}"))
     if result.rejects:
         print(safe(f"each dropped record, with file and line: {result.rejects}"))
+    for line in unread:
+        print(safe(line))
     return 0
 
 
 def _validate(args: argparse.Namespace) -> int:
     from ..data.check import check_files
+    from ..data.files import unread_note
 
     at_least(args, sample=0, seq_length=1)
     tokenizer = None
@@ -202,10 +207,13 @@ def _validate(args: argparse.Namespace) -> int:
     )
     meter.end()
     total = check.counts.total()
+    unread = unread_note(args.paths)
     if args.json:
-        print_json(check.to_dict())
+        print_json({**check.to_dict(), "not_read": unread})
         return 1 if total else 0
     _print_check(check)
+    for line in unread:
+        print(safe(line))
     return 1 if total else 0
 
 

@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from ..data.remote import is_remote
 from .common import UserError, add_json
 
 
@@ -31,8 +32,11 @@ def add_force(parser: argparse.ArgumentParser) -> None:
 
 
 def require_new(paths: Iterable[str | Path], force: bool) -> None:
-    """Refuse to write to a folder, or over a file that exists unless `force`."""
-    for path in map(Path, paths):
+    """Refuse to write to a URL or a folder, or over a file that exists unless `force`."""
+    for given in paths:
+        if is_remote(str(given)):
+            raise UserError(f"{given} is a URL, and files are written here only: name a local file")
+        path = Path(given)
         if path.is_dir():
             raise UserError(f"{path} is a folder: name a file")
         if path.exists() and not force:

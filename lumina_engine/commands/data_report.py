@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..data.files import unread_note
     from ..data.report import SAMPLE, summary, write_report
     from ..data.tokenizer import ConversationTokenizer
 
@@ -83,6 +84,8 @@ def run(args: argparse.Namespace) -> int:
         print_json(found)
         return 0
     _print_quality(found)
+    for line in unread_note(args.paths):
+        print(safe(line))
     print(safe(f"report: {out}"))
     return 0
 

@@ -23,13 +23,15 @@ from .packed import SUFFIXES as PACKED_SUFFIXES
 from .packed import DataFile, opened, unreadable
 from .parquet import MAGIC as PARQUET
 from .parquet import parquet_rows
-from .remote import is_remote, remote_file, remote_files
+from .remote import is_remote, local, remote_file, remote_files
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 OnError = Callable[[DataError], None]
 
 # what a folder is searched for; a file named directly may have any name
 FOLDER_SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".parquet")
+REJECTS_SUFFIX = ".rejects.jsonl"  # what `data convert` dropped: no data, though it lies beside them
+_NAMED = 3  # files that are not read of which a note gives the names
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _ARCHIVES = {b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7-zip"}
 _CHUNK = 1 << 20  # characters read at a time from a JSON list
@@ -67,6 +69,8 @@ def _visible(data: bytes | str) -> str:
 def expand(paths: Paths, key: str = "data path", most: int | None = None) -> list[Path]:
     """The files that `paths` (files, folders, globs, URLs) name, each once: list order, sorted within a folder or a glob.
 
+    What `data convert` rejected (`*.rejects.jsonl`) is read only where it is named.
+
     Raises `DataError` for what names nothing, and for a folder or glob of more than `most` entries; `key` is the setting to
     blame.
     """
@@ -75,8 +79,9 @@ def expand(paths: Paths, key: str = "data path", most: int | None = None) -> lis
         raise DataError(f"{key} is an empty list", fix=f"name at least one file, or set {key}=null", exit_code=2)
     found: dict[Path, Path] = {}
     for entry in entries:
-        name = os.fspath(entry)
-        for path in remote_files(name, key, FOLDER_SUFFIXES) if is_remote(name) else _expand_one(name, key, most):
+        name = local(os.fspath(entry))
+        remote = is_remote(name)
+        for path in remote_files(name, key, FOLDER_SUFFIXES, REJECTS_SUFFIX) if remote else _expand_one(name, key, most):
             found.setdefault(path.resolve(), path)
     return list(found.values())
 
@@ -84,6 +89,46 @@ def expand(paths: Paths, key: str = "data path", most: int | None = None) -> lis
 def located(name: str) -> Path:
     """The file of a name as `expand` gave it."""
     return remote_file(name) if is_remote(name) else Path(name)
+
+
+def unread_note(paths: Paths | None) -> list[str]:
+    """A line on the files in the folders among `paths` that are not read, for their names are of no data; none without any."""
+    entries = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths or [])
+    names = [local(os.fspath(entry)) for entry in entries]
+    folders = [Path(name).expanduser() for name in names if not is_remote(name)]
+    left = [str(path) for folder in folders if folder.is_dir() for path in _folder(folder, str(folder), "data path", None)[1]]
+    if not left:
+        return []
+    more = f" and {len(left) - _NAMED:,} more" if len(left) > _NAMED else ""
+    shown = ", ".join(left[:_NAMED]) + more
+    count = f"{len(left):,} file{'s' * (len(left) > 1)}"
+    return [f"not read: {count} whose names end on none of {', '.join(FOLDER_SUFFIXES)} ({shown}); name them to read them"]
+
+
+def _folder(root: Path, entry: str, key: str, most: int | None) -> tuple[list[Path], list[Path]]:
+    """(files of data, other files) below a folder and the folders that links in it lead to, each sorted; no hidden ones."""
+    inside = [path for path in _bounded(_walk(root), entry, key, most) if not path.name.endswith(REJECTS_SUFFIX)]
+    data = {path for path in inside if _suffix(path) in FOLDER_SUFFIXES and path.is_file()}
+    return sorted(data), sorted(path for path in inside if path not in data and not path.is_dir())
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """What is below a folder. A folder that was there already, by a link in a circle, is not entered again. Raises OSError."""
+    seen: set[tuple[int, int]] = set()
+    for place, folders, names in os.walk(root, onerror=_raise, followlinks=True):
+        found = Path(place).stat()
+        if (found.st_dev, found.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((found.st_dev, found.st_ino))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in [*folders, *names]:
+            if not name.startswith("."):
+                yield Path(place) / name
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _bounded(entries: Iterator[Path], entry: str, key: str, most: int | None) -> Iterator[Path]:
@@ -100,11 +145,10 @@ def _expand_one(entry: str, key: str, most: int | None) -> list[Path]:
         raise _unusable(f"{key}: there is no such home folder", entry, "write the whole path") from None
     try:
         if path.is_dir():
-            everything = _bounded(path.rglob("*"), entry, key, most)
-            inside = (p for p in everything if _suffix(p) in FOLDER_SUFFIXES and p.is_file())
-            files = sorted(p for p in inside if not _hidden(p, path))
+            files, others = _folder(path, entry, key, most)
             if not files:
-                raise _unusable(f"{key}: the folder holds no {', '.join(FOLDER_SUFFIXES)} file", path, "name the files")
+                but = f", but {others[0].name}" if others else ""
+                raise _unusable(f"{key}: the folder holds no {', '.join(FOLDER_SUFFIXES)} file{but}", path, "name the files")
             return files
         if path.is_file():
             return [path]
@@ -115,7 +159,8 @@ def _expand_one(entry: str, key: str, most: int | None) -> list[Path]:
     if glob.has_magic(entry):
         root = Path(path.anchor or ".")
         matches = _bounded(root.glob(str(path.relative_to(path.anchor))), entry, key, most)
-        files = sorted(p for p in matches if p.is_file())
+        rejects = path.name.endswith(REJECTS_SUFFIX)  # asked for
+        files = sorted(p for p in matches if p.is_file() and (rejects or not p.name.endswith(REJECTS_SUFFIX)))
         if files:
             return files
         raise _unusable(f"{key}: the pattern matches no file", entry, "check the pattern")
@@ -134,10 +179,6 @@ def _suffix(path: Path) -> str:
     """The ending that tells what is in a file, ".jsonl" for x.jsonl.gz."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in PACKED_SUFFIXES else suffix
-
-
-def _hidden(path: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(root).parts)
 
 
 def total_bytes(files: Sequence[Path]) -> int:

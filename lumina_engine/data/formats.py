@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from .conversation import DataError, Document, nearest, shown
-from .files import EMPTY, OnError, Paths, Record, container, expand, line_range, records, texts
+from .files import EMPTY, REJECTS_SUFFIX, OnError, Paths, Record, container, expand, line_range, records, texts
 from .layouts import READERS, layout_of, parts, strict
 from .oasst import OasstOptions, OasstReader
 from .parquet import parquet_rows
+from .remote import local_output
 from .tally import Tally
 
 FORMATS = ("auto", "messages", "oasst", "alpaca", "sharegpt", "text")
@@ -235,7 +236,7 @@ class _Rejects:
 
 def rejects_path(output: str | os.PathLike[str]) -> Path:
     """Where `convert` lists what it drops unless told otherwise: OUTPUT.rejects.jsonl."""
-    return Path(f"{Path(output)}.rejects.jsonl")
+    return Path(f"{Path(output)}{REJECTS_SUFFIX}")
 
 
 def convert(
@@ -256,8 +257,8 @@ def convert(
     be dropped or cut is an error. `oasst` says what is taken from message trees. `progress` gets the number read so far. Raises
     `DataError`, also where the rest of a file cannot be read.
     """
-    target = Path(output)
-    bad = Path(rejects) if rejects is not None else rejects_path(target)
+    target = local_output(output)
+    bad = local_output(rejects) if rejects is not None else rejects_path(target)
     files = expand(inputs, "input")
     for place in (target, bad):
         if place.exists() and any(isinstance(path, Path) and place.samefile(path) for path in files):  # no URL is a file here

@@ -1,4 +1,4 @@
-"""Files that are named by a URL (`s3://bucket/x.jsonl`, `file:///data/*.parquet`), read through fsspec.
+"""Files that are named by a URL (`s3://bucket/x.jsonl`, `memory://data/*.parquet`), read through fsspec.
 
 A `RemoteFile` is to the readers what a `Path` is: they open it, ask its size and print it, no more. Which protocols there are
 depends on the packages that are installed; torch brings fsspec itself.
@@ -17,6 +17,18 @@ from .conversation import DataError
 def is_remote(name: str) -> bool:
     """Whether a path is a URL."""
     return "://" in name
+
+
+def local(name: str) -> str:
+    """The path of a `file://` or `local://` URL, which is a file here as any other; another name as it is."""
+    return name.removeprefix("file://").removeprefix("local://")
+
+
+def local_output(output: str | os.PathLike[str]) -> Path:
+    """The file to write to. Raises `DataError` for a URL: the path of that name would be a folder here, `s3:`."""
+    if is_remote(os.fspath(output)):
+        raise DataError("a URL cannot be written to", path=output, fix="name a local file", exit_code=2)
+    return Path(output)
 
 
 class RemoteFile(os.PathLike[str]):
@@ -101,8 +113,10 @@ def remote_file(url: str) -> Path:
     return cast(Path, RemoteFile(url, system, inner))
 
 
-def remote_files(url: str, key: str, suffixes: tuple[str, ...]) -> list[Path]:
+def remote_files(url: str, key: str, suffixes: tuple[str, ...], rejects: str) -> list[Path]:
     """The files that a URL names: one, those of a folder with these endings (packed ones, too), or a glob; sorted.
+
+    Of a folder those that end on `rejects` are left out.
 
     Raises `DataError` for what names nothing or cannot be asked.
     """
@@ -113,6 +127,7 @@ def remote_files(url: str, key: str, suffixes: tuple[str, ...]) -> list[Path]:
             names = [name for name in system.glob(inner) if system.isfile(name)]
         elif system.isdir(inner):
             names = [name for name in system.find(inner) if any(s in suffixes for s in PurePosixPath(name).suffixes[-2:])]
+            names = [name for name in names if not name.endswith(rejects)]
         else:
             names = [inner] if system.exists(inner) else []
     except Exception as error:  # of the service: no rights, no such host

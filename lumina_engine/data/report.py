@@ -15,6 +15,7 @@ from .check import Judged, Lost, Sofar, check_files, readable
 from .conversation import DataError
 from .files import Paths
 from .quality import Quality, normal_digest
+from .remote import local_output
 
 FORMAT = 1
 SAMPLE = 10_000  # conversations that a report tokenises and judges unless told otherwise
@@ -109,8 +110,8 @@ def write_report(found: Mapping[str, Any], output: str | os.PathLike[str]) -> Pa
 
 
 def require_suffix(output: str | os.PathLike[str]) -> Path:
-    """The path of a report. Raises `DataError` for a suffix that no report has."""
-    target = Path(output)
+    """The path of a report. Raises `DataError` for a URL, and for a suffix that no report has."""
+    target = local_output(output)
     if target.suffix.lower() not in (".html", ".htm", ".json"):
         raise DataError(f"a report is .html or .json, not {target.suffix!r}", path=target, fix="name it so", exit_code=2)
     return target

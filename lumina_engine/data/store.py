@@ -15,7 +15,7 @@ import numpy as np
 from .ahead import PIECE_BYTES, PIECES_FROM, Ahead, label_of, processors
 from .conversation import DataError, Document
 from .cut import Samples
-from .files import Paths, digest_files, digests_of, expand, joined_digest, total_bytes
+from .files import Paths, digest_files, digests_of, expand, joined_digest, total_bytes, unread_note
 from .formats import read_conversations
 from .mixed import Mixture, stores_of
 from .pieces import plan
@@ -69,8 +69,8 @@ def open_data(
 ) -> Data:
     """The stores for `config`, built where the cache has none; large files by `workers` processes (default: one a processor).
 
-    With `engine` "ray" files of any size are built by workers of Ray; what cannot be cut in pieces is built here. `ahead` has
-    processes that may be used; the caller closes it.
+    With `engine` "ray" files of any size are built by workers of Ray; what cannot be cut in pieces is built here, and what
+    would be streamed is refused. `ahead` has processes that may be used; the caller closes it.
 
     `train_data_path` null is the built-in corpus with its own held-out split. Without `eval_data_path`, `eval_split` of the
     conversations is held out by digest of their id (or content), so a conversation stays on its side when others are added.
@@ -85,7 +85,7 @@ def open_data(
         data = open_tasks(config, cache)
     else:
         data = _open_whole(config, cache)
-    data.notes += _closing_notes(config, data)
+    data.notes += _unread_notes(config) + _closing_notes(config, data)
     return data
 
 
@@ -113,6 +113,13 @@ def _open_whole(config: Any, cache: Cache) -> Data:
     if eval_path is not None:
         held_out = cache.store(file_source(eval_path, config, "eval_data_path"), notes)
     return Data(train, held_out, notes, is_sample=train_path is None, sources=sources)
+
+
+def _unread_notes(config: Any) -> list[str]:
+    """Files of the folders of data that are not read."""
+    tasks = config.task_data_paths if getattr(config, "multi_task", False) else {}
+    train = list(tasks.values()) or [getattr(config, "train_data_path", None)]
+    return [line for given in (*train, getattr(config, "eval_data_path", None)) for line in unread_note(given)]
 
 
 def _closing_notes(config: Any, data: Data) -> list[str]:

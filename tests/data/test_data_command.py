@@ -9,6 +9,10 @@ import pytest
 
 from lumina_engine.commands import data as command
 from lumina_engine.commands.common import report
+from lumina_engine.data.conversation import DataError
+from lumina_engine.data.files import expand
+from lumina_engine.data.formats import convert
+from lumina_engine.data.report import require_suffix
 
 ROW = {"conversations": [{"from": "human", "value": "hi \x1b[31m"}, {"from": "gpt", "value": "yo <|im_end|>"}]}
 NO_ANSWER = {"conversations": [{"from": "human", "value": "hi"}]}
@@ -92,6 +96,55 @@ def test_c030_validate(run, write):
     found = json.loads(out)
     assert code == 1 and [p["line"] for p in found["problems"]] == [1, 2, 3] and sum(found["problem_counts"].values()) == 3
     assert run("validate", "nowhere")[0] == 2
+
+
+def test_c028_what_conversion_writes_into_a_folder_can_be_trained_on(run, write, tmp_path):
+    """Its list of rejects lies there, too. Files that are not read are told once by each command."""
+    raw, note = write("raw.json", [ROW, NO_ANSWER]), "not read: 1 file whose names"
+    write("dd/notes.md", "no data")
+    assert run("convert", raw, "dd/train.jsonl")[0] == 0 and (tmp_path / "dd" / "train.jsonl.rejects.jsonl").exists()
+    keys = ("train_data_path=dd", "tokenizer=lumina-1k", "eval_split=0", f"data_cache_dir={tmp_path / 'cache'}")
+    code, out, err = run("prepare", *keys, "--json")
+    assert code == 0, err
+    assert [line[: len(note)] for line in json.loads(out)["notes"] if "not read" in line] == [note]
+    for words in (("convert", "dd", "o.jsonl"), ("validate", "dd"), ("report", "dd", "--tokenizer", "lumina-1k")):
+        code, out, err = run(*words)
+        assert code == 0 and out.count(note) == 1, (words, out, err)
+    assert len(json.loads(run("validate", "dd", "--json")[1])["not_read"]) == 1
+    assert len(json.loads(run("convert", "dd", "p.jsonl", "--json")[1])["not_read"]) == 1
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/x/out.jsonl", "file:///tmp/out.jsonl"])
+def test_c028_an_output_is_no_url(run, write, tmp_path, url):
+    """Its path would be a folder `s3:` here."""
+    raw = write("raw.json", [ROW])
+    report_at = url.replace(".jsonl", ".html")
+    for words in (
+        ("convert", raw, url),
+        ("convert", raw, url, "--force"),
+        ("convert", raw, "o.jsonl", "--rejects", url),
+        ("report", raw, "--out", report_at),
+        ("report", raw, "--filter", url, "d.jsonl"),
+        ("sample", url),
+    ):
+        code, _, err = run(*words)
+        assert code == 2 and "name a local file" in err, words
+    with pytest.raises(DataError, match="name a local file"):
+        convert(raw, url)
+    with pytest.raises(DataError, match="name a local file"):
+        require_suffix(report_at)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["raw.json"]
+
+
+@pytest.mark.parametrize("scheme", ["file", "local"])
+def test_c028_an_input_that_is_named_by_a_file_url_is_not_written_over(run, write, scheme):
+    path = write("loc/w0.jsonl", talk("x", 3))
+    before = path.read_bytes()
+    code, _, err = run("convert", f"{scheme}://{path}", path, "--force")
+    assert code == 2 and "the output is one of the inputs" in err and path.read_bytes() == before
+    code, _, err = run("report", f"{scheme}://{path}", "--tokenizer", "lumina-1k", "--filter", path, "d.jsonl", "--force")
+    assert code == 2 and "is one of the inputs" in err and path.read_bytes() == before
+    assert expand(f"{scheme}://{path.parent}") == expand(f"{scheme}://{path.parent}/*.jsonl") == [path]
 
 
 def test_c030_validate_lists_what_conversion_would_drop(run, write):

@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from lumina_engine.data.conversation import Conversation, DataError, Message, TextDocument
-from lumina_engine.data.files import container, digest_files, expand
+from lumina_engine.data.files import container, digest_files, expand, unread_note
 from lumina_engine.data.formats import convert, convert_to_conversation_format, detect_format, read_conversations
 from lumina_engine.data.tally import Tally
 
@@ -465,6 +465,26 @@ def test_c038_files_folders_globs_and_lists(write, tmp_path, monkeypatch):
     assert expand(str(tmp_path / "**" / "b.json")) == [b]
     monkeypatch.chdir(tmp_path)
     assert [str(p) for p in expand("d/*.jsonl")] == ["d/a.jsonl", "d/c.jsonl"]
+
+
+def test_c038_a_folder_is_read_with_its_linked_folders_and_without_rejects_and_the_rest_is_told(write, tmp_path):
+    """Links may lead in a circle; each file is read once."""
+    a, more = write("d/a.jsonl", [MESSAGES]), write("elsewhere/deep/more.jsonl", [MESSAGES] * 3)
+    others = [write(f"d/{name}", "no data") for name in ("b.md", "c", "d.jsonl.lz4", "sub/e.csv")]
+    write("d/a.jsonl.rejects.jsonl", [{"file": "x", "line": 1}])
+    write("d/.hidden/f", "x")
+    (tmp_path / "d" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "d" / "again").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "round").symlink_to(tmp_path / "d")
+    found = expand(tmp_path / "d")
+    assert found[0] == a and [path.resolve() for path in found[1:]] == [more] and len(list(read_conversations(found))) == 4
+    (line,) = unread_note([str(tmp_path / "d"), str(a)])
+    assert (
+        "4 files" in line and all(str(path) in line for path in others[:3]) and "and 1 more" in line and "rejects" not in line
+    )
+    assert unread_note(str(a)) == unread_note(None) == unread_note("s3://bucket/folder") == []
+    rejects = tmp_path / "d" / "a.jsonl.rejects.jsonl"
+    assert expand(f"{tmp_path}/d/*.jsonl") == [a] and expand(f"{tmp_path}/d/*.rejects.jsonl") == expand(rejects) == [rejects]
 
 
 def test_c038_paths_that_name_nothing(write, tmp_path):

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -301,12 +302,16 @@ def test_c034_parquet_and_urls_stream_the_same_windows(write, settings, tokenize
     pieces = [(p.start, p.stop) for p in plan([tmp_path / "x.parquet"], "auto", 1500)]
     assert len(parquet.windows) > 3 and [a for a, _ in pieces] == [0, *[b for _, b in pieces[:-1]]] and pieces[-1][1] == 15
     assert batches(parquet, config)
-    by_path, by_url = opened(lines, config, tokenizer), opened(f"file://{lines}", config, tokenizer)
+    remote = fsspec.filesystem("memory")
+    remote.pipe({"/talks/x.jsonl": lines.read_bytes(), "/talks/x.jsonl.rejects.jsonl": b'{"line": 1}\n'})
+    by_path, by_url = opened(lines, config, tokenizer), opened("memory://talks/x.jsonl", config, tokenizer)
     assert by_url.fingerprint == by_path.fingerprint and all_same(batches(by_url, config), batches(by_path, config))
-    for url in (f"file://{lines.parent}", f"file://{lines.parent}/*.jsonl"):
+    for url in (f"file://{lines}", f"file://{lines.parent}", f"file://{lines.parent}/*.jsonl", "memory://talks"):
         assert opened(url, config, tokenizer).fingerprint == by_path.fingerprint
-    with pytest.raises(DataError, match="no such file"):
-        opened(f"file://{tmp_path}/none.jsonl", config, tokenizer)
+    for url in (f"file://{tmp_path}/none.jsonl", "memory://talks/none.jsonl"):
+        with pytest.raises(DataError, match="no such file"):
+            opened(url, config, tokenizer)
+    remote.rm("/talks", recursive=True)
     with pytest.raises(DataError, match="install what the protocol needs"):
         opened("nosuch://bucket/x.jsonl", config, tokenizer)
     # one pass, pieces and rows of Parquet: the same conversations
