@@ -23,7 +23,7 @@ from .prepare import Job, join, tokenise
 from .rows import RowOptions
 from .store_writer import locked
 from .stream import TokenStream
-from .stream_open import is_streamed, notes_of, open_stream
+from .stream_open import is_streamed, notes_of, open_stream, unread_sources
 from .tally import Tally
 from .token_store import Progress, TokenStore, build_parts, build_store, open_verified, store_name
 from .tokenizer import ConversationTokenizer
@@ -37,7 +37,8 @@ _SPLIT_UNIT = 1 << 64  # split values are below this
 class Data:
     """What a run trains and evaluates on. `notes` are lines for the user: what was dropped, cut, held out.
 
-    `sources` are the files that are trained on, by name (with the task before it) and SHA-256; of a stream there are none.
+    `sources` are the files that are trained on, by name (with the task before it) and SHA-256; those of a stream by
+    `unread_sources`.
     """
 
     train: TokenStore | TokenStream | Mixture
@@ -162,7 +163,7 @@ def _open_streamed(config: Any, cache: Cache) -> Data:
     held_out = stream.eval
     if getattr(config, "eval_data_path", None) is not None:
         held_out = cache.store(file_source(config.eval_data_path, config, "eval_data_path"), notes)
-    return Data(stream, held_out, notes)
+    return Data(stream, held_out, notes, sources=unread_sources(files))
 
 
 def open_train(

@@ -18,6 +18,7 @@ from .stream_rows import StreamRows
 from .token_store import Progress
 
 _SPLIT_UNIT = 1 << 64
+UNREAD = "unread:"  # before what tells a version of a file, where other sources have the digest of the content
 STREAM_PIECE_BYTES = 16 << 20  # the order of a stream's rows follows from it
 
 
@@ -31,14 +32,20 @@ def is_streamed(paths: Paths | None, config: Any, key: str = "train_data_path") 
 
 def identity(files: list[Path], layout: str) -> str:
     """What tells a version of the files without reading them: name, size and time of each, or the tag that a service gives."""
-    parts = []
-    for path in files:
-        if hasattr(path, "version"):
-            parts.append([str(path), path.version()])
-        else:
-            stat = path.stat()
-            parts.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns])
+    parts = [[str(path) if hasattr(path, "version") else str(path.resolve()), *_version(path)] for path in files]
     return hashlib.sha256(json.dumps([layout, parts]).encode()).hexdigest()
+
+
+def _version(path: Path) -> list[Any]:
+    if hasattr(path, "version"):
+        return [path.version()]
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def unread_sources(files: list[Path]) -> dict[str, str]:
+    """The files of a stream by name, each with what tells its version without reading it; see `changed_sources`."""
+    return {str(path): UNREAD + hashlib.sha256(json.dumps(_version(path)).encode()).hexdigest() for path in files}
 
 
 def open_stream(

@@ -21,7 +21,7 @@ from .mixed import Mixture, Store, mixture_of
 from .order import ORDER_VERSION
 from .rows import RowOptions
 from .store import Cache, Data, Source, file_source, sample_source
-from .stream_open import is_streamed, notes_of
+from .stream_open import UNREAD, is_streamed, notes_of, unread_sources
 from .tally import Tally
 from .token_store import TokenStore
 
@@ -55,7 +55,7 @@ def task_names(config: Any) -> list[str]:
 
 
 def _open_task(name: str, config: Any, cache: Cache, notes: list[str]) -> tuple[Store, TokenStore | None, dict[str, str]]:
-    """What a task is trained on, what it is evaluated on, and its files (of a stream: none)."""
+    """What a task is trained on, what it is evaluated on, and its files as `Data.sources` has them."""
     mine: list[str] = []
     split, apart = float(config.eval_split), config.eval_data_path is not None
     train: Store
@@ -65,7 +65,8 @@ def _open_task(name: str, config: Any, cache: Cache, notes: list[str]) -> tuple[
         share = 0.0 if apart else split
         stream = cache.stream(config.task_data_paths[name], config, key, share)
         notes += [f"task {name}: {line}" for line in notes_of(stream, RowOptions.from_config(config), key, share)]
-        return stream, stream.eval, {}
+        files = expand(config.task_data_paths[name], key)
+        return stream, stream.eval, {f"{name}: {path}": version for path, version in unread_sources(files).items()}
     source = _source(name, config)
     apart = apart or (not config.task_data_paths and config.train_data_path is None)
     if apart or not split:
@@ -214,7 +215,12 @@ def changed_sources(then: dict[str, str], now: dict[str, str]) -> str:
         return ""
     lost = [f"{name} is gone" for name in then if name not in now]
     new = [f"{name} is new" for name in now if name not in then]
-    other = [f"{name} changed" for name, digest in then.items() if now.get(name, digest) != digest]
+    other = [f"{name} changed" for name, version in then.items() if _other(version, now.get(name, version))]
     found = other + lost + new
     more = f" and {len(found) - 8:,} more" if len(found) > 8 else ""
     return ", ".join(found[:8]) + more
+
+
+def _other(one: str, two: str) -> bool:
+    """Whether two versions of a file differ. That of a stream and the digest of a content cannot be compared."""
+    return one != two and one.startswith(UNREAD) == two.startswith(UNREAD)

@@ -160,3 +160,29 @@ def test_rs07_other_rules_are_not_told_as_changed_data():
     del older["data_rules"]  # as before rules were saved
     assert "version of Lumina" in why_other_rows(older, {"a": "1", "b": "2"})[0]
     assert why_other_rows({}, {"a": "1"}) == ("the training data changed since it was saved", "restore the data")
+
+
+@pytest.mark.parametrize("tasks", [False, True])
+def test_c034_the_changed_file_of_a_stream_is_named(write, mixed, tokenizer, tasks):
+    """One of two; a stream tells by size and time, for it does not read its files before it is counted."""
+    paths = {name: write(f"s/{name}.jsonl", records(name, 40)) for name in ("code", "chat")}
+    if tasks:
+        config = mixed(streaming_threshold_gb=0.0, task_data_paths={name: str(path) for name, path in paths.items()})
+    else:
+        config = mixed(streaming_threshold_gb=0.0, multi_task=False, train_data_path=str(paths["code"].parent))
+    then = open_data(config, tokenizer)
+    saved = {"data_sources": then.sources, "data_rules": data_rules()}
+    write("s/code.jsonl", records("more", 41))
+    now = open_data(config, tokenizer)
+    assert now.train.fingerprint != then.train.fingerprint
+    named = f"code: {paths['code']}" if tasks else str(paths["code"])
+    assert why_other_rows(saved, now.sources) == (
+        f"the training data changed since it was saved: {named} changed",
+        "restore the data",
+    )
+
+
+def test_c034_the_version_of_a_streamed_file_says_nothing_beside_a_digest():
+    """The same file may be streamed in one run and read whole in the next."""
+    assert changed_sources({"a": "unread:1"}, {"a": "2"}) == changed_sources({"a": "1"}, {"a": "unread:2"}) == ""
+    assert changed_sources({"a": "unread:1"}, {"a": "unread:2"}) == "a changed"
