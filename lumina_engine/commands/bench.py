@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "replies to random prompts by a model of random weights: tokens per second of prompt and of answer"
     _add_shape(add("generate", text), "and steps=5 (replies), warmup=1, prompt_tokens=128, new_tokens=64")
     text = (
-        "the loader beside the training step that it feeds, and opening a token store of 10 GB: tokens per second, time, memory"
+        "the loader beside the training step that it feeds, and mapping a token store of 10 GB: tokens per second, time, memory"
     )
     _add_shape(
         add("data", text), "and steps=6, warmup=2, rounds=6 (passes of the loader), loaded_tokens=4000000, opened_mb=10000"

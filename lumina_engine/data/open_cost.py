@@ -1,4 +1,7 @@
-"""What opening a token store costs: `python -m lumina_engine.data.open_cost PATH` prints one JSON object."""
+"""What mapping a token store costs: `python -m lumina_engine.data.open_cost PATH` prints one JSON object.
+
+Not what the start of a run costs: a run reads its sources and its stores whole before, to compare their digests.
+"""
 
 from __future__ import annotations
 

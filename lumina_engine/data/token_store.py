@@ -25,7 +25,7 @@ _REPORT_EVERY = 500
 
 
 class TokenStore:
-    """A store opened for reading. Opening maps the files and reads only `meta.json`."""
+    """A store opened for reading. Opening maps the files and reads only `meta.json`; `open_verified` reads all of it first."""
 
     def __init__(self, path: Path) -> None:
         """Raises `DataError` when the folder is no store of this format or a file has the wrong size."""
