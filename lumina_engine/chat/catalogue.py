@@ -70,7 +70,9 @@ def run_entries(run: Path) -> list[Entry]:
     checkpoints = run / "checkpoints"
     names = list_steps(checkpoints)
     best, latest = _pointer(checkpoints, "best"), names[0] if names else None
-    return [_entry(run.name, checkpoints / name, best == name, latest == name) for name in names]
+    entries = [_entry(run.name, checkpoints / name, best == name, latest == name) for name in names]
+    # a living run removes old ones meanwhile: what is not there is not damaged. No lease, since a server here may hold one
+    return [entry for entry in entries if entry.problem is None or entry.path.is_dir()]
 
 
 def _pointer(checkpoints: Path, name: str) -> str | None:

@@ -28,12 +28,16 @@ from .files import (
     sync_folder,
     write_file,
 )
-from .verify import LEASE, Report, read_manifest, step_of, verify
+from .verify import DAMAGE, LEASE, Report, read_manifest, step_of, verify
 
 POINTERS = ("latest", "best")
 MIN_KEEP = 2
 _STALE = (".tmp-", ".trash-", *(f"{name}.tmp-" for name in POINTERS))
 _FOREIGN_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".tar", ".zip", ".distcp")
+
+
+class GoneError(CheckpointError):
+    """There is no such checkpoint, or no longer: retention has removed it."""
 
 
 @dataclass(slots=True)
@@ -213,10 +217,13 @@ def leased(path: Path) -> Iterator[int]:
     descriptor of LEASE drops the process's lock.
 
     Raises:
-        CheckpointError: no such checkpoint, or retention removed it first.
+        GoneError: no such checkpoint, or retention removed it first.
+        CheckpointError: no folder, or one that this process may not open.
     """
     try:
         folder = open_folder(path)
+    except FileNotFoundError as error:
+        raise GoneError(f"{path}: no checkpoint there ({error.strerror})") from error
     except OSError as error:
         raise CheckpointError(f"{path}: no checkpoint there ({error.strerror})") from error
     lease = None
@@ -224,8 +231,9 @@ def leased(path: Path) -> Iterator[int]:
         try:
             lease = open_beneath(folder, LEASE, os.O_RDONLY)
             fcntl.lockf(lease, fcntl.LOCK_SH)
-        except FileNotFoundError:
-            lease = None  # verification reports the missing file
+        except OSError as error:
+            if lease is not None or error.errno not in DAMAGE:
+                raise  # verification reports a file that is missing or no file, and nothing else
         _require_same(path, folder)
         yield folder
     finally:
@@ -241,7 +249,7 @@ def _require_same(path: Path, folder: int) -> None:
     except FileNotFoundError:
         there = None
     if there is None or (there.st_dev, there.st_ino) != (mine.st_dev, mine.st_ino):
-        raise CheckpointError(f"{path} was removed by retention while it was being opened; take the newest one")
+        raise GoneError(f"{path} was removed by retention while it was being opened; take the newest one")
 
 
 def retain(

@@ -28,7 +28,7 @@ ALGORITHM = "sha256"
 MANIFEST, MANIFEST_DIGEST, LEASE = "MANIFEST.json", "MANIFEST.sha256", "LEASE"
 _STEP = re.compile(r"step-(\d{6,12})", re.ASCII)
 # what a broken disk or a half-done folder answers; any other error is about this process and says nothing about the files
-_DAMAGE = {
+DAMAGE = {
     errno.EIO,
     errno.ENOENT,
     errno.ENOTDIR,
@@ -161,7 +161,7 @@ def require(report: Report) -> Report:
 
 
 def _damage(file: str, error: OSError) -> Problem:
-    if error.errno not in _DAMAGE:
+    if error.errno not in DAMAGE:
         raise error
     return Problem(file, "missing" if error.errno == errno.ENOENT else error.strerror or str(error))
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,10 +97,7 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from ..checkpoint.commit import verify
-
-    paths = _targets(args.target)
-    reports = [verify(path, full=not args.quick) for path in paths]
+    reports = [report for report, _ in _reports(args.target, full=not args.quick)]
     rows = [_row(report, args.quick) for report in reports]
     if args.json:
         print_json(rows)
@@ -109,19 +108,13 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from ..checkpoint.commit import verify
-
-    paths = _targets(args.target)
     reports = []
     rows = []
-    for path in paths:
-        begin = time.monotonic()
-        report = verify(path, every=True)
-        seconds = time.monotonic() - begin
+    for report, seconds in _reports(args.target, every=True):
         reports.append(report)
         problems = [{"file": item.file, "reason": item.reason, "tensors": list(item.tensors)} for item in report.problems]
         rows.append(
-            {**_row(report, False), "path": str(path), "seconds": seconds, "problems": problems, "strays": report.strays}
+            {**_row(report, False), "path": str(report.path), "seconds": seconds, "problems": problems, "strays": report.strays}
         )
         if not args.json:
             verdict = "ok" if report.ok else "DAMAGED"
@@ -131,6 +124,33 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         print_json(rows)
     return 0 if all(report.ok for report in reports) else 1
+
+
+def _reports(target: str, *, full: bool = True, every: bool = False) -> Iterator[tuple[Report, float]]:
+    """The report of each checkpoint that the text stands for, newest first, and the seconds it took; see `verify`.
+
+    Each is read under its lease. A living run goes on saving: what it has removed since the names were listed is told on
+    stderr and left out.
+
+    Raises:
+        UserError: nothing there (exit code 2).
+    """
+    from ..checkpoint.commit import leased, verify
+    from ..checkpoint.keep import GoneError
+
+    found = 0
+    for path in _targets(target):
+        begin = time.monotonic()
+        try:
+            with leased(path):
+                report = verify(path, full, every=every)
+        except GoneError:
+            print(safe(f"{path.name} is left out: its run has removed it meanwhile"), file=sys.stderr)
+            continue
+        found += 1
+        yield report, time.monotonic() - begin
+    if not found:
+        raise UserError(f"{target}: its run has removed it meanwhile; ask again, or for the newest one")
 
 
 def _print_problems(reports: list[Report]) -> None:

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 from rich.cells import cell_len
 
+from lumina_engine.chat import catalogue
 from lumina_engine.chat.catalogue import list_entries
 from lumina_engine.chat.client import probe, socket_path
 from lumina_engine.chat.modes import ChatError
+from lumina_engine.checkpoint.verify import Report
 from lumina_tui.chatting import Lost, Phase, start_server
 from lumina_tui.widgets.chat_transcript import Item, Transcript
 from lumina_tui.wrapping import wrap
@@ -386,6 +388,18 @@ def test_the_list_is_best_first_over_all_runs(runs: Path) -> None:
     names = [entry.reference for entry in list_entries(runs)]
     assert names == ["winter@step-000010", "autumn@step-000200", "autumn@step-000100"]
     assert list_entries(runs / "nothing") == []
+
+
+def test_what_its_run_removes_while_it_is_listed_is_left_out(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = catalogue.read_manifest
+
+    def read(path: Path) -> Report:
+        if path.name == "step-000100":
+            path.rename(path.with_name(".trash-step-000100-1"))
+        return real(path)
+
+    monkeypatch.setattr(catalogue, "read_manifest", read)
+    assert [entry.reference for entry in list_entries(runs)] == ["autumn@step-000200"]
 
 
 async def test_the_starter_gives_the_engines_own_words(tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from lumina_engine.checkpoint import keep
+from lumina_engine.checkpoint import verify as verify_module
+from lumina_engine.checkpoint.manager import CheckpointManager
 from lumina_engine.cli import main
-from tests.checkpoint.helpers import manager, payload
+from tests.checkpoint.helpers import in_child, manager, names_in, payload, saved
 
 ROW = {"name", "step", "bytes", "verified", "best", "suspect", "created"}
 
@@ -82,6 +85,57 @@ def test_usage_errors_are_one_line(runs: Path, capsys: pytest.CaptureFixture[str
     assert main(["checkpoint", *argv]) == 2
     error = capsys.readouterr().err
     assert words in error and "Traceback" not in error and error.splitlines()[-1].startswith("lumina-engine: ")
+
+
+def save_two_more(made: CheckpointManager) -> None:
+    for step in (3, 4):
+        made.save(payload(step))
+
+
+@pytest.mark.parametrize("action", [["list"], ["list", "--quick"], ["verify"]])
+def test_ck15_a_run_that_goes_on_saving_has_no_damaged_checkpoints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, action: list[str]
+) -> None:
+    """While the newest is read the run commits two more and keeps two: what is read stays, the older one is left out."""
+    made = saved(tmp_path / "run", 1, 2)
+    real, calls = verify_module._size_of, [0]
+
+    def size(folder: int, relpath: str) -> int:
+        calls[0] += 1
+        if calls[0] == 1:
+            assert in_child(lambda: save_two_more(made)) == 0
+        return real(folder, relpath)
+
+    monkeypatch.setattr(verify_module, "_size_of", size)
+    assert main(["checkpoint", *action, str(tmp_path / "run"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [row["name"] for row in json.loads(out)] == ["step-000002"]
+    assert err == "step-000001 is left out: its run has removed it meanwhile\n"
+    assert names_in(tmp_path / "run" / "checkpoints") == ["latest", "step-000002", "step-000003", "step-000004"]
+
+
+def test_ck15_a_checkpoint_named_that_retention_removes_first_is_no_damage(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = saved(tmp_path / "run", 1, 2)
+    real = keep.open_beneath
+
+    def opened(folder: int, relpath: str, flags: int) -> int:
+        if relpath == "LEASE" and flags == os.O_RDONLY:
+            assert in_child(lambda: save_two_more(made)) == 0
+        return real(folder, relpath, flags)
+
+    monkeypatch.setattr(keep, "open_beneath", opened)
+    assert main(["checkpoint", "verify", str(tmp_path / "run" / "checkpoints" / "step-000002")]) == 2
+    assert "its run has removed it meanwhile" in capsys.readouterr().err
+
+
+def test_c086_a_lease_that_is_no_file_is_damage(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lease = runs / "mine" / "checkpoints" / "step-000002" / "LEASE"
+    lease.unlink()
+    lease.symlink_to("elsewhere")
+    assert main(["checkpoint", "verify", "mine@best"]) == 1
+    assert "step-000002: LEASE: " in capsys.readouterr().out
 
 
 def test_list_and_verify_need_no_torch(runs: Path) -> None:
