@@ -194,7 +194,7 @@ def _copy(checkpoint: Path, folder: Path, step: int) -> None:
 
 def _copy_file(folder: int, entry: FileEntry, staging: Staging) -> FileEntry:
     with opened(folder, entry.path) as (fd, _):
-        copy = staging.write(entry.path, read_pieces(fd), entry.size)
+        copy = staging.write(entry.path, read_pieces(fd), entry.size, entry.chunk_bytes)
     if copy != entry:
         raise CheckpointError(f"{entry.path} of step {staging.step} is not what was written, so it was not copied")
     return copy

@@ -106,11 +106,11 @@ class Staging:
     def path(self) -> Path:
         return self.checkpoints / self.name
 
-    def write(self, relpath: str, pieces: Iterable[Any], size: int | None = None) -> FileEntry:
+    def write(self, relpath: str, pieces: Iterable[Any], size: int | None = None, chunk_bytes: int | None = None) -> FileEntry:
         """Write and fsync one new file; see `files.write_file`. After a failure the staging can only be dropped."""
         folder = open_folder(self.path)
         try:
-            return write_file(folder, relpath, pieces, size)
+            return write_file(folder, relpath, pieces, size, chunk_bytes)
         finally:
             os.close(folder)
 

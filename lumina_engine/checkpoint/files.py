@@ -151,13 +151,17 @@ def sync_folder(path: str | Path, dir_fd: int | None = None) -> None:
         os.close(fd)
 
 
-def write_file(folder: int, relpath: str, pieces: Iterable[Any], size: int | None = None) -> FileEntry:
+def write_file(
+    folder: int, relpath: str, pieces: Iterable[Any], size: int | None = None, chunk_bytes: int | None = None
+) -> FileEntry:
     """Create a new file of mode 0600 below the folder, hash and write the pieces, fsync it.
 
     Args:
         folder: descriptor of the folder that `relpath` starts from; sub-folders must exist.
         pieces: contiguous buffers (bytes, memoryview, arrays); each is hashed and written before the next one is asked for.
         size: bytes to come, if known: large files get their blocks reserved first.
+        chunk_bytes: bytes of a digest; left out, the size decides. A copy has those of what is copied, which may have been
+            written without its size being known.
 
     Raises:
         OSError: cannot create (also: exists), no space, failed fsync. The file must then be given up, never synced again.
@@ -168,7 +172,8 @@ def write_file(folder: int, relpath: str, pieces: Iterable[Any], size: int | Non
         os.fchmod(fd, FILE_MODE)
         if size is not None and size >= RESERVE_FROM:
             _reserve(fd, size)
-        chunk_bytes = LARGE_CHUNK_BYTES if size is not None and size >= LARGE_FILE else CHUNK_BYTES
+        if chunk_bytes is None:
+            chunk_bytes = LARGE_CHUNK_BYTES if size is not None and size >= LARGE_FILE else CHUNK_BYTES
         written, digests, sha, room = 0, [], hashlib.sha256(), chunk_bytes
         for piece in pieces:
             view = memoryview(piece).cast("B")

@@ -17,7 +17,7 @@ import torch
 import zstandard
 from safetensors.torch import load_file
 
-from lumina_engine.checkpoint import backup, consolidate, keep, saving
+from lumina_engine.checkpoint import backup, consolidate, files, keep, saving
 from lumina_engine.checkpoint.commit import CheckpointError, list_steps, pointer, verify
 from lumina_engine.checkpoint.compress import read_compressed
 from lumina_engine.checkpoint.manager import (
@@ -330,6 +330,20 @@ def test_c083_a_backup_that_fails_costs_nothing_but_a_note(tmp_path: Path, monke
     made.close()
     (note,) = made.take_notes()
     assert note.startswith("step-000003 was not backed up: ") and made.take_notes() == []
+
+
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_c083_a_large_file_is_copied_whether_its_size_was_known_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
+) -> None:
+    """A compressed file is written before its size is known, so its digests are over small chunks however large it gets."""
+    monkeypatch.setattr(files, "LARGE_FILE", 100)
+    made = manager(tmp_path, backup_every_n_hours=1e-9, checkpoint_compression=compression)
+    made.save(payload(1))
+    made.close()
+    assert made.take_notes() == [] and same(made.load(tmp_path / "backups" / "step-000001"), payload(1))
+    (state,) = [f for f in verify(tmp_path / "backups" / "step-000001").files if "rank-00000.safetensors" in f.path]
+    assert state.size >= 100 and state.chunk_bytes == (files.LARGE_CHUNK_BYTES if compression == "none" else files.CHUNK_BYTES)
 
 
 def test_c083_runs_of_one_name_keep_their_own_backups(tmp_path: Path) -> None:
