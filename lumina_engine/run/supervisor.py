@@ -391,6 +391,10 @@ class Supervisor:
         words = {name: getattr(alert, name) for name in ("severity", "code", "message", "recommendation", "step")}
         return self.ranks.tell(Command(uuid.uuid4().hex, "alert", words))
 
+    def _stepped(self) -> bool:
+        """Whether a rank has finished a step since this start; what it reports of its data counts documents."""
+        return any(state.steps for state in self.ranks.ranks.values())
+
     def _press(self, now: float) -> None:
         """Somebody wants the run to end: make sure that it does."""
         if self.intent == "preempt":
@@ -398,7 +402,9 @@ class Supervisor:
                 self._kill(f"the run did not leave within {self.settings.preempt_grace_s:g} s")
         elif self.intent is not None:
             states = [state for state in self.ranks.ranks.values() if state.connected]
-            moved = max([self.intent_at, self.grown_at, *(state.at for state in states)])
+            # before the first step nothing can be lost and no command is heard: that the data come on puts no end off
+            signs = [self.grown_at, *(state.at for state in states)] if self._stepped() else []
+            moved = max([self.intent_at, *signs])
             slow = any(state.section in SLOW_SECTIONS for state in states)
             limit = SLOW_TIME if slow else self.settings.preempt_grace_s
             if self.kill_at is None and now - moved > limit:
@@ -434,7 +440,7 @@ class Supervisor:
                 self.intent,
                 self.pressed,
                 self.killed,
-                stepped=any(item.step for item in self.ranks.ranks.values()),
+                stepped=self._stepped(),
                 kernel_killed=oom_kills() > self.oom_kills,
                 log_tail=lambda: output.end_of(self.run.log_path),
             )

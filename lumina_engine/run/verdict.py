@@ -20,7 +20,7 @@ class Ended:
         failure: the rank that did not end well first. hang: the one that was ended for standing still.
         intent: stop, interrupt or preempt, if somebody wanted the run to end.
         pressed, killed: TERM or KILL was sent to it.
-        stepped: a rank had told a step.
+        stepped: a rank had finished a step.
         kernel_killed: the kernel has ended a process for want of memory since it began.
         log_tail: gives the end of engine.log.
     """

@@ -2,11 +2,12 @@
 
 Keys: steps, pace (s per step), crash (incarnation -> how), crash_after (steps), crash_early (before it says that it runs),
 diverge (from this step on), checkpoint_every, unverified (checkpoints), grandchild, flood, close_output, code, deaf, deaf_in
-(incarnation). It is run by path, not as a module.
+(incarnation), tokenises (for ever: its data are never ready). It is run by path, not as a module.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -77,6 +78,13 @@ class Worker:
             self.log.emit(rec.Run(state="paused" if self.paused else "running", id=command.id))
         return None
 
+    def tokenise(self) -> None:
+        """Report one document after the other; a signal ends it, as long as the trainer has not taken the signals over."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for documents in itertools.count(1):
+            self.channel.report(documents, "data")
+            self.wait(0.002)
+
     def main(self) -> int:
         plan = self.plan
         steps = plan.get("steps", 1_000_000)
@@ -88,6 +96,8 @@ class Worker:
         if plan.get("crash_early") and how is not None:
             self.channel.report(0, "data")
             die(how)
+        if plan.get("tokenises"):
+            self.tokenise()
         if os.environ.get("LUMINA_RESUME"):
             kept = sorted(self.folder.glob("checkpoints/step-*"))
             start = int(kept[-1].name[5:]) if kept else 0

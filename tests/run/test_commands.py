@@ -144,6 +144,16 @@ def test_a_stop_that_a_starting_worker_never_hears_ends_it_all_the_same(runs: Ru
     assert (run.info().state, run.info().reason) == ("finished", "stopped before its first step")
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_ps15_a_stop_ends_a_worker_that_goes_on_tokenising(runs: Runs, resume: bool) -> None:
+    """Its reports say that it moves, and it hears no command before its first step: only the grace ends it."""
+    run = runs.start(runs.make(tokenises=True), resume=resume, preempt_grace_s=0.2)
+    until(lambda: [rank for rank in ranks_of(run) if rank["step"]], "a document")
+    assert send_command(run, "stop")["ok"]
+    assert launch.wait(run, 20) == 0
+    assert (run.info().state, run.info().reason) == ("finished", "stopped before its first step")
+
+
 def test_commands_before_the_worker_listens_are_kept(runs: Runs) -> None:
     run = runs.start(runs.make())
     assert send_command(run, "stop")["ok"]
