@@ -136,6 +136,7 @@ class Backups:
     ) -> None:
         self.config, self.checkpoints, self.folder = config, checkpoints, folder
         self._clock, self._started, self._tell, self._rewinds = clock, started, tell, rewinds
+        self.held = False  # no copy is started any more
         self._known: set[str] = set()
         self._thread: threading.Thread | None = None
         self._name = ""
@@ -152,7 +153,7 @@ class Backups:
         saves would take the copy for a hang, and the other ranks would wait for it.
         """
         hours = self.config.backup_every_n_hours
-        if not hours or self.copying is not None:
+        if not hours or self.held or self.copying is not None:
             return
         last = newest_backup(self.folder)
         if self._clock() - (self._started() if last is None else last) < hours * 3600:

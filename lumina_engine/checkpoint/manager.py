@@ -135,6 +135,10 @@ class CheckpointManager:
         """Whether a copy to the backups is under way in this process, for which `close` waits."""
         return self._saver.backups.copying is not None
 
+    def hold_backups(self) -> None:
+        """Start no copy to the backups from here on: the process is about to leave. One under way goes on until it does."""
+        self._saver.backups.held = True
+
     def close(self) -> list[SaveResult]:
         """Finish the save and the backup in flight and return what `poll` has not. The manager holds nothing else open."""
         results = self.wait()

@@ -221,6 +221,8 @@ class Boundary:
         trainer, step = self.trainer, self.trainer.progress.step
         if stop.state != "failed":
             trainer.emit(rec.Run(state="stopping", reason=stop.reason))
+        if stop.state == "preempted" and trainer.manager is not None:
+            trainer.manager.hold_backups()
         if stop.save and step:
             trainer.settle()  # one that is on its way may fail, and then this step has none
             if trainer.saves.newest != step:

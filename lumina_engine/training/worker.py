@@ -32,7 +32,7 @@ from ..monitoring.growth import GrowthWatch
 from ..monitoring.hardware import HardwareThread
 from ..monitoring.log import MetricLog, read_records
 from ..run.directory import RunDirectory
-from ..run.policy import AGAIN, NO_PROGRESS, OUT_OF_MEMORY, REFUSED, USAGE
+from ..run.policy import AGAIN, NO_PROGRESS, OUT_OF_MEMORY, PREEMPTED, REFUSED, USAGE
 from ..run.rank import NullChannel, RankChannel
 from ..run.sections import BACKUP
 from ..secrets import ScrubbedStream, Scrubber
@@ -148,14 +148,22 @@ class Worker:
         finally:
             if hardware is not None:
                 hardware.stop()
-        self._close()
+        self._close(preempted=summary["exit_code"] == PREEMPTED)
         return summary
 
-    def _close(self) -> None:
-        """Wait for the save and the backup in flight; a backup in a section of its own: no other tells how long it takes."""
-        if self.manager.backing_up:
-            self.channel.report(self.trainer.progress.step, BACKUP)
-        self.manager.close()
+    def _close(self, preempted: bool = False) -> None:
+        """Wait for the save and the backup in flight; a backup in a section of its own: no other tells how long it takes.
+
+        A rank that is preempted has no time for a slow disk: it leaves a copy half-done, and the next start removes it.
+        """
+        if preempted:
+            self.manager.wait()
+            if self.manager.backing_up:
+                self.emit(rec.Note(message="a backup was being copied: it is given up, since the run is preempted"))
+        else:
+            if self.manager.backing_up:
+                self.channel.report(self.trainer.progress.step, BACKUP)
+            self.manager.close()
         for note in self.manager.take_notes():  # of a backup that failed after the last step
             self.emit(rec.Alert(severity="warning", code="checkpoint_note", message=note))
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from lumina_engine.checkpoint import backup
 from lumina_engine.data import batch
 from lumina_engine.run.rank import Command, NullChannel
 
@@ -35,7 +36,8 @@ class Fault:
     Attributes:
         how: raise, say_environment, exit, abort, segfault, kill, oom, sleep, deadlock, hold_gil, stop, slow, nan_loss,
             nan_gradient, signal, loader (the threads that make rows fail from now on), restore (putting an optimizer's state
-            back fails from now on, behind the weights).
+            back fails from now on, behind the weights), backup (copies to the backups never end from now on, and the first one
+            has the run preempted).
         step: the reported step; None fits every step.
         section: data, forward, backward, step, save, eval, …; None fits every section.
         rank: global rank; None fits every rank.
@@ -199,6 +201,14 @@ def _restore(fault: Fault, channel: FaultyChannel) -> None:
     channel.worker.trainer.engine.load_state = broken
 
 
+def _backup(fault: Fault, channel: FaultyChannel) -> None:
+    def endless(*_: Any) -> Any:
+        os.kill(int(os.environ["LUMINA_SUPERVISOR"]), signal.SIGTERM)
+        threading.Event().wait()
+
+    backup._copy_file = endless
+
+
 def _poison(fault: Fault) -> float:
     return float("nan") if fault.value is None else fault.value
 
@@ -239,6 +249,7 @@ _STRIKES: dict[str, Callable[[Fault, FaultyChannel], None]] = {
     "signal": _signal,
     "loader": _loader,
     "restore": _restore,
+    "backup": _backup,
     "nan_loss": _nan_loss,
     "nan_gradient": _nan_gradient,
 }

@@ -166,6 +166,21 @@ def test_ps07_a_killed_supervisor_takes_a_real_rank_along_and_the_restart_is_exa
     assert whole(run) == unbroken
 
 
+def test_ft01_a_preemption_does_not_wait_for_a_backup_on_a_slow_disk(tiny_runs: TinyRuns) -> None:
+    """It comes while the first file is copied, and that never ends: the rank leaves all the same, with its checkpoint."""
+    faults = [Fault("backup", 1, "forward"), Fault("slow", None, "data", value=0.02, times=None)]
+    run = tiny_runs.running(faults=faults, **LONG, async_save=False, backup_every_n_hours=1e-9)
+    assert wait(run, 120) == 75, run.log_path.read_text()[-2000:]
+    at = max(steps(run))
+    assert (run.info().reason, run.newest_step()) == (f"preempted at step {at}", at)
+    assert any("it is given up" in r.message for r in read_records(run.metrics_path) if isinstance(r, rec.Note))
+    assert [path.name.startswith(".tmp-step-000004-") for path in run.backups.iterdir()] == [True]
+    start(run, **RESUME)
+    assert wait(run, 120) == 0, run.log_path.read_text()[-2000:]
+    left = [path.name for path in run.backups.iterdir()]
+    assert left and all(name.startswith("step-") and verify(run.backups / name).ok for name in left)
+
+
 def test_ps14_a_stop_in_a_save_lets_it_finish(tiny_runs: TinyRuns, fault_random: random.Random) -> None:
     at = 4 * fault_random.randint(1, 5)
     run = tiny_runs.running(faults=[Fault("slow", at, "save", value=1.0)], **ENDLESS, eval_interval=0)
