@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,8 @@ def own_tensors(loaded: Loaded) -> dict[str, Tensor]:
 def consolidate(reference: str | os.PathLike[str], out: str | os.PathLike[str]) -> dict[str, Any]:
     """Commit the checkpoint as one of one rank in the new folder `out`: `out/step-N`.
 
-    Random state and routing statistics are those of rank 0. Only one parameter at a time is in memory.
+    Random state and routing statistics are those of rank 0. Only one parameter at a time is in memory. The manifest has an id
+    of its own in the place of the run's, under which the ledger knows it wherever it is moved, and names what it was made of.
 
     Returns:
         path, step, ranks (that had saved), bytes.
@@ -93,11 +95,13 @@ def consolidate(reference: str | os.PathLike[str], out: str | os.PathLike[str]) 
     plan = [file for file in plan_files(loaded, 0, 1, loaded.config, copy=False) if file.path != tensors]
     plan.append(PlannedFile(tensors, *tensor_file(state)))
     layout = {**(report.manifest.get("layout") or {}), "data_parallel": 1, "expert_parallel": 1}
+    own = secrets.token_hex(6)
     staging = Staging(target, loaded.step, sum(file.size for file in plan))
     try:
         entries = write_files(plan, staging.write)
-        manifest = {**report.manifest, "world": 1, "layout": layout}
-        path = commit(staging, entries, manifest, lambda digest: ledger.record(str(target.parent), loaded.step, digest))
+        made_of = {"run": report.manifest.get("run"), "digest": report.digest}
+        manifest = {**report.manifest, "run": own, "consolidated_from": made_of, "world": 1, "layout": layout}
+        path = commit(staging, entries, manifest, lambda digest: ledger.record(own, loaded.step, digest))
         done = require(verify(path))
     except BaseException:
         staging.drop()

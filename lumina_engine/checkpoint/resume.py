@@ -13,13 +13,15 @@ from .keep import list_steps
 from .saving import config_dict
 from .verify import Report, step_name, verify
 
+_COMMITTED = ("checkpoints", "emergency", "backups")  # folders of a run that hold what it committed
+
 
 def check_ledger(report: Report, run: str | None = None) -> list[str]:
     """Compare the manifest's digest with what this user's runs have recorded.
 
     Args:
         run: id of the run whose folder the checkpoint lies in; read from there when left out. The manifest names a run too, but
-            whoever replaced the checkpoint wrote that name.
+            whoever replaced the checkpoint wrote that name: it counts only where no run commits anything, as of a copy.
 
     Returns:
         notes for the user.
@@ -29,8 +31,9 @@ def check_ledger(report: Report, run: str | None = None) -> list[str]:
     """
     named, step = str(report.manifest.get("run")), report.manifest["step"]
     owner = run if run is not None else run_id_of(report.path.parent.parent)
+    in_place = run is not None or report.path.parent.name in _COMMITTED
     known = ledger.recorded(owner, step)
-    if not known:
+    if not known or not (in_place or report.digest in known):
         owner, known = named, ledger.recorded(named, step)
     if not known:
         return [f"{report.path.name} of run {named} was not committed by this user on this machine; its digests are right"]

@@ -34,7 +34,7 @@ from lumina_engine.checkpoint.header import parse_header
 from lumina_engine.checkpoint.manager import load_model
 from lumina_engine.checkpoint.payload import rank_files
 from lumina_engine.checkpoint.tensors import read_tensors
-from tests.checkpoint.helpers import manager, names_in, payload, same, saved
+from tests.checkpoint.helpers import manager, names_in, payload, rewrite_manifest, same, saved
 
 
 def files_of(checkpoint: Path) -> list[Path]:
@@ -259,13 +259,6 @@ def test_ck12_the_latest_pointer_is_never_needed(tmp_path: Path, pointer: str | 
     if pointer is not None:
         (folder / "latest").write_bytes(pointer.encode("latin-1"))
     assert manager(tmp_path).recover() == folder / "step-000001"
-
-
-def rewrite_manifest(checkpoint: Path, **changes: object) -> None:
-    manifest = {**json.loads((checkpoint / "MANIFEST.json").read_text()), **changes}
-    body = json.dumps(manifest).encode()
-    (checkpoint / "MANIFEST.json").write_bytes(body)
-    (checkpoint / "MANIFEST.sha256").write_text(f"{hashlib.sha256(body).hexdigest()}  MANIFEST.json\n")
 
 
 def replace_entry(checkpoint: Path, name: str, data: bytes) -> None:

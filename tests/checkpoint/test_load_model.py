@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from lumina_engine.checkpoint.commit import CheckpointError, verify
+from lumina_engine.checkpoint.consolidate import consolidate
 from lumina_engine.checkpoint.manager import CheckpointManager, Payload, load_model
+from lumina_engine.checkpoint.resume import check_ledger
 from lumina_engine.config.schema import Config, DeepSeekConfig
 from lumina_engine.data.tokenizer import ConversationTokenizer
 from lumina_engine.model.transformer import DeepSeekTransformer
+from tests.checkpoint.helpers import rewrite_manifest
 
 SHAPE = {
     "vocab_size": 1024,
@@ -184,3 +187,25 @@ def test_ck15_a_chat_that_is_loading_holds_retention_off(tmp_path: Path) -> None
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     made.save(payload_of(model_of(), step=16))
     assert not path.exists()
+
+
+@pytest.mark.parametrize("place", ["elsewhere/joined", "run/joined"])
+@pytest.mark.parametrize("moved", [False, True])
+def test_c081_a_consolidated_checkpoint_is_known_wherever_it_lies(tmp_path: Path, place: str, moved: bool) -> None:
+    """It is no longer what the run committed at that step, but this user made it; replaced, it is refused as any other."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "run.json").write_text(json.dumps({"id": "0123456789ab"}))
+    source = commit(tmp_path / "run", payload_of(model_of()))
+    out = tmp_path / ("made" if moved else place)
+    made = Path(consolidate(source, out)["path"])
+    if moved:
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        out.rename(tmp_path / place)
+        made = tmp_path / place / made.name
+    report = verify(made)
+    assert report.manifest["run"] != "0123456789ab"
+    assert report.manifest["consolidated_from"] == {"run": "0123456789ab", "digest": verify(source).digest}
+    assert check_ledger(report) == [] and load_model(made)[2]["step"] == 12
+    rewrite_manifest(made, tokens=1)
+    with pytest.raises(CheckpointError, match="was replaced after"):
+        load_model(made)
