@@ -243,7 +243,7 @@ class CheckpointKeys(Section):
         None, "Folder of backups; null is backups/ in the run.", pattern=r".+", form="a path", resume=True, read_by=_MANAGER
     )
     enable_emergency_save: bool = key(
-        True, "Save once more when the training fails at a safe point.", resume=True, read_by=_WORKER
+        True, "Save the last finished step when a run of one rank fails in the next.", resume=True, read_by=_WORKER
     )
 
 

@@ -63,6 +63,10 @@ class RoutingWindow:
         names = ("counts", "dropped", "top_score", "tokens")
         return {f"routing.{name}": part for name, part in zip(names, self._sums(), strict=True)}
 
+    def copy(self) -> dict[str, torch.Tensor]:
+        """The state as it is, for `load_state_tensors` to put back."""
+        return {name: part.clone() for name, part in self.state_tensors().items()}
+
     def load_state_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
         for name, part in self.state_tensors().items():
             if name in tensors:

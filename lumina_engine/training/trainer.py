@@ -124,6 +124,7 @@ class EnhancedConversationTrainer:
         self.last_loss = math.nan
         self.at_boundary = True  # weights, progress and random state belong to the same step
         self.step_rng: dict[str, torch.Tensor] | None = None  # random state before a step that has changed no weight yet
+        self.step_routing: dict[str, torch.Tensor] = {}  # and the routing statistics then
         self.bytes_V: torch.Tensor | None = None
         self.saves = Saves(manager, self.emit, self._payload)
         self.boundary = Boundary(self)
@@ -249,6 +250,7 @@ class EnhancedConversationTrainer:
             self.section(WINDOW if loader.waits() else "data", self.progress.step + 1)
             self.at_boundary = False
             self.step_rng = torch_rng()
+            self.step_routing = self.window.copy() if self.window is not None else {}
             batches = next(steps)
             self.repeats.take(batches, self.progress.epoch, self.progress.step + 1)
             micro_batches = [batch.to(self.comm.device) for batch in batches]
@@ -368,6 +370,8 @@ class EnhancedConversationTrainer:
         for parameter in self.model.parameters():
             parameter.grad = None
         restore_torch_rng(self.step_rng)
+        if self.window is not None:
+            self.window.load_state_tensors(self.step_routing)
         self.at_boundary = True
         return True
 

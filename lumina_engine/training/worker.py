@@ -338,7 +338,7 @@ class Worker:
         if code is None:
             print_error(error)  # engine.log
             sys.stderr.flush()
-            self._emergency_save(error)
+            self._emergency_save()
         reason = str(error) if code is not None else f"{type(error).__name__}: {error}"
         if code is None:  # the supervisor records the crash, and decides about a restart
             if self.log is not None:
@@ -362,8 +362,7 @@ class Worker:
         reason = f"out of memory with micro batches of {config.batch_size} rows: {words}"
         traceback.clear_frames(error.__traceback__)  # they hold the activations of the step
         gc.collect()
-        if self.trainer is not None and self.trainer.comm.world_size == 1 and self.trainer.back_to_boundary():
-            self._emergency_save(error)
+        self._emergency_save()
         if smaller(config) is None:
             from .settle import no_room
 
@@ -373,11 +372,14 @@ class Worker:
         self.channel.leave(OUT_OF_MEMORY, reason)
         return OUT_OF_MEMORY
 
-    def _emergency_save(self, error: Exception) -> None:
-        """Beside the checkpoints, never in place of one. Needs no other rank, since the others may be gone."""
+    def _emergency_save(self) -> None:
+        """Save the last boundary beside the checkpoints, never in place of one; a step that has changed no weight is undone.
+
+        Of one rank only: the others may be gone, or at another step.
+        """
         trainer = self.trainer
-        usable = trainer is not None and trainer.schedule is not None and trainer.progress.step > 0 and trainer.at_boundary
-        if not (usable and self.config.enable_emergency_save and trainer.comm.world_size == 1):
+        usable = trainer is not None and trainer.schedule is not None and trainer.progress.step > 0
+        if not (usable and self.config.enable_emergency_save and trainer.comm.world_size == 1 and trainer.back_to_boundary()):
             return
         from .state import payload
 

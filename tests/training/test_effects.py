@@ -170,7 +170,7 @@ ELSEWHERE = {
     "alert_command": "run/test_run_health.py::test_c093_the_user_s_command_is_told_of_alerts",
     "trackers": "run/test_tracking.py::test_c149_a_run_feeds_the_trackers_of_its_configuration",
     "async_save": "checkpoint/test_faults.py::test_ck16_async_save_false_blocks",
-    "enable_emergency_save": "checkpoint/test_manager.py::test_c084_emergency_save_of_plain_objects_can_be_switched_off",
+    "enable_emergency_save": "faults/test_emergency.py::test_c084_ft09_an_error_in_a_step_saves_the_one_before_it",
     "max_nonfinite_in_row": "training/test_precision.py::test_forced_overflows_walk_the_ladder_in_place",
     "max_rollbacks": "faults/test_ft_guard.py::test_ft05_endless_nan_ends_with_93_after_the_limit",
     "spike_sigma": "training/test_guard.py::test_ft06_a_value_beyond_the_bound_is_refused_and_one_inside_is_not",
