@@ -458,21 +458,19 @@ def test_ps13_lines_that_are_no_requests_are_answered_and_counted(running: Runni
     client.close()
 
 
-def test_ps13_mutated_lines_never_end_the_server(running: Running, path: Path) -> None:
-    rng = random.Random(5)
-    print("seed 5")
+def test_ps13_mutated_lines_never_end_the_server(running: Running, path: Path, fault_random: random.Random) -> None:
     good = HELLO + request("1", "some text") + b'{"op":"cancel","id":"1"}\n'
     for _ in range(60):
         data = bytearray(good)
-        for _ in range(rng.randrange(1, 6)):
-            place = rng.randrange(len(data))
-            action = rng.randrange(3)
+        for _ in range(fault_random.randrange(1, 6)):
+            place = fault_random.randrange(len(data))
+            action = fault_random.randrange(3)
             if action == 0:
-                data[place] = rng.randrange(256)
+                data[place] = fault_random.randrange(256)
             elif action == 1:
-                del data[place : place + rng.randrange(1, 20)]
+                del data[place : place + fault_random.randrange(1, 20)]
             else:
-                data[place:place] = bytes(rng.randrange(256) for _ in range(rng.randrange(1, 20)))
+                data[place:place] = bytes(fault_random.randrange(256) for _ in range(fault_random.randrange(1, 20)))
         client = Raw(path, hello=False)
         try:
             client.send(bytes(data))

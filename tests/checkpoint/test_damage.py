@@ -47,15 +47,14 @@ def flip(path: Path, bit: int) -> None:
     path.write_bytes(data)
 
 
-def test_ck09_every_flipped_bit_is_found_and_its_file_named(tmp_path: Path) -> None:
+def test_ck09_every_flipped_bit_is_found_and_its_file_named(tmp_path: Path, fault_random: random.Random) -> None:
     saved(tmp_path, 1)
     checkpoint = tmp_path / "checkpoints" / "step-000001"
-    choose = random.Random(9)
     files = [path for path in files_of(checkpoint) if path.stat().st_size]
     assert {path.name for path in files} >= {"MANIFEST.json", "MANIFEST.sha256", "model.safetensors", "rank-00000.safetensors"}
     for number in range(200):
         path = files[number % len(files)]
-        bit = choose.randrange(path.stat().st_size * 8)
+        bit = fault_random.randrange(path.stat().st_size * 8)
         flip(path, bit)
         report = verify(checkpoint)
         assert not report.ok, (path, bit)

@@ -144,12 +144,18 @@ def table(kept: dict[str, dict[str, Any]]) -> str:
     lines = ["", f"{len(rows)} rows: {totals}.", ""]
     lines += ["| id | tier | fault | criterion | tests | last result | figures |", "|---|---|---|---|---|---|---|"]
     for id, row in rows.items():
-        cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in _cells(kept.get(id))]
+        cells = [cell.replace("|", "\\|").replace("\n", " ") for cell in _cells(kept.get(id), row.bounds)]
         lines.append(f"| {id} | {row.tier} | {row.fault} | {row.criterion} | {' | '.join(cells)} |")
     return "\n".join([*lines, "", "Tiers: " + ", ".join(f"{name} {when}" for name, when in TIERS.items()) + ".", ""])
 
 
-def _cells(row: dict[str, Any] | None) -> tuple[str, str, str]:
+def _figure(name: str, value: Any, bound: float | None) -> str:
+    """A figure, with the bound of the row where the (largest) value is over it: only twice the bound makes a test red."""
+    over = bound is not None and value is not None and float(str(value).rpartition(" to ")[2]) > bound
+    return f"{name} {value} (bound {bound:g})" if over else f"{name} {value}"
+
+
+def _cells(row: dict[str, Any] | None, bounds: dict[str, float]) -> tuple[str, str, str]:
     """Tests, last result, figures."""
     if row is None:
         return "-", "not run", ""
@@ -170,12 +176,12 @@ def _cells(row: dict[str, Any] | None) -> tuple[str, str, str]:
     for name in ("failed", "skipped"):
         if row[name]:
             result += f"; {len(row[name])} {name}: {row[name][0]}"
-    return tests, result, ", ".join(f"{name} {value}" for name, value in row["figures"].items())
+    return tests, result, ", ".join(_figure(name, value, bounds.get(name)) for name, value in row["figures"].items())
 
 
 def line(id: str, row: dict[str, Any] | None) -> str:
     """A row for the terminal: result, date, cases, seeds, seconds a seed, figures."""
-    _, result, figures = _cells(row)
+    _, result, figures = _cells(row, matrix()[id].bounds)
     return "  ".join(part for part in (f"{id:<5}", result.replace("**", ""), figures) if part)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -20,12 +20,13 @@ _PROVES = re.compile(r"(?<![a-z0-9])(?:ck|rs|ft|ps|se|mx)\d\d_|mark\.row\(")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A row: its id, the tier it is run in (Fa, Fb, N), the fault, and what must hold."""
+    """A row: its id, the tier it is run in (Fa, Fb, N), the fault, what must hold, and what figures may be at most."""
 
     id: str
     tier: str
     fault: str
     criterion: str
+    bounds: dict[str, float] = field(default_factory=dict)
 
 
 def matrix() -> dict[str, Row]:

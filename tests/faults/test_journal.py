@@ -61,6 +61,19 @@ def test_the_later_portion_counts_and_one_red_seed_makes_the_row_red(tmp_path: P
     assert matrix.line("CK01", matrix.summed(undrawn, "2030-01-01")).startswith("CK01   red 2030-01-01, 1 cases, nothing drawn")
 
 
+def test_a_figure_over_its_bound_is_marked_in_the_table(tmp_path: Path) -> None:
+    """Also that of a green row, whose tests are red only from an alarm on."""
+    journal = Journal(tmp_path, "code")
+    for seed, cold in ((1, 2.5), (2, 3.94)):
+        portion(journal, [line("MX04", seed=seed, open_1m_cold_s=cold, open_1m_warm_s=0.7, kills=9)])
+        journal.close_portion(["MX04"], seed, "nightly")
+    found = matrix.summed(journal.of_row("MX04"), "2030-01-01")
+    (shown,) = [text for text in matrix.table({"MX04": found}).splitlines() if text.startswith("| MX04 ")]
+    assert "**green** 2030-01-01" in shown
+    assert shown.endswith("| kills 9, open_1m_cold_s 2.5 to 3.94 (bound 3), open_1m_warm_s 0.7 |")
+    assert "open_1m_cold_s 2.5 to 3.94 (bound 3)" in matrix.line("MX04", found)
+
+
 def test_other_seeds_run_what_draws_from_them() -> None:
     files = [str(FAULTS / "test_mx_values.py"), str(FAULTS / "test_rs_world.py")]
     words = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=--import-mode=importlib", *files]

@@ -150,9 +150,8 @@ def test_reader_starts_over_when_the_file_was_replaced(tmp_path: Path) -> None:
     assert reader.restarts == 1
 
 
-def test_ps06_reading_at_once_equals_reading_line_by_line(tmp_path: Path) -> None:
+def test_ps06_reading_at_once_equals_reading_line_by_line(tmp_path: Path, fault_random: random.Random) -> None:
     """Damage anywhere in a block costs only its own lines, whatever else the block holds."""
-    rng = random.Random(5)
     bad = [
         b"{",
         b"[]",
@@ -165,12 +164,14 @@ def test_ps06_reading_at_once_equals_reading_line_by_line(tmp_path: Path) -> Non
     ]
     for number in range(60):
         lines = []
-        for seq in range(1, rng.randint(2, 60)):
-            step = rec.Step(step=seq, loss=rng.choice([1.5, float("nan"), None]))
+        for seq in range(1, fault_random.randint(2, 60)):
+            step = rec.Step(step=seq, loss=fault_random.choice([1.5, float("nan"), None]))
             step.seq, step.t, step.inc = seq, 1.0, 1
             lines.append(rec.encode(step)[:-1])
-            while rng.random() < rng.choice([0.0, 0.3]):
-                lines.append(rng.choice([*bad, b"", b'{"type":"step","step":1,"seq":1}{"type":"step","step":1,"seq":2}']))
+            while fault_random.random() < fault_random.choice([0.0, 0.3]):
+                lines.append(
+                    fault_random.choice([*bad, b"", b'{"type":"step","step":1,"seq":1}{"type":"step","step":1,"seq":2}'])
+                )
         path = tmp_path / f"{number}.jsonl"
         path.write_bytes(b"\n".join(lines) + b"\n")
         good, damaged, at = [], [], 0

@@ -47,7 +47,7 @@ def test_ps05_hello_names_the_head_and_its_offset(server: Server) -> None:
     viewer.close()
 
 
-def test_ps05_attach_at_random_seq_50_times(server: Server) -> None:
+def test_ps05_attach_at_random_seq_50_times(server: Server, fault_random: random.Random) -> None:
     stop = threading.Event()
 
     def write() -> None:
@@ -60,11 +60,10 @@ def test_ps05_attach_at_random_seq_50_times(server: Server) -> None:
 
     writer = threading.Thread(target=write)
     writer.start()
-    generator = random.Random(3)
     try:
         for _ in range(50):
             viewer = Viewer(server)
-            head = viewer.follow(viewer.hello["head_seq"] + generator.randrange(1, 8))
+            head = viewer.follow(viewer.hello["head_seq"] + fault_random.randrange(1, 8))
             assert head == list(range(1, head[-1] + 1))
             viewer.close()
     finally:
@@ -246,17 +245,16 @@ def test_ps13_hostile_lines_end_their_connection_only(server: Server, data: byte
     other.close()
 
 
-def test_ps13_10000_random_and_mutated_lines(server: Server) -> None:
-    generator = random.Random(17)
+def test_ps13_10000_random_and_mutated_lines(server: Server, fault_random: random.Random) -> None:
     valid = json.dumps({"op": "cmd", "id": "m1", "cmd": "set_lr", "args": {"lr": 1e-4}}).encode()
     process = psutil.Process()
     for number in range(5_000):  # two lines each
         if number == 500:  # what the allocator and the log of the test keep is there by now
             before = process.memory_info().rss
         data = bytearray(valid)
-        for _ in range(generator.randrange(1, 6)):
-            data[generator.randrange(len(data))] = generator.randrange(256)
-        noise = generator.randbytes(30)
+        for _ in range(fault_random.randrange(1, 6)):
+            data[fault_random.randrange(len(data))] = fault_random.randrange(256)
+        noise = fault_random.randbytes(30)
         until(lambda: len(server.viewers._clients) < MAX_CLIENTS // 2)
         closing = Viewer(server)
         with contextlib.suppress(OSError):  # the server may have closed after the first line
