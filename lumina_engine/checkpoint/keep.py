@@ -31,6 +31,7 @@ from .files import (
 from .verify import DAMAGE, LEASE, Report, read_manifest, step_of, verify
 
 POINTERS = ("latest", "best")
+EMERGENCY = "emergency"  # folder beside checkpoints/
 MIN_KEEP = 2
 _STALE = (".tmp-", ".trash-", *(f"{name}.tmp-" for name in POINTERS))
 _FOREIGN_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".tar", ".zip", ".distcp")
@@ -58,6 +59,16 @@ def list_steps(checkpoints: Path) -> list[str]:
     except FileNotFoundError:
         return []
     return sorted(names, key=lambda name: step_of(name) or 0, reverse=True)
+
+
+def committed_paths(checkpoints: Path) -> list[Path]:
+    """The committed folders of a run, newest step first: those of checkpoints/, and of emergency/ beside it.
+
+    A start goes on from the newest of all. Of two of one step that of checkpoints/ comes first. Nothing about them is checked.
+    """
+    folders = [checkpoints, checkpoints.with_name(EMERGENCY)] if checkpoints.name == "checkpoints" else [checkpoints]
+    paths = [folder / name for folder in folders for name in list_steps(folder)]
+    return sorted(paths, key=lambda path: step_of(path.name) or 0, reverse=True)
 
 
 def newest_step(checkpoints: Path) -> int | None:
@@ -280,6 +291,22 @@ def retain(
         if name not in kept:
             (removed if discard(checkpoints, name) else busy).append(name)
     return removed, busy
+
+
+def drop_overtaken(checkpoints: Path, verified: Collection[str]) -> list[str]:
+    """Delete the emergency saves of a run that `MIN_KEEP` verified checkpoints have overtaken, and those of abandoned branches.
+
+    One that is being read stays until the next call. Call after a commit.
+    """
+    emergency = checkpoints.with_name(EMERGENCY)
+    if not emergency.is_dir():
+        return []
+    drop_rewound(emergency)
+    good = [step_of(name) or 0 for name in list_steps(checkpoints) if name in verified]
+    if len(good) < MIN_KEEP:
+        return []
+    names = [name for name in list_steps(emergency) if (step_of(name) or 0) <= good[MIN_KEEP - 1]]
+    return [name for name in names if discard(emergency, name)]
 
 
 def _is_suspect(path: Path) -> bool:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from .files import CheckpointError
-from .keep import POINTERS, list_steps, pointer
+from .keep import EMERGENCY, POINTERS, committed_paths, list_steps, pointer
 from .verify import read_manifest, step_of
 
 _RUN = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})(?:@(.+))?")
@@ -74,26 +74,31 @@ def _from_run(run: Path, wanted: str) -> tuple[Path, str]:
 
 
 def _choose(checkpoints: Path, wanted: str, owner: str) -> tuple[Path, str]:
-    names = list_steps(checkpoints)
-    if not names:
+    paths = committed_paths(checkpoints)
+    if not paths:
         others = _names_text(_runs(checkpoints.parent.parent))
         raise CheckpointError(f"{owner} has no checkpoint yet{others}")
     if wanted not in POINTERS:
-        if wanted not in names:
-            raise CheckpointError(f"{owner} has no {wanted}; it has {', '.join(names[:5])}")
-        return checkpoints / wanted, f"{wanted} of {owner}"
+        path = next((path for path in paths if path.name == wanted), None)
+        if path is None:
+            raise CheckpointError(f"{owner} has no {wanted}; it has {', '.join(path.name for path in paths[:5])}")
+        return path, f"{wanted} of {owner}" + _kind(path)
     target = pointer(checkpoints, "best") if wanted == "best" else None
     if target is not None:
         return checkpoints / target, f"best of {owner}"
     # `latest` is only a hint: the newest folder with a sound manifest is the truth
-    newest = next((name for name in names if read_manifest(checkpoints / name).ok), names[0])
-    return checkpoints / newest, f"latest of {owner}" + (" (no best one is known yet)" if wanted == "best" else "")
+    path = next((path for path in paths if read_manifest(path).ok), paths[0])
+    return path, f"latest of {owner}" + _kind(path) + (" (no best one is known yet)" if wanted == "best" else "")
+
+
+def _kind(path: Path) -> str:
+    return ", an emergency save" if path.parent.name == EMERGENCY else ""
 
 
 def _runs(root: Path) -> list[str]:
     """Names of the runs that have a committed checkpoint."""
     try:
-        return sorted(e.name for e in root.iterdir() if (e / "checkpoints").is_dir() and list_steps(e / "checkpoints"))
+        return sorted(e.name for e in root.iterdir() if (e / "checkpoints").is_dir() and committed_paths(e / "checkpoints"))
     except OSError:
         return []
 

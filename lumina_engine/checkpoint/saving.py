@@ -25,7 +25,7 @@ from .backup import Backups, Rewinds
 from .commit import Staging, commit
 from .compress import plain_names
 from .files import CheckpointError, FileEntry, dump_json
-from .keep import drop_rewound, good_names, pointer, quarantine, retain, set_pointer
+from .keep import drop_overtaken, drop_rewound, good_names, pointer, quarantine, retain, set_pointer
 from .payload import Payload, PlannedFile, plan_files, required_files, write_files
 from .tensors import pack
 from .verify import read_manifest, step_name, verify
@@ -275,6 +275,7 @@ class Saver:
         needed = (pointer(self.checkpoints, "best"), self._owed_best, self.backups.copying)
         _, busy = retain(self.checkpoints, self.config.keep_checkpoints, self.verified, [name for name in needed if name])
         notes.extend(f"{name} is being read and stays for now" for name in busy)
+        drop_overtaken(self.checkpoints, self.verified)
 
     # ---- from the writer to the result ---------------------------------------------------------------------------------------
 

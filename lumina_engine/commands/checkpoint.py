@@ -97,12 +97,17 @@ def _import(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
+    from ..checkpoint.keep import EMERGENCY
+
     reports = [report for report, _ in _reports(args.target, full=not args.quick)]
     rows = [_row(report, args.quick) for report in reports]
     if args.json:
         print_json(rows)
     else:
         print(safe(table([_cells(row) for row in rows], COLUMNS, right=(1, 2))))
+        for report in reports:
+            if report.path.parent.name == EMERGENCY:
+                print(safe(f"  {report.path.name} is an emergency save: {report.path}"))
         _print_problems(reports)
     return 0 if all(report.ok for report in reports) else 1
 
@@ -189,13 +194,13 @@ def _yes(value: bool) -> str:
 
 
 def _targets(text: str) -> list[Path]:
-    """Checkpoint folders that the text stands for: one, or all of a run or folder, newest first.
+    """Checkpoint folders that the text stands for: one, or all of a run (emergency saves too) or folder, newest first.
 
     Raises:
         UserError: nothing there (exit code 2).
     """
     from ..checkpoint.files import CheckpointError
-    from ..checkpoint.keep import list_steps
+    from ..checkpoint.keep import committed_paths
     from ..checkpoint.resolve import resolve_checkpoint
     from ..checkpoint.verify import MANIFEST, step_of
     from ..run.directory import runs_root
@@ -205,10 +210,10 @@ def _targets(text: str) -> list[Path]:
         path = runs_root() / text
     if path.is_dir() and step_of(path.name) is None and not (path / MANIFEST).is_file():
         folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        names = list_steps(folder)
-        if not names:
+        paths = committed_paths(folder.resolve())
+        if not paths:
             raise UserError(f"{text}: no committed checkpoint in {folder}")
-        return [folder.resolve() / name for name in names]
+        return paths
     try:
         return [resolve_checkpoint(text, runs_root())]
     except CheckpointError as error:

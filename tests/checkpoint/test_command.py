@@ -28,6 +28,17 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs"
 
 
+def test_c084_c086_an_emergency_save_is_listed_and_verified_with_its_run(
+    runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = manager(runs / "mine").emergency(payload(4))
+    assert main(["checkpoint", "list", "mine"]) == 0
+    out = capsys.readouterr().out
+    assert out.splitlines()[1].split()[:2] == ["step-000004", "4"] and f"step-000004 is an emergency save: {path}" in out
+    assert main(["checkpoint", "verify", "mine", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["path"] == str(path)
+
+
 def damage(runs: Path) -> None:
     path = runs / "mine" / "checkpoints" / "step-000002" / "model" / "model.safetensors"
     data = bytearray(path.read_bytes())

@@ -271,6 +271,35 @@ def test_c084_emergency_save_stands_beside_and_is_found(tmp_path: Path) -> None:
     assert made.emergency(payload(2)) == path and (tmp_path / "emergency" / "step-000002.corrupt").is_dir()
 
 
+def test_c084_emergency_saves_go_once_two_checkpoints_have_overtaken_them(tmp_path: Path) -> None:
+    made = saved(tmp_path, 1)
+    made.emergency(payload(3))
+    again = manager(tmp_path)
+    assert again.recover() == tmp_path / "emergency" / "step-000003"
+    left = []
+    for step in (4, 5, 6):
+        again.save(payload(step))
+        left.append(names_in(tmp_path / "emergency"))
+    assert left == [["step-000003"], [], []]
+
+
+def test_c084_an_emergency_save_is_the_latest_until_a_checkpoint_is(tmp_path: Path) -> None:
+    made = saved(tmp_path / "run", 1, 2)
+    made.mark_best(2)
+    made.emergency(payload(3))
+    emergency = tmp_path / "run" / "emergency" / "step-000003"
+    assert explain_checkpoint("run@latest", tmp_path) == (emergency, "latest of run run, an emergency save")
+    assert explain_checkpoint("run@step-000003", tmp_path) == (emergency, "step-000003 of run run, an emergency save")
+    assert resolve_checkpoint("run", tmp_path).name == "step-000002", "the best"
+    made.save(payload(3))  # as a start that went on from an earlier one would
+    assert resolve_checkpoint("run@step-000003", tmp_path) == tmp_path / "run" / "checkpoints" / "step-000003"
+    only = manager(tmp_path / "only")
+    (tmp_path / "only" / "checkpoints").mkdir(parents=True)
+    path = only.emergency(payload(1))
+    why = "latest of run only, an emergency save (no best one is known yet)"
+    assert explain_checkpoint("only", tmp_path) == (path, why)
+
+
 def test_c084_emergency_saves_of_an_abandoned_branch_are_deleted_too(tmp_path: Path) -> None:
     made = saved(tmp_path, 1)
     made.emergency(payload(5))
@@ -278,6 +307,9 @@ def test_c084_emergency_saves_of_an_abandoned_branch_are_deleted_too(tmp_path: P
     assert [name.split("-")[0] for name in names_in(tmp_path / "emergency") if ".rewound-" in name] == ["step"]
     made.emergency(payload(4))
     assert names_in(tmp_path / "emergency") == ["step-000004"]
+    made.rewind(1)
+    made.save(payload(2))
+    assert names_in(tmp_path / "emergency") == []
 
 
 def test_c084_emergency_save_of_plain_objects_can_be_switched_off(tmp_path: Path) -> None:
