@@ -35,7 +35,7 @@ from .resolve import resolve_checkpoint
 from .resume import check_config, check_ledger, check_nothing_lost, run_id_of, run_identity
 from .saving import Comm, LocalComm, Saver, SaveResult, first_error, why
 from .tensors import capture_rng, pack, restore_rng, unpack
-from .verify import Report, read_manifest, require, step_name, verify
+from .verify import Report, read_manifest, require, step_name, step_of, verify
 
 __all__ = [
     "CheckpointError", "CheckpointManager", "Comm", "Loaded", "LoadedEpoch", "LocalComm", "Payload", "SaveResult",
@@ -158,9 +158,26 @@ class CheckpointManager:
         """
         self._saver.abandon()
 
-    def mark_best(self, step: int) -> bool:
-        """Let `best` point to the committed checkpoint of that step (waits for its save). False: there is none."""
-        return self._saver.mark_best(step)
+    def mark_best(self, step: int, value: float | None = None) -> bool:
+        """Let `best` point to the committed checkpoint of that step (waits for its save).
+
+        Args:
+            value: of `best_metric` there; then only if it is lower than that of the checkpoint which `best` names. Later
+                manifests tell it.
+
+        Returns:
+            False: there is no such checkpoint, or a better one.
+        """
+        return self._saver.mark_best(step, value)
+
+    def know_best(self, values: Mapping[int, float]) -> None:
+        """Take the value of the checkpoint that `best` names from `values` (step -> `best_metric`), if no manifest told it.
+
+        A step is saved before it is evaluated, so the manifest of the newest checkpoint does not have its own eval_loss.
+        """
+        name = self._saver.best_name if self.comm.rank == 0 else None
+        if name is not None and self._saver.best_value is None:
+            self._saver.best_value = values.get(step_of(name) or 0)
 
     def emergency(self, payload: Payload) -> Path:
         """Save to `emergency/` in the same format; touches no other checkpoint. A step that is safe already is not saved twice.

@@ -361,17 +361,30 @@ class Saver:
 
     # ---- best ----------------------------------------------------------------------------------------------------------------
 
-    def mark_best(self, step: int) -> bool:
+    def mark_best(self, step: int, value: float | None = None) -> bool:
         """See `manager.CheckpointManager.mark_best`."""
+        if not self.comm.all_gather(self._is_lower(step, value))[0]:
+            return False
         if self._job is not None and self._job.step == step:
             self.drain()
-        known = self.comm.rank == 0 and step_name(step) in self.verified
+        known = self.comm.rank == 0 and (self.checkpoints / step_name(step)).is_dir()
         try:
-            moved = known and self.point_best(step, None, always=True)
+            moved = known and self.point_best(step, value, always=True)
         except (OSError, CheckpointError) as problem:  # a pointer is a hint: no reason to stop training
             moved = False
             self.notes.append(f"best could not be moved to {step_name(step)}: {why(problem)}; the next commit tries again")
         return bool(self.comm.all_gather(moved)[0])
+
+    def _is_lower(self, step: int, value: float | None) -> bool:
+        """Rank 0 knows. A step that `best` names already was measured again, by a run that went back to it."""
+        if value is None or self.best_value is None or value < self.best_value:
+            return True
+        return self.comm.rank == 0 and self.best_name == step_name(step)
+
+    @property
+    def best_name(self) -> str | None:
+        """What `best` names, or will as soon as it can be written."""
+        return self._owed_best or pointer(self.checkpoints, "best")
 
     def metric(self, metrics: dict[str, Any]) -> float | None:
         """The value of `best_metric`, if it was measured and is finite."""
@@ -389,8 +402,7 @@ class Saver:
         return True
 
     def _manifest(self, payload: Payload, config: dict[str, Any] | None) -> dict[str, Any]:
-        name = pointer(self.checkpoints, "best")
-        state = payload.global_state
+        name, state = self.best_name, payload.global_state
         return {
             "run": self._run_id(),
             "epoch": payload.epoch,

@@ -230,7 +230,10 @@ class CheckpointKeys(Section):
     )
     async_save: bool = key(True, "Write checkpoints beside training.", resume=True, read_by=_MANAGER)
     best_metric: Literal["eval_loss", "loss"] = key(
-        "eval_loss", "What the pointer best follows.", resume=True, read_by=_MANAGER
+        "eval_loss",
+        "What the pointer best follows; eval_loss counts at steps that are saved and evaluated.",
+        resume=True,
+        read_by=_MANAGER,
     )
     checkpoint_compression: Literal["none", "zstd"] = key(
         "none", "Compression of the optimizer state.", resume=True, read_by="checkpoint/saving.py"

@@ -100,16 +100,29 @@ class Boundary:
         trainer.emit(eval_record(progress.step, figures, begin))
         if not math.isfinite(figures["loss"]):
             return
+        self.mark_best()
         if progress.best is None or figures["loss"] < progress.best:
             progress.best = figures["loss"]
             progress.evals_since_best = 0
-            if trainer.config.best_metric == "eval_loss":
-                trainer.saves.mark_best(progress.step)
         else:
             progress.evals_since_best += 1
         patience = trainer.config.early_stopping_patience
         if patience and progress.evals_since_best >= patience:
             raise Stop("finished", 0, f"no better eval_loss in {patience} evaluations (early_stopping_patience)")
+
+    def mark_best(self) -> None:
+        """Let `best` name this step if it is saved and was evaluated with the lowest loss of all that are.
+
+        Not the lowest of all evaluations, which patience goes by: most of them are of steps that no checkpoint has.
+        """
+        trainer, progress = self.trainer, self.trainer.progress
+        loss = progress.last_eval.get("loss", math.nan)
+        if (
+            progress.last_eval.get("step") == progress.step
+            and math.isfinite(loss)
+            and trainer.config.best_metric == "eval_loss"
+        ):
+            trainer.saves.mark_best(progress.step, loss)
 
     # ---- commands -------------------------------------------------------------------------------------------------------
 
@@ -227,3 +240,4 @@ class Boundary:
             trainer.settle()  # one that is on its way may fail, and then this step has none
             if trainer.saves.newest != step:
                 trainer.save(blocking=True)
+                self.mark_best()  # where the evaluation came first, as in a stop by patience

@@ -40,10 +40,10 @@ class Saves:
             for note in self.manager.take_notes():
                 self.emit(rec.Alert(severity="warning", code="checkpoint_note", message=note))
 
-    def mark_best(self, step: int) -> None:
-        """The checkpoint of this step is the best so far."""
-        if self.manager is not None:
-            self.manager.mark_best(step)
+    def mark_best(self, step: int, loss: float) -> None:
+        """Let `best` name the checkpoint of this step, if there is one and no other was evaluated with a lower loss."""
+        if self.manager is not None and self.newest == step:
+            self.manager.mark_best(step, loss)
             self.settle()
 
     def _report(self, results: Any) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import gc
 import json
+import math
 import os
 import signal
 import sys
@@ -30,7 +31,7 @@ from ..monitoring.adaptive import Back
 from ..monitoring.decisions import backs_after
 from ..monitoring.growth import GrowthWatch
 from ..monitoring.hardware import HardwareThread
-from ..monitoring.log import MetricLog, read_records
+from ..monitoring.log import MetricLog, read_records, surviving
 from ..run.directory import RunDirectory
 from ..run.policy import AGAIN, NO_PROGRESS, OUT_OF_MEMORY, PREEMPTED, REFUSED, USAGE
 from ..run.rank import NullChannel, RankChannel
@@ -220,6 +221,7 @@ class Worker:
                 "--accept-data-change, which every later checkpoint will say"
             )
         self.manager.rewind(loaded.step)
+        self.manager.know_best(self._logged_losses())
         restore(self.trainer, loaded)
         self._catch_up(loaded.step, loaded.global_state.get("log_seq"))
         if changed:
@@ -245,6 +247,13 @@ class Worker:
         """Steps of the verified checkpoints in the log; rank 0 alone has it."""
         records = read_records(self.directory.metrics_path, ("checkpoint",)) if self.log is not None else ()
         return [r.step for r in records if isinstance(r, rec.Checkpoint) and r.verified]
+
+    def _logged_losses(self) -> dict[int, float]:
+        """What `best` follows where no manifest may tell it, of each step in the log; rank 0 alone has it."""
+        if self.log is None or self.config.best_metric != "eval_loss":
+            return {}
+        records = surviving(read_records(self.directory.metrics_path, ("eval", "rewind")))
+        return {r.step: r.loss for r in records if isinstance(r, rec.Eval) and r.loss is not None and math.isfinite(r.loss)}
 
     def _rewinds(self) -> list[tuple[int, int]]:
         """(seq, to_step) of each rewind in the log."""

@@ -31,6 +31,7 @@ from lumina_engine.checkpoint.manager import (
 )
 from lumina_engine.checkpoint.resolve import explain_checkpoint
 from lumina_engine.checkpoint.tensors import DTYPES
+from lumina_engine.checkpoint.verify import read_manifest
 from tests.checkpoint.helpers import manager, names_in, payload, same, saved, settings
 
 DTYPE_LIST = list(DTYPES)
@@ -532,6 +533,32 @@ def test_best_follows_mark_best_for_eval_loss(tmp_path: Path, monkeypatch: pytes
     made.save(payload(2, metrics={"eval_loss": 0.5}))  # measured before this step, so it says nothing about it
     assert pointer(tmp_path / "checkpoints", "best") == "step-000001"
     assert not made.mark_best(9)
+
+
+def test_c080_best_moves_to_a_lower_value_and_the_manifest_tells_it(tmp_path: Path) -> None:
+    made = saved(tmp_path, 1, keep_checkpoints=9)
+    folder = tmp_path / "checkpoints"
+    assert made.mark_best(1, 2.0)
+    made.save(payload(2))
+    assert not made.mark_best(2, 2.5) and not made.mark_best(9, 0.1) and pointer(folder, "best") == "step-000001"
+    assert read_manifest(folder / "step-000002").manifest["best"] == {
+        "name": "step-000001",
+        "metric": "eval_loss",
+        "value": 2.0,
+    }
+    assert made.mark_best(1, 2.2)  # measured again
+    made.save(payload(3))
+    assert made.mark_best(3, 2.1) and pointer(folder, "best") == "step-000003"
+
+
+@pytest.mark.parametrize("logged", [True, False])
+def test_c080_a_value_that_no_manifest_tells_may_be_known_from_elsewhere(tmp_path: Path, logged: bool) -> None:
+    saved(tmp_path, 1).mark_best(1, 2.0)
+    again = manager(tmp_path)
+    again.recover()
+    again.know_best({1: 2.0} if logged else {})
+    again.save(payload(2))
+    assert again.mark_best(2, 2.5) is not logged  # of what is not known, the next one is the better
 
 
 def test_an_unusable_best_pointer_is_mended_at_start(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lumina_engine.checkpoint import saving
-from lumina_engine.checkpoint.commit import list_steps, verify
+from lumina_engine.checkpoint.commit import list_steps, pointer, verify
 from lumina_engine.checkpoint.manager import CheckpointManager
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import read_records
@@ -30,7 +30,7 @@ from tests.training.test_trainer import setup
 from tests.waiting import until
 
 from .conftest import TinyRuns
-from .tiny_run import ends, steps
+from .tiny_run import ends, final_manifest, steps
 
 KEYS = {"batch_size": 4, "num_epochs": 1000, "max_steps": 24, "log_interval": 1, "eval_interval": 0}
 
@@ -217,3 +217,16 @@ def test_ck11_train_resume_refuses_when_the_checkpoints_are_gone(tiny_runs: Tiny
     assert done.returncode == 0, done.stderr
     rewinds = [r.to_step for r in read_records(run.metrics_path) if isinstance(r, rec.Rewind)]
     assert rewinds == [int(newest[5:])] and max(steps(run)) == 16
+
+
+def test_c080_a_resumed_run_has_the_value_of_best_from_its_log(tiny_runs: TinyRuns) -> None:
+    """Evaluated at the end only, after its last save: no manifest has the loss of what `best` names."""
+    run = tiny_runs.running(max_steps=6, eval_interval=0)
+    assert wait(run, 120) == 0, run.log_path.read_text()[-2000:]
+    assert pointer(run.checkpoints, "best") == "step-000006" and final_manifest(run)["best"] is None
+    (loss,) = [r.loss for r in read_records(run.metrics_path) if isinstance(r, rec.Eval)]
+    words = ["train", "--runs", str(tiny_runs.root), "--run", run.name, "--resume", "max_steps=8"]
+    command = [sys.executable, "-m", "lumina_engine.cli", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert final_manifest(run)["best"] == {"name": "step-000006", "metric": "eval_loss", "value": loss}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from lumina_engine.chat.events import ModelInfo
 from lumina_engine.chat.generate import LocalBackend
 from lumina_engine.chat.session import ChatSession
+from lumina_engine.checkpoint.keep import pointer
 from lumina_engine.checkpoint.manager import CheckpointError, CheckpointManager, load_model
 from lumina_engine.checkpoint.universal import SavedState, Shard
 from lumina_engine.config.schema import Config, ConfigError
@@ -246,6 +248,55 @@ def test_c076_the_evaluation_that_ended_a_run_is_not_counted_again(tmp_path: Pat
     again.evaluate = figures  # type: ignore[method-assign]
     again.boundary.begin()
     assert (again.progress.step, again.progress.evals_since_best) == (2, 1)
+
+
+def evaluated(tmp_path: Path, losses: Callable[[int], float], **keys: Any) -> EnhancedConversationTrainer:
+    """A run that saves every 5 steps, whose evaluation after step `n` gives `losses(n)`."""
+    values = {"batch_size": 4, "num_epochs": 1000, "save_interval": 5, "async_save": True, "keep_checkpoints": 2, **keys}
+    trainer, dataset, _ = setup(tmp_path, manager=True, **values)
+
+    def figures(store: Any, batches: int) -> dict[str, float]:
+        loss = losses(trainer.progress.step)
+        return {"loss": loss, "perplexity": 1.0, "bits_per_byte": 1.0, "accuracy": 0.0, "tokens": 0}
+
+    trainer.evaluate = figures  # type: ignore[method-assign]
+    trainer.prepare(dataset, dataset)
+    assert trainer.manager is not None
+    if (path := trainer.manager.recover()) is not None:
+        restore(trainer, trainer.manager.load(path))
+    trainer.train(dataset, dataset)
+    trainer.manager.close()
+    return trainer
+
+
+def best_of(tmp_path: Path) -> str | None:
+    return pointer(tmp_path / "run" / "checkpoints", "best")
+
+
+def test_c080_best_is_the_lowest_evaluated_among_the_saved(tmp_path: Path) -> None:
+    """Evaluated every 2 steps and saved every 5: both at 10, 20 and 30. The lower losses between are of no checkpoint."""
+    losses = {10: 2.4, 20: 1.8, 30: 1.9}
+    keys = {"eval_interval": 2, "max_steps": 40}
+    trainer = evaluated(tmp_path, lambda step: losses.get(step, 1.0 + step / 100 if step < 40 else 3.0), **keys)
+    assert trainer.progress.best == 1.02 and best_of(tmp_path) == "step-000020"
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / "step-000040" / "MANIFEST.json").read_text())
+    assert manifest["best"] == {"name": "step-000020", "metric": "eval_loss", "value": 1.8}
+
+
+def test_c080_a_resumed_run_knows_what_best_has_to_be_beaten_by(tmp_path: Path) -> None:
+    losses = {10: 2.4, 20: 1.8, 30: 1.9, 40: 1.7}
+    for stop, wanted in ((25, "step-000020"), (35, "step-000020"), (45, "step-000040")):
+        evaluated(tmp_path, lambda step: losses.get(step, 1.0 if step % 5 else 9.0), eval_interval=2, max_steps=stop)
+        assert best_of(tmp_path) == wanted
+
+
+def test_c080_the_checkpoint_of_a_stop_by_patience_may_be_the_best(tmp_path: Path) -> None:
+    """Its evaluation ends the run, since it is no better than one that was never saved, and then it is saved."""
+    losses = {2: 1.0, 4: 1.6, 6: 1.5}
+    trainer = evaluated(
+        tmp_path, lambda step: losses[step], eval_interval=2, save_interval=4, early_stopping_patience=2, max_steps=40
+    )
+    assert trainer.progress.step == 6 and best_of(tmp_path) == "step-000006"
 
 
 # at stage 3 DeepSpeed would put its own function in place of torch's linear, for the whole process
