@@ -61,8 +61,9 @@ class LocalComm:
 class SaveResult:
     """How a save ended, the same on every rank. `failed` says why there is no checkpoint; all else stays as it was.
 
-    seconds: from the call to its end; blocking_seconds: for which training stood still. `notes` tell of trouble after the
-    commit (retention, pointers), which costs nothing but should be shown. `id` is the command's, as given to `save`.
+    seconds: of preparing, writing (the slowest rank) and committing; a save whose end waited for the next boundary is no slower
+    for that. blocking_seconds: for which training stood still. `notes` tell of trouble after the commit (retention, pointers),
+    which costs nothing but should be shown. `id` is the command's, as given to `save`.
     """
 
     step: int
@@ -79,7 +80,7 @@ class SaveResult:
 
 @dataclass(slots=True)
 class _Save:
-    """A save in flight. The writer thread fills `entries`, `error`, `outcome`; the others read them once it has ended."""
+    """A save in flight. The writer thread fills `entries`, `error`, `outcome`, `work`; the others read them after its end."""
 
     payload: Payload  # without its tensors
     folder: Path
@@ -90,6 +91,7 @@ class _Save:
     inline: bool
     id: str | None
     started: float
+    work: float = 0.0  # seconds of preparing, writing and committing so far
     blocking: float = 0.0
     committing: bool = False
     thread: threading.Thread | None = None
@@ -138,7 +140,7 @@ class Saver:
         """Begin a save; with `inline` also finish it. All ranks."""
         started = time.monotonic()
         self.drain()
-        job = self._begin(folder, payload, inline, best, id, started)
+        job = self._begin(folder, payload, inline, best, id, started, time.monotonic())
         if job is None:
             return
         self._job = job
@@ -151,9 +153,12 @@ class Saver:
         job.blocking = time.monotonic() - started
 
     def _begin(
-        self, folder: Path, payload: Payload, inline: bool, best: bool | None, id: str | None, started: float
+        self, folder: Path, payload: Payload, inline: bool, best: bool | None, id: str | None, started: float, begun: float
     ) -> _Save | None:
-        """Preflight of all ranks and the staging folder; None: it ended here, with a result."""
+        """Preflight of all ranks and the staging folder; None: it ended here, with a result.
+
+        Before `begun` the call waited for the save in flight.
+        """
         rank, step = self.comm.rank, payload.step
         plan: list[PlannedFile] = []
         manifest: dict[str, Any] = {}
@@ -178,14 +183,15 @@ class Saver:
                 error = why(problem)
         answer = self.comm.all_gather({"error": error, "staging": staging and staging.name, "known": known})[0]
         if answer["staging"] is None:
-            seconds = time.monotonic() - started
-            self._report(step, id, answer["known"] or {"failed": answer["error"]}, seconds, seconds)
+            ended = time.monotonic()
+            outcome = {**(answer["known"] or {"failed": answer["error"]}), "seconds": ended - begun}
+            self._report(step, id, outcome, ended - started)
             return None
         staging = staging or Staging.join(folder, step, answer["staging"])
         head = Payload(
             step, payload.epoch, payload.tokens, {}, {}, {}, metrics=dict(payload.metrics), flags=dict(payload.flags)
         )
-        return _Save(head, folder, plan, manifest, staging, best, inline, id, started)
+        return _Save(head, folder, plan, manifest, staging, best, inline, id, started, time.monotonic() - begun)
 
     def _known(self, folder: Path, payload: Payload, best: bool | None) -> dict[str, Any] | None:
         """The outcome for a step that this process has committed or verified already: saving it twice is no fault."""
@@ -201,16 +207,26 @@ class Saver:
 
     def _write(self, job: _Save) -> None:
         """This rank's files; alone in the world, the commit too."""
+        begin = time.monotonic()
         try:
             job.entries = write_files(job.plan, job.staging.write)
         except BaseException as problem:  # a thread that dies silently would leave the save in flight for ever
             job.error = why(problem)
         job.plan = []  # the host copies are not needed any more
+        job.work += time.monotonic() - begin
         if self.comm.world_size == 1 and job.error is None:
             self._commit(job, job.entries or [])
 
     def _commit(self, job: _Save, entries: list[FileEntry]) -> None:
-        """Rank 0: commit, read back, pointers, retention. Never raises: the outcome says what happened."""
+        """Rank 0: commit and what follows it, timed. Never raises: the outcome says what happened."""
+        begin = time.monotonic()
+        try:
+            self._commit_now(job, entries)
+        finally:
+            job.work += time.monotonic() - begin
+
+    def _commit_now(self, job: _Save, entries: list[FileEntry]) -> None:
+        """Commit, read back, pointers, retention."""
         notes: list[str] = []
         try:
             missing = sorted(required_files(self.comm.world_size) - plain_names(entry.path for entry in entries))
@@ -288,8 +304,7 @@ class Saver:
             job.blocking += time.monotonic() - started
             if outcome is not None:
                 self._job = None
-                seconds = time.monotonic() - job.started
-                self._report(job.step, job.id, outcome, seconds, seconds if job.inline else job.blocking)
+                self._report(job.step, job.id, outcome, time.monotonic() - job.started if job.inline else job.blocking)
         return self.take()
 
     def take(self) -> list[SaveResult]:
@@ -297,13 +312,11 @@ class Saver:
         results, self._results = self._results, []
         return results
 
-    def _report(self, step: int, id: str | None, outcome: dict[str, Any], seconds: float, blocking: float) -> None:
+    def _report(self, step: int, id: str | None, outcome: dict[str, Any], blocking: float) -> None:
         path, notes = outcome.get("path"), tuple(outcome.get("notes", ()))
         rest = {name: value for name, value in outcome.items() if name not in ("path", "notes")}
         self._results.append(
-            SaveResult(
-                step, Path(path) if path else None, **rest, notes=notes, seconds=seconds, blocking_seconds=blocking, id=id
-            )
+            SaveResult(step, Path(path) if path else None, **rest, notes=notes, blocking_seconds=blocking, id=id)
         )
 
     def put_back(self, results: list[SaveResult]) -> None:
@@ -333,8 +346,9 @@ class Saver:
         if any(self.comm.all_gather(job.busy)):
             return None
         if self.comm.world_size > 1 and not job.committing:
-            votes = self.comm.all_gather({"error": job.error, "entries": [entry.to_json() for entry in job.entries or []]})
-            job.error = first_error(votes)
+            mine = {"error": job.error, "work": job.work, "entries": [entry.to_json() for entry in job.entries or []]}
+            votes = self.comm.all_gather(mine)
+            job.error, job.work = first_error(votes), max(vote["work"] for vote in votes)
             if job.error is None:
                 self._begin_commit(job, [FileEntry.from_json(entry) for vote in votes for entry in vote["entries"]])
                 return None
@@ -357,6 +371,7 @@ class Saver:
     def _settle(self, job: _Save, outcome: dict[str, Any]) -> dict[str, Any]:
         """Rank 0, once the writer has ended: drop what failed."""
         left = job.staging.drop() if outcome.get("failed") else None
+        outcome = {**outcome, "seconds": job.work}
         return {**outcome, "notes": [*outcome.get("notes", ()), left]} if left else outcome
 
     # ---- best ----------------------------------------------------------------------------------------------------------------

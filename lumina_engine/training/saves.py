@@ -21,7 +21,7 @@ class Saves:
     def __init__(self, manager: Any, emit: Emit, payload: Callable[[], Any]) -> None:
         self.manager, self.emit, self._payload = manager, emit, payload
         self.newest = 0  # step of the newest checkpoint that was taken or restored
-        self.seconds = 0.0  # how long the last one took, 0 before the first
+        self.seconds = 0.0  # of the last one's work, without its waits for a boundary; 0 before the first
 
     def fits(self, grace: float) -> bool:
         """Whether a checkpoint is likely to be done within `grace` seconds: the last one took at most two thirds of that."""

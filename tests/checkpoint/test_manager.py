@@ -22,6 +22,7 @@ from lumina_engine.checkpoint.commit import CheckpointError, list_steps, pointer
 from lumina_engine.checkpoint.compress import read_compressed
 from lumina_engine.checkpoint.manager import (
     CheckpointManager,
+    LocalComm,
     Payload,
     capture_rng,
     pack,
@@ -32,6 +33,7 @@ from lumina_engine.checkpoint.manager import (
 from lumina_engine.checkpoint.resolve import explain_checkpoint
 from lumina_engine.checkpoint.tensors import DTYPES
 from lumina_engine.checkpoint.verify import read_manifest
+from lumina_engine.training.saves import Saves
 from tests.checkpoint.helpers import manager, names_in, payload, same, saved, settings
 
 DTYPE_LIST = list(DTYPES)
@@ -717,6 +719,49 @@ def test_two_ranks_save_and_load_their_own_files(tmp_path: Path, blocking: bool)
         assert outcome[2] == {"rank": rank} and torch.equal(outcome[3]["shard"], torch.full((9,), 20.0 + rank))
         assert torch.equal(outcome[4]["layer.weight"], payload(2).model["layer.weight"])
     assert pointer(tmp_path / "checkpoints", "best") == "step-000001"
+
+
+class Clock:
+    """Stands in for `time` in the module that saves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ft01_what_a_save_took_is_not_when_its_end_was_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    """An evaluation of an hour between the writing and each boundary; the slower of two ranks wrote for 4 seconds."""
+    clock, real = Clock(), saving.write_files
+
+    def write(plan: Any, to: Any) -> Any:
+        last = any(f"rank-{ranks - 1:05d}" in file.path for file in plan)
+        clock.now += 4 if last else 0
+        return real(plan, to)
+
+    monkeypatch.setattr(saving, "time", clock)
+    monkeypatch.setattr(saving, "write_files", write)
+
+    def work(comm: ThreadComm | LocalComm) -> tuple[float, bool]:
+        made = CheckpointManager(settings(), tmp_path, comm)
+        saves = Saves(made, lambda record: None, lambda: rank_payload(1, comm.rank))
+        saves.save(1, blocking=False)
+        while made.busy:
+            if (thread := made._saver._job and made._saver._job.thread) is not None:
+                thread.join()
+            comm.barrier()
+            if comm.rank == 0:
+                clock.now += 3600
+            comm.barrier()
+            saves.settle()
+        return saves.seconds, saves.fits(30)
+
+    found = [work(LocalComm())] if ranks == 1 else Ranks(2).run(work)
+    assert found == [(4.0, True)] * ranks
 
 
 @pytest.mark.parametrize("stage", ["plan", "write"])
