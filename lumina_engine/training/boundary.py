@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..checkpoint.verify import step_name
 from ..monitoring import record as rec
+from ..run.policy import NO_PROGRESS
 from .control import Request
 from .evaluation import eval_record
 from .progress import Stop
@@ -228,6 +229,19 @@ class Boundary:
         self.replay = {}
         self.rates = {step: rate for step, rate in self.rates.items() if step <= after}
         return dropped
+
+    def kept(self, ending: Stop) -> Stop:
+        """How the run ends once its last save is over: finished only with its last step saved, by a second try if need be."""
+        trainer, saves, step = self.trainer, self.trainer.saves, self.trainer.progress.step
+        if ending.state != "finished" or not ending.save or saves.newest == step:
+            return ending
+        trainer.save(blocking=True)
+        self.mark_best()
+        if saves.newest == step:
+            return ending
+        newest = f"the newest checkpoint is {step_name(saves.safe)}" if saves.safe else "there is no checkpoint"
+        why = f"{ending.reason}, but it could not be saved: {saves.failure}; {newest}"
+        return Stop("failed", NO_PROGRESS, f"{why}; if the disk is full, free space, then --resume", id=ending.id)
 
     def end(self, stop: Stop) -> None:
         """Save what a stop wants saved."""

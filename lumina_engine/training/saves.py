@@ -20,12 +20,18 @@ class Saves:
 
     def __init__(self, manager: Any, emit: Emit, payload: Callable[[], Any]) -> None:
         self.manager, self.emit, self._payload = manager, emit, payload
-        self.newest = 0  # step of the newest checkpoint that was taken or restored
+        self.newest = 0  # step of the newest checkpoint that was taken or restored; 0 once one failed
+        self.safe = 0  # step of the newest that is committed
+        self.failure: str | None = None  # why the last one failed, None if it did not
         self.seconds = 0.0  # of the last one's work, without its waits for a boundary; 0 before the first
 
     def fits(self, grace: float) -> bool:
         """Whether a checkpoint is likely to be done within `grace` seconds: the last one took at most two thirds of that."""
         return 1.5 * self.seconds < grace or self.seconds == 0.0
+
+    def restored(self, step: int) -> None:
+        """The run goes on from the checkpoint of this step."""
+        self.newest = self.safe = step
 
     def save(self, step: int, *, blocking: bool, id: str | None = None) -> None:
         """Checkpoint the state at this boundary. A failure is recorded and alarms; training goes on."""
@@ -63,8 +69,9 @@ class Saves:
             )
             for note in result.notes:
                 self.emit(rec.Note(step=result.step, message=note))
+            self.failure = result.failed
             if not result.failed:
-                self.seconds = result.seconds
+                self.seconds, self.safe = result.seconds, result.step
             else:
                 self.newest = 0
                 message = f"checkpoint of step {result.step} failed: {result.failed}"

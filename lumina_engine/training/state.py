@@ -108,7 +108,7 @@ def restore(trainer: EnhancedConversationTrainer, loaded: Loaded) -> None:
         trainer.recovery = Recovery.from_state_dict(state["recovery"])
     trainer.adaptive.load_state_dict(state.get("adaptive", {}))
     trainer.overrides = list(loaded.flags.get("overrides", []))
-    trainer.saves.newest = loaded.step
+    trainer.saves.restored(loaded.step)
     trainer.last_loss = float(loaded.metrics.get("loss", math.nan))
     if loaded.rank_state:
         restore_rng(loaded.rank_state["rng"], loaded.rank_tensors)

@@ -187,6 +187,8 @@ class EnhancedConversationTrainer:
             self.boundary.end(stop)
             ending = stop
         self.settle()
+        if self.manager is not None:
+            ending = self.boundary.kept(ending)
         return {
             "state": ending.state,
             "exit_code": ending.exit_code,

@@ -22,7 +22,9 @@ from lumina_engine.checkpoint.manager import CheckpointManager
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import read_records
 from lumina_engine.run.launch import wait
+from lumina_engine.run.rank import Command
 from lumina_engine.training.comm import Comm
+from lumina_engine.training.state import restore
 from lumina_engine.training.trainer import EnhancedConversationTrainer
 from tests.checkpoint.helpers import names_in
 from tests.parity.rows import Records
@@ -30,6 +32,7 @@ from tests.training.test_trainer import setup
 from tests.waiting import until
 
 from .conftest import TinyRuns
+from .tiny import Channel
 from .tiny_run import ends, final_manifest, steps
 
 KEYS = {"batch_size": 4, "num_epochs": 1000, "max_steps": 24, "log_interval": 1, "eval_interval": 0}
@@ -85,9 +88,7 @@ def test_ck06_the_trainer_goes_on_with_a_full_disk(small_disk: Path, tmp_path: P
     def act(step: int) -> None:
         if step == 5:
             until(lambda: [name for name in names_in(folder) if name[0] in ".s"] == ["step-000004"], "the save that has room")
-            with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-                while file.write(bytes(1 << 16)):
-                    pass
+            fill(filler)
         elif step >= 13 and filler.exists() and (12, False) in saves(records):
             filler.unlink()
 
@@ -100,6 +101,67 @@ def test_ck06_the_trainer_goes_on_with_a_full_disk(small_disk: Path, tmp_path: P
     assert [r.step for r in alerts] == [8, 12] and all("room" in r.message or "No space" in r.message for r in alerts)
     assert all(verify(folder / name).ok for name in list_steps(folder)) and list_steps(folder)[0] == "step-000024"
     assert not [name for name in names_in(folder) if name.startswith(".")]
+
+
+def fill(filler: Path) -> None:
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(1 << 16)):
+            pass
+
+
+def started(tmp_path: Path, run: Path, records: Records, channel: Channel) -> dict[str, Any]:
+    """As `trained`, with commands, and from the newest checkpoint if there is one."""
+    made, dataset, _ = setup(tmp_path, **KEYS, save_interval=4, async_save=True)
+    manager = CheckpointManager(made.config, run_dir=run, run_id="run")
+    trainer = EnhancedConversationTrainer(
+        made.model, made.tokenizer, made.config, records, comm=Comm(), manager=manager, channel=channel
+    )
+    trainer.prepare(dataset)
+    if (path := manager.recover()) is not None:
+        restore(trainer, manager.load(path))
+    summary = trainer.train(dataset)
+    manager.close()
+    return summary
+
+
+@pytest.mark.parametrize("stop_at", [None, 10], ids=["end", "stop"])
+def test_ck06_a_run_whose_last_step_is_not_saved_is_not_finished(small_disk: Path, tmp_path: Path, stop_at: int | None) -> None:
+    """The disk stays full to the end: the run has failed, says what is saved, and a resume reaches the end."""
+    filler, run, channel = small_disk / "filler", small_disk / "run", Channel()
+    folder, last = run / "checkpoints", stop_at or 24
+
+    def act(step: int) -> None:
+        if step == 5:
+            until(lambda: (folder / "latest").exists(), "the save that has room")
+            fill(filler)
+
+    if stop_at:
+        channel.commands[stop_at] = [Command("7", "stop")]
+    records = Acting(act)
+    summary = started(tmp_path, run, records, channel)
+    assert (summary["state"], summary["exit_code"], summary["step"]) == ("failed", 93, last)
+    assert summary["id"] == ("7" if stop_at else None)
+    assert "step-000004" in summary["reason"] and "free space, then --resume" in summary["reason"]
+    assert "room" in summary["reason"] or "No space" in summary["reason"]
+    assert saves(records).count((last, False)) == 2 and list_steps(folder) == ["step-000004"]
+    filler.unlink()
+    summary = started(tmp_path, run, Acting(lambda step: None), Channel())
+    assert (summary["state"], summary["exit_code"]) == ("finished", 0) and list_steps(folder)[0] == "step-000024"
+
+
+def test_ck06_the_last_save_is_tried_twice(small_disk: Path, tmp_path: Path) -> None:
+    filler, run = small_disk / "filler", small_disk / "run"
+
+    class Freeing(Acting):
+        def emit(self, record: Any) -> None:
+            super().emit(record)
+            if isinstance(record, rec.Checkpoint) and record.failed and record.step == 24:
+                filler.unlink()
+
+    records = Freeing(lambda step: fill(filler) if step == 22 else None)
+    summary = started(tmp_path, run, records, Channel())
+    assert (summary["state"], summary["exit_code"]) == ("finished", 0)
+    assert saves(records)[-2:] == [(24, False), (24, True)] and list_steps(run / "checkpoints")[0] == "step-000024"
 
 
 def test_ck20_a_nan_parameter_is_refused_and_told(tmp_path: Path) -> None:
