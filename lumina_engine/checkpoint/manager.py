@@ -7,7 +7,6 @@ rank 0 commits. A save that fails is a result, never an exception: training goes
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -19,14 +18,11 @@ from .backup import Rewinds, backup_folder
 from .files import CheckpointError
 from .keep import (
     clean_stale,
-    drop_pointer,
     leased,
     list_steps,
     newest_valid,
-    pointer,
     quarantine,
     rewind,
-    set_pointer,
 )
 from .loading import load_model
 from .payload import Loaded, Payload, belongs_to, read_loaded
@@ -35,7 +31,7 @@ from .resolve import resolve_checkpoint
 from .resume import check_config, check_ledger, check_nothing_lost, run_id_of, run_identity
 from .saving import Comm, LocalComm, Saver, SaveResult, first_error, why
 from .tensors import capture_rng, pack, restore_rng, unpack
-from .verify import Report, read_manifest, require, step_name, step_of, verify
+from .verify import read_manifest, require, step_name, step_of, verify
 
 __all__ = [
     "CheckpointError", "CheckpointManager", "Comm", "Loaded", "LoadedEpoch", "LocalComm", "Payload", "SaveResult",
@@ -312,7 +308,8 @@ class CheckpointManager:
         if found.path is not None and found.path.parent == self.checkpoints:
             self._saver.verified.add(found.path.name)
         if found.report is not None:
-            self._restore_best(found.report)
+            note = self._saver.restore_best(found.report)
+            self.notes += [note] if note else []
         return found.path
 
     def require_new(self, logged: Iterable[int]) -> None:
@@ -326,40 +323,8 @@ class CheckpointManager:
         """
         self._on_rank_0(lambda: check_nothing_lost(self.checkpoints, self.backups, self.run_id, logged))
 
-    def _restore_best(self, newest: Report) -> None:
-        """The value that a new best has to beat: told by the newest manifest, else by the manifest that `best` points to."""
-        name = pointer(self.checkpoints, "best")
-        if name is None and os.path.lexists(self.checkpoints / "best"):
-            name = self._mend_best()
-        if name is None:
-            return
-        told = newest.manifest.get("best")
-        if isinstance(told, dict) and told.get("name") == name and told.get("metric") == self.config.best_metric:
-            self._saver.best_value = self._saver.metric({self.config.best_metric: told.get("value")})
-        else:
-            self._saver.best_value = self._measured(name)
-
-    def _mend_best(self) -> str | None:
-        values = {name: self._measured(name) for name in list_steps(self.checkpoints)}
-        ranked = sorted((value, name) for name, value in values.items() if value is not None)
-        name = ranked[0][1] if ranked else None
-        try:
-            if name is None:
-                drop_pointer(self.checkpoints, "best")
-            else:
-                set_pointer(self.checkpoints, "best", name)
-        except OSError as problem:  # a pointer is a hint: a full or read-only disk is no reason not to start
-            self.notes.append(f"the pointer best names no checkpoint and could not be mended: {why(problem)}")
-            return name
-        self.notes.append(f"the pointer best named no checkpoint; it names {name or 'none'} now")
-        return name
-
-    def _measured(self, name: str) -> float | None:
-        metrics = unpack(read_manifest(self.checkpoints / name).manifest.get("metrics"))
-        return self._saver.metric(metrics) if isinstance(metrics, dict) else None
-
     def rewind(self, step: int) -> None:
-        """Give up every checkpoint after `step`, before training goes on from it.
+        """Give up every checkpoint after `step`, before training goes on from it. `best` names the best of those that are left.
 
         Raises:
             CheckpointError: a folder could not be renamed.
@@ -371,8 +336,7 @@ class CheckpointManager:
             self._saver.verified.difference_update(rewind(self.checkpoints, step))
             if self.emergency_dir.is_dir():  # `recover` would find a newer step of the abandoned branch there
                 rewind(self.emergency_dir, step)
-            if pointer(self.checkpoints, "best") is None and os.path.lexists(self.checkpoints / "best"):
-                self._mend_best()
+            self._saver.best_rewound()
             return None
 
         self._on_rank_0(give_up)

@@ -7,7 +7,7 @@ writer thread only writes files, and on rank 0 commits. A save that fails is a r
 from __future__ import annotations
 
 import hashlib
-import math
+import os
 import platform
 import sys
 import threading
@@ -22,13 +22,14 @@ import torch
 from .. import __version__
 from . import ledger
 from .backup import Backups, Rewinds
+from .best import best_values, finite
 from .commit import Staging, commit
 from .compress import plain_names
 from .files import CheckpointError, FileEntry, dump_json
-from .keep import drop_overtaken, drop_rewound, good_names, pointer, quarantine, retain, set_pointer
+from .keep import drop_overtaken, drop_pointer, drop_rewound, good_names, pointer, quarantine, retain, set_pointer
 from .payload import Payload, PlannedFile, plan_files, required_files, write_files
 from .tensors import pack
-from .verify import read_manifest, step_name, verify
+from .verify import Report, read_manifest, step_name, step_of, verify
 
 KEEP_EMERGENCY = 2
 
@@ -396,6 +397,35 @@ class Saver:
             return True
         return self.comm.rank == 0 and self.best_name == step_name(step)
 
+    def restore_best(self, newest: Report) -> str | None:
+        """Rank 0, at a start: what a new best has to be lower than, as the manifests tell; a note if the pointer is mended."""
+        if self.best_name is not None:
+            self.best_value = best_values(self.checkpoints, self.config.best_metric, newest).get(self.best_name)
+            return None
+        return self._mend_best("names no checkpoint", newest) if os.path.lexists(self.checkpoints / "best") else None
+
+    def best_rewound(self) -> None:
+        """Rank 0, after a rewind: where the best one is given up, the best of those that are left takes its place."""
+        if self._owed_best is not None and not (self.checkpoints / self._owed_best).is_dir():
+            self._owed_best = None
+        elif self.best_name is not None or not os.path.lexists(self.checkpoints / "best"):
+            return
+        self.notes.append(self._mend_best("names a step that the run has gone back from"))
+
+    def _mend_best(self, state: str, *more: Report) -> str:
+        """Let `best` name the lowest value that is known of a checkpoint, else what it named before; what to tell of it."""
+        values = best_values(self.checkpoints, self.config.best_metric, *more)
+        name = min(values, key=lambda name: (values[name], name), default=pointer(self.checkpoints, "best"))
+        try:
+            if name is None:
+                self.best_value = None
+                drop_pointer(self.checkpoints, "best")
+            else:
+                self.point_best(step_of(name) or 0, values.get(name), always=True)
+        except OSError as problem:  # a pointer is a hint: a full or read-only disk is no reason not to start
+            return f"the pointer best {state} and could not be mended: {why(problem)}"
+        return f"the pointer best {state}: {name or 'nothing'} takes its place"
+
     @property
     def best_name(self) -> str | None:
         """What `best` names, or will as soon as it can be written."""
@@ -403,8 +433,7 @@ class Saver:
 
     def metric(self, metrics: dict[str, Any]) -> float | None:
         """The value of `best_metric`, if it was measured and is finite."""
-        value = metrics.get(self.config.best_metric)
-        return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+        return finite(metrics.get(self.config.best_metric))
 
     def point_best(self, step: int, value: float | None, always: bool) -> bool:
         """Rank 0: move `best` here if the value is lower than the best one so far, or always."""

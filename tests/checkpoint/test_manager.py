@@ -589,6 +589,57 @@ def test_rewind_gives_the_newer_steps_up(tmp_path: Path) -> None:
     assert not [name for name in names_in(tmp_path / "checkpoints") if "rewound" in name]
 
 
+def test_c080_after_a_rewind_best_and_its_value_are_of_one_checkpoint(tmp_path: Path) -> None:
+    made = manager(tmp_path, keep_checkpoints=9, best_metric="loss")
+    folder = tmp_path / "checkpoints"
+
+    def save(step: int, loss: float) -> bool:
+        (result,) = made.save(payload(step, metrics={"loss": loss}, global_state={"loss": loss}))
+        assert result.failed is None
+        return result.best
+
+    assert [save(10, 5.0), save(20, 4.0), save(30, 1.0)] == [True] * 3
+    made.rewind(20)
+    assert pointer(folder, "best") == "step-000020" and "step-000020 takes its place" in made.take_notes()[0]
+    assert save(30, 4.5) is False
+    told = read_manifest(folder / "step-000030").manifest["best"]
+    assert told == {"name": "step-000020", "metric": "loss", "value": 4.0}
+    assert save(40, 3.0) is True and pointer(folder, "best") == "step-000040"
+
+
+def test_c080_after_a_rewind_an_earlier_evaluated_step_is_best_and_is_kept(tmp_path: Path) -> None:
+    made = saved(tmp_path, 30)
+    folder = tmp_path / "checkpoints"
+    assert made.mark_best(30, 2.0)
+    for step in (40, 50, 60):
+        made.save(payload(step))
+    assert made.mark_best(60, 1.0)
+    made.rewind(50)
+    assert pointer(folder, "best") == "step-000030" and "step-000030 takes its place" in made.take_notes()[0]
+    for step in (60, 70, 80):
+        made.save(payload(step, global_state={"branch": 2}))
+    assert list_steps(folder) == ["step-000080", "step-000070", "step-000030"]
+    assert not made.mark_best(80, 2.5) and made.mark_best(80, 1.5)
+
+
+def test_ck06_a_best_that_is_owed_is_forgotten_with_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = saved(tmp_path, 1, 2, 3, keep_checkpoints=9)
+    assert made.mark_best(1, 2.0)
+    made.save(payload(4))
+
+    def full(folder: Path, name: str, target: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder / name))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "set_pointer", full)
+        assert not made.mark_best(4, 1.0)
+    made.rewind(3)
+    made.save(payload(5))
+    folder = tmp_path / "checkpoints"
+    assert pointer(folder, "best") == "step-000001" and not list(folder.glob("step-000004*"))
+    assert made.mark_best(5, 1.5)
+
+
 def test_p7_the_log_is_synced_before_the_commit(tmp_path: Path) -> None:
     seen = []
     made = CheckpointManager(settings(), tmp_path, sync_log=lambda: seen.append(list_steps(tmp_path / "checkpoints")))
@@ -933,7 +984,7 @@ def test_ck12_a_dangling_best_on_a_full_disk_does_not_keep_the_run_from_starting
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     for name in ("set_pointer", "drop_pointer"):
-        monkeypatch.setattr(f"lumina_engine.checkpoint.manager.{name}", full)
+        monkeypatch.setattr(saving, name, full)
     made = manager(tmp_path)
     assert made.recover() == tmp_path / "checkpoints" / "step-000002" and "could not be mended" in made.notes[0]
 

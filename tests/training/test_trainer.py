@@ -27,6 +27,7 @@ from lumina_engine.run.rank import Command
 from lumina_engine.training.comm import Comm
 from lumina_engine.training.engine import StateMismatch
 from lumina_engine.training.memory import dry_run
+from lumina_engine.training.progress import Trouble
 from lumina_engine.training.state import payload, restore
 from lumina_engine.training.trainer import EnhancedConversationTrainer
 from tests.parity.rows import Records
@@ -250,10 +251,21 @@ def test_c076_the_evaluation_that_ended_a_run_is_not_counted_again(tmp_path: Pat
     assert (again.progress.step, again.progress.evals_since_best) == (2, 1)
 
 
-def evaluated(tmp_path: Path, losses: Callable[[int], float], **keys: Any) -> EnhancedConversationTrainer:
-    """A run that saves every 5 steps, whose evaluation after step `n` gives `losses(n)`."""
+def evaluated(
+    tmp_path: Path, losses: Callable[[int], float], trouble_at: int = 0, **keys: Any
+) -> tuple[EnhancedConversationTrainer, Records]:
+    """A run that saves every 5 steps, whose evaluation after step `n` gives `losses(n)`; at one step it decides to go back."""
     values = {"batch_size": 4, "num_epochs": 1000, "save_interval": 5, "async_save": True, "keep_checkpoints": 2, **keys}
-    trainer, dataset, _ = setup(tmp_path, manager=True, **values)
+    trainer, dataset, records = setup(tmp_path, manager=True, **values)
+    observe, troubles = trainer.adaptive.observe, [trouble_at]
+
+    def decide(record: Any) -> Trouble | None:
+        if isinstance(record, rec.Step) and record.step == troubles[0]:
+            troubles[0] = 0
+            return Trouble(record.step, record.step, "a bad step")
+        return observe(record)
+
+    trainer.adaptive.observe = decide  # type: ignore[method-assign]
 
     def figures(store: Any, batches: int) -> dict[str, float]:
         loss = losses(trainer.progress.step)
@@ -266,7 +278,7 @@ def evaluated(tmp_path: Path, losses: Callable[[int], float], **keys: Any) -> En
         restore(trainer, trainer.manager.load(path))
     trainer.train(dataset, dataset)
     trainer.manager.close()
-    return trainer
+    return trainer, records
 
 
 def best_of(tmp_path: Path) -> str | None:
@@ -277,7 +289,7 @@ def test_c080_best_is_the_lowest_evaluated_among_the_saved(tmp_path: Path) -> No
     """Evaluated every 2 steps and saved every 5: both at 10, 20 and 30. The lower losses between are of no checkpoint."""
     losses = {10: 2.4, 20: 1.8, 30: 1.9}
     keys = {"eval_interval": 2, "max_steps": 40}
-    trainer = evaluated(tmp_path, lambda step: losses.get(step, 1.0 + step / 100 if step < 40 else 3.0), **keys)
+    trainer, _ = evaluated(tmp_path, lambda step: losses.get(step, 1.0 + step / 100 if step < 40 else 3.0), **keys)
     assert trainer.progress.best == 1.02 and best_of(tmp_path) == "step-000020"
     manifest = json.loads((tmp_path / "run" / "checkpoints" / "step-000040" / "MANIFEST.json").read_text())
     assert manifest["best"] == {"name": "step-000020", "metric": "eval_loss", "value": 1.8}
@@ -293,10 +305,35 @@ def test_c080_a_resumed_run_knows_what_best_has_to_be_beaten_by(tmp_path: Path) 
 def test_c080_the_checkpoint_of_a_stop_by_patience_may_be_the_best(tmp_path: Path) -> None:
     """Its evaluation ends the run, since it is no better than one that was never saved, and then it is saved."""
     losses = {2: 1.0, 4: 1.6, 6: 1.5}
-    trainer = evaluated(
+    trainer, _ = evaluated(
         tmp_path, lambda step: losses[step], eval_interval=2, save_interval=4, early_stopping_patience=2, max_steps=40
     )
     assert trainer.progress.step == 6 and best_of(tmp_path) == "step-000006"
+
+
+@pytest.mark.parametrize(
+    ("first", "again", "trouble_at", "told", "best"),
+    [  # losses by step, at its first and its second evaluation; what is told of `best` then, and what it is in the end
+        ({10: 1.0, 20: 3.0, 30: 3.0, 40: 0.5}, {30: 3.0, 40: 1.2}, 45, "step-000010", ("step-000010", 1.0)),
+        ({10: 2.0, 20: 1.0}, {10: 2.0, 20: 1.5}, 25, "nothing", ("step-000020", 1.5)),
+    ],
+)
+def test_c080_after_a_rollback_best_is_of_the_branch_that_is_left(
+    tmp_path: Path, first: dict[int, float], again: dict[int, float], trouble_at: int, told: str, best: tuple[str, float]
+) -> None:
+    seen: list[int] = []
+
+    def losses(step: int) -> float:
+        table = again if step in seen else first
+        seen.append(step)
+        return table.get(step, 9.0)
+
+    keys = {"eval_interval": 10, "save_interval": 10, "max_steps": 50, "keep_checkpoints": 9}
+    _, records = evaluated(tmp_path, losses, trouble_at, **keys)
+    notes = [r.message for r in records if isinstance(r, rec.Alert) and r.code == "checkpoint_note"]
+    assert notes == [f"the pointer best names a step that the run has gone back from: {told} takes its place"]
+    manifest = json.loads((tmp_path / "run" / "checkpoints" / "step-000050" / "MANIFEST.json").read_text())
+    assert manifest["best"] == {"name": best[0], "metric": "eval_loss", "value": best[1]} and best_of(tmp_path) == best[0]
 
 
 # at stage 3 DeepSpeed would put its own function in place of torch's linear, for the whole process
