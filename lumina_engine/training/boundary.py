@@ -1,7 +1,7 @@
 """What happens between steps: commands of the user, changes that were decided, routing records, saves, evaluations.
 
 Order: decisions, records, commands, save, evaluate. Saving comes before evaluating, so that a fault in evaluation costs
-nothing.
+nothing but what is still being written: a save in flight is driven on between its batches.
 """
 
 from __future__ import annotations

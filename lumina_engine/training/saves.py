@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from ..data.batch import Batch
 from ..monitoring import record as rec
 from .setup import Emit
 
@@ -45,6 +46,16 @@ class Saves:
             self._report(self.manager.wait() if wait else self.manager.poll())
             for note in self.manager.take_notes():
                 self.emit(rec.Alert(severity="warning", code="checkpoint_note", message=note))
+
+    def between(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches of an evaluation, with a save in flight driven on at each: several ranks commit it only where they meet.
+
+        All ranks take equally many.
+        """
+        for batch in batches:
+            if self.manager is not None and self.manager.busy:
+                self.settle()
+            yield batch
 
     def mark_best(self, step: int, loss: float) -> None:
         """Let `best` name the checkpoint of this step, if there is one and no other was evaluated with a lower loss."""

@@ -411,9 +411,9 @@ class EnhancedConversationTrainer:
         place = (self.comm.rank, self.comm.world_size, self.config.batch_size)
         to_model = (self.comm, self.bytes_V, self.precision.context)
         if not isinstance(data, Mixture):
-            return evaluate(self.model, EvalLoader(data, config, *place, max_batches), *to_model)
+            return evaluate(self.model, self.saves.between(EvalLoader(data, config, *place, max_batches)), *to_model)
         each = -(-max_batches // len(data.stores))
-        loaders = {name: EvalLoader(store, config, *place, each) for name, store in data.stores.items()}
+        loaders = {name: self.saves.between(EvalLoader(store, config, *place, each)) for name, store in data.stores.items()}
         return evaluate_tasks(self.model, loaders, *to_model)
 
     def get_memory_stats(self) -> dict[str, Any]:

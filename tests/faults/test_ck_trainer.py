@@ -27,6 +27,8 @@ from lumina_engine.training.comm import Comm
 from lumina_engine.training.state import restore
 from lumina_engine.training.trainer import EnhancedConversationTrainer
 from tests.checkpoint.helpers import names_in
+from tests.launch import last_line, launch
+from tests.parity.modes import write_data
 from tests.parity.rows import Records
 from tests.training.test_trainer import setup
 from tests.waiting import until
@@ -236,6 +238,13 @@ def test_ck16_a_writer_that_fails_is_told_within_a_step(tmp_path: Path, monkeypa
     order = [r.step for r in records if isinstance(r, rec.Step) or (isinstance(r, rec.Checkpoint) and r.failed)]
     at = order.index(4, order.index(4) + 1)  # the failure's record, behind that of step 4
     assert order[at - 1] <= seen[1]
+
+
+def test_ck16_two_ranks_commit_a_save_while_they_evaluate(tmp_path: Path) -> None:
+    """A fault in an evaluation costs nothing, however many ranks have to agree on the save before it."""
+    program = Path(__file__).with_name("eval_ranks.py")
+    done = launch(program, 2, str(write_data(tmp_path)), str(tmp_path), XDG_STATE_HOME=str(tmp_path / "state"))
+    assert last_line(done, "EVAL ") == {"committed": True, "resumed": [3, 4]}
 
 
 def test_ck11_train_resume_refuses_when_every_checkpoint_is_damaged(tiny_runs: TinyRuns) -> None:
