@@ -1,4 +1,4 @@
-"""AdamW on fp32 masters of shorter weights, and the norm of short gradients, a stretch at a time.
+"""AdamW on fp32 masters of shorter weights, and the norm of gradients, a stretch at a time.
 
 What is in fp32 only on the way, a stretch of a gradient, never leaves the cache, and there is no fp32 copy of all gradients.
 Values are those of converting everything first.
@@ -27,12 +27,16 @@ def _scratch(tensors: list[Tensor]) -> Tensor:
     return torch.empty(max(len(part) for tensor in tensors for (part,) in _stretches(tensor)), device=tensors[0].device)
 
 
-def norm_of_short(gradients: list[Tensor]) -> Tensor:
-    """The 2-norm of all values together, computed in fp32: a scalar."""
-    scratch, squares = _scratch(gradients), []
+def norm_by_stretches(gradients: list[Tensor]) -> Tensor:
+    """The 2-norm of all values together, computed in fp32: a scalar.
+
+    A sum of squares over a stretch loses little; one over a whole tensor of stacked experts would lose a percent.
+    """
+    short = gradients[0].dtype != torch.float32
+    scratch, squares = _scratch(gradients) if short else None, []
     for gradient in gradients:
         for (part,) in _stretches(gradient):
-            exact = scratch[: len(part)].copy_(part)
+            exact = part if scratch is None else scratch[: len(part)].copy_(part)
             squares.append(torch.dot(exact, exact))
     return torch.stack(squares).sum().sqrt()
 

@@ -16,7 +16,7 @@ from lumina_engine.model.transformer import DeepSeekTransformer
 from lumina_engine.monitoring import record as rec
 from lumina_engine.training import masters
 from lumina_engine.training.comm import Comm
-from lumina_engine.training.engine import parameter_groups
+from lumina_engine.training.engine import norm_of, parameter_groups
 from lumina_engine.training.plain_engine import PlainEngine
 from lumina_engine.training.setup import seed_all
 
@@ -182,6 +182,15 @@ def test_c071_masters_are_updated_as_if_all_gradients_were_fp32(clip: float, mon
         torch.testing.assert_close(engine.masters[model.get_parameter(name)], copy, atol=1e-6, rtol=1e-6)
         assert torch.equal(model.get_parameter(name), engine.masters[model.get_parameter(name)].bfloat16())
     assert all(torch.equal(model.get_parameter(n), p) for n, p in idle.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_c073_the_gradient_norm_is_exact_for_tensors_of_any_size(dtype: torch.dtype) -> None:
+    """As large as stacked experts are: a naive sum in fp32 loses a fifth of a percent over these 34 M values."""
+    torch.manual_seed(0)
+    grads = [torch.randn(1 << 25, dtype=dtype), torch.randn(3, 5, dtype=dtype).t(), torch.ones((), dtype=dtype)]
+    want = math.sqrt(sum(float(part.double().square().sum()) for grad in grads for part in grad.reshape(-1).split(1 << 22)))
+    assert float(norm_of(grads)) == pytest.approx(want, rel=1e-5)
 
 
 class _OtherRank(Comm):
