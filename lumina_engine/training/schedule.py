@@ -11,10 +11,10 @@ from typing import Any
 class Schedule:
     """Warm-up, then cosine, WSD, linear or constant.
 
-    Steps count from 1, and the rate of step 1 is never 0 (`peak / warmup_steps` while warming up). After `total_steps` the
-    floor holds. WSD (warm-up, stable, decay) follows MiniCPM, arXiv:2404.06395, with a linear decay over the last `decay_ratio`
-    of all steps. `multiplier` scales every rate; it is part of the saved state, so a change made at run time survives a
-    restart. `factor` does so too: the rate controller's, which keeps it (`adaptive.py`).
+    Steps count from 1, and the rate of step 1 is never 0 (`peak / warmup_steps` while warming up, the peak where it is the only
+    step). After `total_steps` the floor holds. WSD (warm-up, stable, decay) follows MiniCPM, arXiv:2404.06395, with a linear
+    decay over the last `decay_ratio` of all steps. `multiplier` scales every rate; it is part of the saved state, so a change
+    made at run time survives a restart. `factor` does so too: the rate controller's, which keeps it (`adaptive.py`).
     """
 
     kind: str
@@ -40,6 +40,8 @@ class Schedule:
         """The rate of `step` (from 1) as a share of the peak, without the multiplier."""
         if step <= self.warmup_steps:
             return step / self.warmup_steps
+        if step == 1 == self.total_steps:  # all of the decay would fall on it
+            return 1.0
         floor = self.min_lr_ratio
         if self.kind == "constant":
             return 1.0

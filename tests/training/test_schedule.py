@@ -6,7 +6,7 @@ import itertools
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lumina_engine.training.schedule import Schedule
@@ -55,10 +55,14 @@ def test_c073_linear_and_constant() -> None:
     floor=st.floats(0, 1),
     decay=st.floats(0, 1),
 )
-def test_rates_stay_between_floor_and_peak(kind: str, total: int, warmup: int, floor: float, decay: float) -> None:
+@example(kind="cosine", total=1, warmup=0, floor=0.0, decay=0.2)
+@example(kind="linear", total=1, warmup=0, floor=0.0, decay=0.2)
+@example(kind="wsd", total=1, warmup=0, floor=0.0, decay=1.0)
+def test_r04_rates_stay_between_floor_and_peak(kind: str, total: int, warmup: int, floor: float, decay: float) -> None:
     s = schedule(kind, total, warmup, floor, decay)
     shapes = [s.shape(step) for step in range(1, total + 3)]
     assert all(0 <= x <= 1 + 1e-12 for x in shapes)
+    assert shapes[0] > 0  # the first step trains, also where it is the only one
     after = shapes[warmup:]
     assert all(x >= floor - 1e-12 for x in after)
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(after))  # never up again after the warm-up
