@@ -50,7 +50,7 @@ def config_from_deepspeed(given: Mapping[str, Any], world: int = 1) -> Config:
     _batch(rest, world, values, findings)
     _precision(rest, values, findings)
     _offload(rest, values)
-    _adamw(rest, values)
+    _adamw(rest, values, findings)
     for name, value in _IMPLIED.items():
         if rest.get(name, _ABSENT) == value:
             del rest[name]
@@ -82,14 +82,26 @@ def _error(code: str, keys: str, message: str, fix: str) -> Finding:
     return Finding(code, "error", tuple(keys.split()), message, fix)
 
 
+def _given(value: Any) -> str:
+    """A wrong value; text in quotes, since '4' is wrong where 4 is not."""
+    return repr(value) if isinstance(value, str) else show(value)
+
+
 def _batch(rest: dict[str, Any], world: int, values: dict[str, Any], findings: list[Finding]) -> None:
     total = _take(rest, "train_batch_size")
-    if total is _ABSENT or total == "auto" or not isinstance(total, int):
-        if total is not _ABSENT and total != "auto":
-            message = f"train_batch_size = {show(total)}: must be a whole number"
-            findings.append(_error("batch_triangle", "batch_size", message, "give a number of rows"))
-        return
     micro, steps = values.get("batch_size"), values.get("gradient_accumulation_steps")
+    given = {
+        "train_batch_size": None if total is _ABSENT or total == "auto" else total,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": steps,
+    }
+    wrong = {name: value for name, value in given.items() if value is not None and not _is_whole(value)}
+    for name, value in wrong.items():
+        values.pop(_SAME.get(name, name), None)
+        message = f"{name} = {_given(value)}: must be a whole number"
+        findings.append(_error("batch_triangle", _SAME.get(name, "batch_size"), message, f"set {name} to a number or auto"))
+    if wrong or given["train_batch_size"] is None:
+        return
     known = (micro or 1) * (steps or 1) * world
     if total % known or (micro and steps and total != known):
         parts = f"micro {micro or '?'} x accumulation {steps or '?'} x {world} ranks"
@@ -102,8 +114,13 @@ def _batch(rest: dict[str, Any], world: int, values: dict[str, Any], findings: l
         values["gradient_accumulation_steps"] = total // known
 
 
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _precision(rest: dict[str, Any], values: dict[str, Any], findings: list[Finding]) -> None:
-    on = [name for name in ("bf16", "fp16", "torch_autocast") if _take(rest, f"{name}.enabled") is True]
+    enabled = {name: _enabled(rest, name, findings) for name in ("bf16", "fp16", "torch_autocast")}
+    on = [name for name, value in enabled.items() if value is True]
     dtype = _take(rest, "torch_autocast.dtype")
     if _take(rest, "torch_autocast.lower_precision_safe_modules") not in (_ABSENT, None, []):
         message = "torch_autocast.lower_precision_safe_modules: Lumina decides what is computed in which type"
@@ -120,8 +137,21 @@ def _precision(rest: dict[str, Any], values: dict[str, Any], findings: list[Find
         values["precision"] = short.get(name, name)
     elif on:
         values["precision"] = on[0]
-    else:
+    elif None not in enabled.values():
         values["precision"] = "fp32"  # what DeepSpeed does without such a block
+
+
+def _enabled(rest: dict[str, Any], name: str, findings: list[Finding]) -> bool | None:
+    """Whether a block of precision is enabled; None for `auto`, and for what is neither, which is an error."""
+    value = _take(rest, f"{name}.enabled")
+    if value is _ABSENT:
+        return False
+    if isinstance(value, int) and value in (0, 1):
+        return bool(value)
+    if value != "auto":
+        message = f"{name}.enabled = {_given(value)}: must be true, false or auto"
+        findings.append(_error("precision_blocks", "precision", message, f"set {name}.enabled to true or false"))
+    return None
 
 
 def _offload(rest: dict[str, Any], values: dict[str, Any]) -> None:
@@ -146,18 +176,21 @@ def _offload(rest: dict[str, Any], values: dict[str, Any]) -> None:
             del zero[block]
 
 
-def _adamw(rest: dict[str, Any], values: dict[str, Any]) -> None:
+def _adamw(rest: dict[str, Any], values: dict[str, Any], findings: list[Finding]) -> None:
     """An optimizer block that says AdamW says what fields say; any other is left, and refused by name."""
     block = rest.get("optimizer")
     if not isinstance(block, dict) or block.get("type") != "AdamW" or not isinstance(block.get("params"), dict):
         return
     params = dict(block["params"])
     params.pop("torch_adam", None)
-    betas = params.pop("betas", None)
+    betas = params.pop("betas", "auto")
     known = {_OPTIMIZER[name]: params.pop(name) for name in list(params) if name in _OPTIMIZER}
     if params:
         return
     values |= {name: value for name, value in known.items() if value != "auto"}
     if isinstance(betas, list | tuple) and len(betas) == 2:
         values["adam_beta1"], values["adam_beta2"] = betas
+    elif betas != "auto":
+        message = f"optimizer.params.betas = {_given(betas)}: must be a list of two numbers"
+        findings.append(_error("adam_betas", "adam_beta1 adam_beta2", message, "give two numbers, such as [0.9, 0.95]"))
     del rest["optimizer"]

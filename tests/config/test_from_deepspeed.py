@@ -71,6 +71,26 @@ def test_r22_the_batch_triangle_must_agree() -> None:
             Config.from_deepspeed(parts, world=world)
 
 
+def adamw(betas: Any) -> dict[str, Any]:
+    return {"type": "AdamW", "params": {"betas": betas}}
+
+
+@pytest.mark.parametrize(
+    ("given", "precision"),
+    [
+        ({"bf16": {"enabled": 1}}, "bf16"),
+        ({"bf16": {"enabled": 0}}, "fp32"),
+        ({"bf16": {"enabled": "auto"}}, "auto"),
+        ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}, "auto"),
+        ({"bf16": {"enabled": "auto"}, "fp16": {"enabled": True}}, "fp16"),
+    ],
+)
+def test_c059_a_precision_that_is_left_open_stays_open(given: dict[str, Any], precision: str) -> None:
+    config = Config.from_deepspeed(given | {"optimizer": adamw("auto")})
+    assert config.precision == precision and config.deepspeed_overrides == {}
+    assert (config.adam_beta1, config.adam_beta2) == (Config().adam_beta1, Config().adam_beta2)
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -83,6 +103,18 @@ def test_r22_the_batch_triangle_must_agree() -> None:
         ({"optimizer": {"type": "AdamW", "params": {"learning_rate": 1}}}, "optimizer is refused"),
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler is refused"),
         ({"zero_optimization": {"stage": 7}}, "zero_stage = 7"),
+        ({"bf16": {"enabled": "true"}}, "bf16.enabled = 'true': must be true, false or auto"),
+        ({"fp16": {"enabled": 2}}, "fp16.enabled = 2: must be true, false or auto"),
+        ({"optimizer": adamw([0.9])}, "optimizer.params.betas = [0.9]: must be a list of two numbers"),
+        ({"optimizer": adamw(0.9)}, "optimizer.params.betas = 0.9: must be a list of two numbers"),
+        ({"optimizer": adamw(["a", 0.9])}, "adam_beta1 = a: must be"),
+        ({"train_batch_size": True}, "train_batch_size = true: must be a whole number"),
+        (
+            {"train_batch_size": 8, "train_micro_batch_size_per_gpu": "4"},
+            "train_micro_batch_size_per_gpu = '4': must be a whole",
+        ),
+        ({"train_batch_size": 8, "gradient_accumulation_steps": [2]}, "gradient_accumulation_steps = [2]: must be a whole"),
+        ({"gradient_accumulation_steps": True}, "gradient_accumulation_steps = true: must be a whole number"),
     ],
 )
 def test_c059_what_is_wrong_is_named(given: dict[str, Any], said: str) -> None:
