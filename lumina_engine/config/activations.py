@@ -2,6 +2,9 @@
 
 Counted tensor by tensor as `lumina_engine.model` makes them; tests compare with the tensors that autograd keeps and with the
 resident memory of real steps. Bytes throughout. `value_bytes` is the size of a value in the arithmetic (2 under autocast).
+
+`places` are those that attention lays the tokens into where rows hold several documents (model/segments.py), filler included;
+None where each row is one document.
 """
 
 from __future__ import annotations
@@ -10,14 +13,32 @@ from lumina_engine.config.counts import parameter_counts
 from lumina_engine.config.schema import DeepSeekConfig
 
 
+# Rectangles of attention are this wide, or a power of two above it; documents just longer leave the most filler in them.
+NARROWEST = 16
+WORST_DOCUMENT = NARROWEST + 1
+
+
+def worst_places(model: DeepSeekConfig, batch_size: int, seq_length: int) -> int | None:
+    """Places for full rows of the worst documents, which is the batch that a dry run takes."""
+    if not model.use_flash_attention or seq_length <= WORST_DOCUMENT:
+        return None
+    documents, rest = divmod(seq_length, WORST_DOCUMENT)
+    return batch_size * (documents * 2 * NARROWEST + (NARROWEST if rest else 0))
+
+
 def block_activation_bytes(
-    model: DeepSeekConfig, tokens: int, value_bytes: int, on_cpu: bool = True, length: int | None = None
+    model: DeepSeekConfig,
+    tokens: int,
+    value_bytes: int,
+    on_cpu: bool = True,
+    length: int | None = None,
+    places: int | None = None,
 ) -> int:
     """Bytes that one block keeps for its backward pass, averaged over blocks with and without experts.
 
     `length` is that of the rows (default: the longest); it matters where attention is written out.
     """
-    attention = attention_activation_bytes(model, tokens, value_bytes, length)
+    attention = attention_activation_bytes(model, tokens, value_bytes, on_cpu, length, places)
     before = tokens * (value_bytes * model.hidden_size + 4)  # input of the second half and the statistic of its norm
     with_experts = model.expert_layers
     without = model.num_layers - with_experts
@@ -26,7 +47,14 @@ def block_activation_bytes(
     return attention + before + (with_experts * experts + without * dense) // model.num_layers
 
 
-def attention_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int, length: int | None = None) -> int:
+def attention_activation_bytes(
+    model: DeepSeekConfig,
+    tokens: int,
+    value_bytes: int,
+    on_cpu: bool = True,
+    length: int | None = None,
+    places: int | None = None,
+) -> int:
     """Bytes that the attention half of one block keeps, with the input of the block; rows have `length` tokens."""
     if model.attention == "mla":
         projected = _latent_bytes(model, tokens, value_bytes)
@@ -34,9 +62,11 @@ def attention_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: 
     else:  # input and normed input, statistic of the norm
         projected, fused = tokens * (value_bytes * 2 * model.hidden_size + 4), _fused_grouped_bytes
     if model.qk_norm:
-        projected += tokens * 4 * (model.num_heads + model.num_kv_heads)
+        projected += (places or tokens) * 4 * (model.num_heads + model.num_kv_heads)
     if model.use_flash_attention:
-        return projected + fused(model, tokens, value_bytes)
+        if places is None:
+            return projected + fused(model, tokens, value_bytes)
+        return projected + fused(model, places, value_bytes) + _moved_back_bytes(model, tokens, places, value_bytes, on_cpu)
     return projected + score_bytes(model, tokens, length) + _written_out_bytes(model, tokens, value_bytes)
 
 
@@ -50,6 +80,15 @@ def _written_out_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> 
     and its output."""
     value = model.v_head_dim if model.attention == "mla" else model.head_size
     return tokens * model.num_heads * (4 * (2 * model.head_size + value) + value_bytes * value)
+
+
+def _moved_back_bytes(model: DeepSeekConfig, tokens: int, places: int, value_bytes: int, on_cpu: bool) -> int:
+    """Bytes of the output of attention that is moved from places to tokens, without that in the places where nothing keeps it:
+    blocks of queries do not, which is how short rectangles are attended to on a CPU in less than float32, or by a window."""
+    value = model.v_head_dim if model.attention == "mla" else model.head_size
+    in_blocks = (value_bytes < 4 and on_cpu) or (model.sliding_window or places) < 2 * NARROWEST
+    apart = value != model.head_size  # what is cut out of a wider output is counted by itself already
+    return (tokens - (places if in_blocks or apart else 0)) * model.num_heads * value * value_bytes
 
 
 def _fused_grouped_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
@@ -125,10 +164,17 @@ def selective_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: 
     return tokens * value_bytes * (2 * hidden + projected) + feed_forward // model.num_layers
 
 
-def activation_bytes(model: DeepSeekConfig, batch_size: int, seq_length: int, value_bytes: int, on_cpu: bool = True) -> int:
+def activation_bytes(
+    model: DeepSeekConfig,
+    batch_size: int,
+    seq_length: int,
+    value_bytes: int,
+    on_cpu: bool = True,
+    places: int | None = None,
+) -> int:
     """Bytes kept for the backward pass of one micro batch. Only attention written out keeps scores and a mask."""
     tokens = batch_size * seq_length
-    block = block_activation_bytes(model, tokens, value_bytes, on_cpu, seq_length)
+    block = block_activation_bytes(model, tokens, value_bytes, on_cpu, seq_length, places)
     ends = tokens * value_bytes * 2 * model.hidden_size
     if not model.use_flash_attention:  # the mask of documents, one for all blocks
         ends += tokens * seq_length * value_bytes
@@ -168,7 +214,8 @@ def working_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int, on_cpu: 
         both = model.num_heads * (2 * model.head_size + model.v_head_dim)
     else:
         both = (model.num_heads + 2 * model.num_kv_heads) * model.head_size
-    # gradients of q, k, v with those of the rotation in float32; the norm works in float32 too
+    # gradients of q, k, v with those of the rotation in float32; the norm works in float32 too. Where they have filler, what
+    # the other half of the block kept is gone by then, and makes up for it.
     widths.append(both * (2 * value_bytes + 4))
     if not model.use_flash_attention:  # gradients of the probabilities and of the scores
         widths.append(2 * score_bytes(model, 1, length))

@@ -9,7 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from lumina_engine.config.activations import activation_bytes, block_activation_bytes, cast_bytes, loss_bytes, working_bytes
+from lumina_engine.config.activations import (
+    activation_bytes,
+    block_activation_bytes,
+    cast_bytes,
+    loss_bytes,
+    working_bytes,
+    worst_places,
+)
 from lumina_engine.config.buckets import ON_GPU
 from lumina_engine.config.counts import Counts, parameter_counts
 from lumina_engine.config.schema import DeepSeekConfig
@@ -49,6 +56,8 @@ class Layout:
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Bytes on one device while training at the worst shape, part by part, and at the `moments` of a step.
+
+    That is the micro batch of the dry run: full rows of documents that leave the most filler in attention.
 
     `working` are temporaries of the backward pass; `buckets` those of reducing and gathering; `host` and `nvme` is what offload
     keeps elsewhere, per rank.
@@ -107,7 +116,8 @@ def training_memory(model: DeepSeekConfig, layout: Layout) -> Memory:
     weight_bytes, grad_bytes, value_bytes = _BYTES[layout.precision]
     state = _state(model, layout, counts)
     tokens = layout.batch_size * layout.seq_length
-    kept = activation_bytes(model, layout.batch_size, layout.seq_length, value_bytes, layout.on_cpu)
+    places = worst_places(model, layout.batch_size, layout.seq_length)
+    kept = activation_bytes(model, layout.batch_size, layout.seq_length, value_bytes, layout.on_cpu, places)
     if weight_bytes > value_bytes:
         kept += cast_bytes(model, value_bytes)
     logits = loss_bytes(model, tokens, value_bytes, weight_bytes, layout.on_cpu)
@@ -115,7 +125,7 @@ def training_memory(model: DeepSeekConfig, layout: Layout) -> Memory:
     working += _exchange_bytes(model, layout, value_bytes)
     block = grad_bytes * _block_parameters(model, counts)
     head = grad_bytes * model.vocab_rows * model.hidden_size
-    one_block = block_activation_bytes(model, tokens, value_bytes, layout.on_cpu, layout.seq_length)
+    one_block = block_activation_bytes(model, tokens, value_bytes, layout.on_cpu, layout.seq_length, places)
     tied = head if model.tie_word_embeddings else 0
     # the buckets are there from the start, but on a CPU only what is written to is
     first = state.held + kept + working + block + head + (state.gathered if layout.on_cpu else state.buckets)

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lumina_engine.config.activations import NARROWEST
 from lumina_engine.model.attention_core import fused_attention
-
-_NARROWEST = 16  # rectangles are this wide, or a power of two above it
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +110,7 @@ class Segments:
 
 def _widths(lengths: Tensor) -> Tensor:
     """The width of the rectangle for each length: the next power of two, and no less than the narrowest."""
-    bits = (lengths.clamp(min=_NARROWEST) - 1).double().log2().floor().long() + 1
+    bits = (lengths.clamp(min=NARROWEST) - 1).double().log2().floor().long() + 1
     return torch.ones_like(lengths) << bits
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 
+from ..config.activations import WORST_DOCUMENT
 from ..config.curriculum import Curriculum
 from ..config.micro_batch import smaller
 from ..data.batch import Batch
@@ -103,9 +104,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
-
-
-WORST_DOCUMENT = 17  # tokens: attention lays it into a rectangle that is 32 wide
 
 
 @dataclass(frozen=True)

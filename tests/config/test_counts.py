@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from lumina_engine.config.activations import activation_bytes, block_activation_bytes, selective_activation_bytes
+from lumina_engine.config.activations import (
+    WORST_DOCUMENT,
+    activation_bytes,
+    block_activation_bytes,
+    selective_activation_bytes,
+    worst_places,
+)
 from lumina_engine.config.counts import forward_flops, kv_cache_bytes_per_token, parameter_counts, training_flops_per_token
 from lumina_engine.config.memory import Layout, training_memory
 from lumina_engine.config.presets import NAMES, ConfigPresets
@@ -109,8 +115,9 @@ def test_c009_forward_flops_equal_those_counted(shape: dict) -> None:
     assert sum(ours[part] for part in parts) == ours["total"] and ours["per_token"] == ours["total"] // 128
 
 
-def saved_bytes(module, ids) -> int:
-    """Bytes of the distinct storages that autograd keeps for the backward pass, parameters not counted."""
+def saved_bytes(module, ids, documents=None) -> int:
+    """Bytes of the distinct storages that autograd keeps for the backward pass, parameters not counted. Without `documents`
+    each row is one."""
     import torch
 
     own = {p.untyped_storage().data_ptr() for p in module.parameters()}
@@ -125,7 +132,8 @@ def saved_bytes(module, ids) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = module(ids, labels=ids, document_ids=torch.ones_like(ids), return_aux=True)
+        documents = torch.ones_like(ids) if documents is None else documents
+        out = module(ids, labels=ids, document_ids=documents, return_aux=True)
         loss = out.loss_sum if out.router is None else out.loss_sum + out.router.prob_sum_LE.sum() + out.router.z_sum_L.sum()
     assert loss.requires_grad
     return sum(kept.values())
@@ -163,6 +171,25 @@ def test_c008_activations_are_those_that_autograd_keeps(shape: dict, precision: 
         model = small(moe_dropless=True, num_layers=layers, **shape)
         kept.append(saved_bytes(DeepSeekTransformer(model).to(dtype).train(), ids))
     assert kept[1] - kept[0] == pytest.approx(2 * block_activation_bytes(model, 256, value), rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("shape", (KEPT | WRITTEN_OUT).values(), ids=KEPT | WRITTEN_OUT)
+def test_c008_filler_of_short_documents_is_in_what_is_kept(shape: dict, precision: str) -> None:
+    """The documents of a dry run, laid into rectangles that are nearly twice as wide: within 5 % too."""
+    torch = pytest.importorskip("torch")
+    from lumina_engine.model.segments import Segments
+    from lumina_engine.model.transformer import DeepSeekTransformer
+
+    dtype, value = (torch.float32, 4) if precision == "fp32" else (torch.bfloat16, 2)
+    ids, documents = torch.arange(256).reshape(4, 64), (torch.arange(64) // WORST_DOCUMENT + 1).expand(4, 64)
+    kept = []
+    for layers in (2, 4):
+        model = small(moe_dropless=True, num_layers=layers, **shape)
+        kept.append(saved_bytes(DeepSeekTransformer(model).to(dtype).train(), ids, documents))
+    places = worst_places(model, 4, 64)
+    assert places == (Segments.of(documents).num_places if model.use_flash_attention else None)
+    assert kept[1] - kept[0] == pytest.approx(2 * block_activation_bytes(model, 256, value, places=places), rel=0.05)
 
 
 def test_c008_attention_written_out_is_in_the_budget() -> None:

@@ -4,8 +4,10 @@
 
 With that threshold every tensor is a mapping of its own, given back the moment it is freed, so the resident set is what is in
 use: temporaries inside an operator, buffers of other threads and all that belongs to no tensor included, pages that were never
-touched not. The kernel keeps its largest value; it is reset at the beginning of each section of a step. What was resident
-before the model was built, after a first run of the same kind that loaded every library, is taken off.
+touched not. The kernel keeps its largest value; it is reset at the beginning of each section of a step and of the dry run.
+What was resident before the model was built, after a first run of the same kind that loaded every library, is taken off.
+
+With `short` among the overrides the data are conversations that leave attention the most filler, else some that fill rows.
 
 With `save_interval: 1` the first step is saved beside the second, and its copy kept until that one has ended.
 
@@ -26,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from lumina_engine.checkpoint.manager import CheckpointManager
+from lumina_engine.config.activations import WORST_DOCUMENT
 from lumina_engine.config.machine import Machine
 from lumina_engine.config.memory import checkpoint_bytes, training_memory
 from lumina_engine.config.resolve import host_memory, layout_of, model_config
@@ -76,7 +79,7 @@ def reset_largest() -> None:
 
 
 class Sections(NullChannel):
-    """A channel that keeps the largest resident set of each section, from the first step on; `done` when the last ends."""
+    """A channel that keeps the largest resident set of the dry run and of each section of a step; `done` when the last ends."""
 
     def __init__(self) -> None:
         self.highest: dict[str, int] = {}
@@ -88,7 +91,7 @@ class Sections(NullChannel):
             self.done.set()
         if self.name:
             self.highest[self.name] = max(self.highest.get(self.name, 0), resident("VmHWM"))
-        self.name = section if step else ""
+        self.name = section if step or section == "dry run" else ""
         reset_largest()
 
 
@@ -128,24 +131,30 @@ def measured(config: Config, comm: Comm) -> dict[str, Any]:
     return {"peak": max(sections.values()), "sections": sections, "resolved": trainer.config}
 
 
-def corpus(folder: Path) -> Path:
-    """Conversations that fill whole rows."""
-    path = folder / "train.jsonl"
-    if not path.exists():
-        words = ["the", "river", "runs", "past", "the", "old", "stone", "house", "and", "a", "small", "bird", "sings"]
-        with path.open("w") as stream:
-            for number in range(400):
-                text = " ".join(words[(number * 7 + i * i) % len(words)] for i in range(600))
-                turns = [{"role": "user", "content": f"tale {number}"}, {"role": "assistant", "content": text}]
-                stream.write(json.dumps({"messages": turns}) + "\n")
-    return path
+WORDS = ["the", "river", "runs", "past", "the", "old", "stone", "house", "and", "a", "small", "bird", "sings"]
+
+
+def corpus(folder: Path) -> None:
+    """Two files of conversations: in `train.jsonl` they fill whole rows, in `short.jsonl` they have `WORST_DOCUMENT` tokens."""
+    tales = [(f"tale {n}", " ".join(WORDS[(n * 7 + i * i) % len(WORDS)] for i in range(600))) for n in range(400)]
+    sums = [(f"{n:03}", f"{n * 7:04}") for n in range(1000)]  # a digit is a token
+    tokenizer = ConversationTokenizer(str(SHAPE["tokenizer"]))
+    assert len(tokenizer.encode_conversation(_turns(*sums[1]))) == WORST_DOCUMENT
+    for name, texts in (("train", tales), ("short", sums)):
+        with (folder / f"{name}.jsonl").open("w") as stream:
+            stream.writelines(json.dumps({"messages": _turns(*pair)}) + "\n" for pair in texts)
+
+
+def _turns(asked: str, told: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": told}]
 
 
 def main() -> None:
     folder, cases = Path(sys.argv[1]), json.loads(sys.argv[2])
     comm = Comm.start("gloo")
-    own = {"train_data_path": str(folder / "train.jsonl"), "data_cache_dir": str(folder / "cache")}
     for name, overrides in cases.items():
+        data = folder / ("short.jsonl" if overrides.pop("short", False) else "train.jsonl")
+        own = {"train_data_path": str(data), "data_cache_dir": str(folder / "cache")}
         measured(Config(**(SHAPE | own | overrides)), comm)
         found = measured(Config(**(SHAPE | own | overrides)), comm)
         config = found.pop("resolved")
