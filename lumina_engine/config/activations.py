@@ -12,7 +12,6 @@ from __future__ import annotations
 from lumina_engine.config.counts import parameter_counts
 from lumina_engine.config.schema import DeepSeekConfig
 
-
 # Rectangles of attention are this wide, or a power of two above it; documents just longer leave the most filler in them.
 NARROWEST = 16
 WORST_DOCUMENT = NARROWEST + 1
@@ -44,7 +43,13 @@ def block_activation_bytes(
     without = model.num_layers - with_experts
     dense = tokens * value_bytes * (model.hidden_size + 3 * model.dense_width)
     experts = expert_activation_bytes(model, tokens, value_bytes, on_cpu) if with_experts else 0
-    return attention + before + (with_experts * experts + without * dense) // model.num_layers
+    dropped = dropout_bytes(model, tokens, value_bytes, on_cpu)
+    return attention + before + dropped + (with_experts * experts + without * dense) // model.num_layers
+
+
+def dropout_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int, on_cpu: bool = True) -> int:
+    """Bytes of what dropout keeps of both branches of one block: factors on a CPU, flags elsewhere."""
+    return 2 * tokens * model.hidden_size * (value_bytes if on_cpu else 1) if model.dropout else 0
 
 
 def attention_activation_bytes(
@@ -137,10 +142,13 @@ def expert_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int
         shared += tokens * value_bytes * model.hidden_size
     # the router works on the normed input in float32, and keeps scores and their logsumexp, choices and gates
     router = tokens * 4 * (model.hidden_size + 2 * model.num_experts) + chosen * 36
+    if model.router_jitter_noise:  # the noise; where experts keep the input too, what it makes of it is a tensor of its own
+        kept = value_bytes == 4 and (model.num_shared_experts > 0 or (on_cpu and model.expert_parallel_size == 1))
+        router += tokens * 4 * model.hidden_size * (2 if kept else 1)
     return routed + shared + router
 
 
-def selective_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int) -> int:
+def selective_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: int, on_cpu: bool = True) -> int:
     """Bytes that one block keeps with selective checkpointing: its inputs and the results of matrix products, on average."""
     hidden, heads, value = model.hidden_size, model.num_heads, model.v_head_dim
     if model.attention == "mla":
@@ -152,16 +160,20 @@ def selective_activation_bytes(model: DeepSeekConfig, tokens: int, value_bytes: 
     with_experts = model.expert_layers
     width = model.dense_width
     # experts: normed input and its statistic; gate-up of routed and shared; logits, scores, choices and gates of the router
-    scores = 4 if model.router_score == "softmax" else 8
+    # with jitter the router is not run again, and keeps what it does without checkpointing, the noise and its product
+    jitter = model.router_jitter_noise > 0
+    scores = 4 if model.router_score == "softmax" and not jitter else 8
     chosen = tokens * model.moe_top_k
     experts = tokens * (value_bytes * hidden + 4) + chosen * value_bytes * 2 * model.expert_width
     experts += (
         tokens * (value_bytes * model.num_shared_experts * 2 * model.expert_width + scores * model.num_experts) + chosen * 36
     )
+    experts += tokens * 8 * hidden if jitter else 0
     if model.expert_parallel_size > 1:  # rows as they came in, and results as they came back
         experts += chosen * (value_bytes * 2 * hidden + 20)
     feed_forward = with_experts * experts + (model.num_layers - with_experts) * tokens * value_bytes * 2 * width
-    return tokens * value_bytes * (2 * hidden + projected) + feed_forward // model.num_layers
+    inputs = tokens * value_bytes * (2 * hidden + projected) + dropout_bytes(model, tokens, value_bytes, on_cpu)
+    return inputs + feed_forward // model.num_layers
 
 
 def activation_bytes(
@@ -179,7 +191,7 @@ def activation_bytes(
     if not model.use_flash_attention:  # the mask of documents, one for all blocks
         ends += tokens * seq_length * value_bytes
     if model.gradient_checkpointing == "selective":  # and what one block computes again
-        kept = selective_activation_bytes(model, tokens, value_bytes)
+        kept = selective_activation_bytes(model, tokens, value_bytes, on_cpu)
         return (model.num_layers - 1) * kept + max(kept, block) + ends
     if model.gradient_checkpointing:
         return model.num_layers * tokens * value_bytes * model.hidden_size + block + ends

@@ -153,6 +153,11 @@ KEPT = {
     "latent, values as wide as keys": LATENT | {"v_head_dim": 48},
     "latent, wider values": LATENT | {"v_head_dim": 64, "use_moe": False},
     "window": {"sliding_window": 16},
+    "dropout": {"dropout": 0.1},
+    "dropout, dense": {"dropout": 0.1, "use_moe": False, "intermediate_size": 352},
+    "jitter": {"router_jitter_noise": 0.1, "num_experts": 64},
+    "jitter, shared": {"router_jitter_noise": 0.1, "num_shared_experts": 1},
+    "dropout and jitter": {"dropout": 0.1, "router_jitter_noise": 0.1, "intermediate_size": 128},
 }
 WRITTEN_OUT = {"written out": {"use_flash_attention": False}, "written out, latent": LATENT | {"use_flash_attention": False}}
 
