@@ -19,6 +19,7 @@ DENSE = {"use_moe": False, "intermediate_size": 1024, "num_layers": 6, "batch_si
 MANY_HEADS = {"num_heads": 16, "num_kv_heads": 16, "head_dim": 64}
 LATENT = {"attention": "mla", "kv_lora_rank": 64, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64}
 BUCKETS = {"reduce_bucket_size": 4_000_000, "allgather_bucket_size": 4_000_000}
+OVERLAPPED = {"overlap_comm": True, "contiguous_gradients": True}
 SHORT = {**BUCKETS, "precision": "bf16"}
 # case → keys; the shape is that of `peak.SHAPE` where nothing else is said: 13.7 M parameters, 2 of 8 experts, 1,024 tokens
 ONE = {
@@ -39,9 +40,9 @@ ONE = {
 }
 TWO = {
     "ZeRO 0": {"zero_stage": 0},
-    "ZeRO 1": {"zero_stage": 1, **BUCKETS},
+    "ZeRO 1, short documents": {"zero_stage": 1, **BUCKETS, "short": True},
     "ZeRO 1, 64 tokens": {"zero_stage": 1, **BUCKETS, "batch_size": 1, "seq_length": 64},
-    "ZeRO 1, overlapped": {"zero_stage": 1, **BUCKETS, "overlap_comm": True, "contiguous_gradients": True},
+    "ZeRO 1, overlapped, short documents": {"zero_stage": 1, **BUCKETS, **OVERLAPPED, "short": True},
     "ZeRO 2, bf16": {"zero_stage": 2, **SHORT},
     "ZeRO 1, bf16, accumulation": {"zero_stage": 1, **SHORT, "gradient_accumulation_steps": 2},
     "ZeRO 2, bf16, accumulation": {"zero_stage": 2, **SHORT, "gradient_accumulation_steps": 2},
