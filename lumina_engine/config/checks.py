@@ -8,7 +8,7 @@ from pathlib import Path
 from lumina_engine.config import model_checks, task_checks, training_checks
 from lumina_engine.config.declare import show
 from lumina_engine.config.deepspeed import check_overrides
-from lumina_engine.config.deepspeed_values import quantized
+from lumina_engine.config.deepspeed_values import monitors, quantized
 from lumina_engine.config.expert_checks import expert_parallel
 from lumina_engine.config.finding import ConfigError, Finding, error, finding
 from lumina_engine.config.machine import Machine, gb_text
@@ -98,6 +98,7 @@ def _machine(config: Config, machine: Machine) -> Iterator[Finding]:
     yield from offload_machine(config, machine)
     if config.use_deepspeed:
         yield from quantized(config.deepspeed_overrides, machine, resolved_precision(config, machine))
+        yield from monitors(config.deepspeed_overrides)
     if not devices and config.communication_backend == "nccl":
         message = "communication_backend = nccl: no GPU here, gloo is used"
         yield finding("info", "nccl", "communication_backend", message, "set communication_backend=auto")

@@ -12,6 +12,7 @@ from typing import Any
 from lumina_engine.config.buckets import bucket_size, reduces_early
 from lumina_engine.config.counts import largest_parameter
 from lumina_engine.config.declare import show
+from lumina_engine.config.deepspeed_classes import wrong_names
 from lumina_engine.config.deepspeed_rules import useless, value_at
 from lumina_engine.config.deepspeed_values import wrong_values
 from lumina_engine.config.finding import ConfigError, Finding, has_errors, nearest
@@ -45,7 +46,7 @@ _ZERO = _keys(
     offload_optimizer=_OFFLOAD_OPTIMIZER,
     offload_param=_OFFLOAD_PARAM,
     zenflow=ANY,
-    leaf_module=ANY,
+    leaf_module=_keys("classes names name_suffixes"),
 )
 KNOWN: Keys = _keys(
     "train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation steps_per_print "
@@ -252,6 +253,7 @@ def check_overrides(config: Config, world: int | None = None) -> list[Finding]:
         fix = "set use_deepspeed=true or remove the overrides"
         return [Finding("deepspeed_off", "error", ("deepspeed_overrides", "use_deepspeed"), message, fix)]
     findings = [*_unknown(overrides, KNOWN, ""), *wrong_values(overrides), *_unguarded(overrides), *_unscattered(config)]
+    findings += wrong_names(config)
     disk = config.nvme_offload_optimizer or config.nvme_offload_parameters
     findings += useless(overrides, config.zero_stage, config.nvme_offload_optimizer, disk)
     generated = _generated(config, world or 1)

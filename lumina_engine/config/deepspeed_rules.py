@@ -17,6 +17,10 @@ _RECOMPUTE = "only deepspeed.checkpointing reads it, which Lumina does not use: 
 _OPTIMIZER = "it needs DeepSpeed's own CPU Adam, and Lumina passes torch's: remove it"
 _DATA = "Lumina loads its own data: remove it"
 _MASTERS = "it needs DeepSpeed's own CPU Adam; Lumina keeps fp32 masters: remove it"
+_GRANULARITY = (
+    "where it takes the whole model for one module, weights are split again before the backward pass has used them: "
+    "set leaf_module.classes instead"
+)
 
 # DeepSpeed path → why no value of it is accepted.
 NO_EFFECT = {
@@ -55,6 +59,7 @@ NO_EFFECT = {
     "zero_optimization.offload_optimizer.super_offload": _OPTIMIZER,
     "zero_optimization.offload_optimizer.cpuadam_cores_perc": _OPTIMIZER,
     "zero_optimization.save_muon_momentum_buffer_in_memory": "Lumina's optimizer is AdamW: remove it",
+    "zero_optimization.stage3_module_granularity_threshold": _GRANULARITY,
     "zero_optimization.elastic_checkpoint": _CHECKPOINTS,
     "zero_optimization.load_from_fp32_weights": _CHECKPOINTS,
     "zero_optimization.pipeline_loading_checkpoint": _CHECKPOINTS,
@@ -77,7 +82,6 @@ STAGE_3_ONLY = (
     "stage3_model_persistence_threshold",
     "stage3_max_live_parameters",
     "stage3_max_reuse_distance",
-    "stage3_module_granularity_threshold",
     "stage3_use_all_reduce_for_fetch_params",
     "stage3_allgather_sequential",
     "sub_group_size",

@@ -5,13 +5,16 @@ Each was read in the source of DeepSpeed 0.19.8. Paths are those of its JSON.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lumina_engine.config.declare import show
-from lumina_engine.config.finding import Finding, finding
+from lumina_engine.config.finding import Finding, error, finding
 from lumina_engine.config.machine import Machine
+from lumina_engine.config.trackers import OF_DEEPSPEED, to_install
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ VALUES: dict[str, Rule] = {
     **_rules(
         _whole(0),
         "sub_group_size stage3_model_persistence_threshold stage3_max_live_parameters stage3_max_reuse_distance "
-        "stage3_module_granularity_threshold zero_hpz_partition_size",
+        "zero_hpz_partition_size",
         _ZERO,
     ),
     **_rules(_TEXTS, "classes names name_suffixes", f"{_ZERO}.leaf_module"),
@@ -125,3 +128,30 @@ def quantized(overrides: Mapping[str, Any], machine: Machine, precision: str) ->
             message += f" with precision = {precision}: DeepSpeed asserts on it with autocast"
             fix = "remove it, or set precision=bf16"
             yield finding("error", "deepspeed_quantized", "deepspeed_overrides precision", message, fix)
+
+
+def monitors(overrides: Mapping[str, Any]) -> Iterator[Finding]:
+    """Errors that DeepSpeed cannot write records of its own here: a package is missing, or the folder cannot be made."""
+    for name in ("tensorboard", "csv_monitor"):
+        block = overrides.get(name)
+        if not isinstance(block, Mapping) or block.get("enabled") is not True:
+            continue
+        install = to_install(name, OF_DEEPSPEED)
+        if install:
+            message = f"deepspeed_overrides: {name}.enabled = true: {install} is not installed here"
+            yield error("deepspeed_monitor", "deepspeed_overrides", message, f"pip install {install}, or remove it")
+        path = Path(block.get("output_path", "")) / block.get("job_name", "DeepSpeedJobName")
+        reason = _no_folder(path)
+        if reason:
+            message = f"deepspeed_overrides: {name}.output_path: the folder {path} cannot be made: {reason}"
+            yield error("deepspeed_monitor", "deepspeed_overrides", message, "name a folder that can be written to")
+
+
+def _no_folder(path: Path) -> str:
+    """Why no folder can be made there, or written to; "" if one can. Nothing is left behind."""
+    try:
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        with tempfile.TemporaryDirectory(dir=there):
+            return ""
+    except OSError as refused:
+        return refused.strerror or str(refused)

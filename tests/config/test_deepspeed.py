@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from lumina_engine.config import trackers
 from lumina_engine.config.checks import check
 from lumina_engine.config.declare import show
 from lumina_engine.config.deepspeed import ANY, COVERED, GUARDS, KNOWN, REFUSED, to_deepspeed
+from lumina_engine.config.deepspeed_classes import module_classes
 from lumina_engine.config.deepspeed_rules import NO_EFFECT, ONLY, value_at
 from lumina_engine.config.deepspeed_values import VALUES
 from lumina_engine.config.machine import GB, Accelerator, Machine
 from lumina_engine.config.schema import Config, ConfigError
+
+MLA = {"attention": "mla", "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
 
 
 def generate(world: int = 1, **changes) -> dict:
@@ -96,7 +102,7 @@ def test_r19_every_setting_that_is_left_to_overrides_has_a_rule_for_its_values()
     decided = {*COVERED, *GUARDS, *NO_EFFECT, *ONLY}
     leaves = {".".join(path) for path in paths(KNOWN) if not isinstance(value_at(KNOWN, ".".join(path)), dict)}
     free = {path for path in leaves - decided if path.split(".")[0] not in REFUSED}
-    assert {path for path in VALUES if "leaf_module" not in path} == free - {"zero_optimization.leaf_module"}
+    assert set(VALUES) == free
     assert all(rule.holds(rule.example) for rule in VALUES.values())
 
 
@@ -111,8 +117,17 @@ def test_r19_a_value_that_deepspeed_cannot_take_is_named_with_what_it_must_be(pa
     assert not any("must be" in line for line in right)
 
 
-def test_r19_values_that_ended_in_a_traceback() -> None:
-    for overrides, words in (
+def leaf(**keys: object) -> dict:
+    return {"zero_optimization": {"leaf_module": keys}}
+
+
+def short(*names: str) -> dict:
+    return {"torch_autocast": {"lower_precision_safe_modules": list(names)}}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
         ({"steps_per_print": 0}, "steps_per_print = 0: must be a whole number, 1 or more"),
         ({"communication_data_type": "foo"}, "communication_data_type = foo: must be one of fp32, bf16, fp16"),
         ({"zero_optimization": {"round_robin_gradients": "maybe"}}, "must be true or false"),
@@ -120,10 +135,70 @@ def test_r19_values_that_ended_in_a_traceback() -> None:
         ({"data_types": {"grad_accum_dtype": "fp32"}}, "is refused: DeepSpeed takes another optimizer"),
         ({"data_types": {"buffer_dtype": "bf16"}}, "the routers' bias must stay in fp32"),
         ({"disable_allgather": True}, "nothing in DeepSpeed reads it"),
-    ):
-        found = errors(overrides, zero_stage=3)
-        assert len(found) == 1 and words in found[0] and found[0].count("; "), found
+        ({"zero_optimization": {"leaf_module": "MoE"}}, "leaf_module = MoE: must be a block of keys"),
+        ({"zero_optimization": {"leaf_module": ["MoE"]}}, "leaf_module = [MoE]: must be a block of keys"),
+        (leaf(**{"class": ["MoE"]}), "did you mean zero_optimization.leaf_module.classes"),
+        (leaf(classes=["MoE"], typo=3), "leaf_module.typo: DeepSpeed has no such key"),
+        (leaf(classes=["Moe"]), "did you mean MoE?"),
+        (leaf(classes=["MoE", "LatentAttention"]), "is of a class LatentAttention"),
+        (leaf(classes=["DeepSeekTransformer"]), "is of a class DeepSeekTransformer"),
+        (leaf(classes=["ModuleList"]), "is of a class ModuleList"),
+        (leaf(names=[""]), "leaf_module.names = '': that is the whole model"),
+        (leaf(name_suffixes=["s"]), "leaf_module.name_suffixes = 's': that is the whole model"),
+        ({"zero_optimization": {"stage3_module_granularity_threshold": 10_000}}, "set leaf_module.classes instead"),
+        (short("Linear"), "did you mean lumina_engine.model.product.Linear?"),
+        (short("torch.nn.Linear"), "did you mean lumina_engine.model.product.Linear?"),
+    ],
+)
+def test_r19_values_that_ended_in_a_traceback(overrides: dict, words: str) -> None:
+    found = errors(overrides, zero_stage=3)
+    assert len(found) == 1 and words in found[0] and found[0].count("; "), found
+
+
+def test_r19_values_that_deepspeed_takes_are_accepted() -> None:
     assert errors({"zero_optimization": {"sub_group_size": 1e9}}, zero_stage=3) == []
+    both = leaf(classes=["MoE", "lumina_engine.model.attention.Attention"], names=["blocks.0"], name_suffixes=[".ffn"])
+    assert errors(both, zero_stage=3) == []
+    assert errors(short("lumina_engine.model.product.Linear"), precision="mixed_bf16") == []
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {},
+        {"use_moe": False},
+        {"num_shared_experts": 1},
+        {"num_dense_layers": 1, "qk_norm": True},
+        MLA,
+        MLA | {"q_lora_rank": 8},
+    ],
+    ids=str,
+)
+def test_r19_classes_that_an_override_may_name_are_those_of_the_model(shape: dict) -> None:
+    torch = pytest.importorskip("torch")
+    from lumina_engine.model.transformer import DeepSeekTransformer
+
+    config = Config(vocab_size=512, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, **shape)
+    with torch.device("meta"):
+        modules = list(DeepSeekTransformer(config).modules())
+    inside = [module for module in modules if not isinstance(module, DeepSeekTransformer | torch.nn.ModuleList)]
+    assert module_classes(config) == {f"{type(m).__module__}.{type(m).__qualname__}" for m in inside}
+
+
+def test_r19_records_of_deepspeed_need_their_package_and_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(name: str, **keys: object) -> list[str]:
+        overrides = {name: {"enabled": True, "output_path": str(tmp_path / "new"), **keys}}
+        config = Config(train_data_path="", deepspeed_overrides=overrides)
+        return [f.line() for f in check(config, Machine([], 16 * GB, 4, None)) if f.code == "deepspeed_monitor"]
+
+    monkeypatch.setitem(trackers.OF_DEEPSPEED, "tensorboard", (("no_such_package",), "tensorboard"))
+    (missing,) = found("tensorboard")
+    assert "tensorboard is not installed here; pip install tensorboard" in missing
+    assert found("tensorboard", enabled=False) == found("csv_monitor") == []
+    (tmp_path / "file").touch()
+    (told,) = found("csv_monitor", output_path=str(tmp_path / "file" / "folder"))
+    assert "csv_monitor.output_path" in told and "cannot be made: Not a directory" in told
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # trying leaves nothing behind
 
 
 def test_r19_quantized_weights_need_a_gpu_and_no_autocast() -> None:
@@ -207,6 +282,7 @@ def test_r19_key_lists_are_those_of_the_installed_deepspeed(ds) -> None:
     zero = KNOWN["zero_optimization"]
     assert set(zero) == names_of(ds["zero"].DeepSpeedZeroConfig)
     assert set(zero["offload_optimizer"]) == names_of(ds["offload"].DeepSpeedZeroOffloadOptimizerConfig)
+    assert set(zero["leaf_module"]) == names_of(ds["zero"].DeepSpeedZeroLeafModuleConfig)
     assert set(zero["offload_param"]) == names_of(ds["offload"].DeepSpeedZeroOffloadParamConfig)
     assert set(KNOWN["bf16"]) == names_of(ds["precision"].DeepSpeedBF16Config)
     assert set(KNOWN["fp16"]) == names_of(ds["precision"].DeepSpeedFP16Config)
