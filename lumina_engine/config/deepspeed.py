@@ -254,8 +254,8 @@ def check_overrides(config: Config, world: int | None = None) -> list[Finding]:
         return [Finding("deepspeed_off", "error", ("deepspeed_overrides", "use_deepspeed"), message, fix)]
     findings = [*_unknown(overrides, KNOWN, ""), *wrong_values(overrides), *_unguarded(overrides), *_unscattered(config)]
     findings += wrong_names(config)
-    disk = config.nvme_offload_optimizer or config.nvme_offload_parameters
-    findings += useless(overrides, config.zero_stage, config.nvme_offload_optimizer, disk)
+    stage = 3 if config.zero_stage == "auto" else config.zero_stage
+    findings += useless(overrides, config.zero_stage, offload_of(config, stage))
     generated = _generated(config, world or 1)
     for path, name in COVERED.items():
         given = value_at(overrides, path)

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lumina_engine.config.declare import show
+from lumina_engine.config.deepspeed_values import VALUES
 from lumina_engine.config.finding import Finding
+from lumina_engine.config.offload import Offload
 
 _SCALE = "the loss scale of fp16 is Lumina's: remove it"
 _CHECKPOINTS = "Lumina writes and reads its own checkpoints: remove it"
@@ -37,6 +39,7 @@ NO_EFFECT = {
     "data_types.grad_accum_dtype": "DeepSpeed takes another optimizer with it, or none; precision decides the dtype of the "
     "gradients: set precision",
     "data_types.buffer_dtype": "the routers' bias must stay in fp32, or its small updates round to nothing: remove it",
+    "data_types.keep_in_fp32_modules": "it keeps buffers in fp32, and Lumina's stay in fp32 anyway: remove it",
     "data_types.param_dtype": "precision decides the dtype of the weights: set precision",
     "fp16.auto_cast": "only DeepSpeed's pipeline reads it: set precision=mixed_fp16",
     "fp16.loss_scale": _SCALE,
@@ -94,11 +97,9 @@ STAGE_3_ONLY = (
 )
 
 
-def useless(overrides: Mapping[str, Any], stage: int | str, disk_optimizer: bool, disk: bool) -> Iterator[Finding]:
-    """An error for each override that would do nothing, be wrong, or end the run later.
-
-    `disk_optimizer`: the optimizer's state lies on disk; `disk`: that or the weights.
-    """
+def useless(overrides: Mapping[str, Any], stage: int | str, places: Offload) -> Iterator[Finding]:
+    """An error for each override that would do nothing, be wrong, or end the run later. `places` are those at stage 3 where the
+    stage is auto."""
     for path, reason in NO_EFFECT.items():
         if (given := value_at(overrides, path)) is not None:
             yield _refused(path, given, reason)
@@ -106,16 +107,30 @@ def useless(overrides: Mapping[str, Any], stage: int | str, disk_optimizer: bool
         given = value_at(overrides, path)
         if given is not None and (given != only or type(given) is not type(only)):
             yield _refused(path, given, reason)
-    if (given := value_at(overrides, "aio")) is not None and not disk:
+    if (given := value_at(overrides, "aio")) is not None and not places.nvme:
         reason = "only offload to disk reads it: set nvme_offload_optimizer=true, or remove it"
         yield _refused("aio", given, reason)
+    yield from _not_offloaded(overrides, places)
     for name in STAGE_3_ONLY:
         path = f"zero_optimization.{name}"
         given = value_at(overrides, path)
         if given is not None and stage in (0, 1, 2):
             yield _refused(path, given, f"zero_stage = {stage} does not read it: set zero_stage=3, or remove it")
-        elif given is not None and name == "sub_group_size" and disk_optimizer:
+        elif given is not None and name == "sub_group_size" and places.optimizer == "nvme":
             yield _refused(path, given, "with nvme_offload_optimizer DeepSpeed corrupts gradients in larger groups: remove it")
+
+
+def _not_offloaded(overrides: Mapping[str, Any], places: Offload) -> Iterator[Finding]:
+    """An error for each block that says how to offload what stays on the device."""
+    blocks = (
+        ("offload_optimizer", places.optimizer, "cpu_offload_optimizer"),
+        ("offload_param", places.parameters, "cpu_offload_parameters"),
+    )
+    for block, place, key in blocks:
+        path = f"zero_optimization.{block}"
+        given = value_at(overrides, path)
+        if place == "device" and isinstance(given, Mapping) and any(f"{path}.{name}" in VALUES for name in given):
+            yield _refused(path, given, f"nothing of that is offloaded: set {key}=true, or remove it")
 
 
 def _refused(path: str, given: Any, reason: str) -> Finding:

@@ -48,7 +48,6 @@ _ANY_NUMBER = Rule("a number, 0 or more", lambda v: isinstance(v, int | float) a
 _DEPTH = Rule("a whole number, -1 or more", _whole(-1).holds, -1)
 _DTYPES = ("fp32", "bf16", "fp16")
 _DTYPE = Rule("one of " + ", ".join(_DTYPES), lambda value: value is None or value in _DTYPES, "fp32")
-_PATTERNS = Rule("auto or a list of texts", lambda value: value == "auto" or _texts(value), "auto")
 
 
 def _rules(rule: Rule, names: str, block: str = "") -> dict[str, Rule]:
@@ -81,7 +80,6 @@ VALUES: dict[str, Rule] = {
     **_rules(_FLAG, "pin_memory", f"{_ZERO}.offload_param"),
     **_rules(_whole(0), "buffer_count buffer_size max_in_cpu", f"{_ZERO}.offload_param"),
     "torch_autocast.lower_precision_safe_modules": _TEXTS,
-    "data_types.keep_in_fp32_modules": _PATTERNS,
     **_rules(_FLAG, "enabled prof_all verbose debug", "comms_logger"),
     "comms_logger.prof_ops": _TEXTS,
     **_rules(_FLAG, "enabled detailed", "flops_profiler"),

@@ -160,3 +160,17 @@ def test_r19_aio_is_read_by_offload_to_disk_only() -> None:
     assert [f.code for f in check(Config(deepspeed_overrides=overrides)) if f.severity == "error"] == ["deepspeed_useless"]
     disk = Config(deepspeed_overrides=overrides, zero_stage=3, nvme_offload_optimizer=True)
     assert not [f for f in check(disk) if f.severity == "error"]
+
+
+@pytest.mark.parametrize(
+    ("block", "key"), [("offload_optimizer", "cpu_offload_optimizer"), ("offload_param", "cpu_offload_parameters")]
+)
+def test_r19_how_to_offload_is_read_where_something_is_offloaded(block: str, key: str) -> None:
+    overrides = {"zero_optimization": {block: {"pin_memory": True, "buffer_count": 4}}}
+    found = [f.line() for f in check(Config(zero_stage=3, deepspeed_overrides=overrides)) if f.severity == "error"]
+    assert len(found) == 1 and f"set {key}=true, or remove it" in found[0]
+    for sound in ({key: True}, {"cpu_offload": True}, {"nvme_offload_optimizer": True, "nvme_offload_parameters": True}):
+        config = Config(zero_stage=3, precision="bf16", deepspeed_overrides=overrides, **sound)
+        assert not [f for f in check(config) if f.code == "deepspeed_useless"]
+    given = {"zero_optimization": {"stage": 3, block: {"device": "cpu", "pin_memory": True}}}
+    assert getattr(Config.from_deepspeed(given), key)
