@@ -30,6 +30,7 @@ class RunHealth:
         report: where its health is written as JSON at its end.
         tell: gives an alert to whoever writes the log; False if nobody took it.
         heard: told of every alert that this start of the run has put into the log, whoever it comes from.
+        run: the name by which commands know the run, for advice.
 
     What an earlier incarnation left in the log fills the windows and is not told again.
     """
@@ -40,8 +41,9 @@ class RunHealth:
         report: Path,
         tell: Callable[[rec.Alert], bool],
         heard: Callable[[rec.Alert], None] = lambda alert: None,
+        run: str | None = None,
     ) -> None:
-        self.watch = HealthWatch(TOLD_BY_TRAINER)
+        self.watch = HealthWatch(TOLD_BY_TRAINER, run)
         self.inc = 0  # the incarnation whose trouble is news
         self._reader = LogReader(log)
         self._report = report

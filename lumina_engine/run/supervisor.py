@@ -153,7 +153,8 @@ class Supervisor:
         )
         self.stragglers = Stragglers(own_best=not self.settings.rows_grow)
         self.alarm = AlertCommand(self.settings.alert_command, self.run.path)
-        self.health = RunHealth(self.run.metrics_path, self.run.reports / "health.json", self._tell, self.alarm.take)
+        report = self.run.reports / "health.json"
+        self.health = RunHealth(self.run.metrics_path, report, self._tell, self.alarm.take, self.run.name)
         self.policy = policy.RestartPolicy(self.settings.max_restarts, self.settings.restart_pause_s)
         self.run.update_identity(
             **{key: self.order[key] for key in ("argv", "world", "settings", "versions", "host")},

@@ -192,11 +192,19 @@ class Plateau(Detector):
             yield Sign("eval_plateau", False)
         elif low <= 0 <= high and abs(slope) < 0.01:
             words = f"step {seen.step}: the evaluation loss has not moved over 5 evaluations ({100 * slope:+.2f} % each)"
-            advice = (
-                "end it by lumina-engine runs stop RUN, and to go on with a decay to the end: "
-                "lumina-engine train --run RUN --resume lr_schedule=wsd"
-            )
-            yield Sign("eval_plateau", True, "info", words, advice)
+            yield Sign("eval_plateau", True, "info", words, self._advice(seen))
+
+    def _advice(self, seen: Windows) -> str:
+        """To stop; while the rate is flat, also to let it fall from here to the last step. One that falls does so already."""
+        if seen.run is None:
+            return "end it" + (", or let the learning rate fall to the end from here on" if seen.rate_is_flat else "")
+        stop = f"lumina-engine runs stop {seen.run}"
+        left = (seen.total_steps or 0) - seen.step
+        if not seen.rate_is_flat or seen.total_steps is None or left <= 0:
+            return f"end it: {stop}"
+        decay = f"lr_schedule=wsd decay_ratio={left / seen.total_steps:.6g}"
+        resume = f"lumina-engine train --run {seen.run} --resume {decay}"
+        return f"end it: {stop}; or let the rate fall to the end: {stop} && {resume}"
 
 
 class Overfitting(Detector):

@@ -48,10 +48,11 @@ class HealthWatch:
 
     Args:
         leave_out: codes that somebody else tells (`TOLD_BY_TRAINER` for a run of ours).
+        run: the name by which commands know the run, for advice; None for a training loop of one's own.
     """
 
-    def __init__(self, leave_out: Collection[str] = ()) -> None:
-        self.seen = Windows()
+    def __init__(self, leave_out: Collection[str] = (), run: str | None = None) -> None:
+        self.seen = Windows(run)
         self.alerts: deque[rec.Alert] = deque(maxlen=KEPT)
         self.open: dict[str, rec.Alert] = {}
         self._closed: dict[str, int] = {}  # code -> step count at its end

@@ -142,9 +142,15 @@ class Level:
 
 
 class Windows:
-    """All windows of a run. `take` each record once, in the order of the log."""
+    """All windows of a run. `take` each record once, in the order of the log.
 
-    def __init__(self) -> None:
+    Args:
+        run: the name by which commands know the run, for advice; None for a training loop of one's own.
+    """
+
+    def __init__(self, run: str | None = None) -> None:
+        self.run = run
+        self.total_steps: int | None = None  # of the run, once a trainer has begun
         self.steps = 0  # records of steps so far
         self.step = 0  # number of the last one
         self.inc = 0
@@ -160,6 +166,7 @@ class Windows:
         # each value with its step, the last one of a block
         self.nonfinite: deque[tuple[int, bool]] = deque(maxlen=NUMERIC_STEPS)
         self.norms: deque[tuple[int, float]] = deque(maxlen=SPIKE_STEPS)
+        self.rates: deque[tuple[int, float]] = deque(maxlen=2)  # learning rates
         self.spikes: deque[tuple[int, bool]] = deque(maxlen=SPIKE_STEPS)
         self.curve: deque[tuple[int, float]] = deque(maxlen=SLOPE_STEPS // SLOPE_BLOCK)  # medians of log loss
         self._block: deque[tuple[int, float]] = deque(maxlen=SLOPE_BLOCK)
@@ -202,8 +209,15 @@ class Windows:
                 self.rate_set = record.step + 1
         elif isinstance(record, rec.Rewind):
             self._rewind(record.to_step)
-        elif isinstance(record, rec.Run) and record.state == "preparing":
-            self._start(record.inc)
+        elif isinstance(record, rec.Run):
+            self.total_steps = self.total_steps if record.total_steps is None else record.total_steps
+            if record.state == "preparing":
+                self._start(record.inc)
+
+    @property
+    def rate_is_flat(self) -> bool:
+        """Whether the last two steps had the same learning rate."""
+        return len(self.rates) == 2 and self.rates[0][1] == self.rates[1][1]
 
     def nonfinite_in(self, steps: int) -> int:
         """How many of the last `steps` were not finite."""
@@ -219,6 +233,8 @@ class Windows:
         # a loss scale that sinks is no sign of broken values; the loss itself is not scaled
         scaled, self._overflow = record.step == self._overflow, None
         self._rows(record.seq_length)
+        if record.lr is not None:
+            self.rates.append((record.step, record.lr))
         finite = math.isfinite(record.loss or 0.0) and (scaled or math.isfinite(record.grad_norm or 0.0))
         self.nonfinite.append((record.step, not finite))
         self.nonfinite_in_row = 0 if finite else self.nonfinite_in_row + 1
@@ -305,8 +321,8 @@ class Windows:
             self.routing = None
         self.loss.cut(step)
         self.norm.cut(step)
-        trails: tuple[deque[Any], ...] = (self.nonfinite, self.norms, self.spikes, self.curve, self._block, self.evals)
-        for trail in trails:
+        of_steps: tuple[deque[Any], ...] = (self.nonfinite, self.norms, self.rates, self.spikes, self.curve, self._block)
+        for trail in (*of_steps, self.evals):
             while trail and trail[-1][0] > step:
                 trail.pop()
 

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from lumina_engine.monitoring.health.watch import QUIET_STEPS, HealthWatch, dete
 from lumina_engine.monitoring.health.windows import DISK_EVERY, RATE_KEYS, SLOPE_BLOCK, Windows, theil_sen
 from lumina_engine.monitoring.log import read_records
 from lumina_engine.training.memory import memory_stats
+from lumina_engine.training.schedule import Schedule
 
 
 def steps(count: int, first: int = 1, seed: int = 0, **change: Any) -> Iterator[rec.Step]:
@@ -391,6 +393,55 @@ def test_c093_overfitting_and_a_plateau() -> None:
     assert codes(flat) == ["eval_plateau"] and flat.alerts[0].severity == "info"
 
 
+FLAT = [2.0, 1.5, 1.501, 1.499, 1.502]  # of which the last does not move
+TOTAL = 10_000
+
+
+def scheduled(schedule: Schedule, upto: int, run: str | None = "first") -> HealthWatch:
+    """A run up to a step, the last 70 of them, whose evaluation loss is flat there."""
+    watch = HealthWatch(run=run)
+    watch.observe(rec.Run(state="running", total_steps=TOTAL if run else None))
+    watch.replay(steps(70, upto - 69, lr=schedule.lr))
+    for place, loss in enumerate(FLAT):
+        watch.observe(rec.Eval(step=upto - 4 + place, loss=loss))
+    return watch
+
+
+def overrides(advice: str) -> dict[str, str]:
+    """The keys behind --resume."""
+    return dict(word.split("=") for word in shlex.split(advice.partition("--resume")[2]))
+
+
+@pytest.mark.parametrize("kind", ["cosine", "wsd", "linear", "constant"])
+@pytest.mark.parametrize("at", [100, 2_500, 8_000, 8_500, 9_999, TOTAL])
+@pytest.mark.parametrize("multiplier", [1.0, 0.3])
+def test_c093_the_advice_on_a_plateau_never_raises_the_rate(kind: str, at: int, multiplier: float) -> None:
+    config = Config(lr_schedule=kind, warmup_steps=200)
+    schedule = Schedule.from_config(config, TOTAL)
+    schedule.multiplier = multiplier
+    (alert,) = scheduled(schedule, at).alerts
+    assert alert.code == "eval_plateau" and "lumina-engine runs stop first" in (alert.recommendation or "")
+    keys = overrides(alert.recommendation or "")
+    flat = 200 < at < TOTAL and (kind == "constant" or (kind == "wsd" and at <= 8_000))
+    assert bool(keys) == flat, "a rate that falls goes on falling"
+    if keys:
+        resumed = Schedule.from_config(Config(**config.to_dict(sectioned=False) | keys), TOTAL)
+        resumed.load_state_dict(schedule.state_dict())
+        assert resumed.lr(at + 1) < schedule.lr(at), "the fall begins here"
+        assert resumed.lr(TOTAL) == pytest.approx(0.1 * multiplier * config.learning_rate)
+
+
+def test_c093_without_a_name_the_advice_on_a_plateau_has_no_command() -> None:
+    for kind, words in (("constant", "end it, or let the learning rate fall to the end from here on"), ("cosine", "end it")):
+        (alert,) = scheduled(Schedule.from_config(Config(lr_schedule=kind), TOTAL), 5_000, run=None).alerts
+        assert alert.recommendation == words
+    unknown = HealthWatch(run="first")
+    unknown.replay(steps(70))
+    for place, loss in enumerate(FLAT):
+        unknown.observe(rec.Eval(step=66 + place, loss=loss))
+    assert unknown.alerts[0].recommendation == "end it: lumina-engine runs stop first", "its end is not known"
+
+
 def test_c093_a_rewind_forgets_the_branch_that_is_left() -> None:
     watch = fed()
     watch.replay([*steps(5, 201, loss=4.0), rec.Rewind(to_step=200), *steps(60, 201)])
@@ -461,10 +512,17 @@ def test_c093_a_log_replayed_gives_the_same_alerts_with_or_without_a_break() -> 
     assert list(one.alerts) == list(two.alerts) and one.summary() == two.summary() and len(one.alerts) > 3
 
 
-def test_c091_every_override_in_a_recommendation_is_a_valid_key_and_value() -> None:
-    watch = fed(200, seed=3)
+@pytest.mark.parametrize("run", [None, "first"])
+def test_c091_every_override_in_a_recommendation_is_a_valid_key_and_value(run: str | None) -> None:
+    watch, tight = HealthWatch(run=run), HealthWatch(run=run)
+    for each in (watch, tight):
+        each.observe(rec.Run(state="running", total_steps=1_000))
     watch.replay(
-        [*steps(60, 201, loss=4.0, lr=1e-2, grad_norm=40.0, data_time=2.5, step_time=5.0), *steps(4, 261, loss=math.nan)]
+        [
+            *steps(200, seed=3),
+            *steps(60, 201, loss=4.0, lr=1e-2, grad_norm=40.0, data_time=2.5, step_time=5.0),
+            *steps(4, 261, loss=math.nan),
+        ]
     )
     for step in range(270, 320, 10):
         watch.observe(experts(step, 8000, 0, 0, 0, 0, 0, 0, 0, dropped=0.5))
@@ -474,7 +532,7 @@ def test_c091_every_override_in_a_recommendation_is_a_valid_key_and_value() -> N
     ]
     for records in made:
         advice |= {alert.code: alert.recommendation for alert in HealthWatch().replay(records)}
-    tight = fed(70)
+    tight.replay(steps(70))
     for place, loss in enumerate([2.0, 1.5, 1.501, 1.499, 1.502, 1.498, 1.5]):
         tight.observe(rec.Eval(step=place, loss=loss))
     for loss in (1.6, 1.7, 1.8):
@@ -488,7 +546,7 @@ def test_c091_every_override_in_a_recommendation_is_a_valid_key_and_value() -> N
     every = {code for detector in detectors() for code in detector.codes}
     assert set(advice) == every, "a detector whose advice is not looked at here"
     for code, words in advice.items():
-        assert words, code
+        assert words and (run is None or "RUN" not in words), code
         for name, value in re.findall(r"\b([a-z][a-z_0-9]*)=([^\s,;:)]+)", words):
             assert name in Config.model_fields, (code, name)
             Config(**{name: value})
