@@ -31,7 +31,7 @@ def test_c093_a_run_that_diverges_says_so_in_its_log_and_in_its_report(runs: Run
     assert launch.wait(run, 30) == 0
     found = alerts(run)
     assert [(alert.code, alert.severity) for alert in found] == [("divergence", "critical")] and found[0].recommendation
-    assert 200 <= (found[0].step or 0) <= 220
+    assert 200 <= (found[0].step or 0) <= 220 and "lumina-engine runs stop r --no-save" in (found[0].recommendation or "")
     report = json.loads((run.reports / "health.json").read_text())
     assert report["steps_seen"] == 400 and [a["code"] for a in report["alerts"]] == ["divergence"]
     assert report["open_alerts"] == ["divergence"] and report["scores"]["numerics"]["value"] == 1.0

@@ -40,7 +40,7 @@ class NonFinite(Detector):
         recent = seen.nonfinite_in(100)
         if seen.nonfinite_in_row >= 3 or recent >= 5:
             words = f"{now}{seen.nonfinite_in_row} steps in a row are not finite, {recent} of the last 100"
-            advice = f"go back to a checkpoint with {_lower_rate(seen)} and max_grad_norm=1.0, or set precision=fp32"
+            advice = f"{_go_back(seen, 'max_grad_norm=1.0')} (or precision=fp32); then {_lower_rate(seen)}"
             yield Sign("nonfinite_run", True, "critical", words, advice)
 
 
@@ -107,7 +107,7 @@ class Divergence(Detector):
             words = (
                 f"step {seen.step}: the loss went up from {was:.4g} to {now:.4g} and stays there ({far} of 8 beyond 3 sigma)"
             )
-            advice = f"stop, and go back to a checkpoint from before step {max(0, seen.step - 8)} with {_lower_rate(seen)}"
+            advice = f"{_go_back(seen, before=max(0, seen.step - 8))}; then {_lower_rate(seen)}"
             self._sign = Sign("divergence", True, "critical", words, advice)
             yield self._sign
 
@@ -131,7 +131,7 @@ class GradientTail(Detector):
             words = (
                 f"step {seen.step}: {wild} of {len(seen.norms)} gradient norms are above ten times their median {middle:.3g}"
             )
-            advice = f"set max_grad_norm=1.0; if it is: {_lower_rate(seen)}, or gradient_accumulation_steps=2"
+            advice = f"set max_grad_norm=1.0; if it is: gradient_accumulation_steps=2, or {_lower_rate(seen)}"
             yield Sign("gradient_tail", True, "warning", words, advice)
         elif wild < 3:
             yield Sign("gradient_tail", False)
@@ -164,15 +164,16 @@ class RateJump(Detector):
         if self._sign is not None:
             yield self._sign
         elif before is not None and last.step > 10 and last.step == before[0] + 1 and seen.rate_set < before[0]:
-            yield from self._jump(before[1], last)
+            yield from self._jump(before[1], last, seen.run)
 
-    def _jump(self, before: float, last: rec.Step) -> Iterator[Sign]:
+    def _jump(self, before: float, last: rec.Step, run: str | None) -> Iterator[Sign]:
         """The sign of a step whose rate is more than twice that of the step `before` it."""
         if last.lr is None or last.lr <= 2 * before:
             return
         self._good, times = before, last.lr / before
         words = f"step {last.step}: the learning rate went from {before:.3g} to {last.lr:.3g} in one step"
-        advice = f"no schedule does that: set learning_rate={before:.3g}"
+        command = "set it back" if run is None else f"lumina-engine runs set-lr {run} {before:.3g}"
+        advice = f"no schedule does that: {command}"
         self._sign = Sign("rate_jump", True, "critical" if times >= 3 else "warning", words, advice)
         yield self._sign
 
@@ -280,7 +281,17 @@ class FrozenLayer(Detector):
 
 
 def _lower_rate(seen: Windows) -> str:
-    """The advice to halve the rate, with the value."""
-    if seen.last is None or not seen.last.lr:
-        return "a lower learning_rate"
-    return f"learning_rate={seen.last.lr / 2:.3g}"
+    """The advice to halve the rate in force. The key is its peak, so a value for it would go through the schedule once more."""
+    if seen.run is None or seen.last is None or not seen.last.lr:
+        return "set learning_rate to half of what it is"
+    return f"halve learning_rate: lumina-engine runs set-lr {seen.run} {seen.last.lr / 2:.3g}"
+
+
+def _go_back(seen: Windows, key: str = "", before: int | None = None) -> str:
+    """The advice to go on from a checkpoint (from before a step) with another key; for a run of ours the commands."""
+    place = "go back to a checkpoint" + (f" from before step {before}" if before is not None else "")
+    if seen.run is None:
+        return place + (f" with {key}" if key else "")
+    aside = f"move its checkpoints from step {before} on to another folder; " if before is not None else ""
+    resume = f"lumina-engine train --run {seen.run} --resume {key}".rstrip()
+    return f"{place}: lumina-engine runs stop {seen.run} --no-save; {aside}{resume}"

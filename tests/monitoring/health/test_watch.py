@@ -19,6 +19,7 @@ from lumina_engine import TrainingHealthMonitor
 from lumina_engine.bench.corpus import Recorded, read, write
 from lumina_engine.bench.generated import DISK, MACHINE, disk_records, machine_records
 from lumina_engine.bench.health import measure
+from lumina_engine.cli import _parser
 from lumina_engine.config.schema import Config, fields_info
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.hardware import memory_limit
@@ -429,6 +430,66 @@ def test_c093_the_advice_on_a_plateau_never_raises_the_rate(kind: str, at: int, 
         resumed.load_state_dict(schedule.state_dict())
         assert resumed.lr(at + 1) < schedule.lr(at), "the fall begins here"
         assert resumed.lr(TOTAL) == pytest.approx(0.1 * multiplier * config.learning_rate)
+
+
+LOWER = {  # what tells to halve the rate
+    "nonfinite_run": [{"loss": math.nan}] * 3,
+    "loss_spike": [{"loss": 9.0}],
+    "divergence": [{"loss": 4.0}] * 8,
+    "gradient_tail": [{"grad_norm": 30.0}] * 32,
+}
+
+
+def troubled(code: str, schedule: Schedule, first: int, run: str | None) -> rec.Alert:
+    """The alert that such steps bring from a step of a schedule on."""
+    watch = HealthWatch(run=run)
+    watch.replay(steps(200, first - 200, lr=schedule.lr))
+    for step, change in enumerate(LOWER[code], first):
+        watch.replay(steps(1, step, lr=schedule.lr, **change))
+    return next(alert for alert in watch.alerts if alert.code == code)
+
+
+@pytest.mark.parametrize("code", LOWER)
+@pytest.mark.parametrize("at", [5_000, 9_000])
+def test_c093_who_obeys_the_advice_to_halve_the_rate_has_half_of_it(code: str, at: int) -> None:
+    """In mid-schedule: the key is the peak, and the schedule multiplies it."""
+    schedule = Schedule.from_config(Config(lr_schedule="cosine"), TOTAL)
+    alert = troubled(code, schedule, at, "first")
+    rate = re.findall(r"halve learning_rate: lumina-engine runs set-lr first (\S+)", alert.recommendation or "")
+    assert len(rate) == 1 and alert.step is not None
+    step = alert.step + 1
+    before = schedule.lr(step)
+    schedule.set_lr(step, float(rate[0]))
+    assert schedule.lr(step) == pytest.approx(before / 2, rel=0.01)
+    assert "learning_rate=" not in (alert.recommendation or "")
+    own = troubled(code, schedule, at, None).recommendation or ""
+    assert "set learning_rate to half of what it is" in own and "lumina-engine" not in own
+
+
+def test_c093_advice_to_go_back_names_its_commands() -> None:
+    """In their order, each as the command line takes it."""
+    schedule = Schedule.from_config(Config(lr_schedule="cosine"), TOTAL)
+    for code, keys in (("nonfinite_run", ["max_grad_norm=1.0"]), ("divergence", [])):
+        words = troubled(code, schedule, 5_000, "first").recommendation or ""
+        commands = [shlex.split(found) for found in re.findall(r"lumina-engine ([^;(]+)", words)]
+        stop, resume, lower = (_parser(line[0]).parse_known_args(line) for line in commands)
+        assert (stop[0].action, stop[0].run, stop[0].no_save) == ("stop", "first", True)
+        assert (resume[0].verb, resume[0].run, resume[0].resume) == ("train", "first", True)
+        assert [*resume[0].overrides, *resume[1]] == keys
+        assert (lower[0].action, lower[0].run) == ("set-lr", "first") and not lower[1]
+        own = troubled(code, schedule, 5_000, None).recommendation or ""
+        assert own.startswith("go back to a checkpoint ") and "lumina-engine" not in own
+
+
+def test_c093_a_rate_that_jumps_is_set_back_to_what_it_was() -> None:
+    schedule = Schedule.from_config(Config(lr_schedule="cosine"), TOTAL)
+    for run in ("first", None):
+        watch = HealthWatch(run=run)
+        watch.replay(steps(200, 8_800, lr=schedule.lr))
+        (alert,) = watch.replay(steps(1, 9_000, lr=1e-2))
+        words = alert.recommendation or ""
+        command = f"lumina-engine runs set-lr first {schedule.lr(8_999):.3g}" if run else "set it back"
+        assert words == f"no schedule does that: {command}"
 
 
 def test_c093_without_a_name_the_advice_on_a_plateau_has_no_command() -> None:
