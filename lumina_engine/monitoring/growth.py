@@ -18,7 +18,7 @@ import numpy as np
 
 from ..config.schema import Config, DeepSeekConfig
 from . import record as rec
-from .balance import DROPPED, HOT, WEAK
+from .balance import CAPACITY, DROPPED, HOT, WEAK, WEIGHT
 from .experts import layers_of
 from .say import say
 
@@ -286,10 +286,11 @@ class GrowthWatch:
     """
 
     def __init__(self, config: Config, run: str) -> None:
-        self._evolution, self._run = ArchitectureEvolution(config), run
+        self._evolution, self._config, self._run = ArchitectureEvolution(config), config, run
         self._on = config.use_moe and config.expert_growth != "off" and config.adaptive != "off"
         self._window = LoadWindow()
         self._evals: deque[tuple[int, float]] = deque(maxlen=5)  # (step, loss)
+        self._doubled: list[rec.Change] = []  # what the controller of balance did in this branch
         self._told: tuple[str, int, int | None] | None = None
 
     def replay(self, records: Iterable[rec.Record]) -> None:
@@ -329,10 +330,23 @@ class GrowthWatch:
         """Add a record to the windows; whether it completes what is known of the experts at a step."""
         if isinstance(record, rec.Eval) and record.loss is not None:
             self._evals.append((record.step, record.loss))
+        if isinstance(record, rec.Change) and record.what in (WEIGHT, CAPACITY):
+            self._doubled.append(record)
+            self._evolution.config = self._in_force()
         if isinstance(record, rec.Rewind):  # what followed is of an abandoned branch
             self._window.go_back(record.to_step)
             self._evals = deque((item for item in self._evals if item[0] <= record.to_step), maxlen=self._evals.maxlen)
+            # a change is decided in the step before its own, and the checkpoint of that one has it
+            self._doubled = [change for change in self._doubled if (change.step or 0) <= record.to_step + 1]
+            self._evolution.config = self._in_force()
         return isinstance(record, rec.Experts) and self._window.take(record)
+
+    def _in_force(self) -> Config:
+        """The configuration with what `adaptive=act` has doubled, unless the key was given another value since."""
+        keys = self._config
+        if keys.adaptive != "act":
+            return keys
+        return keys.model_copy(update={c.what: c.after for c in self._doubled if c.before == getattr(keys, c.what)})
 
     def _news(self) -> dict[str, Any] | None:
         """What is suggested and has not been told yet; it counts as told from here on."""

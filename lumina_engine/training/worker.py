@@ -270,7 +270,8 @@ class Worker:
         records: list[rec.Record] = []
         if self.log is not None:
             records = list(read_records(self.directory.metrics_path, ("alert", "change", "rewind")))
-            self.growth.replay(read_records(self.directory.metrics_path, ("experts", "eval", "rewind")))
+            kinds = ("experts", "eval", "rewind", "change")
+            self.growth.replay(read_records(self.directory.metrics_path, kinds))
         rollbacks = rollbacks_after(records, seq)
         mine = {
             "rates": list(rates_after(records, 0).items()),

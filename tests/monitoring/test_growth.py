@@ -199,6 +199,55 @@ def test_c099_a_rewind_takes_back_what_followed_in_the_branch_that_is_left() -> 
     assert all(step < 1_100 for step, _ in watch._evals)
 
 
+WEAK = BALANCING.model_copy(update={"router_bias_rate": 0.0, "load_balancing_weight": 0.01, "adaptive": "act"})
+
+
+def doubled(step: int, before: float = 0.01) -> rec.Change:
+    """What the controller of balance writes at the end of a step."""
+    return rec.Change(what="load_balancing_weight", step=step + 1, before=before, after=2 * before, by="adaptive")
+
+
+def hot_log(first: int, last: int, *changes: rec.Change) -> list[rec.Record]:
+    """A hot expert that drops tokens, and an evaluation loss that falls; each change behind the records of its step."""
+    found: list[rec.Record] = []
+    for step in range(first, last + 1, 50):
+        found += [
+            rec.Experts(step=step, layers=[2], load=[HOT], dropped=[0.12]),
+            *(change for change in changes if change.step == step + 1),
+            rec.Eval(step=step, loss=4 - step / 1e4),
+        ]
+    return found
+
+
+def growth_told(config: Config, log: list[rec.Record], replayed: int = 0) -> list[int | None]:
+    """Steps in which growth is told, when the first records come from the log of an earlier start."""
+    watch = GrowthWatch(config, "mine")
+    if replayed:
+        watch.replay(log[:replayed])
+    alerts = [watch.observe(record) for record in log[replayed:]]
+    return [alert.step for alert in alerts if alert is not None and alert.code == "add_expert"]
+
+
+@pytest.mark.parametrize("replayed", [0, 1, 7, 8, 20])
+def test_c099_a_balance_weight_that_was_doubled_is_balance_enough_for_growth(replayed: int) -> None:
+    assert growth_told(WEAK, hot_log(50, 3_000), replayed) == [], "balance comes first"
+    log = hot_log(50, 3_000, doubled(200))
+    assert growth_told(WEAK, log, replayed) == growth_told(BALANCING, hot_log(50, 3_000)) == [1_050]
+
+
+@pytest.mark.parametrize("replayed", [False, True])
+def test_c099_a_doubling_of_an_abandoned_branch_or_of_another_value_is_none(replayed: bool) -> None:
+    log = hot_log(50, 300, doubled(200))
+    for to_step, told in ((150, []), (200, [1_050])):  # the checkpoint of step 200 has what was decided in it
+        whole = [*log, rec.Rewind(to_step=to_step), *hot_log(to_step + 50, 3_000)]
+        assert growth_told(WEAK, whole, len(log) + 1 if replayed else 0) == told
+    again = [*log, rec.Rewind(to_step=150), *hot_log(200, 3_000, doubled(1_500))]
+    assert growth_told(WEAK, again, len(log) + 1 if replayed else 0) == [1_550]
+    whole = hot_log(50, 3_000, doubled(200))
+    for keys in ({"load_balancing_weight": 0.005}, {"adaptive": "advise"}):  # set by a resume
+        assert growth_told(WEAK.model_copy(update=keys), whole, 30 if replayed else 0) == []
+
+
 @pytest.mark.parametrize("interval", [1, 7, 30, 50, 70, 300, 1_999, 2_000, 3_000])
 def test_c099_a_dead_expert_is_removed_whatever_the_interval_of_the_log(interval: int) -> None:
     watch = GrowthWatch(BALANCING, "mine")

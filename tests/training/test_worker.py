@@ -65,6 +65,33 @@ def test_c098_a_rate_that_was_set_before_the_first_checkpoint_is_set_again(tmp_p
     assert [r.to_step for r in read_records(run.metrics_path) if isinstance(r, rec.Rewind)] == [0]
 
 
+def test_c099_what_an_earlier_start_did_about_balance_counts_for_growth(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "r")
+    keys: dict[str, Any] = {
+        "num_experts": 4,
+        "moe_top_k": 1,
+        "router_bias_rate": 0.0,
+        "load_balancing_weight": 0.01,
+        "adaptive": "act",
+    }
+    Config(tokenizer="lumina-1k", **keys).save(run.config_path)
+
+    def go_on(worker: Worker, steps: range) -> None:
+        for step in steps:
+            worker.emit(rec.Experts(step=step, layers=[1], load=[[60.0, 12.0, 14.0, 14.0]], dropped=[0.12]))
+            worker.emit(rec.Eval(step=step, loss=4 - step / 1e4))
+
+    first = Worker(run, Ear())
+    go_on(first, range(50, 950, 50))
+    first.emit(rec.Change(what="load_balancing_weight", step=901, before=0.01, after=0.02, by="adaptive"))
+    second = Worker(run, Ear())
+    boundary, adaptive = SimpleNamespace(rates={}, replay={}), SimpleNamespace(catch_up=lambda backs, step: None)
+    second.trainer = SimpleNamespace(comm=Comm(), boundary=boundary, adaptive=adaptive, recovery=Recovery())  # type: ignore[assignment]
+    second._catch_up(900, None)
+    go_on(second, range(950, 1_150, 50))
+    assert [r.code for r in read_records(run.metrics_path) if isinstance(r, rec.Alert)] == ["add_expert"]
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_ft07_the_wait_for_a_backup_at_the_end_is_no_other_section(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
