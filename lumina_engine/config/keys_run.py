@@ -319,9 +319,10 @@ class AdaptiveKeys(Section):
 
     adaptive: Literal["off", "advise", "act"] = key(
         "advise",
-        "What is done when a loss that rises and stays up says that the learning rate is too high. advise: an alert with the "
-        "command; act: the rate is lowered, then the run goes back (spike_policy=rollback), at last it ends, and "
-        "load_balancing_weight or capacity_factor is doubled once where experts are out of balance; off: nothing is computed.",
+        "What is done when a loss that rises and stays up says that the learning rate is too high, or experts are out of "
+        "balance where balancing is weak. advise: an alert with the command; act: the rate is lowered, then the run goes back "
+        "(spike_policy=rollback), at last it ends; load_balancing_weight or capacity_factor is doubled once; off: nothing is "
+        "computed.",
         resume=True,
         read_by="monitoring/adaptive.py, monitoring/balance.py, monitoring/growth.py",
     )

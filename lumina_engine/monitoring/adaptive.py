@@ -33,7 +33,7 @@ from statistics import median
 from typing import Any, Literal
 
 from . import record as rec
-from .balance import CAPACITY, WEIGHT, reader
+from .balance import reader, rebalances
 from .health.windows import TINY, noise
 
 FACTOR = "learning_rate_factor"  # `what` of a change of the factor on the schedule's rate
@@ -158,7 +158,7 @@ class _State:
     backs: list[list[Any]] = field(default_factory=list)  # all rollbacks: fields of `Back`
     waiting: dict[str, Any] | None = None  # evidence of the decision whose outcome is still to come
     chosen: int | None = None  # step for which a person has set the rate
-    elsewhere: int = 0  # actions of the controller of balance
+    elsewhere: int = 0  # actions of the controller of balance, or pieces of its advice
 
 
 class RateController:
@@ -198,7 +198,7 @@ class RateController:
             return []
         if isinstance(record, rec.Change) and record.what == "learning_rate" and record.by in ("user", "recovery"):
             self._s.chosen = record.step
-        elif isinstance(record, rec.Change) and record.what in (WEIGHT, CAPACITY):
+        elif rebalances(record):
             self._s.elsewhere += 1
         elif isinstance(record, rec.Step):
             return self._step(record)

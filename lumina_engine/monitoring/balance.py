@@ -4,7 +4,8 @@ Balance comes before growth (`growth.py`). Balancing is weak in a run without a 
 below 0.02. Where, over one cooldown, the hottest expert of a layer gets more than twice its share, the weight of the balance
 loss is doubled; where no expert is hot and a layer drops more than a twentieth of its choices, the room of each expert
 (`capacity_factor`). Each of them once in a run, so neither is ever more than doubled; and one cooldown later the outcome is
-told. Nothing but records enters, so all ranks decide alike and the log alone gives the decisions again.
+told. With `adaptive=advise` nothing is changed: each decision is an alert with the command, and has no outcome. Nothing but
+records enters, so all ranks decide alike and the log alone gives the decisions again.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ DROPPED = 0.05  # share of a layer's choices
 WEAK = 0.02  # load_balancing_weight below which balancing is weak, while there is no bias
 WEIGHT, CAPACITY = "load_balancing_weight", "capacity_factor"  # `what` of a change of them, and their keys
 OUTCOME = "expert_balance_outcome"  # and of what came of it
+REBALANCE = "rebalance"  # code of the alert that advises one of them
 TIMES = 2.0  # what either is at most times its key
 MOST_CAPACITY = 64.0  # of the key capacity_factor
+_ACTION = {"act": "rebalance", "advise": "advice"}  # by mode
 
 
 def reader(config: Any) -> Callable[[str], Any]:
@@ -31,9 +34,16 @@ def reader(config: Any) -> Callable[[str], Any]:
     return config.__getitem__ if isinstance(config, Mapping) else partial(getattr, config)
 
 
+def rebalances(record: rec.Record) -> bool:
+    """Whether a record is an action of the machine, or advice to take it."""
+    if isinstance(record, rec.Change):
+        return record.what in (WEIGHT, CAPACITY)
+    return isinstance(record, rec.Alert) and record.code == REBALANCE
+
+
 @dataclass(frozen=True, slots=True)
 class BalanceRules:
-    """What the machine may do. `capacity` is None where nothing is dropped."""
+    """What the machine may do. `capacity` is None where nothing is dropped, `run` the name that advice gives to commands."""
 
     mode: str = "advise"
     cooldown: int = 200
@@ -41,9 +51,10 @@ class BalanceRules:
     weight: float = 0.0
     bias_rate: float = 0.0
     capacity: float | None = None
+    run: str = "RUN"
 
     @classmethod
-    def from_config(cls, config: Any) -> BalanceRules:
+    def from_config(cls, config: Any, run: str = "RUN") -> BalanceRules:
         """The rules of a configuration: any object or mapping with its keys."""
         get = reader(config)
         return cls(
@@ -53,6 +64,7 @@ class BalanceRules:
             weight=float(get(WEIGHT)),
             bias_rate=float(get("router_bias_rate")),
             capacity=None if get("moe_dropless") else float(get(CAPACITY)),
+            run=run,
         )
 
 
@@ -74,7 +86,8 @@ class _State:
 
     seen: list[dict[str, Any]] = field(default_factory=list)  # step, and load and dropped by layer: a cooldown and one before
     doubled: dict[str, float] = field(default_factory=dict)  # the keys that were, and their own values then
-    waiting: dict[str, Any] | None = None  # evidence of the decision whose outcome is still to come
+    advised: dict[str, float] = field(default_factory=dict)  # those of which it was advised
+    waiting: dict[str, Any] | None = None  # evidence of the decision whose cooldown is not over
 
 
 class BalanceController:
@@ -104,15 +117,18 @@ class BalanceController:
     def use(self, rules: BalanceRules) -> None:
         """Go on by other rules. What may not act any more doubles nothing, nor a key that has another value now."""
         s, self.rules = self._s, rules
-        now = {WEIGHT: rules.weight, CAPACITY: rules.capacity} if rules.mode == "act" else {}
-        s.doubled = {key: value for key, value in s.doubled.items() if now.get(key) == value}
-        if rules.mode != "act":
-            s.seen, s.waiting = [], None
+        now = {WEIGHT: rules.weight, CAPACITY: rules.capacity}
+        s.doubled = {key: value for key, value in s.doubled.items() if rules.mode == "act" and now[key] == value}
+        s.advised = {key: value for key, value in s.advised.items() if rules.mode == "advise" and now[key] == value}
+        if s.waiting is not None and s.waiting["action"] != _ACTION.get(rules.mode):
+            s.waiting = None
+        if rules.mode == "off":
+            s.seen = []
 
-    def observe(self, record: rec.Experts, spent: int) -> list[rec.Change]:
+    def observe(self, record: rec.Experts, spent: int) -> list[rec.Change | rec.Alert]:
         """The decisions that this record brings; `spent` actions have been taken in the run, by whatever controller."""
         s, rules = self._s, self.rules
-        if rules.mode != "act":
+        if rules.mode == "off":
             return []
         layers = {str(layer): [seen.load, seen.dropped or 0.0] for layer, seen in layers_of(record)}
         s.seen = [item for item in s.seen if _same_experts(item["layers"], layers)]  # other experts than these are no window
@@ -126,43 +142,45 @@ class BalanceController:
         if load is None:
             return []
         if s.waiting is not None:
-            return [self._outcome(load, record.step, span)] if record.step >= s.waiting["due"] else []
+            return self._outcome(load, record.step, span) if record.step >= s.waiting["due"] else []
         return self._against(load, record.step, span) if spent < rules.most else []
 
     def state_dict(self) -> dict[str, Any]:
         """The state as JSON values."""
         s = self._s
-        return {"seen": list(s.seen), "doubled": dict(s.doubled), "waiting": s.waiting}
+        return {"seen": list(s.seen), "doubled": dict(s.doubled), "advised": dict(s.advised), "waiting": s.waiting}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put a state back; what it does not have is as at a start."""
-        self._s = _State(list(state.get("seen", [])), dict(state.get("doubled", {})), state.get("waiting"))
+        doubled, advised = dict(state.get("doubled", {})), dict(state.get("advised", {}))
+        self._s = _State(list(state.get("seen", [])), doubled, advised, state.get("waiting"))
         self.use(self.rules)
 
-    def _against(self, load: _Load, step: int, span: int) -> list[rec.Change]:
-        s, rules = self._s, self.rules
+    def _against(self, load: _Load, step: int, span: int) -> list[rec.Change | rec.Alert]:
+        rules = self.rules
+        done = {**self._s.doubled, **self._s.advised}  # one of them is empty
         if rules.bias_rate > 0 or self.weight >= WEAK:
             return []
         if load.peak > HOT:
-            if rules.weight == 0 or WEIGHT in s.doubled:
+            if rules.weight == 0 or WEIGHT in done:
                 return []
-            before, s.doubled[WEIGHT] = self.weight, rules.weight
+            values = rules.weight, TIMES * rules.weight
             words = f"expert {load.expert} of layer {load.layer} got {load.peak:.1f} times its share of 1/{load.experts}"
-            return [self._change(WEIGHT, "hot_expert", (before, self.weight), (load.peak, HOT, words), step, span)]
+            return [self._rebalance(WEIGHT, "hot_expert", values, (load.peak, HOT, words), step, span)]
         room = rules.capacity
-        if load.dropped > DROPPED and room is not None and room < MOST_CAPACITY and CAPACITY not in s.doubled:
-            s.doubled[CAPACITY] = room
-            after = min(MOST_CAPACITY, TIMES * room)
+        if load.dropped > DROPPED and room is not None and room < MOST_CAPACITY and CAPACITY not in done:
+            values = room, min(MOST_CAPACITY, TIMES * room)
             words = f"layer {load.worst} dropped {100 * load.dropped:.1f} % of its choices though no expert is hot"
-            return [self._change(CAPACITY, "dropped", (room, after), (load.dropped, DROPPED, words), step, span)]
+            return [self._rebalance(CAPACITY, "dropped", values, (load.dropped, DROPPED, words), step, span)]
         return []
 
-    def _change(
+    def _rebalance(
         self, what: str, rule: str, values: tuple[float, float], found: tuple[float, float, str], step: int, span: int
-    ) -> rec.Change:
+    ) -> rec.Change | rec.Alert:
+        """Another value for a key, or the advice to set it."""
         (before, after), (statistic, threshold, words) = values, found
         evidence = {
-            "action": "rebalance",
+            "action": _ACTION[self.rules.mode],
             "rule": rule,
             "statistic": statistic,
             "threshold": threshold,
@@ -172,12 +190,31 @@ class BalanceController:
         }
         self._s.waiting = {**evidence, "due": step + self.rules.cooldown}
         reason = f"{words} over {span} steps"
+        if self.rules.mode == "advise":
+            self._s.advised[what] = before
+            return self._advice(f"{what}={after:g}", reason, evidence)
+        self._s.doubled[what] = before
         return rec.Change(what=what, step=step + 1, before=before, after=after, by="adaptive", reason=reason, evidence=evidence)
 
-    def _outcome(self, load: _Load, step: int, span: int) -> rec.Change:
-        """Whether the cooldown after the action is better than the one before it."""
+    def _advice(self, setting: str, reason: str, evidence: Mapping[str, Any]) -> rec.Alert:
+        """The alert with the command, and in words the evidence that an action would have."""
+        run, step = self.rules.run, evidence["step"]
+        figures = f"{evidence['rule']} {evidence['statistic']:.3g}, threshold {evidence['threshold']:.3g}"
+        how = f"window {evidence['window']}, cooldown {evidence['cooldown']}"
+        return rec.Alert(
+            severity="info",
+            code=REBALANCE,
+            message=f"step {step}: {reason} ({figures}, {how})",
+            recommendation=f"lumina-engine runs stop {run} && lumina-engine train --run {run} --resume {setting}",
+            step=step,
+        )
+
+    def _outcome(self, load: _Load, step: int, span: int) -> list[rec.Change | rec.Alert]:
+        """Whether the cooldown after an action is better than the one before it; of advice there is nothing to tell."""
         assert self._s.waiting is not None
         decided, self._s.waiting = self._s.waiting, None
+        if decided["action"] == "advice":
+            return []
         hot = decided["rule"] == "hot_expert"
         now, before, threshold = (load.peak if hot else load.dropped), decided["statistic"], decided["threshold"]
         recovered = now <= threshold
@@ -191,7 +228,7 @@ class BalanceController:
             "threshold": threshold,
             "window": span,
         }
-        return rec.Change(what=OUTCOME, step=step, before=before, after=now, by="adaptive", reason=reason, evidence=evidence)
+        return [rec.Change(what=OUTCOME, step=step, before=before, after=now, by="adaptive", reason=reason, evidence=evidence)]
 
 
 def _same_experts(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -16,7 +16,7 @@ import msgspec
 
 from . import record as rec
 from .adaptive import ADVICE, FACTOR, OUTCOME, Back, RateController, Rules
-from .balance import CAPACITY, WEIGHT, BalanceController, BalanceRules
+from .balance import CAPACITY, REBALANCE, WEIGHT, BalanceController, BalanceRules
 from .balance import OUTCOME as BALANCE_OUTCOME
 from .experts import joined
 
@@ -55,7 +55,7 @@ def of_controller(record: rec.Record) -> TypeGuard[rec.Change | rec.Alert]:
     """Whether a record is a decision of the controller of the rate, or of that of balance."""
     if isinstance(record, rec.Change):
         return record.what in (FACTOR, OUTCOME, WEIGHT, CAPACITY, BALANCE_OUTCOME)
-    return isinstance(record, rec.Alert) and record.code in ADVICE
+    return isinstance(record, rec.Alert) and record.code in (*ADVICE, REBALANCE)
 
 
 def decisions_of(records: Iterable[rec.Record]) -> list[dict[str, Any]]:
@@ -177,7 +177,7 @@ class Replay:
             self._keep(whole)
             self._due += self._balanced(whole)
 
-    def _balanced(self, record: rec.Experts) -> list[rec.Change]:
+    def _balanced(self, record: rec.Experts) -> list[rec.Change | rec.Alert]:
         changes = self._balance.observe(record, self.controller.spent)
         for change in changes:
             self.controller.observe(change)

@@ -281,7 +281,7 @@ class LoadWindow:
 class GrowthWatch:
     """The suggestions over the records of a run, as alerts with the command to run; each is told once until it changes.
 
-    A rebalance is not told here: the health monitor's alerts of hot experts and dropped tokens do that. It is rank 0's and not
+    A rebalance is not told here: the controller of balance advises it, or does it (`balance.py`). The watch is rank 0's and not
     the supervisor's, which has neither the configuration nor numpy in memory.
     """
 

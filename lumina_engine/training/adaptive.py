@@ -33,12 +33,13 @@ class Adaptive:
     def __init__(self, trainer: EnhancedConversationTrainer) -> None:
         self.trainer = trainer
         self._controller = RateController(Rules.from_config(trainer.config, trainer.config.experiment_name))
-        self._balance = BalanceController(BalanceRules.from_config(trainer.config))
+        self._balance = BalanceController(BalanceRules.from_config(trainer.config, trainer.config.experiment_name))
         self._stop: Stop | None = None
 
     def name_run(self, name: str) -> None:
         """The name by which commands know the run, for advice."""
         self._controller.use(replace(self._controller.rules, run=name))
+        self._balance.use(replace(self._balance.rules, run=name))
 
     @property
     def load_balancing_weight(self) -> float:
@@ -47,9 +48,9 @@ class Adaptive:
 
     def observe_experts(self, record: rec.Experts) -> None:
         """Take what was recorded of the experts; emit what that decides."""
-        for change in self._balance.observe(record, self._controller.spent):
-            self._controller.observe(change)
-            self.trainer.emit(change)
+        for decision in self._balance.observe(record, self._controller.spent):
+            self._controller.observe(decision)
+            self.trainer.emit(decision)
         self._apply()
 
     def observe(self, record: rec.Step | rec.Change) -> Trouble | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lumina_engine.config.schema import Config
+from lumina_engine.config.schema import Config, infos_of
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.balance import CAPACITY, OUTCOME, WEIGHT, BalanceController, BalanceRules
 from lumina_engine.monitoring.decisions import of_controller, replay
@@ -24,8 +24,8 @@ def experts(step: int, *loads: list[float], dropped: float = 0.0) -> rec.Experts
     )
 
 
-def told(controller: BalanceController, records: Iterator[rec.Experts] | list[rec.Experts], spent: int = 0) -> list[rec.Change]:
-    return [change for record in records for change in controller.observe(record, spent)]
+def told(controller: BalanceController, records: Iterator[rec.Experts] | list[rec.Experts], spent: int = 0) -> list[Any]:
+    return [decision for record in records for decision in controller.observe(record, spent)]
 
 
 def run(*loads: list[float], steps: int = 400, dropped: float = 0.0) -> list[rec.Experts]:
@@ -72,18 +72,73 @@ def test_c100_dropped_choices_double_the_room_where_no_expert_is_hot() -> None:
 @pytest.mark.parametrize(
     "rules",
     [
-        replace(RULES, mode="advise"),
         replace(RULES, mode="off"),
         replace(RULES, weight=0.02),
         replace(RULES, weight=0.0),
         replace(RULES, bias_rate=0.001),
         replace(RULES, most=0),
     ],
-    ids=["advise", "off", "balanced by weight", "no weight to double", "balanced by bias", "no actions"],
+    ids=["off", "balanced by weight", "no weight to double", "balanced by bias", "no actions"],
 )
 def test_c100_where_nothing_is_to_be_done_nothing_is(rules: BalanceRules) -> None:
-    controller = BalanceController(rules)
-    assert told(controller, run(HOT, dropped=0.2, steps=1000)) == [] and controller.weight == rules.weight
+    for mode in (rules.mode, "off" if rules.mode == "off" else "advise"):
+        controller = BalanceController(replace(rules, mode=mode))
+        assert told(controller, run(HOT, dropped=0.2, steps=1000)) == [] and controller.weight == rules.weight
+
+
+ADVISE = replace(RULES, mode="advise", run="first")
+
+
+@pytest.mark.parametrize(
+    ("loads", "dropped", "key"), [(HOT, 0.0, WEIGHT), (HOT, 0.2, WEIGHT), (EVEN, 0.08, CAPACITY)], ids=["hot", "both", "drops"]
+)
+def test_c100_advice_is_one_alert_with_the_command_and_the_evidence_of_the_action(
+    loads: list[float], dropped: float, key: str
+) -> None:
+    records = run(EVEN, loads, steps=1000, dropped=dropped)
+    controller = BalanceController(ADVISE)
+    (alert,) = told(controller, records)
+    action = told(BalanceController(RULES), records)[0]
+    evidence = action.evidence
+    assert (alert.severity, alert.code, alert.step) == ("info", "rebalance", evidence["step"])
+    figures = f"{evidence['statistic']:.3g}, threshold {evidence['threshold']:.3g}, window 100, cooldown 100"
+    assert alert.message == f"step {alert.step}: {action.reason} ({evidence['rule']} {figures})"
+    stop, resume = (alert.recommendation or "").split(" && ")
+    assert stop == "lumina-engine runs stop first"
+    assert resume == f"lumina-engine train --run first --resume {action.what}={action.after:g}"
+    assert action.what == key and infos_of(Config)[key].resume_may_change and Config(**{key: action.after})
+    assert (controller.weight, controller.capacity) == (RULES.weight, RULES.capacity) and controller.spent == 0
+
+
+def test_c100_advice_has_a_cooldown_a_budget_and_is_told_again_for_another_value() -> None:
+    records = run(HOT, steps=240, dropped=0.08) + [experts(step, EVEN, dropped=0.08) for step in range(260, 800, 20)]
+    advised = told(BalanceController(ADVISE), records)
+    acted = [change for change in told(BalanceController(RULES), records) if change.what != OUTCOME]
+    low = [change for change in told(BalanceController(replace(RULES, weight=0.005)), records) if change.what != OUTCOME]
+    assert [change.what for change in acted] == [WEIGHT] and [change.what for change in low] == [WEIGHT, CAPACITY]
+    assert [alert.step for alert in advised] == [change.step - 1 for change in low], "nothing was done about the first"
+    assert told(BalanceController(ADVISE), run(HOT), spent=20) == []
+    controller = BalanceController(replace(ADVISE, weight=0.004))
+    assert len(told(controller, run(HOT, steps=240))) == 1
+    controller.use(replace(ADVISE, weight=0.008))  # the user did as told
+    later = [experts(step, HOT) for step in range(260, 1000, 20)]
+    (again,) = told(controller, later)
+    assert again.step == 260 and again.recommendation.endswith(f"{WEIGHT}=0.016")
+
+
+def test_c100_another_mode_begins_with_nothing_done() -> None:
+    later = [experts(step, HOT) for step in range(260, 800, 20)]
+    controller = BalanceController(ADVISE)
+    assert [decision.code for decision in told(controller, run(HOT, steps=240))] == ["rebalance"]
+    controller.use(RULES)
+    assert [change.what for change in told(controller, later)] == [WEIGHT, OUTCOME] and controller.weight == 0.02
+    controller.use(ADVISE)
+    assert controller.weight == 0.01
+    assert [decision.code for decision in told(controller, [experts(step, HOT) for step in range(800, 900, 20)])] == [
+        "rebalance"
+    ]
+    controller.use(replace(ADVISE, mode="off"))
+    assert controller.state_dict() == BalanceController(ADVISE).state_dict()
 
 
 def test_c100_one_odd_record_is_no_reason_and_spent_is_spent() -> None:
@@ -93,11 +148,12 @@ def test_c100_one_odd_record_is_no_reason_and_spent_is_spent() -> None:
 
 
 @pytest.mark.parametrize("at", range(20))
-def test_c100_a_state_put_back_decides_as_the_unbroken_machine(at: int) -> None:
+@pytest.mark.parametrize("rules", [RULES, ADVISE], ids=["act", "advise"])
+def test_c100_a_state_put_back_decides_as_the_unbroken_machine(at: int, rules: BalanceRules) -> None:
     records = run(HOT, steps=240, dropped=0.08) + [experts(step, EVEN, dropped=0.08) for step in range(260, 420, 20)]
-    whole = BalanceController(RULES)
+    whole = BalanceController(rules)
     expected = told(whole, records)
-    first, second = BalanceController(RULES), BalanceController(RULES)
+    first, second = BalanceController(rules), BalanceController(rules)
     found = told(first, records[:at])
     second.load_state_dict(first.state_dict())
     assert found + told(second, records[at:]) == expected and second.state_dict() == whole.state_dict()
@@ -130,9 +186,9 @@ def of(mode: str = "act") -> Config:
     return Config(adaptive=mode, adaptive_cooldown_steps=100, load_balancing_weight=0.01, router_bias_rate=0.0)
 
 
-def log(*, parts: bool, resumed: dict[str, Any] | None = None) -> list[rec.Record]:
+def log(*, parts: bool, resumed: dict[str, Any] | None = None, mode: str = "act") -> list[rec.Record]:
     """What a run writes: the machine's records behind those that they come from, long records in two parts."""
-    controller, out = BalanceController(BalanceRules.from_config(of())), []
+    controller, out = BalanceController(BalanceRules.from_config(of(mode), "first")), []
     for record in run(EVEN, HOT, steps=600):
         if resumed and record.step == 180:
             out.append(rec.Resume(step=160, changed=resumed))
@@ -154,6 +210,16 @@ def test_c100_the_log_alone_gives_each_decision_again(parts: bool) -> None:
     wrong = rec.Change(what=WEIGHT, step=121, before=0.01, after=0.03, by="adaptive")
     other = [wrong if of_controller(r) else r for r in records]
     assert replay(other, of()).differences
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_c100_the_log_alone_gives_the_advice_again(parts: bool) -> None:
+    records = log(parts=parts, mode="advise")
+    (at,) = (place for place, record in enumerate(records) if of_controller(record))
+    found = replay(records, of("advise"))
+    assert found.agrees and found.spent == 1 and [record.code for record in found.decisions] == ["rebalance"]  # type: ignore[union-attr]
+    assert replay([*records[:at], *records[at + 1 :], rec.Step(step=601, loss=1.0)], of("advise")).differences
+    assert replay([*records[: at + 1], *records[at:]], of("advise")).differences
 
 
 def test_c100_the_log_of_a_run_whose_key_was_changed_agrees() -> None:

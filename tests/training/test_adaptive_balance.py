@@ -49,7 +49,10 @@ def test_c100_the_weight_is_doubled_and_in_force(tmp_path: Path) -> None:
     act.train()
     advise = skewed(tmp_path, "advise", adaptive="advise")
     advise.train()
-    assert decisions(advise) == []
+    (alert,) = decisions(advise)
+    setting = f"--run {advise.config.experiment_name} --resume {WEIGHT}=0.01"
+    assert (alert.code, alert.step) == ("rebalance", FIRST - 1) and alert.recommendation.endswith(setting) and agrees(advise)
+    assert advise.trainer.adaptive.load_balancing_weight == 0.005
     change, outcome = decisions(act)
     assert (change.what, change.step, change.before, change.after) == (WEIGHT, FIRST, 0.005, 0.01)
     assert outcome.what == OUTCOME and not outcome.evidence["recovered"]
