@@ -125,7 +125,8 @@ class Replay:
         first = _Ruled(0, Rules.from_config(rules), BalanceRules.from_config(rules))
         self.controller, self._balance = RateController(first.rules), BalanceController(first.balance)
         self.result = Replayed()
-        self._values = dict(rules)
+        self._resumes = [(-1, dict(rules))]  # of this branch: the step of each, and the keys from there on
+        self._return: tuple[_Ruled, list[Back]] | None = None  # one that is not done: rules, and rollbacks since its checkpoint
         self._kept: list[_Item] = []  # what the state of the branch comes from
         self._top = 0  # highest step in it
         self._marks = [_Mark(0, 0, first, {}, {})]
@@ -134,6 +135,8 @@ class Replay:
 
     def take(self, record: rec.Record) -> None:
         """The next record."""
+        if self._return is not None and isinstance(record, rec.Step | rec.Change | rec.Experts | rec.Rewind):
+            self._go_on(*self._return)  # no resume tells other rules
         if isinstance(record, rec.Experts) and (self._experts is None or self._experts.step == record.step):
             self._experts = record if self._experts is None else joined(self._experts, record)
             return
@@ -141,10 +144,7 @@ class Replay:
         if isinstance(record, rec.Experts):
             self._experts = record
         elif isinstance(record, rec.Resume):
-            self._values = self._values | {name: now for name, (_, now) in record.changed.items() if name in KEYS}
-            ruled = _Ruled(record.step, Rules.from_config(self._values), BalanceRules.from_config(self._values))
-            self._keep(ruled)
-            self._obey(ruled)
+            self._resume(record)
         elif isinstance(record, rec.Rewind):
             self._rewind(record)
         elif of_controller(record):
@@ -156,9 +156,32 @@ class Replay:
             self._due += [decision.record for decision in self.controller.observe(record)]
             self._mark()
 
+    def _resume(self, record: rec.Resume) -> None:
+        """The rules of a resume. It names what its checkpoint has otherwise, in which no later resume has left anything, nor
+        an earlier one from the same checkpoint."""
+        while self._resumes[-1][0] >= record.step:
+            self._resumes.pop()
+        values = self._resumes[-1][1] | {name: now for name, (_, now) in record.changed.items() if name in KEYS}
+        self._resumes.append((record.step, values))
+        backs = [] if self._return is None else self._return[1]
+        self._go_on(_Ruled(record.step, Rules.from_config(values), BalanceRules.from_config(values)), backs)
+
+    def _go_on(self, ruled: _Ruled, backs: list[Back]) -> None:
+        """From a checkpoint, as the trainer does: its state, then the rules, then the rollbacks of which it does not know."""
+        self._return = None
+        if ruled != self._ruled(ruled.step):
+            self._keep(ruled)
+            self._obey(ruled)
+        for back in backs:
+            self._keep(back)
+        if backs:
+            self.controller.rolled_back(backs, ruled.step)
+
     def _keep(self, item: _Item) -> None:
         self._kept.append(item)
-        self._top = max(self._top, item.to_step if isinstance(item, Back) else item.step or 0)
+        # a checkpoint is older than what was done on going on from it
+        at = item.to_step + 1 if isinstance(item, Back) else item.step + 1 if isinstance(item, _Ruled) else item.step or 0
+        self._top = max(self._top, at)
 
     def _mark(self) -> None:
         """Note the state now and then, so that going back need not begin at the start of the log."""
@@ -189,6 +212,8 @@ class Replay:
 
     def end(self) -> Replayed:
         """No more records: the run was killed here, or is about to write what is due."""
+        if self._return is not None:
+            self._go_on(*self._return)
         self._route()
         self.result.unwritten += len(self._due)
         self.result.factor, self.result.spent = self.controller.factor, self.controller.spent
@@ -217,22 +242,22 @@ class Replay:
         """Back to the state of a step, from the records that led to it."""
         self.result.unwritten += len(self._due)
         self._due.clear()
-        before = self._ruled(record.to_step)
-        back: Back | None = None
-        if record.failed_step is not None:
-            back = back_of(record, self.controller.in_force())
-        tail = self._to_mark(record.to_step)
-        for item in tail:
-            left = _cut(item, record.to_step)
-            if left is not None:
-                self._keep(left)
-                self._again(left, record.to_step)
-        if before != self._ruled(record.to_step):
-            self._keep(before)
-            self._obey(before)
+        rules = self._ruled(record.to_step)
+        back = None if record.failed_step is None else back_of(record, self.controller.in_force())
+        since: list[Back] = []
+        for item in self._to_mark(record.to_step):
+            if isinstance(item, Back) and item.to_step >= record.to_step:
+                since.append(item.seen_from(record.to_step))
+            elif _is_before(item, record.to_step):
+                self._keep(item)
+                self._again(item)
+        values = self._resumes[-1][1]
+        while self._resumes[-1][0] >= record.to_step:
+            self._resumes.pop()
+        self._resumes.append((record.to_step, values))  # a rollback changes none
+        self._return = rules, since
         if back is not None:
-            self._keep(back)
-            self.controller.rolled_back([back], record.to_step)
+            self._go_on(rules, [*since, back])
 
     def _to_mark(self, to_step: int) -> list[_Item]:
         """Put back the newest mark that a run at `to_step` has behind it; what was kept after it."""
@@ -246,10 +271,10 @@ class Replay:
         self._balance.load_state_dict(mark.balance)
         return tail
 
-    def _again(self, item: _Item, to_step: int) -> None:
-        """Take something that led to `to_step` once more."""
+    def _again(self, item: _Item) -> None:
+        """Take something that led to a step once more."""
         if isinstance(item, Back):
-            self.controller.rolled_back([item], to_step)
+            self.controller.rolled_back([item], item.to_step)
         elif isinstance(item, _Ruled):
             self._obey(item)
         elif isinstance(item, rec.Experts):
@@ -258,11 +283,11 @@ class Replay:
             self.controller.observe(item)
 
 
-def _cut(item: _Item, to_step: int) -> _Item | None:
-    """What is left of something when the run is back at `to_step`. What rollbacks have spent stays spent."""
+def _is_before(item: _Item, to_step: int) -> bool:
+    """Whether the checkpoint of a step has something in it: other rules came after the checkpoint that they began from."""
     if isinstance(item, Back):
-        return item.seen_from(to_step)
-    return item if (item.step or 0) <= to_step else None
+        return item.to_step < to_step
+    return item.step < to_step if isinstance(item, _Ruled) else (item.step or 0) <= to_step
 
 
 def _name(record: rec.Change | rec.Alert) -> str:

@@ -20,7 +20,7 @@ from lumina_engine import AdaptiveHyperparameterOptimizer
 from lumina_engine.bench.corpus import read
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.adaptive import FACTOR, LEAST, OUTCOME, RECENT, Decision, RateController, Rules
-from lumina_engine.monitoring.decisions import EVERY, back_of, backs_after, of_controller, replay
+from lumina_engine.monitoring.decisions import EVERY, KEYS, back_of, backs_after, of_controller, replay
 
 ACT = Rules(mode="act", window=64, cooldown=40, lowest=0.1, most=6)
 CORPUS = Path(__file__).parent / "health"
@@ -79,7 +79,7 @@ class World:
     log: list[Any] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.saves: dict[int, tuple[int, dict[str, Any]]] = {}  # step -> (records before it, state)
+        self.saves: dict[int, tuple[int, dict[str, Any], Rules]] = {}  # step -> (records before it, state, rules)
         self.controller = RateController(self.rules)
         self.step = 0
         self.factors: dict[int, float] = {}
@@ -103,12 +103,21 @@ class World:
     def resume(self) -> None:
         """As another process: from the newest save, and with what only the log knows."""
         self.step = max(self.saves, default=0)
-        seq, state = self.saves.get(self.step, (None, RateController(self.rules).state_dict()))
+        seq, state, _ = self.saves.get(self.step, (None, RateController(self.rules).state_dict(), self.rules))
         self.controller = RateController(self.rules)
         self.controller.load_state_dict(copy.deepcopy(state))
         self.controller.rolled_back(backs_after(self.log, seq), self.step)
         self.emit(rec.Rewind(to_step=self.step))
         self._choose("recovery")
+
+    def go_on(self, rules: Rules, steps: int) -> World:
+        """Be killed where it is, and go on from the newest save by other rules; the proof tells what the save had."""
+        self.rules, self.steps = rules, steps
+        self.resume()
+        before, now = vars(configured(self.saves[self.step][2])), vars(configured(rules))
+        self.emit(rec.Resume(step=self.step, changed={k: (before[k], now[k]) for k in KEYS if before[k] != now[k]}))
+        self._go()
+        return self
 
     @property
     def branch(self) -> int:
@@ -147,7 +156,7 @@ class World:
             if any(d.kind == "stop" for d in decisions):
                 return
             if self.step % self.every == 0:
-                self.saves[self.step] = (len(self.log), copy.deepcopy(self.controller.state_dict()))
+                self.saves[self.step] = (len(self.log), copy.deepcopy(self.controller.state_dict()), self.rules)
 
     def _back(self, first: int) -> bool:
         target = max((at for at in self.saves if at < first), default=None)
@@ -341,6 +350,50 @@ def test_c100_rules_that_a_return_did_not_take_back_hold_in_what_is_decided_agai
         world.run()
     assert {r.evidence["cooldown"] for r in world.decisions() if getattr(r, "what", "") == FACTOR} == {60}
     assert all(replay(world.log, configured(world.rules), every).differences == [] for every in (1, 7, EVERY))
+
+
+ADVISE = replace(ACT, mode="advise")
+
+
+def rising(branch: int, number: int) -> Figures:
+    """Calm until step 90, then three times as high."""
+    return noisy(2.0 if number < 90 else 6.0, 1, number)[0], 1.0, False
+
+
+@pytest.mark.parametrize(
+    ("rules", "tried"),
+    [
+        (ADVISE, ACT),
+        (replace(ACT, cooldown=20), replace(ADVISE, cooldown=20)),
+        (ACT, replace(ACT, window=32)),
+        (replace(ACT, cooldown=20), replace(ACT, cooldown=20, lowest=0.9)),
+    ],
+    ids=["advise, act tried", "act, advise tried", "a shorter window tried", "a higher bound tried"],
+)
+def test_c100_a_key_that_a_resume_changed_and_the_next_one_set_back_was_never_another(rules: Rules, tried: Rules) -> None:
+    """No save came between them, so the second is no change against the checkpoint, and the first left nothing in it."""
+    world = World(rules, rising, steps=120, every=40).run()
+    world.go_on(tried, 150).go_on(rules, 400)
+    first, second = (r for r in world.log if isinstance(r, rec.Resume))
+    assert first.step == second.step == 120 and first.changed and not second.changed
+    assert len(world.decisions()) > 1
+    for every in (1, 7, EVERY):
+        again = replay(world.log, configured(rules), every)
+        assert again.differences == [] and (again.factor, again.spent) == (world.controller.factor, world.controller.spent)
+
+
+@settings(max_examples=60, deadline=None)
+@given(RULES, st.lists(st.tuples(RULES, st.integers(1, 80)), min_size=1, max_size=4), st.integers(0, 10_000), GUARD)
+def test_c100_the_log_gives_all_again_whatever_each_resume_changed(
+    rules: Rules, resumes: list[tuple[Rules, int]], seed: int, guard: dict[int, int]
+) -> None:
+    world = World(rules, regimes(seed), steps=70, guard=guard).run()
+    for other, further in resumes:
+        world.go_on(other, world.step + further)
+    for every in (1, 7, EVERY):
+        again = replay(world.log, configured(world.rules), every)
+        assert again.differences == [] and again.decisions == world.decisions()
+        assert (again.factor, again.spent) == (world.controller.factor, world.controller.spent)
 
 
 # ---- the rules ------------------------------------------------------------------------------------------------------------
