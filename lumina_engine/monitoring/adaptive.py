@@ -33,7 +33,7 @@ from statistics import median
 from typing import Any, Literal
 
 from . import record as rec
-from .balance import reader, rebalances
+from .balance import action_of, reader
 from .health.windows import TINY, noise
 
 FACTOR = "learning_rate_factor"  # `what` of a change of the factor on the schedule's rate
@@ -153,12 +153,11 @@ class _State:
     low_at: int = 0
     raised: int = 0
     spent_told: bool = False
-    actions: list[dict[str, Any]] = field(default_factory=list)  # their evidence
+    actions: list[dict[str, Any]] = field(default_factory=list)  # their evidence; those of the controller of balance too
     dropped: int = 0  # actions in branches that rollbacks left
     backs: list[list[Any]] = field(default_factory=list)  # all rollbacks: fields of `Back`
     waiting: dict[str, Any] | None = None  # evidence of the decision whose outcome is still to come
     chosen: int | None = None  # step for which a person has set the rate
-    elsewhere: int = 0  # actions of the controller of balance, or pieces of its advice
 
 
 class RateController:
@@ -181,7 +180,7 @@ class RateController:
     @property
     def spent(self) -> int:
         """Actions of the run so far, those of abandoned branches and of the controller of balance with them."""
-        return len(self._s.actions) + self._s.dropped + self._s.elsewhere
+        return len(self._s.actions) + self._s.dropped
 
     @property
     def backs(self) -> list[Back]:
@@ -198,10 +197,10 @@ class RateController:
             return []
         if isinstance(record, rec.Change) and record.what == "learning_rate" and record.by in ("user", "recovery"):
             self._s.chosen = record.step
-        elif rebalances(record):
-            self._s.elsewhere += 1
         elif isinstance(record, rec.Step):
             return self._step(record)
+        elif (action := action_of(record)) is not None:
+            self._s.actions.append(action)
         return []
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,6 +210,7 @@ class RateController:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put a state back; what it does not have is as at a start."""
         self._s = _State(**{name: _copy(state[name]) for name in _State.__slots__ if name in state})
+        self._s.dropped += int(state.get("elsewhere", 0))  # a checkpoint of an earlier version counts those of balance there
         self.use(self.rules)
 
     def use(self, rules: Rules) -> None:

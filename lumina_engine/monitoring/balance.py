@@ -34,11 +34,13 @@ def reader(config: Any) -> Callable[[str], Any]:
     return config.__getitem__ if isinstance(config, Mapping) else partial(getattr, config)
 
 
-def rebalances(record: rec.Record) -> bool:
-    """Whether a record is an action of the machine, or advice to take it."""
+def action_of(record: rec.Record) -> dict[str, Any] | None:
+    """What an action of the machine rests on, or its advice to take one; None for every other record."""
     if isinstance(record, rec.Change):
-        return record.what in (WEIGHT, CAPACITY)
-    return isinstance(record, rec.Alert) and record.code == REBALANCE
+        return record.evidence if record.what in (WEIGHT, CAPACITY) else None
+    if isinstance(record, rec.Alert) and record.code == REBALANCE:
+        return {"action": "advice", "step": record.step}
+    return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import msgspec
 
 from . import record as rec
 from .adaptive import ADVICE, FACTOR, OUTCOME, Back, RateController, Rules
-from .balance import CAPACITY, REBALANCE, WEIGHT, BalanceController, BalanceRules
+from .balance import CAPACITY, REBALANCE, WEIGHT, BalanceController, BalanceRules, action_of
 from .balance import OUTCOME as BALANCE_OUTCOME
 from .experts import joined
 
@@ -78,7 +78,9 @@ def backs_after(records: Iterable[rec.Record], seq: int | None) -> list[Back]:
     for record in records if seq is not None else []:
         if seq is None or record.seq <= seq:
             continue
-        if isinstance(record, rec.Change) and record.what == FACTOR and record.evidence is not None:
+        if (action := action_of(record)) is not None:
+            actions.append(action)
+        elif isinstance(record, rec.Change) and record.what == FACTOR and record.evidence is not None:
             actions += [record.evidence] if record.evidence["action"] != "raise" else []
         elif isinstance(record, rec.Alert) and record.code == "lower_rate":
             actions.append({"action": "advice", "step": record.step})
@@ -91,9 +93,8 @@ def backs_after(records: Iterable[rec.Record], seq: int | None) -> list[Back]:
 
 def back_of(record: rec.Rewind, actions: list[dict[str, Any]]) -> Back:
     """What a rollback leaves behind: `actions` are those in force before it."""
-    last = actions[-1] if actions else None
-    own = last is not None and last["action"] == "rollback" and last["step"] == record.failed_step
-    return Back(record.to_step, last if own else None, sum(action["step"] > record.to_step for action in actions))
+    own = (action for action in actions if action["action"] == "rollback" and action["step"] == record.failed_step)
+    return Back(record.to_step, next(own, None), sum(action["step"] > record.to_step for action in actions))
 
 
 @dataclass(slots=True)

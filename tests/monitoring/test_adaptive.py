@@ -280,6 +280,14 @@ def test_c100_a_state_put_back_decides_as_the_unbroken_one(seed: int, cut: int) 
     assert whole.state_dict() == second.state_dict()
 
 
+def test_c100_actions_about_balance_in_a_checkpoint_of_an_earlier_version_count_once() -> None:
+    controller = RateController(ACT)
+    controller.load_state_dict({**controller.state_dict(), "elsewhere": 2})
+    again = RateController(ACT)
+    again.load_state_dict(controller.state_dict())
+    assert controller.spent == again.spent == 2
+
+
 def test_c100_what_the_log_does_not_bear_out_is_told() -> None:
     world = World(ACT, lambda branch, n: (noisy(2.0 if n < 100 else 5.0, 1, n)[0], 1.0, False)).run()
     at = next(i for i, r in enumerate(world.log) if of_controller(r))

@@ -9,9 +9,11 @@ import pytest
 
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.balance import CAPACITY, OUTCOME, WEIGHT
-from lumina_engine.monitoring.decisions import of_controller, replay
+from lumina_engine.monitoring.decisions import backs_after, of_controller, replay
 from lumina_engine.run.rank import Command
+from tests.faults.test_ft_guard import rewinds
 from tests.faults.tiny import Tiny
+from tests.training.test_adaptive import lifted
 
 KEYS: dict[str, Any] = {
     "adaptive": "act",
@@ -107,3 +109,50 @@ def test_c100_a_checkpoint_that_was_asked_for_has_the_decision_of_its_step(tmp_p
     assert resumed.trainer.adaptive.load_balancing_weight == 0.01
     resumed.train()
     assert resumed.state() == tiny.state()
+
+
+BACK: dict[str, Any] = {
+    "adaptive_cooldown_steps": 20,
+    "save_interval": 20,
+    "max_steps": 60,
+    "spike_policy": "rollback",
+    "spike_sigma": 20.0,
+}
+DOUBLED, BAD = 23, 45  # steps: from which the weight is doubled; of the batch for which the guard goes back
+
+
+def gone_back(folder: Path, **keys: Any) -> Tiny:
+    """A run that goes back, once, to before the step in which something was done about balance."""
+    tiny = skewed(folder, **BACK | keys)
+    lifted(tiny, lambda step: 50.0 if step == BAD and not rewinds(tiny) else 1.0).train()
+    assert rewinds(tiny) == [(20, BAD)]
+    return tiny
+
+
+@pytest.mark.parametrize("mode", ["act", "advise"])
+def test_c100_what_a_rollback_leaves_behind_counts_in_the_budget(tmp_path: Path, mode: str) -> None:
+    for most in (1, 2):
+        tiny = gone_back(tmp_path / str(most), adaptive=mode, max_adaptive_actions=most)
+        done = [r.step for r in decisions(tiny) if getattr(r, "what", WEIGHT) == WEIGHT]
+        assert done == [DOUBLED if mode == "act" else DOUBLED - 1] * most
+        assert tiny.trainer.adaptive.load_balancing_weight == (0.01 if (mode, most) == ("act", 2) else 0.005)
+        again = replay([rec.decode(rec.encode(r)) for r in tiny.records], tiny.config)
+        assert again.agrees and again.spent == most
+
+
+def test_c100_what_a_rollback_left_behind_counts_after_a_kill_too(tmp_path: Path) -> None:
+    """Before the next checkpoint: only the log knows of the rollback."""
+    keys = BACK | {"max_adaptive_actions": 1}
+    tiny = gone_back(tmp_path, **keys)
+    back = next(place for place, r in enumerate(tiny.records) if isinstance(r, rec.Rewind))
+    log = [rec.decode(rec.encode(r)) for r in tiny.records[: back + 8]]
+    for place, record in enumerate(log, 1):
+        record.seq = place
+    saved = next(r.seq for r in log if isinstance(r, rec.Experts) and r.step == 20)
+    resumed = Tiny(tmp_path, **KEYS | keys)
+    resumed.resume(20)
+    resumed.trainer.adaptive.catch_up(backs_after(log, saved), 20)
+    resumed.train()
+    assert decisions(resumed) == [] and resumed.trainer.adaptive.load_balancing_weight == 0.005
+    whole = [*log, rec.Rewind(to_step=20), *(rec.decode(rec.encode(r)) for r in resumed.records)]
+    assert replay(whole, resumed.config).differences == []
