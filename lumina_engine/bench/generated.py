@@ -61,6 +61,7 @@ def disk_records(kind: str, draw: random.Random) -> Iterator[rec.Record]:
     """
     size, keep, every = draw.uniform(1e9, 8e9), draw.randint(2, 12), draw.randint(8, 24)
     takes = draw.randint(1, every // 6)
+    work = draw.uniform(0.3, 1.0)  # share of a save's span, the rest of which it waits for a boundary
     spare = size * draw.uniform(6, 20)  # bytes beside the checkpoints
     others = (kind == "disk fills") * spare / (draw.uniform(1.5, 3) * 180)  # bytes a step
     level = draw.uniform(2, 5)
@@ -70,7 +71,8 @@ def disk_records(kind: str, draw: random.Random) -> Iterator[rec.Record]:
         yield rec.Step(step=step, t=t, loss=loss, grad_norm=norm, lr=1e-4, step_time=20.0, batch=8, seq_length=64)
         writing = saves > 0 and since < takes
         if saves and since == takes:
-            yield rec.Checkpoint(step=every * saves, bytes=int(size), seconds=20.0 * takes - 1, verified=True, t=t)
+            span = 20.0 * takes - 1
+            yield rec.Checkpoint(step=every * saves, bytes=int(size), seconds=work * span, span=span, verified=True, t=t)
         mine = min(saves - writing, keep) + (since / takes if writing else 0.0)
         free = spare + size * (keep - mine) - others * max(0, step - 100) + draw.gauss(0, 1e-4 * spare)
         yield rec.Hardware(t=t, disk_free=int(free), disk_total=int(2 * spare))

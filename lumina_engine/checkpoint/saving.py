@@ -63,14 +63,16 @@ class SaveResult:
     """How a save ended, the same on every rank. `failed` says why there is no checkpoint; all else stays as it was.
 
     seconds: of preparing, writing (the slowest rank) and committing; a save whose end waited for the next boundary is no slower
-    for that. blocking_seconds: for which training stood still. `notes` tell of trouble after the commit (retention, pointers),
-    which costs nothing but should be shown. `id` is the command's, as given to `save`.
+    for that. span_seconds: from the call until its end was noticed, such waits included. blocking_seconds: for which training
+    stood still. `notes` tell of trouble after the commit (retention, pointers), which costs nothing but should be shown. `id`
+    is the command's, as given to `save`.
     """
 
     step: int
     path: Path | None = None
     bytes: int = 0
     seconds: float = 0.0
+    span_seconds: float = 0.0
     blocking_seconds: float = 0.0
     verified: bool = False
     failed: str | None = None
@@ -186,7 +188,7 @@ class Saver:
         if answer["staging"] is None:
             ended = time.monotonic()
             outcome = {**(answer["known"] or {"failed": answer["error"]}), "seconds": ended - begun}
-            self._report(step, id, outcome, ended - started)
+            self._report(step, id, outcome, ended - started, ended - started)
             return None
         staging = staging or Staging.join(folder, step, answer["staging"])
         head = Payload(
@@ -305,7 +307,8 @@ class Saver:
             job.blocking += time.monotonic() - started
             if outcome is not None:
                 self._job = None
-                self._report(job.step, job.id, outcome, time.monotonic() - job.started if job.inline else job.blocking)
+                span = time.monotonic() - job.started
+                self._report(job.step, job.id, outcome, span, span if job.inline else job.blocking)
         return self.take()
 
     def take(self) -> list[SaveResult]:
@@ -313,11 +316,13 @@ class Saver:
         results, self._results = self._results, []
         return results
 
-    def _report(self, step: int, id: str | None, outcome: dict[str, Any], blocking: float) -> None:
+    def _report(self, step: int, id: str | None, outcome: dict[str, Any], span: float, blocking: float) -> None:
         path, notes = outcome.get("path"), tuple(outcome.get("notes", ()))
         rest = {name: value for name, value in outcome.items() if name not in ("path", "notes")}
         self._results.append(
-            SaveResult(step, Path(path) if path else None, **rest, notes=notes, blocking_seconds=blocking, id=id)
+            SaveResult(
+                step, Path(path) if path else None, **rest, notes=notes, span_seconds=span, blocking_seconds=blocking, id=id
+            )
         )
 
     def put_back(self, results: list[SaveResult]) -> None:

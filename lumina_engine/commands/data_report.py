@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     meter.end()
     out = write_report(found, args.out)
     if args.json:
-        print_json(found)
+        print_json({**found, "not_read": unread_note(args.paths)})
         return 0
     _print_quality(found)
     for line in unread_note(args.paths):

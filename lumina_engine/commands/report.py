@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import common, routing
+from .common import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from ..run.directory import find, runs_root
 
     directory = find(args.run, Path(args.runs) if args.runs else runs_root())
-    target, data = _files(Path(args.out) if args.out else directory.reports / "report.html")
+    target, data = _files(args.out or str(directory.reports / "report.html"))
     about, health = subject(directory), HealthTimeline()
     try:
         history = read_history(directory.metrics_path, health.take)
@@ -73,8 +74,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _files(named: Path) -> tuple[Path, Path]:
-    """The HTML and the JSON file of a name; what follows a dot in it is part of it unless it names one of the two kinds."""
+def _files(name: str) -> tuple[Path, Path]:
+    """The HTML and the JSON file of a name; what follows a dot in it is part of it unless it names one of the two kinds.
+
+    Raises:
+        UserError: a URL or a folder (exit code 2).
+    """
+    named = Path(name)
+    if "://" in name:
+        raise UserError(f"{name} is a URL, and a report is written here only: name a local file")
+    if not named.name or name.endswith("/") or named.is_dir():
+        raise UserError(f"{name} is a folder: name a file")
     stem = named.stem if named.suffix.lower() in _KINDS else named.name
     return named.parent / f"{stem}.html", named.parent / f"{stem}.json"
 

@@ -92,30 +92,52 @@ def located(name: str) -> Path:
 
 
 def unread_note(paths: Paths | None) -> list[str]:
-    """A line on the files in the folders among `paths` that are not read, for their names are of no data; none without any."""
+    """A line on the files in the folders among `paths` that are not read, for their names are of no data, and one on the
+    folders in them that cannot be listed; none without any."""
     entries = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths or [])
     names = [local(os.fspath(entry)) for entry in entries]
     folders = [Path(name).expanduser() for name in names if not is_remote(name)]
-    left = [str(path) for folder in folders if folder.is_dir() for path in _folder(folder, str(folder), "data path", None)[1]]
-    if not left:
-        return []
-    more = f" and {len(left) - _NAMED:,} more" if len(left) > _NAMED else ""
-    shown = ", ".join(left[:_NAMED]) + more
-    count = f"{len(left):,} file{'s' * (len(left) > 1)}"
-    return [f"not read: {count} whose names end on none of {', '.join(FOLDER_SUFFIXES)} ({shown}); name them to read them"]
+    inside = [_folder(folder, str(folder), "data path", None) for folder in folders if folder.is_dir()]
+    left, closed = ([str(path) for found in inside for path in found[kind]] for kind in (1, 2))
+    notes = []
+    if left:
+        count = f"{len(left):,} file{'s' * (len(left) > 1)}"
+        others = f"whose names end on none of {', '.join(FOLDER_SUFFIXES)} ({_first(left)})"
+        notes.append(f"not read: {count} {others}; name them to read them")
+    if closed:
+        count = f"{len(closed):,} folder{'s' * (len(closed) > 1)}"
+        notes.append(f"not read: {count} that cannot be listed ({_first(closed)}); give the rights to read them")
+    return notes
 
 
-def _folder(root: Path, entry: str, key: str, most: int | None) -> tuple[list[Path], list[Path]]:
-    """(files of data, other files) below a folder and the folders that links in it lead to, each sorted; no hidden ones."""
-    inside = [path for path in _bounded(_walk(root), entry, key, most) if not path.name.endswith(REJECTS_SUFFIX)]
+def _first(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
+
+
+def _folder(root: Path, entry: str, key: str, most: int | None) -> tuple[list[Path], list[Path], list[Path]]:
+    """(files of data, other files, folders that cannot be listed) below a folder and the folders that links in it lead to, each
+    sorted; no hidden ones."""
+    closed: list[Path] = []
+    inside = [path for path in _bounded(_walk(root, closed), entry, key, most) if not path.name.endswith(REJECTS_SUFFIX)]
     data = {path for path in inside if _suffix(path) in FOLDER_SUFFIXES and path.is_file()}
-    return sorted(data), sorted(path for path in inside if path not in data and not path.is_dir())
+    return sorted(data), sorted(path for path in inside if path not in data and not path.is_dir()), sorted(closed)
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    """What is below a folder. A folder that was there already, by a link in a circle, is not entered again. Raises OSError."""
+def _walk(root: Path, closed: list[Path]) -> Iterator[Path]:
+    """What is below a folder. A folder that was there already, by a link in a circle, is not entered again.
+
+    Folders below it that cannot be listed, such as the lost+found of a disk, are added to `closed`. Raises OSError where the
+    folder itself cannot.
+    """
+
+    def refused(error: OSError) -> None:
+        if error.filename is None or Path(error.filename) == root:
+            raise error
+        closed.append(Path(error.filename))
+
     seen: set[tuple[int, int]] = set()
-    for place, folders, names in os.walk(root, onerror=_raise, followlinks=True):
+    for place, folders, names in os.walk(root, onerror=refused, followlinks=True):
         found = Path(place).stat()
         if (found.st_dev, found.st_ino) in seen:
             folders.clear()
@@ -125,10 +147,6 @@ def _walk(root: Path) -> Iterator[Path]:
         for name in [*folders, *names]:
             if not name.startswith("."):
                 yield Path(place) / name
-
-
-def _raise(error: OSError) -> None:
-    raise error
 
 
 def _bounded(entries: Iterator[Path], entry: str, key: str, most: int | None) -> Iterator[Path]:
@@ -145,7 +163,7 @@ def _expand_one(entry: str, key: str, most: int | None) -> list[Path]:
         raise _unusable(f"{key}: there is no such home folder", entry, "write the whole path") from None
     try:
         if path.is_dir():
-            files, others = _folder(path, entry, key, most)
+            files, others, _ = _folder(path, entry, key, most)
             if not files:
                 but = f", but {others[0].name}" if others else ""
                 raise _unusable(f"{key}: the folder holds no {', '.join(FOLDER_SUFFIXES)} file{but}", path, "name the files")

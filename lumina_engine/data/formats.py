@@ -11,9 +11,8 @@ import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from .conversation import DataError, Document, nearest, shown
 from .files import EMPTY, REJECTS_SUFFIX, OnError, Paths, Record, container, expand, line_range, records, texts
@@ -22,6 +21,8 @@ from .oasst import OasstOptions, OasstReader
 from .parquet import parquet_rows
 from .remote import local_output
 from .tally import Tally
+
+T = TypeVar("T")
 
 FORMATS = ("auto", "messages", "oasst", "alpaca", "sharegpt", "text")
 
@@ -56,7 +57,11 @@ def _first_layout(path: Path, kind: str) -> str:
             raise faults[0]
 
     for record in records(path, kind, untold):
-        layout = layout_of(record.value)
+        try:
+            layout = layout_of(record.value)
+        except DataError as error:  # a Parquet value that cannot be read
+            untold(error)
+            continue
         if layout is not None:
             return layout
         untold(_unknown(record))
@@ -177,14 +182,20 @@ def read_located(
             yield from trees.read(source)
             continue
         read = READERS[layout] if layout != "messages" or tidy else strict
-        for record in chain.from_iterable(map(parts, source)) if layout == "alpaca" else source:
-            try:
-                for document in read(record, tally):
+        for whole in source:
+            for record in _handed(parts(whole) if layout == "alpaca" else iter((whole,)), on_error):
+                for document in _handed(read(record, tally), on_error):
                     yield record, document
-            except DataError as error:
-                if on_error is None:
-                    raise
-                on_error(error)
+
+
+def _handed(found: Iterator[T], on_error: OnError | None) -> Iterator[T]:
+    """What is found; a `DataError` ends it, and is handed to `on_error` if there is one."""
+    try:
+        yield from found
+    except DataError as error:
+        if on_error is None:
+            raise
+        on_error(error)
 
 
 @dataclass(frozen=True, slots=True)

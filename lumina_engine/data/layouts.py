@@ -302,12 +302,12 @@ def _instances(value: Mapping[str, object], place: Place) -> list[object]:
 def parts(record: Record) -> Iterator[Record]:
     """An alpaca record of several instances as a record for each, so that a bad one costs no other; any other as it is."""
     value = record.value
-    rows = value.get("instances") if isinstance(value, Mapping) else None
-    if not isinstance(value, Mapping) or not isinstance(rows, list) or len(rows) < 2:
+    rows = value.get("instances") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(rows, list) or len(rows) < 2:
         yield record
         return
     for row in rows:
-        yield Record(record.path, record.line, {**value, "instances": [row]}, record.offset)
+        yield Record(record.path, record.line, value | {"instances": [row]}, record.offset)
 
 
 def _field(holder: Mapping[str, object], name: str, place: Place) -> str:

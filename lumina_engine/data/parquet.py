@@ -43,6 +43,10 @@ class _Row(dict[str, Any]):
             raise self._faults[key]
         return super().__getitem__(key)
 
+    def __or__(self, other: dict[str, Any]) -> _Row:  # type: ignore[override]
+        """With other fields in place of some, and the faults of the rest."""
+        return _Row(dict(self) | other, {name: fault for name, fault in self._faults.items() if name not in other})
+
     def get(self, key: str, default: Any = None) -> Any:
         """As of a dict. Raises `DataError`."""
         try:

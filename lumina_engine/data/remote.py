@@ -116,7 +116,7 @@ def remote_file(url: str) -> Path:
 def remote_files(url: str, key: str, suffixes: tuple[str, ...], rejects: str) -> list[Path]:
     """The files that a URL names: one, those of a folder with these endings (packed ones, too), or a glob; sorted.
 
-    Of a folder those that end on `rejects` are left out.
+    Those that end on `rejects` are left out, unless the URL ends on it too.
 
     Raises `DataError` for what names nothing or cannot be asked.
     """
@@ -127,9 +127,9 @@ def remote_files(url: str, key: str, suffixes: tuple[str, ...], rejects: str) ->
             names = [name for name in system.glob(inner) if system.isfile(name)]
         elif system.isdir(inner):
             names = [name for name in system.find(inner) if any(s in suffixes for s in PurePosixPath(name).suffixes[-2:])]
-            names = [name for name in names if not name.endswith(rejects)]
         else:
             names = [inner] if system.exists(inner) else []
+        names = [name for name in names if inner.endswith(rejects) or not name.endswith(rejects)]
     except Exception as error:  # of the service: no rights, no such host
         raise DataError(
             f"{key}: cannot be asked for ({type(error).__name__}: {error})",

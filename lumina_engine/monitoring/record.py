@@ -139,7 +139,8 @@ class Checkpoint(_Record, tag="checkpoint"):
     step: Int64
     path: str | None = None
     bytes: Int64 | None = None
-    seconds: float | None = None
+    seconds: float | None = None  # of its work
+    span: float | None = None  # from its beginning to this record, the waits for boundaries with it
     blocking: float | None = None  # seconds for which training stood still
     verified: bool = False
     best: bool = False

@@ -71,6 +71,7 @@ class Saves:
                     path=result.path.name if result.path else None,
                     bytes=result.bytes,
                     seconds=result.seconds,
+                    span=result.span_seconds,
                     blocking=result.blocking_seconds,
                     verified=result.verified,
                     best=result.best,

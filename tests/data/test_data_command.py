@@ -111,6 +111,7 @@ def test_c028_what_conversion_writes_into_a_folder_can_be_trained_on(run, write,
         code, out, err = run(*words)
         assert code == 0 and out.count(note) == 1, (words, out, err)
     assert len(json.loads(run("validate", "dd", "--json")[1])["not_read"]) == 1
+    assert len(json.loads(run("report", "dd", "--tokenizer", "lumina-1k", "--json")[1])["not_read"]) == 1
     assert len(json.loads(run("convert", "dd", "p.jsonl", "--json")[1])["not_read"]) == 1
 
 

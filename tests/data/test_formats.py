@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import tracemalloc
 
 import pytest
@@ -485,6 +487,27 @@ def test_c038_a_folder_is_read_with_its_linked_folders_and_without_rejects_and_t
     assert unread_note(str(a)) == unread_note(None) == unread_note("s3://bucket/folder") == []
     rejects = tmp_path / "d" / "a.jsonl.rejects.jsonl"
     assert expand(f"{tmp_path}/d/*.jsonl") == [a] and expand(f"{tmp_path}/d/*.rejects.jsonl") == expand(rejects) == [rejects]
+
+
+def test_c038_a_folder_that_cannot_be_listed_costs_only_what_is_in_it(write, tmp_path, monkeypatch):
+    """As the lost+found of a disk. Root may list everything, so the refusal is that of the call."""
+    a = write("d/a.jsonl", [MESSAGES])
+    write("d/lost+found/b.jsonl", [MESSAGES])
+    listed = os.scandir
+
+    def refused(place):
+        if os.fspath(place).endswith(closed):
+            raise PermissionError(errno.EACCES, "Permission denied", os.fspath(place))
+        return listed(place)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    closed = "lost+found"
+    assert expand(tmp_path / "d") == [a]
+    (line,) = unread_note(tmp_path / "d")
+    assert "1 folder that cannot be listed" in line and str(tmp_path / "d" / closed) in line
+    closed = "d"
+    with pytest.raises(DataError, match="cannot be read"):
+        expand(tmp_path / "d")
 
 
 def test_c038_paths_that_name_nothing(write, tmp_path):

@@ -162,6 +162,26 @@ def test_c028_a_parquet_value_that_python_cannot_hold_is_an_error_of_its_row(tmp
         assert done.written == 8 and done.tally.dropped == {"unreadable value": 1}
 
 
+@pytest.mark.parametrize("bad", [0, 2])
+def test_c028_a_parquet_value_that_python_cannot_hold_condemns_no_file_from_its_first_row(tmp_path, bad):
+    """Wherever it stands, in the column that tells the layout or in one that is kept, and with several instances in a row."""
+    pa = pytest.importorskip("pyarrow", reason="the parquet extra is not installed")
+    import pyarrow.parquet as pq
+
+    stamps = pa.array([1 if n == bad else 1000 for n in range(3)], pa.int64()).cast(pa.timestamp("ns"))
+    roles, said = pa.array(["user", "assistant"] * 3), pa.array(["q", "a"] * 3)
+    turns = pa.StructArray.from_arrays([roles, said, stamps.take(pa.array([0, 0, 1, 1, 2, 2]))], ["role", "content", "created"])
+    pq.write_table(pa.table({"messages": pa.ListArray.from_arrays([0, 2, 4, 6], turns)}), tmp_path / "m.parquet")
+    pairs = pa.StructArray.from_arrays([pa.array(["x", "y"] * 3), pa.array(["a", "b"] * 3)], ["input", "output"])
+    tasks = pa.array([b"\xff" if n == bad else b"t" for n in range(3)], pa.binary()).view(pa.string())
+    columns = {"instruction": ["i"] * 3, "instances": pa.ListArray.from_arrays([0, 2, 4, 6], pairs), "task": tasks}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    done = convert(tmp_path / "m.parquet", tmp_path / "m.jsonl")
+    assert (done.written, done.tally.dropped) == (2, {"unreadable value": 1})
+    done = convert(tmp_path / "a.parquet", tmp_path / "a.jsonl")
+    assert (done.written, done.tally.dropped) == (4, {"unreadable value": 2})
+
+
 def test_c028_without_pyarrow_the_extra_is_named(write, monkeypatch):
     import sys
 

@@ -306,7 +306,13 @@ def test_c034_parquet_and_urls_stream_the_same_windows(write, settings, tokenize
     remote.pipe({"/talks/x.jsonl": lines.read_bytes(), "/talks/x.jsonl.rejects.jsonl": b'{"line": 1}\n'})
     by_path, by_url = opened(lines, config, tokenizer), opened("memory://talks/x.jsonl", config, tokenizer)
     assert by_url.fingerprint == by_path.fingerprint and all_same(batches(by_url, config), batches(by_path, config))
-    for url in (f"file://{lines}", f"file://{lines.parent}", f"file://{lines.parent}/*.jsonl", "memory://talks"):
+    for url in (
+        f"file://{lines}",
+        f"file://{lines.parent}",
+        f"file://{lines.parent}/*.jsonl",
+        "memory://talks",
+        "memory://talks/*.jsonl",
+    ):
         assert opened(url, config, tokenizer).fingerprint == by_path.fingerprint
     for url in (f"file://{tmp_path}/none.jsonl", "memory://talks/none.jsonl"):
         with pytest.raises(DataError, match="no such file"):

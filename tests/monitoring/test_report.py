@@ -473,6 +473,10 @@ def test_c116_out_takes_a_dot_in_a_name_for_part_of_it(run, tmp_path, capsys):
     stems = ("a", "b", "c", "run-1.5", "run-1.6")
     assert sorted(path.name for path in out.iterdir()) == [f"{stem}.{kind}" for stem in stems for kind in ("html", "json")]
     assert f"{out / 'run-1.5.html'} and run-1.5.json" in capsys.readouterr().out
+    for name in ("s3://b/r.html", ".", f"{out}/", str(out)):
+        assert cli.main(["report", str(run.path), "--out", name]) == 2
+        assert "name a" in capsys.readouterr().err
+    assert len(list(out.iterdir())) == 10 and not Path("s3:").exists()
 
 
 def test_timelines_keep_both_ends_and_count_the_rest(run):

@@ -307,7 +307,7 @@ class Windows:
 
     def _saved(self, record: rec.Checkpoint) -> None:
         """A save is told at its end: mark the points that came while it wrote, and deleted what is not kept any more."""
-        begin, self._settled = record.t - (record.seconds or 0.0), record.t + SETTLES
+        begin, self._settled = record.t - (record.span or record.seconds or 0.0), record.t + SETTLES
         for place in range(len(self.disk) - 1, -1, -1):
             t, free, _ = self.disk[place]
             if t <= begin:
