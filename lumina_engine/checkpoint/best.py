@@ -20,9 +20,10 @@ def best_values(checkpoints: Path, metric: str, *more: Report) -> dict[str, floa
     Args:
         more: reports of checkpoints in another folder (emergency/), which may tell of those in this one.
     """
-    names = list_steps(checkpoints)
+    here = [read_manifest(checkpoints / name) for name in list_steps(checkpoints)]
+    names = {report.path.name for report in here if not _suspect(report)}
     values: dict[str, float] = {}
-    for report in sorted([read_manifest(checkpoints / name) for name in names] + [*more], key=lambda report: report.step or 0):
+    for report in sorted([*here, *more], key=lambda report: report.step or 0):
         own, told = _own(report, metric), report.manifest.get("best")
         if report.ok and own is not None:
             values[report.path.name] = own
@@ -37,8 +38,11 @@ def finite(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
+def _suspect(report: Report) -> bool:
+    flags = report.manifest.get("flags")
+    return isinstance(flags, dict) and bool(flags.get("suspect"))
+
+
 def _own(report: Report, metric: str) -> float | None:
-    flags, metrics = report.manifest.get("flags"), report.manifest.get("metrics")
-    if not isinstance(metrics, dict) or (isinstance(flags, dict) and flags.get("suspect")):
-        return None
-    return finite(unpack(metrics.get(metric)))
+    metrics = report.manifest.get("metrics")
+    return finite(unpack(metrics.get(metric))) if isinstance(metrics, dict) else None

@@ -33,6 +33,7 @@ from .verify import DAMAGE, LEASE, Report, read_manifest, step_of, verify
 POINTERS = ("latest", "best")
 EMERGENCY = "emergency"  # folder beside checkpoints/
 MIN_KEEP = 2
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}  # what file systems without locks answer
 _STALE = (".tmp-", ".trash-", *(f"{name}.tmp-" for name in POINTERS))
 _FOREIGN_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".tar", ".zip", ".distcp")
 
@@ -225,7 +226,8 @@ def leased(path: Path) -> Iterator[int]:
     """Hold a checkpoint against retention while reading it; yields a descriptor of its folder.
 
     The lock is POSIX (dies with its process, is not inherited). A process takes one lease per checkpoint at a time: closing any
-    descriptor of LEASE drops the process's lock.
+    descriptor of LEASE drops the process's lock. Where the file system has no locks there is no lease: what is removed under
+    the reader is missing then, which verification finds.
 
     Raises:
         GoneError: no such checkpoint, or retention removed it first.
@@ -243,8 +245,9 @@ def leased(path: Path) -> Iterator[int]:
             lease = open_beneath(folder, LEASE, os.O_RDONLY)
             fcntl.lockf(lease, fcntl.LOCK_SH)
         except OSError as error:
-            if lease is not None or error.errno not in DAMAGE:
-                raise  # verification reports a file that is missing or no file, and nothing else
+            # verification reports a file that is missing or no file, and nothing else
+            if error.errno not in (DAMAGE if lease is None else _NO_LOCKS):
+                raise
         _require_same(path, folder)
         yield folder
     finally:

@@ -65,7 +65,7 @@ class SaveResult:
     seconds: of preparing, writing (the slowest rank) and committing; a save whose end waited for the next boundary is no slower
     for that. span_seconds: from the call until its end was noticed, such waits included. blocking_seconds: for which training
     stood still. `notes` tell of trouble after the commit (retention, pointers), which costs nothing but should be shown. `id`
-    is the command's, as given to `save`.
+    is the command's, as given to `save`. `again`: the step was safe before, so its seconds are none of a save.
     """
 
     step: int
@@ -77,6 +77,7 @@ class SaveResult:
     verified: bool = False
     failed: str | None = None
     best: bool = False
+    again: bool = False
     id: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -204,7 +205,8 @@ class Saver:
         if best:
             self.point_best(payload.step, self.metric(payload.metrics), always=True)
         size = read_manifest(folder / name).bytes
-        return {"path": str(folder / name), "bytes": size, "verified": True, "best": pointer(folder, "best") == name}
+        best = pointer(folder, "best") == name
+        return {"path": str(folder / name), "bytes": size, "verified": True, "best": best, "again": True}
 
     # ---- writer thread (or the caller, inline) -------------------------------------------------------------------------------
 

@@ -83,8 +83,9 @@ class Saves:
                 self.emit(rec.Note(step=result.step, message=note))
             self.failure = result.failed
             if not result.failed:
-                self.seconds, self.safe = result.seconds, result.step
+                self.safe = result.step
+                self.seconds = self.seconds if result.again else result.seconds
             else:
-                self.newest = 0
+                self.newest = 0 if self.newest == result.step else self.newest  # a later one may be in flight
                 message = f"checkpoint of step {result.step} failed: {result.failed}"
                 self.emit(rec.Alert(severity="critical", code="checkpoint_failed", message=message, step=result.step))

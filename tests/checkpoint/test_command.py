@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -139,6 +141,18 @@ def test_ck15_a_checkpoint_named_that_retention_removes_first_is_no_damage(
     monkeypatch.setattr(keep, "open_beneath", opened)
     assert main(["checkpoint", "verify", str(tmp_path / "run" / "checkpoints" / "step-000002")]) == 2
     assert "its run has removed it meanwhile" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("action", [["list"], ["list", "--quick"], ["verify"]])
+def test_ck15_a_file_system_without_locks_is_read_without_a_lease(
+    runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, action: list[str]
+) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(keep.fcntl, "lockf", refused)
+    assert main(["checkpoint", *action, "mine"]) == 0
+    assert "step-000002" in capsys.readouterr().out
 
 
 def test_c086_a_lease_that_is_no_file_is_damage(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

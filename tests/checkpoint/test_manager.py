@@ -797,7 +797,7 @@ def test_ft01_what_a_save_took_is_not_when_its_end_was_noticed(
     monkeypatch.setattr(saving, "time", clock)
     monkeypatch.setattr(saving, "write_files", write)
 
-    def work(comm: ThreadComm | LocalComm) -> tuple[float, bool]:
+    def work(comm: ThreadComm | LocalComm) -> tuple[float, float, bool]:
         made = CheckpointManager(settings(), tmp_path, comm)
         saves = Saves(made, lambda record: None, lambda: rank_payload(1, comm.rank))
         saves.save(1, blocking=False)
@@ -809,10 +809,47 @@ def test_ft01_what_a_save_took_is_not_when_its_end_was_noticed(
                 clock.now += 3600
             comm.barrier()
             saves.settle()
-        return saves.seconds, saves.fits(30)
+        took = saves.seconds
+        saves.save(1, blocking=True)  # asked for once more: nothing is written
+        return took, saves.seconds, saves.fits(30)
 
     found = [work(LocalComm())] if ranks == 1 else Ranks(2).run(work)
-    assert found == [(4.0, True)] * ranks
+    assert found == [(4.0, 4.0, True)] * ranks
+
+
+def test_c080_a_failure_that_is_told_late_costs_the_next_save_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes out when the next save waits for the one before; that one may be the best all the same."""
+    real = saving.write_files
+
+    def write(plan: Any, to: Any) -> Any:
+        plan = list(plan)
+        if made._saver._job is None or made._saver._job.step == 1:
+            raise OSError(28, "No space left on device")
+        return real(plan, to)
+
+    monkeypatch.setattr(saving, "write_files", write)
+    made = manager(tmp_path, best_metric="eval_loss")
+    steps = iter((1, 2))
+    saves = Saves(made, lambda record: None, lambda: payload(next(steps)))
+    saves.save(1, blocking=False)
+    saves.save(2, blocking=False)
+    assert saves.newest == 2
+    saves.mark_best(2, 1.0)
+    assert pointer(made.checkpoints, "best") == "step-000002" and (saves.newest, saves.safe) == (2, 2)
+
+
+def test_c080_a_suspect_checkpoint_takes_no_lost_pointer(tmp_path: Path) -> None:
+    made = manager(tmp_path, best_metric="eval_loss", keep_checkpoints=9)
+    for step, value in ((1, 2.0), (2, 1.0), (3, None)):
+        made.save(payload(step, flags={"suspect": True} if step == 2 else {}))
+        if value is not None:
+            made.mark_best(step, value)
+    assert pointer(made.checkpoints, "best") == "step-000002"  # where somebody asks for it
+    keep.drop_pointer(made.checkpoints, "best")
+    (made.checkpoints / "best").write_text("step-000009\n")
+    again = manager(tmp_path, best_metric="eval_loss", keep_checkpoints=9)
+    again.recover()
+    assert pointer(again.checkpoints, "best") == "step-000001"
 
 
 @pytest.mark.parametrize("stage", ["plan", "write"])
