@@ -134,8 +134,8 @@ def measured(config: Config, comm: Comm) -> dict[str, Any]:
 WORDS = ["the", "river", "runs", "past", "the", "old", "stone", "house", "and", "a", "small", "bird", "sings"]
 
 
-def corpus(folder: Path) -> None:
-    """Two files of conversations: in `train.jsonl` they fill whole rows, in `short.jsonl` they have `WORST_DOCUMENT` tokens."""
+def corpus(folder: Path) -> Path:
+    """Conversations that fill whole rows, in `train.jsonl`; beside it in `short.jsonl` some of `WORST_DOCUMENT` tokens each."""
     tales = [(f"tale {n}", " ".join(WORDS[(n * 7 + i * i) % len(WORDS)] for i in range(600))) for n in range(400)]
     sums = [(f"{n:03}", f"{n * 7:04}") for n in range(1000)]  # a digit is a token
     tokenizer = ConversationTokenizer(str(SHAPE["tokenizer"]))
@@ -143,6 +143,7 @@ def corpus(folder: Path) -> None:
     for name, texts in (("train", tales), ("short", sums)):
         with (folder / f"{name}.jsonl").open("w") as stream:
             stream.writelines(json.dumps({"messages": _turns(*pair)}) + "\n" for pair in texts)
+    return folder / "train.jsonl"
 
 
 def _turns(asked: str, told: str) -> list[dict[str, str]]:
