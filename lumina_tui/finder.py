@@ -10,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from lumina_engine.checkpoint.keep import committed_paths
+
 Kind = Literal["action", "run", "checkpoint", "preset", "config", "field", "theme", "help"]
 
 MAX_RUNS = 2000
 MAX_CHECKPOINTS = 20  # of one run, newest first
-_STEP = re.compile(r"step-\d{6,}")
 
 
 @dataclass(frozen=True)
@@ -103,13 +104,11 @@ def _runs(root: Path) -> list[str]:
 
 
 def _checkpoints(run: Path) -> list[Entry]:
-    """Committed checkpoints of a run, the best one first."""
+    """Committed checkpoints of a run and its emergency saves, newest first, but the best one before all."""
     try:
-        with os.scandir(run / "checkpoints") as entries:
-            steps = [item.name for item in entries if _STEP.fullmatch(item.name)]
+        steps = list(dict.fromkeys(path.name for path in committed_paths(run / "checkpoints")))
     except OSError:
         return []
-    steps.sort(key=lambda name: (len(name), name), reverse=True)
     best = ["best"] if steps and os.path.lexists(run / "checkpoints" / "best") else []
     return [
         Entry("checkpoint", f"{run.name}@{name}", f"checkpoint {run.name}@{name}", "talk to it in Chat")

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.files import CheckpointError
-from ..checkpoint.keep import list_steps, pointer
+from ..checkpoint.keep import EMERGENCY, committed_paths, pointer
 from ..checkpoint.resolve import explain_checkpoint
 from ..checkpoint.verify import read_manifest, step_of
 
@@ -36,14 +36,19 @@ class Entry:
 
     @property
     def reference(self) -> str:
-        """How to name it on the command line."""
-        return f"{self.run}@{self.path.name}"
+        """How to name it on the command line; an emergency save by its path, since a checkpoint may be of the same step."""
+        return str(self.path) if self.emergency else f"{self.run}@{self.path.name}"
+
+    @property
+    def emergency(self) -> bool:
+        """Whether an error made the run save it; these lie in a folder of their own."""
+        return self.path.parent.name == EMERGENCY
 
 
 def updated(run: Path) -> float:
     """When a run last wrote something (unix seconds), 0 if it never did."""
     times = []
-    for name in ("metrics.jsonl", "checkpoints"):
+    for name in ("metrics.jsonl", "checkpoints", EMERGENCY):
         try:
             times.append((run / name).stat().st_mtime)
         except OSError:
@@ -66,13 +71,14 @@ def list_entries(runs_root: Path) -> list[Entry]:
 
 
 def run_entries(run: Path) -> list[Entry]:
-    """Committed checkpoints of one run, newest first."""
+    """Committed checkpoints of one run and its emergency saves, newest first; `latest` is what RUN@latest stands for."""
     checkpoints = run / "checkpoints"
-    names = list_steps(checkpoints)
-    best, latest = _pointer(checkpoints, "best"), names[0] if names else None
-    entries = [_entry(run.name, checkpoints / name, best == name, latest == name) for name in names]
+    best = _pointer(checkpoints, "best")
+    entries = [_entry(run.name, path, path == checkpoints / (best or "")) for path in committed_paths(checkpoints)]
     # a living run removes old ones meanwhile: what is not there is not damaged. No lease, since a server here may hold one
-    return [entry for entry in entries if entry.problem is None or entry.path.is_dir()]
+    entries = [entry for entry in entries if entry.problem is None or entry.path.is_dir()]
+    latest = next((entry for entry in entries if entry.problem is None), entries[0] if entries else None)
+    return [replace(entry, latest=entry is latest) for entry in entries]
 
 
 def _pointer(checkpoints: Path, name: str) -> str | None:
@@ -82,14 +88,14 @@ def _pointer(checkpoints: Path, name: str) -> str | None:
         return None
 
 
-def _entry(run: str, path: Path, best: bool, latest: bool) -> Entry:
+def _entry(run: str, path: Path, best: bool) -> Entry:
     step = step_of(path.name) or 0
     try:
         report = read_manifest(path)
     except OSError as error:
-        return Entry(run, path, step, best, latest, problem=error.strerror or str(error))
+        return Entry(run, path, step, best, problem=error.strerror or str(error))
     if not report.ok:
-        return Entry(run, path, step, best, latest, problem=report.line())
+        return Entry(run, path, step, best, problem=report.line())
     loss, name = loss_of(report.manifest.get("metrics"))
     created = report.manifest.get("created")
     flags = report.manifest.get("flags")
@@ -98,7 +104,6 @@ def _entry(run: str, path: Path, best: bool, latest: bool) -> Entry:
         path,
         report.step or step,
         best,
-        latest,
         suspect=isinstance(flags, dict) and bool(flags.get("suspect")),
         weights_bytes=sum(entry.size for entry in report.files if entry.path.startswith("model/")),
         loss=loss,

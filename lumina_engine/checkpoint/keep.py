@@ -57,7 +57,7 @@ def list_steps(checkpoints: Path) -> list[str]:
     try:
         with os.scandir(checkpoints) as entries:
             names = [entry.name for entry in entries if step_of(entry.name) is not None and entry.is_dir(follow_symlinks=False)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return sorted(names, key=lambda name: step_of(name) or 0, reverse=True)
 
@@ -70,6 +70,11 @@ def committed_paths(checkpoints: Path) -> list[Path]:
     folders = [checkpoints, checkpoints.with_name(EMERGENCY)] if checkpoints.name == "checkpoints" else [checkpoints]
     paths = [folder / name for folder in folders for name in list_steps(folder)]
     return sorted(paths, key=lambda path: step_of(path.name) or 0, reverse=True)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder is that of a run: checkpoints lie in it, or emergency saves, which a script may have alone."""
+    return (path / "checkpoints").is_dir() or (path / EMERGENCY).is_dir()
 
 
 def newest_step(checkpoints: Path) -> int | None:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from .files import CheckpointError
-from .keep import EMERGENCY, POINTERS, committed_paths, list_steps, pointer
+from .keep import EMERGENCY, POINTERS, committed_paths, is_run, list_steps, pointer
 from .verify import read_manifest, step_of
 
 _RUN = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})(?:@(.+))?")
@@ -58,7 +58,7 @@ def explain_checkpoint(
 
 def _from_path(path: Path) -> tuple[Path, str]:
     path = path.resolve()
-    if (path / "checkpoints").is_dir():
+    if is_run(path):
         return _from_run(path, "best")
     if step_of(path.name) is not None or (path / "MANIFEST.json").is_file():
         return path, "the checkpoint named"
@@ -98,7 +98,7 @@ def _kind(path: Path) -> str:
 def _runs(root: Path) -> list[str]:
     """Names of the runs that have a committed checkpoint."""
     try:
-        return sorted(e.name for e in root.iterdir() if (e / "checkpoints").is_dir() and committed_paths(e / "checkpoints"))
+        return sorted(entry.name for entry in root.iterdir() if is_run(entry) and committed_paths(entry / "checkpoints"))
     except OSError:
         return []
 
@@ -115,7 +115,7 @@ def _newest_run(root: Path) -> tuple[Path, str]:
 
 def _updated(run: Path) -> float:
     times = []
-    for path in (run / "checkpoints", run / "metrics.jsonl"):
+    for path in (run / "checkpoints", run / EMERGENCY, run / "metrics.jsonl"):
         try:
             times.append(path.stat().st_mtime)
         except OSError:
@@ -138,7 +138,7 @@ def _names_text(names: list[str]) -> str:
 def _nearby(path: Path) -> str:
     """The best checkpoint of the run that a missing path lies in."""
     for folder in path.absolute().parents:
-        if (folder / "checkpoints").is_dir():
+        if is_run(folder):
             try:
                 return f"; the best checkpoint of run {folder.name} is {_from_run(folder, 'best')[0]}"
             except CheckpointError:

@@ -200,7 +200,7 @@ def _targets(text: str) -> list[Path]:
         UserError: nothing there (exit code 2).
     """
     from ..checkpoint.files import CheckpointError
-    from ..checkpoint.keep import committed_paths
+    from ..checkpoint.keep import committed_paths, is_run
     from ..checkpoint.resolve import resolve_checkpoint
     from ..checkpoint.verify import MANIFEST, step_of
     from ..run.directory import runs_root
@@ -209,7 +209,7 @@ def _targets(text: str) -> list[Path]:
     if not path.is_dir() and os.sep not in text and "@" not in text:
         path = runs_root() / text
     if path.is_dir() and step_of(path.name) is None and not (path / MANIFEST).is_file():
-        folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        folder = path / "checkpoints" if is_run(path) else path
         paths = committed_paths(folder.resolve())
         if not paths:
             raise UserError(f"{text}: no committed checkpoint in {folder}")

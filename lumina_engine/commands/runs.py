@@ -131,6 +131,7 @@ def duration(seconds: float | None) -> str:
 
 
 def _show(args: argparse.Namespace, directory: RunDirectory) -> int:
+    from ..checkpoint.keep import EMERGENCY, committed_paths
     from ..monitoring.log import last_records
     from ..monitoring.task_words import task_losses
     from ..run.listing import row_dict
@@ -141,7 +142,8 @@ def _show(args: argparse.Namespace, directory: RunDirectory) -> int:
     identity = directory.identity()
     alerts = last_records(directory.metrics_path, 3, ["alert"], within=8 << 20)
     evals = last_records(directory.metrics_path, 1, ["eval"], within=8 << 20)
-    saved = sorted(entry.name for entry in directory.checkpoints.glob("step-*")) if directory.checkpoints.is_dir() else []
+    saved = committed_paths(directory.checkpoints)[::-1]  # oldest first
+    named = [path.name + (" (emergency)" if path.parent.name == EMERGENCY else "") for path in saved]
     ranks = _ranks(directory) if info.alive else []
     if args.json:
         details = {key: identity.get(key) for key in ("world", "argv", "versions", "host", "settings")}
@@ -152,7 +154,7 @@ def _show(args: argparse.Namespace, directory: RunDirectory) -> int:
                 "socket": info.socket,
                 **details,
                 "ranks": ranks,
-                "checkpoints": saved,
+                "checkpoints": [path.name for path in saved],
                 "eval": _plain(evals)[0] if evals else None,
                 "alerts": _plain(alerts),
             }
@@ -176,7 +178,7 @@ def _show(args: argparse.Namespace, directory: RunDirectory) -> int:
         ("started", f"{info.inc} times" if info.inc != 1 else "once"),
         ("preset", info.preset or "-"),
         ("ranks", str(identity.get("world", "-"))),
-        ("checkpoints", ", ".join(saved) or "none"),
+        ("checkpoints", ", ".join(named) or "none"),
         ("folder", str(info.path)),
         ("process", f"{info.pid}, socket {info.socket}" if info.alive else "none"),
         ("versions", ", ".join(f"{name} {version}" for name, version in (identity.get("versions") or {}).items()) or "-"),

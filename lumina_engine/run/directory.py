@@ -22,13 +22,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.keep import committed_paths
+from ..checkpoint.verify import step_of
 from ..monitoring import record as rec
 from ..monitoring.log import last_records
 from ..secrets import Scrubber
 from .process import Process, boot_id, myself, process, send_signal
 
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-STEP_PATTERN = re.compile(r"step-(\d{6,12})")  # a committed checkpoint's folder
 FORMAT = 1  # of run.json
 UNREADABLE = "unreadable"  # the state of a row whose run.json cannot be read
 FOLDERS = ("checkpoints", "backups", "emergency", "reports")
@@ -234,12 +235,12 @@ class RunDirectory:
         return owner is not None and self.alive and send_signal(owner, number)
 
     def newest_step(self) -> int | None:
-        """The step of the newest committed checkpoint, None without one."""
+        """The step of the newest committed checkpoint or emergency save, None without one."""
         try:
-            names = [entry.name for entry in self.checkpoints.iterdir()]
+            newest = next(iter(committed_paths(self.checkpoints)), None)
         except OSError:
             return None
-        return max((int(match[1]) for name in names if (match := STEP_PATTERN.fullmatch(name))), default=None)
+        return None if newest is None else step_of(newest.name)
 
     def head(self) -> RunInfo:
         """The row of this run without figures from its log; a run.json that cannot be read becomes the row's reason."""

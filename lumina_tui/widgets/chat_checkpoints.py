@@ -13,7 +13,7 @@ from .table import Column, Row, Table
 COLUMNS = (
     Column("run", "run", 12, grow=True),
     Column("step", "step", 7, "right"),
-    Column("kind", "", 11, rank=1),
+    Column("kind", "", 16, rank=1),
     Column("loss", "loss", 14, "right", rank=2),
     Column("size", "weights", 8, "right", rank=4),
     Column("fits", "fits (needs)", 12, rank=3),
@@ -52,9 +52,8 @@ class CheckpointTable(Table):
 
 def _row(choice: Choice) -> Row:
     entry, fits = choice.entry, choice.fits
-    kind = " ".join(
-        word for word, given in (("best", entry.best), ("latest", entry.latest), ("suspect", entry.suspect)) if given
-    )
+    kinds = {"best": entry.best, "latest": entry.latest, "suspect": entry.suspect, "emergency": entry.emergency}
+    kind = " ".join(word for word, given in kinds.items() if given)
     loss = f"{entry.loss_name} {number(entry.loss)}" if entry.loss is not None else "-"
     role = "bad" if entry.problem else "text"
     needs = "-" if choice.needed is None else f"{fits} {size(choice.needed)}"

@@ -16,6 +16,7 @@ from lumina_engine.chat.console import timing
 from lumina_engine.chat.events import Done, Routed, Start, Token
 from lumina_engine.chat.saved import SavedChat, Version
 from lumina_engine.chat.session import ChatSession
+from lumina_engine.checkpoint.keep import EMERGENCY
 
 from ..chatting import ChatLink, Connected, Lost, NoBackend, Phase, Progress, Refused, Saved, Starter, Update
 from ..paint import duration
@@ -411,8 +412,8 @@ _BADGES = {
 
 def _newest(path: Path) -> Entry | None:
     """The newest usable checkpoint of the run that `path` belongs to. Blocking."""
-    entries = run_entries(path.parent.parent) if path.parent.name == "checkpoints" else []
-    return entries[0] if entries and entries[0].problem is None else None
+    entries = run_entries(path.parent.parent) if path.parent.name in ("checkpoints", EMERGENCY) else []
+    return next((entry for entry in entries if entry.latest and entry.problem is None), None)
 
 
 def badge_of(panes: Sequence[Pane]) -> tuple[str, str]:

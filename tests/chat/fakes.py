@@ -98,9 +98,10 @@ def commit_checkpoint(
     loss: float | None = None,
     manifest: dict[str, Any] | None = None,
     weights: bytes = bytes(1000),
+    folder: str = "checkpoints",
 ) -> Path:
     """A committed checkpoint with a real manifest (and what `manifest` adds); nothing to load in it unless `weights` has it."""
-    checkpoints = runs / run / "checkpoints"
+    checkpoints = runs / run / folder
     staging = Staging(checkpoints, step)
     entries = [staging.write("model/model.safetensors", [weights]), staging.write("state/rank-00000.json", [b"{}"])]
     metrics = {} if loss is None else {"eval_loss": loss}

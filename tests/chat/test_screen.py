@@ -15,7 +15,7 @@ import pytest
 from rich.cells import cell_len
 
 from lumina_engine.chat import catalogue
-from lumina_engine.chat.catalogue import list_entries
+from lumina_engine.chat.catalogue import explain_checkpoint, list_entries, run_entries
 from lumina_engine.chat.client import probe, socket_path
 from lumina_engine.chat.modes import ChatError
 from lumina_engine.checkpoint.verify import Report
@@ -208,6 +208,18 @@ async def test_c136_a_newer_checkpoint_is_announced_and_r_loads_it(runs: Path, s
         assert app.chat.left.link.session is not None and len(app.chat.left.link.session.history) == 2
 
 
+async def test_c084_an_emergency_save_is_announced_and_listed_as_one(runs: Path, servers: Servers) -> None:
+    only = commit_checkpoint(runs, "only", 3, folder="emergency")
+    async with opened(runs, servers, "only") as (app, pilot):
+        await say(app, pilot, "first")
+        assert servers.started == [only]
+        commit_checkpoint(runs, "only", 4, folder="emergency")
+        await app.chat.left.look_for_newer()
+        await until(pilot, lambda: "step-000004 is newer, r loads it" in app.shown)
+        await pilot.press("escape", "o")
+        await until(pilot, lambda: "latest emergency" in app.shown)
+
+
 async def test_c136_another_checkpoint_in_the_middle_of_a_reply(runs: Path, servers: Servers) -> None:
     async with opened(runs, servers) as (app, pilot):
         app.chat.field.put("endless")
@@ -388,6 +400,20 @@ def test_the_list_is_best_first_over_all_runs(runs: Path) -> None:
     names = [entry.reference for entry in list_entries(runs)]
     assert names == ["winter@step-000010", "autumn@step-000200", "autumn@step-000100"]
     assert list_entries(runs / "nothing") == []
+
+
+def test_c084_the_list_has_emergency_saves_and_the_same_latest_as_the_resolver(runs: Path) -> None:
+    commit_checkpoint(runs, "autumn", 300, folder="emergency")
+    only = commit_checkpoint(runs, "only", 3, folder="emergency")
+    for run, path in (("autumn", runs / "autumn/emergency/step-000300"), ("only", only)):
+        entries = run_entries(runs / run)
+        assert [entry.path for entry in entries if entry.latest] == [path] == [explain_checkpoint(f"{run}@latest", runs)[0]]
+        assert entries[0].emergency and explain_checkpoint(entries[0].reference, runs)[0] == path
+    (runs / "autumn/emergency/step-000300/MANIFEST.json").write_text("{}")
+    entries = run_entries(runs / "autumn")
+    assert [entry.step for entry in entries] == [300, 200, 100] and entries[0].problem
+    assert [entry.step for entry in entries if entry.latest] == [200], "the newest that is sound"
+    assert explain_checkpoint("autumn@latest", runs)[0] == entries[1].path
 
 
 def test_what_its_run_removes_while_it_is_listed_is_left_out(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,9 @@ import pytest
 
 from lumina_engine.checkpoint import keep
 from lumina_engine.checkpoint import verify as verify_module
+from lumina_engine.checkpoint.files import CheckpointError
 from lumina_engine.checkpoint.manager import CheckpointManager
+from lumina_engine.checkpoint.resolve import explain_checkpoint
 from lumina_engine.cli import main
 from tests.checkpoint.helpers import in_child, manager, names_in, payload, saved
 
@@ -39,6 +41,22 @@ def test_c084_c086_an_emergency_save_is_listed_and_verified_with_its_run(
     assert out.splitlines()[1].split()[:2] == ["step-000004", "4"] and f"step-000004 is an emergency save: {path}" in out
     assert main(["checkpoint", "verify", "mine", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["path"] == str(path)
+
+
+@pytest.mark.parametrize("by_path", [False, True])
+def test_c084_a_run_with_nothing_but_an_emergency_save_is_one(
+    runs: Path, capsys: pytest.CaptureFixture[str], by_path: bool
+) -> None:
+    path = manager(runs / "script").emergency(payload(4))
+    assert not (runs / "script" / "checkpoints").exists()
+    named = str(runs / "script") if by_path else "script"
+    for action in ("list", "verify"):
+        assert main(["checkpoint", action, named]) == 0
+        assert "step-000004" in capsys.readouterr().out
+    why = "latest of run script, an emergency save (no best one is known yet)"
+    assert explain_checkpoint(named, runs) == (path, why)
+    with pytest.raises(CheckpointError, match=r"no run 'scrip'.*; did you mean script\?"):
+        explain_checkpoint("scrip", runs)
 
 
 def damage(runs: Path) -> None:

@@ -297,7 +297,6 @@ def test_c084_an_emergency_save_is_the_latest_until_a_checkpoint_is(tmp_path: Pa
     made.save(payload(3))  # as a start that went on from an earlier one would
     assert resolve_checkpoint("run@step-000003", tmp_path) == tmp_path / "run" / "checkpoints" / "step-000003"
     only = manager(tmp_path / "only")
-    (tmp_path / "only" / "checkpoints").mkdir(parents=True)
     path = only.emergency(payload(1))
     why = "latest of run only, an emergency save (no best one is known yet)"
     assert explain_checkpoint("only", tmp_path) == (path, why)

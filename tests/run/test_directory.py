@@ -318,6 +318,8 @@ def test_newest_step_knows_committed_names_only(tmp_path: Path) -> None:
     for name in ("step-000010", "step-000200", "step-000300.corrupt", ".tmp-step-000400-ab", "step-5", "step-0005000000000"):
         (run.checkpoints / name).mkdir()
     assert run.newest_step() == 200
+    (run.path / "emergency" / "step-000201").mkdir()
+    assert run.newest_step() == 201, "a start goes on from there"
 
 
 def test_a_long_path_works(tmp_path: Path) -> None:

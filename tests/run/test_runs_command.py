@@ -71,13 +71,14 @@ def test_list_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = filled(tmp_path)
-    (run.checkpoints / "step-000003").mkdir()
+    for folder in ("checkpoints/step-000003", "checkpoints/step-000002.corrupt", "emergency/step-000004"):
+        (run.path / folder).mkdir()
     assert call("show", "r", "--runs", str(tmp_path)) == 0
     text = capsys.readouterr().out
-    assert "step-000003" in text and "3/3" in text and "a \\x1b[2J b␊c" in text
+    assert "step-000003, step-000004 (emergency)\n" in text and "3/3" in text and "a \\x1b[2J b␊c" in text
     assert call("show", str(run.path), "--json") == 0
     shown = json.loads(capsys.readouterr().out)
-    assert shown["checkpoints"] == ["step-000003"] and shown["alerts"][0]["code"] == "c"
+    assert shown["checkpoints"] == ["step-000003", "step-000004"] and shown["alerts"][0]["code"] == "c"
 
 
 def test_show_tells_where_each_rank_is(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,12 +89,14 @@ def test_gather_finds_runs_checkpoints_presets_configs_and_all_fields(tmp_path):
     checkpoints(tmp_path / "runs" / "one", "step-000002", "step-000010", "step-1000000", ".step-000011.part", "junk")
     (tmp_path / "runs" / "one" / "checkpoints" / "best").write_text("step-000010")
     (tmp_path / "runs" / ".hidden").mkdir()
+    (tmp_path / "runs" / "one" / "emergency" / "step-000011").mkdir(parents=True)
+    (tmp_path / "runs" / "one" / "emergency" / "step-000010").mkdir()
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "mine.yaml").write_text("")
     entries = gather(tmp_path / "runs", [tmp_path / "configs", tmp_path / "missing"])
     of = lambda kind: [item.target for item in entries if item.kind == kind]  # noqa: E731
     assert of("run") == ["one"]
-    assert of("checkpoint") == ["one@best", "one@step-1000000", "one@step-000010", "one@step-000002"]
+    assert of("checkpoint") == [f"one@{name}" for name in ("best", "step-1000000", "step-000011", "step-000010", "step-000002")]
     assert of("config") == [str(tmp_path / "configs" / "mine.yaml")]
     assert set(of("field")) == set(INFOS) and "b1" in of("preset")
     assert gather(tmp_path / "nothing", []) and len({item.key for item in entries}) == len(entries)
