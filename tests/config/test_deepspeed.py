@@ -10,7 +10,7 @@ from lumina_engine.config import trackers
 from lumina_engine.config.checks import check
 from lumina_engine.config.declare import show
 from lumina_engine.config.deepspeed import ANY, COVERED, GUARDS, KNOWN, REFUSED, to_deepspeed
-from lumina_engine.config.deepspeed_classes import module_classes
+from lumina_engine.config.deepspeed_classes import module_classes, module_names
 from lumina_engine.config.deepspeed_rules import NO_EFFECT, ONLY, value_at
 from lumina_engine.config.deepspeed_values import VALUES
 from lumina_engine.config.machine import GB, Accelerator, Machine
@@ -144,6 +144,13 @@ def short(*names: str) -> dict:
         (leaf(classes=["DeepSeekTransformer"]), "is of a class DeepSeekTransformer"),
         (leaf(classes=["ModuleList"]), "is of a class ModuleList"),
         (leaf(names=[""]), "leaf_module.names = '': that is the whole model"),
+        (leaf(names=["blocks.99.ffn"]), "leaf_module.names = 'blocks.99.ffn': no module of the model has that name"),
+        (leaf(names=["blocks.0.fnn"]), "did you mean blocks.0.ffn?"),
+        (
+            leaf(name_suffixes=[".mlp"]),
+            "leaf_module.name_suffixes = '.mlp': no module of the model has that name or ends in it",
+        ),
+        (leaf(name_suffixes=[".atention"]), "did you mean .attention?"),
         (leaf(name_suffixes=["s"]), "leaf_module.name_suffixes = 's': that is the whole model"),
         ({"zero_optimization": {"stage3_module_granularity_threshold": 10_000}}, "set leaf_module.classes instead"),
         (short("Linear"), "did you mean lumina_engine.model.product.Linear?"),
@@ -153,6 +160,14 @@ def short(*names: str) -> dict:
 def test_r19_values_that_ended_in_a_traceback(overrides: dict, words: str) -> None:
     found = errors(overrides, zero_stage=3)
     assert len(found) == 1 and words in found[0] and found[0].count("; "), found
+
+
+def test_r19_names_that_are_none_of_this_shape_or_precision_are_refused() -> None:
+    (found,) = errors(leaf(classes=["MoE"]), zero_stage=3, num_layers=2, num_dense_layers=2)
+    assert "no module inside the model is of a class MoE" in found
+    for precision in ("fp32", "bf16", "fp16"):
+        (found,) = errors(short("lumina_engine.model.product.Linear"), precision=precision)
+        assert f"precision = {precision} has no autocast" in found and "set precision=mixed_bf16" in found
 
 
 def test_r19_values_that_deepspeed_takes_are_accepted() -> None:
@@ -169,6 +184,7 @@ def test_r19_values_that_deepspeed_takes_are_accepted() -> None:
         {"use_moe": False},
         {"num_shared_experts": 1},
         {"num_dense_layers": 1, "qk_norm": True},
+        {"num_dense_layers": 2, "tie_word_embeddings": False},
         MLA,
         MLA | {"q_lora_rank": 8},
     ],
@@ -180,8 +196,10 @@ def test_r19_classes_that_an_override_may_name_are_those_of_the_model(shape: dic
 
     config = Config(vocab_size=512, hidden_size=64, num_layers=2, num_heads=2, num_kv_heads=1, **shape)
     with torch.device("meta"):
-        modules = list(DeepSeekTransformer(config).modules())
-    inside = [module for module in modules if not isinstance(module, DeepSeekTransformer | torch.nn.ModuleList)]
+        model = DeepSeekTransformer(config)
+    inside = [module for module in model.modules() if not isinstance(module, DeepSeekTransformer | torch.nn.ModuleList)]
+    lists = {"", "blocks"}
+    assert set(module_names(config)) == {name for name, _ in model.named_modules()} - lists
     assert module_classes(config) == {f"{type(m).__module__}.{type(m).__qualname__}" for m in inside}
 
 
