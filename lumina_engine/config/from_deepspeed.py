@@ -83,8 +83,8 @@ def _error(code: str, keys: str, message: str, fix: str) -> Finding:
 
 
 def _given(value: Any) -> str:
-    """A wrong value; text in quotes, since '4' is wrong where 4 is not."""
-    return repr(value) if isinstance(value, str) else show(value)
+    """A wrong value; text in quotes and floats with their point, since '4' and 4.0 are wrong where 4 is not."""
+    return repr(value) if isinstance(value, str | float) else show(value)
 
 
 def _batch(rest: dict[str, Any], world: int, values: dict[str, Any], findings: list[Finding]) -> None:
@@ -122,6 +122,12 @@ def _precision(rest: dict[str, Any], values: dict[str, Any], findings: list[Find
     enabled = {name: _enabled(rest, name, findings) for name in ("bf16", "fp16", "torch_autocast")}
     on = [name for name, value in enabled.items() if value is True]
     dtype = _take(rest, "torch_autocast.dtype")
+    if dtype not in (_ABSENT, None, "auto") and enabled["torch_autocast"] is None:
+        message = (
+            f"torch_autocast.dtype = {_given(dtype)}: whether autocast is enabled is left open, so no precision has that type"
+        )
+        fix = "set torch_autocast.enabled to true, or remove the dtype"
+        findings.append(_error("precision_blocks", "precision", message, fix))
     if _take(rest, "torch_autocast.lower_precision_safe_modules") not in (_ABSENT, None, []):
         message = "torch_autocast.lower_precision_safe_modules: Lumina decides what is computed in which type"
         findings.append(_error("deepspeed_useless", "precision", message, "remove it"))

@@ -108,6 +108,12 @@ def test_c059_a_precision_that_is_left_open_stays_open(given: dict[str, Any], pr
         ({"optimizer": adamw([0.9])}, "optimizer.params.betas = [0.9]: must be a list of two numbers"),
         ({"optimizer": adamw(0.9)}, "optimizer.params.betas = 0.9: must be a list of two numbers"),
         ({"optimizer": adamw(["a", 0.9])}, "adam_beta1 = a: must be"),
+        ({"train_batch_size": 8.0}, "train_batch_size = 8.0: must be a whole number"),
+        ({"gradient_accumulation_steps": 2.0}, "gradient_accumulation_steps = 2.0: must be a whole number"),
+        (
+            {"torch_autocast": {"enabled": "auto", "dtype": "bfloat16"}},
+            "torch_autocast.dtype = 'bfloat16': whether autocast is enabled is left open",
+        ),
         ({"train_batch_size": True}, "train_batch_size = true: must be a whole number"),
         (
             {"train_batch_size": 8, "train_micro_batch_size_per_gpu": "4"},
