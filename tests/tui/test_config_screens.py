@@ -73,7 +73,7 @@ async def test_c128_pretended_hardware_marks_and_diff() -> None:
         await pilot.press("8", "0", "G", "B", "enter")
         await until(pilot, lambda: screen.pretended is not None and screen.is_current)
         text = screen_text(pilot.app)
-        assert "8 x GPU 80 GB (pretended)" in text and "19+ GPU" in text and "ZeRO-1" in text
+        assert "8 x GPU 80 GB (pretended)" in text and "22+ GPU" in text and "ZeRO-1" in text
         await pilot.press("space", "down", "d")
         await until(pilot, lambda: isinstance(pilot.app.screen, Sheet))
         assert "num_layers" in screen_text(pilot.app)
