@@ -76,7 +76,7 @@ class Capped:
     """A process of `read` and its children inside the cgroup."""
 
     def __init__(self, argv: list[str], cap: int, output: IO[str]) -> None:
-        self.output = output
+        self.printed = Path(output.name)  # read by a descriptor of its own: that of the process has its place to write at
         self.has_group = _make_group(cap)
         enter = f"echo $$ > {CGROUP}/cgroup.procs && " if self.has_group else ""
         command = ["sh", "-c", f'{enter}exec "$@"', "sh", sys.executable, __file__, *argv]
@@ -138,7 +138,7 @@ def measure(args: argparse.Namespace, source: Path) -> int:
         broken = state.get("broken", [])
         if stage == "resumed" and broken:
             start = broken[-1]["place"]
-        with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        with tempfile.NamedTemporaryFile("a", encoding="utf-8") as output:  # "a": what is written goes to the end
             argv = [str(args.folder), "--read", str(args.folder / "cache"), str(start), str(stop)]
             capped = Capped(argv, args.cap_mb << 20, output)
             lines, killed = _follow(capped, deadline, len_limit(stage, state))
@@ -165,8 +165,7 @@ def _follow(capped: Capped, deadline: float, most: int | None) -> tuple[list[dic
     while True:
         capped.look()
         ended = capped.process.poll() is not None
-        capped.output.seek(0)
-        lines = [json.loads(line) for line in capped.output.read().split("\n")[:-1]]
+        lines = [json.loads(line) for line in capped.printed.read_text(encoding="utf-8").split("\n")[:-1]]
         if ended:
             return lines, False
         if time.monotonic() > deadline or (most is not None and len(lines) > most):
