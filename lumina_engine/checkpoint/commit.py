@@ -41,7 +41,6 @@ from .keep import (
     clean_stale,
     leased,
     list_steps,
-    newest_step,
     newest_valid,
     pointer,
     quarantine,
@@ -67,7 +66,7 @@ from .verify import (
 
 __all__ = [
     "CheckpointError", "FileEntry", "Found", "Problem", "Report", "Staging", "clean_stale", "commit", "leased", "list_steps",
-    "newest_step", "newest_valid", "pointer", "quarantine", "read_manifest", "require", "retain", "rewind",
+    "newest_valid", "pointer", "quarantine", "read_manifest", "require", "retain", "rewind",
     "set_pointer", "step_name", "step_of", "verify",
 ]  # fmt: skip
 

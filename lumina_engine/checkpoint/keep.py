@@ -72,14 +72,14 @@ def committed_paths(checkpoints: Path) -> list[Path]:
     return sorted(paths, key=lambda path: step_of(path.name) or 0, reverse=True)
 
 
+def told(path: Path) -> str:
+    """The name of a committed folder within its run, as people read it: an emergency save with the folder that it lies in."""
+    return f"{EMERGENCY}/{path.name}" if path.parent.name == EMERGENCY else path.name
+
+
 def is_run(path: Path) -> bool:
     """Whether a folder is that of a run: checkpoints lie in it, or emergency saves, which a script may have alone."""
     return (path / "checkpoints").is_dir() or (path / EMERGENCY).is_dir()
-
-
-def newest_step(checkpoints: Path) -> int | None:
-    """Step of the newest committed checkpoint whose manifest is sound; cheap enough to ask for at every restart."""
-    return next((step_of(name) for name in list_steps(checkpoints) if read_manifest(checkpoints / name).ok), None)
 
 
 def newest_valid(checkpoints: Path, *more: Path) -> Found:

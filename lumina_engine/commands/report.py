@@ -150,8 +150,12 @@ def _config(
 
 
 def _saved(folder: Path, missing: list[str]) -> tuple[str, ...]:
+    """The names of what is committed, oldest first, emergency saves among them."""
+    from ..checkpoint.keep import committed_paths, told
+
     try:
-        return tuple(sorted(entry.name for entry in folder.iterdir() if entry.name.startswith("step-")))
+        folder.stat()  # a folder that is absent is told; to the list of what is in it it is an empty one
+        return tuple(told(path) for path in reversed(committed_paths(folder)))
     except OSError as error:
         missing.append(f"checkpoints: {error.strerror or error}")
         return ()

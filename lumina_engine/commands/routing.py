@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ..checkpoint.probe import ProbeRows, Routes
     from ..config.schema import Config
     from ..run.directory import RunDirectory
@@ -33,34 +35,35 @@ def routing(directory: RunDirectory, config: Mapping[str, Any] | None, rows: int
 
 def _on_rows(directory: RunDirectory, config: Config, rows: int, left_out: list[str]) -> dict[str, Any]:
     from ..checkpoint.files import CheckpointError
-    from ..checkpoint.keep import list_steps
+    from ..checkpoint.keep import committed_paths
     from ..data.facts import DataError
     from ..data.tokenizer import TokenizerError
 
     if not config.use_moe:
         left_out.append("specialisation: the model has no experts (use_moe = false)")
         return {}
-    names = list_steps(directory.checkpoints)[:2]
-    if not names:
+    paths = committed_paths(directory.checkpoints)[:2]
+    if not paths:
         left_out.append("specialisation: the run has no checkpoint yet")
         return {}
     try:
         from ..checkpoint.probe import probe_rows
 
-        return _measured(directory, names, probe_rows(config, rows))
+        return _measured(paths, probe_rows(config, rows))
     except (CheckpointError, DataError, TokenizerError, OSError) as error:
         left_out.append(f"specialisation: {error}")
         return {}
 
 
-def _measured(directory: RunDirectory, names: list[str], probed: ProbeRows) -> dict[str, Any]:
+def _measured(paths: list[Path], probed: ProbeRows) -> dict[str, Any]:
+    from ..checkpoint.keep import told
     from ..checkpoint.loading import load_model
     from ..checkpoint.probe import routes_of
     from ..monitoring.specialisation import kept_experts, specialisation
 
     taken: list[Routes] = []
-    for name in names:
-        model, tokenizer, _ = load_model(directory.checkpoints / name)
+    for path in paths:
+        model, tokenizer, _ = load_model(path)
         taken.append(routes_of(model, probed))
     new = taken[0]
 
@@ -68,7 +71,7 @@ def _measured(directory: RunDirectory, names: list[str], probed: ProbeRows) -> d
         return tokenizer.decode([token])
 
     found: dict[str, Any] = {
-        "checkpoint": names[0],
+        "checkpoint": told(paths[0]),
         "rows": probed.rows,
         "held_out": probed.held_out,
         "specialisation": specialisation(
@@ -77,7 +80,7 @@ def _measured(directory: RunDirectory, names: list[str], probed: ProbeRows) -> d
     }
     if len(taken) > 1 and taken[1].experts == new.experts:
         kept = kept_experts(taken[1].experts_LNK, new.experts_LNK, new.experts)
-        found["kept_experts"] = {"from": names[1], "to": names[0], "layers": new.layers, **kept}
+        found["kept_experts"] = {"from": told(paths[1]), "to": told(paths[0]), "layers": new.layers, **kept}
     return found
 
 

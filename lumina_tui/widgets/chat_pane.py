@@ -17,6 +17,7 @@ from lumina_engine.chat.events import Done, Routed, Start, Token
 from lumina_engine.chat.saved import SavedChat, Version
 from lumina_engine.chat.session import ChatSession
 from lumina_engine.checkpoint.keep import EMERGENCY
+from lumina_engine.checkpoint.verify import step_of
 
 from ..chatting import ChatLink, Connected, Lost, NoBackend, Phase, Progress, Refused, Saved, Starter, Update
 from ..paint import duration
@@ -62,7 +63,7 @@ class Pane(Acts, Vertical):
         self.transcript = Transcript(id=f"{id}-transcript")
         self.tokens = TokenPanel(id=f"{id}-tokens")
         self.newer: Entry | None = None
-        self._newest = ""  # name of the run's newest checkpoint when this one was chosen
+        self._newest = 0  # step of the run's newest checkpoint when this one was chosen
         self.wanted: str | Path | None = None
         self.progress: Progress | None = None  # of loading
         self.traces = Traces()
@@ -114,7 +115,7 @@ class Pane(Acts, Vertical):
         except (CheckpointError, OSError) as error:
             self._gone(str(error))
         else:
-            self._newest = newest.path.name if newest is not None else path.name
+            self._newest = step_of((newest.path if newest is not None else path).name) or 0
             self.link.connect(path, why)
 
     def leave(self) -> None:
@@ -149,12 +150,12 @@ class Pane(Acts, Vertical):
         self.say("note", f"{why}: o chooses a checkpoint, r tries again")
 
     async def look_for_newer(self) -> None:
-        """Notice a checkpoint that the run has written since this one was chosen,."""
+        """Notice a checkpoint that the run has written since this one was chosen."""
         path = self.link.path
         if path is None or self.link.phase is not Phase.READY:
             return
         newest = await asyncio.to_thread(_newest, path)
-        if newest is not None and newest.path.name > self._newest and path == self.link.path:
+        if newest is not None and (step_of(newest.path.name) or 0) > self._newest and path == self.link.path:
             self.newer = newest
 
     # what happens

@@ -208,6 +208,15 @@ async def test_c136_a_newer_checkpoint_is_announced_and_r_loads_it(runs: Path, s
         assert app.chat.left.link.session is not None and len(app.chat.left.link.session.history) == 2
 
 
+async def test_c136_the_millionth_step_is_newer_than_the_one_before_it(runs: Path, servers: Servers) -> None:
+    commit_checkpoint(runs, "autumn", 999_999)
+    async with opened(runs, servers) as (app, pilot):
+        await say(app, pilot, "first")
+        commit_checkpoint(runs, "autumn", 1_000_000)
+        await app.chat.left.look_for_newer()
+        await until(pilot, lambda: "step-1000000 is newer, r loads it" in app.shown)
+
+
 async def test_c084_an_emergency_save_is_announced_and_listed_as_one(runs: Path, servers: Servers) -> None:
     only = commit_checkpoint(runs, "only", 3, folder="emergency")
     async with opened(runs, servers, "only") as (app, pilot):

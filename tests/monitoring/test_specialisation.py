@@ -98,6 +98,13 @@ def test_c024_report_of_a_run_puts_rows_through_its_checkpoints(tmp_path: Path, 
     page = Tags()
     page.feed((tmp_path / "mine" / "reports" / "report.html").read_text())
     assert any(text.startswith("Tokens that keep their experts from step-000006") for text in page.seen) and page.links == []
+    (tmp_path / "mine" / "emergency").mkdir(exist_ok=True)
+    (tmp_path / "mine" / "checkpoints" / "step-000012").rename(tmp_path / "mine" / "emergency" / "step-000012")
+    assert main(["report", str(tmp_path / "mine"), "--moe", "--rows", "8", "--json"]) == 0
+    of_emergency = json.loads(capsys.readouterr().out)["moe"]
+    assert of_emergency["checkpoint"] == of_emergency["kept_experts"]["to"] == "emergency/step-000012"
+    saved = json.loads((tmp_path / "mine" / "reports" / "report.json").read_text())["checkpoints"]["on_disk"]
+    assert saved == ["step-000006", "emergency/step-000012"]
     (tmp_path / "train.jsonl").unlink()
     assert main(["report", str(tmp_path / "mine"), "--moe"]) == 0
     assert "left out  specialisation: " in capsys.readouterr().out
