@@ -20,6 +20,7 @@ from .tiny_run import ends, final_manifest, prepare, start, steps
 
 SOON = {"hang_timeout_s": 1.0, "hang_factor": 5.0, "hang_grace_s": 0.5}  # 30 s by default: nobody gains by waiting here
 STEP = 14
+BEFORE_A_MERGE = [pytest.mark.slow, pytest.mark.fast]
 
 
 def alerts(path: Path, code: str) -> list[rec.Alert]:
@@ -45,7 +46,13 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, float]
 
 
 @pytest.mark.parametrize(
-    ("how", "section"), [("sleep", "forward"), ("hold_gil", "backward"), ("stop", "data"), ("deadlock", "step")]
+    ("how", "section"),
+    [
+        pytest.param("sleep", "forward", marks=BEFORE_A_MERGE),
+        pytest.param("hold_gil", "backward", marks=BEFORE_A_MERGE),
+        ("stop", "data"),
+        ("deadlock", "step"),
+    ],
 )
 def test_ft07_a_hang_is_found_named_and_restarted_exactly(
     tiny_runs: TinyRuns,

@@ -194,6 +194,8 @@ def test_ps14_a_stop_in_a_save_lets_it_finish(tiny_runs: TinyRuns, fault_random:
     checkpoints_are_whole(run)
 
 
+@pytest.mark.slow
+@pytest.mark.fast
 def test_ft09_each_way_to_die_is_named_and_leaves_nothing(tiny_runs: TinyRuns, fault_random: random.Random) -> None:
     ways = {
         "raise": "InjectedError: injected at rank 0",
@@ -216,6 +218,8 @@ def test_ft09_each_way_to_die_is_named_and_leaves_nothing(tiny_runs: TinyRuns, f
     assert sorted(steps(run)) == list(range(1, 11)) and marked(nonce) == []
 
 
+@pytest.mark.slow
+@pytest.mark.fast
 def test_ft08_the_same_step_each_time_ends_with_93(tiny_runs: TinyRuns, fault_random: random.Random) -> None:
     at, section = fault_random.randint(5, 8), fault_random.choice(PHASES[:4])
     run = tiny_runs.running(faults=[Fault("exit", at, section, inc=None, times=None)], max_steps=10)

@@ -305,7 +305,7 @@ def loads_after_training(score: str, rate: float) -> torch.Tensor:
     return loads
 
 
-@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("score", [pytest.param("softmax", marks=pytest.mark.slow), "sigmoid"])
 def test_c141_the_bias_balances_training_on_skewed_data(score):
     """Below 1.25 of the mean in every layer and no expert dead; without it the same training is far from that."""
     balanced = loads_after_training(score, 5e-3)

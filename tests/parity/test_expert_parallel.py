@@ -16,13 +16,13 @@ from tests.launch import last_line, launch
 from tests.parity.modes import write_data
 
 PROGRAM = Path(__file__).resolve().parents[1] / "training" / "spread.py"
-LAYERS, STEPS = 2, 20
+LAYERS, STEPS, FEW = 2, 20, 8
 PLAIN = {"use_deepspeed": False}
 ENGINES = {"plain": PLAIN, **{f"zero{stage}": {"zero_stage": stage} for stage in (0, 1, 2)}}
 # Every pair of values of top-k, capacity and accumulation is in one of these.
 SHAPES: dict[str, dict[str, Any]] = {
-    "k1-capacity": {"moe_top_k": 1, "moe_dropless": False, "capacity_factor": 1.0, "batch_size": 4},
-    "k1-dropless-x4": {"moe_top_k": 1, "batch_size": 1, "gradient_accumulation_steps": 4},
+    "k1-capacity": {"moe_top_k": 1, "moe_dropless": False, "capacity_factor": 1.0, "batch_size": 4, "max_steps": FEW},
+    "k1-dropless-x4": {"moe_top_k": 1, "batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": FEW},
     "k2-dropless": {"moe_top_k": 2, "batch_size": 4, "num_shared_experts": 1},
     "k2-capacity-x4": {
         "moe_top_k": 2,
@@ -39,6 +39,7 @@ CHECKPOINTED = {"plain": {0: True, 3: "selective"}, "zero0": {3: True}, "zero1":
 RESUMED = {"plain": "k2-dropless", "zero0": "k2-capacity-x4", "zero1": "k2-dropless", "zero2": "k2-capacity-x4"}
 SPREAD = {"expert_parallel_size": 2}
 OVERLAP = {**SPREAD, "overlap_alltoall": True}
+IDLE = {"moe_top_k": 1, "batch_size": 4, "idle_experts": 2, "max_steps": FEW}
 
 
 def modes() -> dict[str, dict[str, Any]]:
@@ -53,14 +54,13 @@ def modes() -> dict[str, dict[str, Any]]:
     for engine, shape in (("plain", "k1-capacity"), ("plain", "k2-dropless"), ("zero2", "k2-capacity-x4")):
         recompute = {"gradient_checkpointing": shape == "k2-dropless"}
         found[f"overlap {engine} {shape}"] = {**SHAPES[shape], **ENGINES[engine], **OVERLAP, **recompute}
-    idle = {"moe_top_k": 1, "batch_size": 4, "idle_experts": 2, "max_steps": 8}
-    found["idle"] = {**idle, **PLAIN}
-    found["idle plain"] = {**idle, **PLAIN, **OVERLAP}
-    found["idle zero2"] = {**idle, "zero_stage": 2, **SPREAD}
-    bf16 = {"batch_size": 4, "precision": "bf16", "max_steps": 8}
+    found["idle"] = {**IDLE, **PLAIN}
+    found["idle plain"] = {**IDLE, **PLAIN, **OVERLAP}
+    found["idle zero2"] = {**IDLE, "zero_stage": 2, **SPREAD}
+    bf16 = {"batch_size": 4, "precision": "bf16", "max_steps": FEW}
     found["bf16"] = {**bf16, **PLAIN}
     found |= {f"bf16 {engine}": {**bf16, **ENGINES[engine], **SPREAD} for engine in ("plain", "zero1", "zero2")}
-    mixed = {"batch_size": 4, "precision": "mixed_bf16", "max_steps": 8}
+    mixed = {"batch_size": 4, "precision": "mixed_bf16", "max_steps": FEW}
     found["mixed"] = {**mixed, **PLAIN}
     found |= {f"mixed {engine}": {**mixed, **ENGINES[engine], **SPREAD} for engine in ("plain", "zero1", "zero2")}
     for engine in ("plain", "zero0", "zero1", "zero2"):
@@ -80,10 +80,14 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
     return folder, run(folder, 2, modes())
 
 
+def steps_of(mode: str) -> int:
+    return FEW if mode in ("idle", "k1-capacity", "k1-dropless-x4") else STEPS
+
+
 def assert_equal(folder: Path, figures: dict[str, Any], mode: str, reference: str) -> None:
     """Losses and norms of every step to 1e-5, the same tokens, the same routing records, and the same weights at the end."""
     got, want = figures[mode], figures[reference]
-    assert len(got["steps"]) == len(want["steps"]) == (8 if reference == "idle" else STEPS)
+    assert len(got["steps"]) == len(want["steps"]) == steps_of(reference)
     for one, other in zip(got["steps"], want["steps"], strict=True):
         assert one[:4] == pytest.approx(other[:4], rel=1e-5), mode
         assert one[4:] == other[4:], mode
@@ -118,14 +122,13 @@ def test_c017_capacity_drops_in_these_runs(two: tuple[Path, dict]) -> None:
 
 @pytest.mark.parametrize("mode", ["plain k1-capacity", "plain k2-dropless", "zero2 k2-capacity-x4"])
 def test_c021_overlap_gives_the_same_losses_by_twice_the_transfers(two: tuple[Path, dict], mode: str) -> None:
-    assert_equal(*two, f"overlap {mode}", mode.split()[1])
-    accumulation = SHAPES[mode.split()[1]].get("gradient_accumulation_steps", 1)
+    engine, shape = mode.split()
+    assert_equal(*two, f"overlap {mode}", shape)
     recomputed = mode == "plain k2-dropless"  # in the overlapping runs
-    blocks = STEPS * accumulation * LAYERS
+    blocks = steps_of(shape) * SHAPES[shape].get("gradient_accumulation_steps", 1) * LAYERS
     counts, there, back = blocks, 2 * blocks, 2 * blocks
     forwards = 2 if recomputed else 1
     assert two[1][f"overlap {mode}"]["collectives"] == forwards * (counts + 2 * there) + 2 * back
-    engine, shape = mode.split()
     forwards = 2 if CHECKPOINTED[engine].get(list(SHAPES).index(shape)) is True else 1
     assert two[1][mode]["collectives"] == forwards * (counts + there) + back
 

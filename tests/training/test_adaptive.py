@@ -143,7 +143,7 @@ def test_ft05_the_rollback_and_the_last_save_are_sections_of_their_own(tmp_path:
     assert [step for step, section in sections if section == "waited save"][-1] == 120 and (60, "save") in sections
 
 
-@pytest.mark.parametrize("cmd", ["preempt", "stop", "checkpoint"])
+@pytest.mark.parametrize("cmd", [pytest.param("preempt", marks=pytest.mark.slow), "stop", "checkpoint"])
 def test_c098_a_command_that_meets_a_rollback_waits_for_it(tmp_path: Path, cmd: str) -> None:
     """None saves the step that the run goes back from: a start from there would never go back."""
     keys = KEYS | {"spike_policy": "rollback", "spike_sigma": 20.0, "save_interval": 10, "max_steps": 140}
@@ -160,7 +160,7 @@ def test_c098_a_command_that_meets_a_rollback_waits_for_it(tmp_path: Path, cmd: 
     assert cmd == "checkpoint" or summary["step"] == to_step
 
 
-@pytest.mark.parametrize("cmd", ["preempt", "stop"])
+@pytest.mark.parametrize("cmd", ["preempt", pytest.param("stop", marks=pytest.mark.slow)])
 def test_c098_the_end_of_the_ladder_comes_before_a_command(tmp_path: Path, cmd: str) -> None:
     plain = run(tmp_path, "plain", max_steps=200)
     tiny = lifted(Tiny(tmp_path, "asked", documents=MANY, **KEYS | {"max_steps": 200}), jump)
