@@ -354,8 +354,10 @@ def all_records(data: bytes) -> list[rec.Record] | None:
         found = rec.decode_lines(data)
     except rec.RecordError:
         return None
-    # the decoder also takes empty lines and several objects on a line
-    return found if len(found) == data.count(b"\n") and min(map(_SEQ, found), default=1) > 0 else None
+    # the decoder also takes empty lines and several objects on a line, of which one may make up for the other
+    lines = data.count(b"\n")
+    whole = len(found) == lines == data.count(b"}\n{") + 1 and data[:1] == b"{"
+    return found if whole and min(map(_SEQ, found)) > 0 else None
 
 
 def read_records(path: str | os.PathLike[str], types: Iterable[str] = ()) -> Iterator[rec.Record]:

@@ -192,6 +192,18 @@ def test_ps06_reading_at_once_equals_reading_line_by_line(tmp_path: Path, fault_
         assert {byte for first, last in reader.errors for byte in range(first, last)} == set(damaged)
 
 
+@pytest.mark.parametrize("blank", [b"", b" "])
+def test_ps06_a_line_of_two_records_and_an_empty_one_are_two_damaged_lines(tmp_path: Path, blank: bytes) -> None:
+    """Together they have as many records as lines."""
+    good, two = b'{"type":"step","step":1,"seq":1}', b'{"type":"step","step":2,"seq":2}{"type":"step","step":3,"seq":3}'
+    for lines in ([good, two, blank], [blank, two, good], [two, blank, good], [two, blank]):
+        path = tmp_path / "metrics.jsonl"
+        path.write_bytes(b"\n".join(lines) + b"\n")
+        reader = LogReader(path)
+        assert [record.seq for record in reader.read_new()] == [1] * (good in lines) and len(reader.errors) == 1
+        path.unlink()
+
+
 def test_a_reader_sees_another_file_of_any_length_and_a_missing_one(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricLog(path, 1, sync_interval=0) as log:
