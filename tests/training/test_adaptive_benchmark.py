@@ -43,3 +43,8 @@ def test_c098_ten_times_the_rate_is_cut_and_recovers_and_without_does_not(tmp_pa
     off, act = (one(tmp_path, "rate x 10", 0, mode, {"spike_policy": "skip"}) for mode in ("off", "act"))
     assert off.actions == [] and not off.recovered
     assert "cut" in act.actions and act.recovered and act.loss < off.loss and act.agrees
+
+
+def test_ft05_a_bad_batch_is_left_out_by_a_rollback_and_comes_no_more(tmp_path: Path, one_thread: object) -> None:
+    run = one(tmp_path, "one bad batch", 0, "act", {"spike_policy": "rollback", "save_interval": 20, "max_steps": 140})
+    assert run.state == "finished" and run.recovered and run.actions == []
