@@ -87,6 +87,7 @@ def lines(found: Replayed) -> list[str]:
 
 def _line(item: dict[str, Any]) -> str:
     from ..monitoring.adaptive import FACTOR
+    from ..monitoring.early_stop import EARLY_STOP
 
     evidence = item.get("evidence")
     if evidence is None:
@@ -96,6 +97,8 @@ def _line(item: dict[str, Any]) -> str:
         return f"step {item['step']:,}  outcome of step {evidence['of']:,}: {item['reason']}"
     figures = f"{evidence['rule']} {evidence['statistic']:.3g}, threshold {evidence['threshold']:.3g}"
     how = f"window {evidence['window']}, cooldown {evidence['cooldown']}"
+    if item["what"] == EARLY_STOP:
+        return f"step {item['step']:,}  {evidence['action']} of {item['before']:,} steps: {item['reason']} ({figures}, {how})"
     what = "factor" if item["what"] == FACTOR else item["what"]
     return (
         f"step {item['step']:,}  {evidence['action']}: {what} {item['before']:.3g} to {item['after']:.3g}: {item['reason']} "

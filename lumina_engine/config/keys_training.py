@@ -179,6 +179,15 @@ class TrainingKeys(Section):
         resume=True,
         read_by=_BOUNDARY,
     )
+    early_stopping_gain: float = key(
+        0.0,
+        "The run should end when eval_loss can fall by less than this to the last step: the upper end (95 %) of what the curve "
+        "through its own evaluations gives, 12 at least. adaptive=advise: an alert; act: the run ends; 0 is off.",
+        unit="nats",
+        minimum=0,
+        resume=True,
+        read_by="monitoring/early_stop.py",
+    )
 
 
 class DataKeys(Section):

@@ -36,6 +36,7 @@ SWITCHES = (
     ),
     Switch("lr_schedule", lambda c: c.lr_schedule != "wsd", "lr_schedule=wsd", ("decay_ratio",)),
     Switch("lr_schedule", lambda c: c.lr_schedule == "constant", "lr_schedule=cosine", ("min_lr_ratio",)),
+    Switch("adaptive", lambda c: c.adaptive == "off", "adaptive=advise", ("early_stopping_gain",)),
     Switch("dynamic_batching", lambda c: not c.dynamic_batching, "dynamic_batching=true", ("min_batch_size", "max_batch_size")),
     Switch(
         "curriculum_learning",

@@ -15,6 +15,8 @@ from lumina_engine.config.schema import Config
 from lumina_engine.config.task_checks import train_paths
 from lumina_engine.config.tokenizers import TOKENIZER_FILES, TOKENIZER_IDS
 
+_LEAST_DECAY = 0.75  # share of the steps: evaluations of the decay alone must span a factor of 4 in tokens
+
 
 def tokenizer(config: Config) -> Iterator[Finding]:
     """A tokenizer that exists, and a vocabulary that holds it."""
@@ -40,6 +42,14 @@ def schedule(config: Config) -> Iterator[Finding]:
     if config.early_stopping_patience and not config.eval_interval:
         message = f"early_stopping_patience = {config.early_stopping_patience} needs evaluations, but eval_interval is 0"
         yield error("early_stopping", "early_stopping_patience eval_interval", message, "set eval_interval=200")
+    if config.early_stopping_gain and not config.eval_interval:
+        message = f"early_stopping_gain = {config.early_stopping_gain:g} needs evaluations, but eval_interval is 0"
+        yield error("early_stopping", "early_stopping_gain eval_interval", message, "set eval_interval=200")
+    if config.early_stopping_gain and config.lr_schedule == "wsd" and config.decay_ratio < _LEAST_DECAY:
+        message = f"early_stopping_gain = {config.early_stopping_gain:g} ends no run with lr_schedule = wsd"
+        why = f"only its decay tells what it brings, and a curve needs decay_ratio={_LEAST_DECAY:g} at least"
+        fix = "set early_stopping_gain=0, or another lr_schedule"
+        yield finding("warning", "early_stopping", "early_stopping_gain lr_schedule", f"{message}: {why}", fix)
     if config.min_batch_size > config.max_batch_size:
         message = f"min_batch_size = {config.min_batch_size}: more than max_batch_size = {config.max_batch_size}"
         yield error("batch_bounds", "min_batch_size max_batch_size", message, f"set min_batch_size={config.max_batch_size}")

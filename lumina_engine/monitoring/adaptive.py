@@ -33,7 +33,8 @@ from statistics import median
 from typing import Any, Literal
 
 from . import record as rec
-from .balance import action_of, reader
+from .balance import reader
+from .early_stop import action_of
 from .health.windows import TINY, noise
 
 FACTOR = "learning_rate_factor"  # `what` of a change of the factor on the schedule's rate

@@ -9,20 +9,23 @@ compare.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import msgspec
 
 from . import record as rec
 from .adaptive import ADVICE, FACTOR, OUTCOME, Back, RateController, Rules
-from .balance import CAPACITY, REBALANCE, WEIGHT, BalanceController, BalanceRules, action_of
+from .balance import CAPACITY, REBALANCE, WEIGHT, BalanceController, BalanceRules
 from .balance import OUTCOME as BALANCE_OUTCOME
+from .early_stop import EARLY_STOP, EarlyStop, EarlyStopRules, action_of, saved_actions
+from .early_stop import KEYS as EARLY_STOP_KEYS
 from .experts import joined
 
 KEYS = (
     *("adaptive", "spike_window", "adaptive_cooldown_steps", "lr_multiplier_min", "max_adaptive_actions", "spike_policy"),
     *("use_moe", "load_balancing_weight", "router_bias_rate", "moe_dropless", "capacity_factor"),
+    *EARLY_STOP_KEYS,
 )
 
 
@@ -33,11 +36,12 @@ class _Ruled:
     step: int
     rules: Rules
     balance: BalanceRules
+    early_stop: EarlyStopRules
 
 
 EVERY = 2_000  # records between two marks: at most so many are decided again when a run goes back
 
-_Item = rec.Step | rec.Change | rec.Experts | Back | _Ruled
+_Item = rec.Step | rec.Eval | rec.Change | rec.Experts | Back | _Ruled
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +53,14 @@ class _Mark:
     rules: _Ruled
     rate: Mapping[str, Any]
     balance: Mapping[str, Any]
+    early_stop: Mapping[str, Any]
 
 
 def of_controller(record: rec.Record) -> TypeGuard[rec.Change | rec.Alert]:
-    """Whether a record is a decision of the controller of the rate, or of that of balance."""
+    """Whether a record is a decision of the controller of the rate, of that of balance, or of early stop."""
     if isinstance(record, rec.Change):
-        return record.what in (FACTOR, OUTCOME, WEIGHT, CAPACITY, BALANCE_OUTCOME)
-    return isinstance(record, rec.Alert) and record.code in (*ADVICE, REBALANCE)
+        return record.what in (FACTOR, OUTCOME, WEIGHT, CAPACITY, BALANCE_OUTCOME, EARLY_STOP)
+    return isinstance(record, rec.Alert) and record.code in (*ADVICE, REBALANCE, EARLY_STOP)
 
 
 def decisions_of(records: Iterable[rec.Record]) -> list[dict[str, Any]]:
@@ -87,7 +92,8 @@ def backs_after(records: Iterable[rec.Record], seq: int | None) -> list[Back]:
         elif isinstance(record, rec.Rewind):
             if record.failed_step is not None:
                 found.append(back_of(record, actions))
-            actions = [action for action in actions if action["step"] <= record.to_step]
+            kept = [action for action in actions if action["step"] <= record.to_step]
+            actions = saved_actions(kept, record.to_step)
     return found
 
 
@@ -123,20 +129,22 @@ class Replay:
 
     def __init__(self, rules: Mapping[str, Any], every: int = EVERY) -> None:
         self._every = every
-        first = _Ruled(0, Rules.from_config(rules), BalanceRules.from_config(rules))
+        first = _Ruled(0, Rules.from_config(rules), BalanceRules.from_config(rules), EarlyStopRules.from_config(rules))
         self.controller, self._balance = RateController(first.rules), BalanceController(first.balance)
+        self._early_stop = EarlyStop(first.early_stop)
+        self._begun = 0  # step from which the newest start, or return, goes on
         self.result = Replayed()
         self._resumes = [(-1, dict(rules))]  # of this branch: the step of each, and the keys from there on
         self._return: tuple[_Ruled, list[Back]] | None = None  # one that is not done: rules, and rollbacks since its checkpoint
         self._kept: list[_Item] = []  # what the state of the branch comes from
         self._top = 0  # highest step in it
-        self._marks = [_Mark(0, 0, first, {}, {})]
+        self._marks = [_Mark(0, 0, first, {}, {}, {})]
         self._due: list[rec.Change | rec.Alert] = []  # decided, and not met in the log yet
         self._experts: rec.Experts | None = None  # of the newest step; a long one comes in parts, each with some of the layers
 
     def take(self, record: rec.Record) -> None:
         """The next record."""
-        if self._return is not None and isinstance(record, rec.Step | rec.Change | rec.Experts | rec.Rewind):
+        if self._return is not None and (_plans(record) or isinstance(record, _BRANCH)):
             self._go_on(*self._return)  # no resume tells other rules
         if isinstance(record, rec.Experts) and (self._experts is None or self._experts.step == record.step):
             self._experts = record if self._experts is None else joined(self._experts, record)
@@ -146,6 +154,8 @@ class Replay:
             self._experts = record
         elif isinstance(record, rec.Resume):
             self._resume(record)
+        elif isinstance(record, rec.Run):
+            self._plan(record)
         elif isinstance(record, rec.Rewind):
             self._rewind(record)
         elif of_controller(record):
@@ -154,7 +164,11 @@ class Replay:
             if isinstance(record, rec.Step):
                 self._missing(record.step)
             self._keep(record)
-            self._due += [decision.record for decision in self.controller.observe(record)]
+            self._due += self._decided(record)
+            self._mark()
+        elif isinstance(record, rec.Eval):
+            self._keep(record)
+            self._due += self._evaluated(record)
             self._mark()
 
     def _resume(self, record: rec.Resume) -> None:
@@ -165,7 +179,14 @@ class Replay:
         values = self._resumes[-1][1] | {name: now for name, (_, now) in record.changed.items() if name in KEYS}
         self._resumes.append((record.step, values))
         backs = [] if self._return is None else self._return[1]
-        self._go_on(_Ruled(record.step, Rules.from_config(values), BalanceRules.from_config(values)), backs)
+        early_stop = EarlyStopRules.from_config(values, self._early_stop.rules.total_steps)
+        self._go_on(_Ruled(record.step, Rules.from_config(values), BalanceRules.from_config(values), early_stop), backs)
+
+    def _plan(self, record: rec.Run) -> None:
+        """The steps that a start has planned."""
+        if _plans(record):
+            now = self._ruled(self._begun)
+            self._go_on(replace(now, early_stop=replace(now.early_stop, total_steps=record.total_steps or 0)), [])
 
     def _go_on(self, ruled: _Ruled, backs: list[Back]) -> None:
         """From a checkpoint, as the trainer does: its state, then the rules, then the rollbacks of which it does not know."""
@@ -181,18 +202,18 @@ class Replay:
     def _keep(self, item: _Item) -> None:
         self._kept.append(item)
         # a checkpoint is older than what was done on going on from it
-        at = item.to_step + 1 if isinstance(item, Back) else item.step + 1 if isinstance(item, _Ruled) else item.step or 0
+        at = item.to_step + 1 if isinstance(item, Back) else (item.step or 0) + isinstance(item, _Ruled | rec.Eval)
         self._top = max(self._top, at)
 
     def _mark(self) -> None:
         """Note the state now and then, so that going back need not begin at the start of the log."""
         if len(self._kept) - self._marks[-1].count >= self._every:
-            rate, balance = self.controller.state_dict(), self._balance.state_dict()
-            self._marks.append(_Mark(len(self._kept), self._top, self._ruled(self._top), rate, balance))
+            states = self.controller.state_dict(), self._balance.state_dict(), self._early_stop.state_dict()
+            self._marks.append(_Mark(len(self._kept), self._top, self._ruled(self._top), *states))
 
     def _ruled(self, step: int) -> _Ruled:
         """The rules in force."""
-        return _Ruled(step, self.controller.rules, self._balance.rules)
+        return _Ruled(step, self.controller.rules, self._balance.rules, self._early_stop.rules)
 
     def _route(self) -> None:
         """All parts of a record of experts are there: give them to the controller of balance."""
@@ -207,9 +228,21 @@ class Replay:
             self.controller.observe(change)
         return changes
 
+    def _decided(self, record: rec.Step | rec.Change) -> list[rec.Change | rec.Alert]:
+        if isinstance(record, rec.Step):
+            self._early_stop.note(record)
+        return [decision.record for decision in self.controller.observe(record)]
+
+    def _evaluated(self, record: rec.Eval) -> list[rec.Change | rec.Alert]:
+        found = self._early_stop.observe(record, self.controller.spent)
+        for decision in found:
+            self.controller.observe(decision)
+        return found
+
     def _obey(self, ruled: _Ruled) -> None:
         self.controller.use(ruled.rules)
         self._balance.use(ruled.balance)
+        self._early_stop.use(ruled.early_stop)
 
     def end(self) -> Replayed:
         """No more records: the run was killed here, or is about to write what is due."""
@@ -256,6 +289,7 @@ class Replay:
         while self._resumes[-1][0] >= record.to_step:
             self._resumes.pop()
         self._resumes.append((record.to_step, values))  # a rollback changes none
+        self._begun = record.to_step
         self._return = rules, since
         if back is not None:
             self._go_on(rules, [*since, back])
@@ -270,6 +304,8 @@ class Replay:
         self.controller, self._balance = RateController(mark.rules.rules), BalanceController(mark.rules.balance)
         self.controller.load_state_dict(mark.rate)
         self._balance.load_state_dict(mark.balance)
+        self._early_stop = EarlyStop(mark.rules.early_stop)
+        self._early_stop.load_state_dict(mark.early_stop, to_step)
         return tail
 
     def _again(self, item: _Item) -> None:
@@ -280,15 +316,26 @@ class Replay:
             self._obey(item)
         elif isinstance(item, rec.Experts):
             self._balanced(item)
+        elif isinstance(item, rec.Eval):
+            self._evaluated(item)
         else:
-            self.controller.observe(item)
+            self._decided(item)
+
+
+_BRANCH = rec.Step | rec.Eval | rec.Change | rec.Experts | rec.Rewind
+
+
+def _plans(record: rec.Record) -> bool:
+    """Whether a trainer begins, or goes on, and tells its steps."""
+    return isinstance(record, rec.Run) and record.state == "running" and record.total_steps is not None
 
 
 def _is_before(item: _Item, to_step: int) -> bool:
-    """Whether the checkpoint of a step has something in it: other rules came after the checkpoint that they began from."""
+    """Whether the checkpoint of a step has something in it: other rules came after the checkpoint that they began from, and
+    one of an interval is taken before its step is evaluated."""
     if isinstance(item, Back):
         return item.to_step < to_step
-    return item.step < to_step if isinstance(item, _Ruled) else (item.step or 0) <= to_step
+    return item.step < to_step if isinstance(item, _Ruled | rec.Eval) else (item.step or 0) <= to_step
 
 
 def _name(record: rec.Change | rec.Alert) -> str:

@@ -60,14 +60,26 @@ class Fit:
 
     def at(self, tokens: float) -> dict[str, float]:
         """The loss at D = `tokens`: estimate, low, high. `math.inf` asks for E."""
-        x_G = (tokens / self.scale) ** -self.alpha_G if math.isfinite(tokens) else np.zeros(len(self.alpha_G))
-        mean_G = self.e_G + self.a_G * x_G
-        point_G2 = np.stack([np.ones_like(x_G), x_G], axis=-1)
+        estimate, low, high = self._interval(1.0, self._power(tokens))
+        return {"loss": estimate, "low": low, "high": high}
+
+    def gain(self, end: float) -> dict[str, float]:
+        """What the loss falls from the last point on, along the curve to D = `end`: estimate, low, high."""
+        estimate, low, high = self._interval(0.0, 1.0 - self._power(end))
+        return {"gain": estimate, "low": low, "high": high}
+
+    def _power(self, tokens: float) -> np.ndarray:
+        return (tokens / self.scale) ** -self.alpha_G if math.isfinite(tokens) else np.zeros(len(self.alpha_G))
+
+    def _interval(self, of_e: float, of_a_G: np.ndarray) -> tuple[float, float, float]:
+        """Of `of_e`·E + `of_a`·A at each alpha: the estimate, and the least and the largest value that the points allow."""
+        mean_G = of_e * self.e_G + self.a_G * of_a_G
+        point_G2 = np.stack([np.full_like(of_a_G, of_e), of_a_G], axis=-1)
         spread_G = np.einsum("gi,gij,gj->g", point_G2, self.inverse_G22, point_G2)
         allowed = self.slack_G >= 0
         half_G = np.sqrt(self.slack_G[allowed] * np.maximum(spread_G[allowed], 0))
         low, high = float((mean_G[allowed] - half_G).min()), float((mean_G[allowed] + half_G).max())
-        return {"loss": float(mean_G[self.best]), "low": max(0.0, low), "high": high}
+        return float(mean_G[self.best]), max(0.0, low), high
 
     @property
     def alpha(self) -> dict[str, float | None]:
@@ -123,7 +135,7 @@ def _profile(alpha_G: np.ndarray, scale: float, tokens_N: np.ndarray, loss_N: np
         raise TooLittle("the loss does not fall over these points")
     degrees = len(loss_N) - 3
     alike = _autocorrelation(residual_GN[best])
-    limit = squares_G[best] * (1 + _student(degrees) ** 2 / degrees * (1 + alike) / (1 - alike))
+    limit = squares_G[best] * (1 + student(degrees) ** 2 / degrees * (1 + alike) / (1 - alike))
     return Fit(scale, tokens_N, loss_N, alpha_G, limit - squares_G, e_G, a_G, inverse_G22)
 
 
@@ -152,7 +164,7 @@ def _autocorrelation(residual_N: np.ndarray) -> float:
     return min(0.9, max(0.0, float((residual_N[1:] * residual_N[:-1]).sum()) / whole + 3 / len(residual_N)))
 
 
-def _student(degrees: int) -> float:
+def student(degrees: int) -> float:
     """The two-sided point of Student's t (Cornish-Fisher; right to 0.5 % from 5 degrees on)."""
     z = NormalDist().inv_cdf((1 + LEVEL) / 2)
     return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)

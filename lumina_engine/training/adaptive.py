@@ -1,8 +1,9 @@
 """The controllers of rate and balance in a trainer: they take the records that the log gets, and what they decide is in force
-from the next step on.
+from the next step on. So does early stop, which ends the run.
 
-Every rank has them and decides alike, since loss, gradient norm and expert load are the same on all of them; the rules and the
-statistics are in `monitoring/adaptive.py` and `monitoring/balance.py`.
+Every rank has them and decides alike, since loss, gradient norm and expert load are the same on all of them; only early stop is
+decided by rank 0 for all, for a fit need not give the same last bit on every processor. The rules and the statistics are in
+`monitoring/adaptive.py`, `monitoring/balance.py` and `monitoring/early_stop.py`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from ..monitoring import record as rec
 from ..monitoring.adaptive import Back, RateController, Rules
 from ..monitoring.balance import BalanceController, BalanceRules
 from ..monitoring.decisions import back_of
+from ..monitoring.early_stop import EARLY_STOP, EarlyStop, EarlyStopRules, saved_actions
 from ..run.policy import NO_PROGRESS
 from .progress import Stop, Trouble
 
@@ -34,10 +36,17 @@ class Adaptive:
         self.trainer = trainer
         self._controller = RateController(Rules.from_config(trainer.config, trainer.config.experiment_name))
         self._balance = BalanceController(BalanceRules.from_config(trainer.config, trainer.config.experiment_name))
+        self._early_stop = EarlyStop(EarlyStopRules.from_config(trainer.config, run=trainer.config.experiment_name))
         self._stop: Stop | None = None
+
+    def plan(self) -> None:
+        """Take note of the planned steps and the schedule, which the data decided."""
+        run, total = self._early_stop.rules.run, self.trainer.total_steps
+        self._early_stop.use(EarlyStopRules.from_config(self.trainer.config, total, run))
 
     def name_run(self, name: str) -> None:
         """The name by which commands know the run, for advice."""
+        self._early_stop.use(replace(self._early_stop.rules, run=name))
         self._controller.use(replace(self._controller.rules, run=name))
         self._balance.use(replace(self._balance.rules, run=name))
 
@@ -56,6 +65,8 @@ class Adaptive:
     def observe(self, record: rec.Step | rec.Change) -> Trouble | None:
         """Take what was recorded; emit what that decides. Returns why the run must go back, if it must."""
         back: Trouble | None = None
+        if isinstance(record, rec.Step):
+            self._early_stop.note(record)
         for decision in self._controller.observe(record):
             self.trainer.emit(decision.record)
             step = record.step or 0
@@ -67,6 +78,23 @@ class Adaptive:
                 )
         self._apply()
         return back
+
+    def evaluated(self, record: rec.Eval) -> Stop | None:
+        """Take an evaluation; emit what that decides. Returns the end of the run, if it is one. A collective."""
+        judged = self._early_stop.note(record)
+        if not (judged and self._early_stop.rules.on):
+            return None
+        comm = self.trainer.comm
+        own = self._early_stop.judge(self._controller.spent) if comm.rank == 0 else None
+        line = comm.broadcast(None if own is None else rec.encode(own).decode())
+        if line is None:
+            return None
+        decision = rec.decode(line)
+        assert isinstance(decision, rec.Change | rec.Alert)
+        self._early_stop.adopt(decision)
+        self._controller.observe(decision)
+        self.trainer.emit(decision)
+        return Stop("finished", 0, decision.reason or EARLY_STOP) if isinstance(decision, rec.Change) else None
 
     def end_of_ladder(self) -> None:
         """At a boundary.
@@ -92,11 +120,15 @@ class Adaptive:
         self._apply()
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self._controller.state_dict(), "balance": self._balance.state_dict()}
+        others = {"balance": self._balance.state_dict(), "early_stop": self._early_stop.state_dict()}
+        return {**self._controller.state_dict(), **others}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._controller.load_state_dict(state)
+        """Put back what the checkpoint of the trainer's present step has."""
+        step = self.trainer.progress.step
+        self._controller.load_state_dict({**state, "actions": saved_actions(state.get("actions", []), step)})
         self._balance.load_state_dict(state.get("balance", {}))
+        self._early_stop.load_state_dict(state.get("early_stop", {}), step)
         self._apply()
 
     def _apply(self) -> None:

@@ -89,7 +89,7 @@ class Boundary:
         """Evaluate, and take note of whether it is the best yet; a loss that is not finite says nothing about that.
 
         Raises:
-            Stop: no better evaluation in `early_stopping_patience` of them.
+            Stop: no better evaluation in `early_stopping_patience` of them, or less to gain than `early_stopping_gain`.
         """
         trainer = self.trainer
         if trainer.eval_data is None:
@@ -98,7 +98,8 @@ class Boundary:
         trainer.section("eval", progress.step)
         figures = trainer.evaluate(trainer.eval_data, trainer.config.eval_batches)
         progress.last_eval = {"step": progress.step, **figures}
-        trainer.emit(eval_record(progress.step, figures, begin))
+        record = eval_record(progress.step, figures, begin)
+        trainer.emit(record)
         if not math.isfinite(figures["loss"]):
             return
         self.mark_best()
@@ -107,6 +108,8 @@ class Boundary:
             progress.evals_since_best = 0
         else:
             progress.evals_since_best += 1
+        if (stop := trainer.adaptive.evaluated(record)) is not None:
+            raise stop
         patience = trainer.config.early_stopping_patience
         if patience and progress.evals_since_best >= patience:
             raise Stop("finished", 0, f"no better eval_loss in {patience} evaluations (early_stopping_patience)")

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from ..config.steps import decay_start, warmup_of
+
 
 @dataclass
 class Schedule:
@@ -30,10 +32,8 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Any, total_steps: int) -> Schedule:
-        """`warmup_steps: auto` becomes 2 % of the steps, 2,000 at the most."""
-        warmup = config.warmup_steps
-        if warmup == "auto":
-            warmup = min(2000, round(0.02 * total_steps))
+        """The schedule of a configuration; `warmup_steps: auto` becomes a number."""
+        warmup = warmup_of(config.warmup_steps, total_steps)
         return cls(config.lr_schedule, config.learning_rate, total_steps, warmup, config.min_lr_ratio, config.decay_ratio)
 
     def shape(self, step: int) -> float:
@@ -46,7 +46,7 @@ class Schedule:
         if self.kind == "constant":
             return 1.0
         if self.kind == "wsd":
-            start = max(self.warmup_steps, self.total_steps - round(self.decay_ratio * self.total_steps))
+            start = decay_start(self.total_steps, self.warmup_steps, self.decay_ratio)
             share = (step - start) / max(1, self.total_steps - start)
             return 1.0 - (1.0 - floor) * min(1.0, max(0.0, share))
         share = min(1.0, (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps))

@@ -174,6 +174,7 @@ class EnhancedConversationTrainer:
         """
         started = time.monotonic()
         self.prepare(train_dataset, eval_dataset)
+        self.adaptive.plan()
         mode = self.config.adaptive
         self.emit(rec.Run(state="running", total_steps=self.total_steps, world=self.comm.world_size, adaptive=mode))
         try:

@@ -91,6 +91,7 @@ TABLE: dict[str, dict[str, tuple[Any, Any, Any]]] = {
         "eval_interval": (200, 0, N),
         "eval_batches": (100, 0, N),
         "early_stopping_patience": (0, 0, N),
+        "early_stopping_gain": (0.0, 0, N),
     },
     "data": {
         "train_data_path": (None, N, N),

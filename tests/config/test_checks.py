@@ -77,6 +77,27 @@ CASES = [
         "needs evaluations",
         {"eval_interval": 200},
     ),
+    (
+        {"early_stopping_gain": 0.01, "eval_interval": 0},
+        "early_stopping",
+        "error",
+        "early_stopping_gain = 0.01 needs evaluations",
+        {"eval_interval": 200},
+    ),
+    (
+        {"early_stopping_gain": 0.01, "lr_schedule": "wsd"},
+        "early_stopping",
+        "warning",
+        "ends no run with lr_schedule = wsd",
+        {"lr_schedule": "cosine"},
+    ),
+    (
+        {"early_stopping_gain": 0.01, "adaptive": "off"},
+        "switched_off",
+        "info",
+        "early_stopping_gain = 0.01 has no effect with adaptive = off",
+        {"adaptive": "advise"},
+    ),
     ({"min_batch_size": 64}, "batch_bounds", "error", "more than max_batch_size", {"min_batch_size": 32}),
     ({"min_seq_length": 4096}, "curriculum", "error", "longer than seq_length", {"min_seq_length": "auto"}),
     (

@@ -42,6 +42,10 @@ def configured(rules: Rules) -> Any:
         router_bias_rate=0.0,
         moe_dropless=True,
         capacity_factor=1.25,
+        early_stopping_gain=0.0,
+        lr_schedule="constant",
+        warmup_steps=0,
+        decay_ratio=0.2,
     )
 
 

@@ -98,6 +98,11 @@ SEEN: dict[str, tuple[dict[str, Any], Any, str]] = {
     "eval_interval": ({}, 2, "evals"),
     "eval_batches": ({}, 0, "evals"),
     "early_stopping_patience": ({"eval_interval": 1, "learning_rate": 0.3, "max_steps": 12}, 1, "end"),
+    "early_stopping_gain": (
+        {"adaptive": "act", "eval_interval": 1, "lr_schedule": "constant", "max_steps": 20, "num_epochs": 100},
+        100.0,
+        "end",
+    ),
     "train_data_path": ({}, lambda folder: str(conversations(folder / "other.jsonl", 50, 100)), "rows tokens"),
     "eval_data_path": ({}, lambda folder: str(conversations(folder / "held.jsonl", 30, 200)), "tokens"),
     "eval_split": ({}, 0.5, "tokens"),

@@ -1,0 +1,220 @@
+"""Early stop on the fitted curve: a run ends when what its evaluation loss can still gain is surely less than asked for.
+
+The gain is the fall of `eval_loss` from the newest evaluation to the last planned step, in nats. The curve through the
+run's own evaluations after the warm-up (`scaling.py`, 12 of them over a factor of 4 in tokens) gives it with a 95 % interval,
+whose upper end is what counts. Where the points allow no fit there is no answer, and the run goes on.
+
+A rate that still falls brings more than the curve tells: it lowers the noise of the weights as well. On a quadratic with noise
+the curve alone missed up to half of the gain under a linear schedule, and the straight line through the newest 12 evaluations
+(the upper end of its slope, to the last step) never did. So the larger of the two counts, unless the rate is constant. In WSD
+the loss of the flat part tells nothing of what the decay brings: only evaluations within the decay count.
+
+Nothing but records enters, so the log alone gives each decision again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..config.steps import decay_start, warmup_of
+from . import record as rec
+from .balance import action_of as action_of_balance
+from .balance import reader
+from .scaling import LEAST_POINTS, RANGE, TooLittle, fit, student
+
+EARLY_STOP = "early_stop"  # `what` of the change that ends a run, and code of the alert that advises it
+KEYS = ("early_stopping_gain", "lr_schedule", "warmup_steps", "decay_ratio")  # that it goes by, beside those of all controllers
+_RULE = "remaining_gain"
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyStopRules:
+    """What the machine goes by. `total_steps` are those planned (0: not known yet), `run` the name that advice gives."""
+
+    mode: str = "advise"
+    gain: float = 0.0
+    most: int = 20
+    schedule: str = "constant"
+    warmup_steps: Any = 0
+    decay_ratio: float = 0.2
+    total_steps: int = 0
+    run: str = "RUN"
+
+    @classmethod
+    def from_config(cls, config: Any, total_steps: int = 0, run: str = "RUN") -> EarlyStopRules:
+        """The rules of a configuration: any object or mapping with its keys."""
+        get = reader(config)
+        return cls(
+            mode=str(get("adaptive")),
+            gain=float(get("early_stopping_gain")),
+            most=int(get("max_adaptive_actions")),
+            schedule=str(get("lr_schedule")),
+            warmup_steps=get("warmup_steps"),
+            decay_ratio=float(get("decay_ratio")),
+            total_steps=total_steps,
+            run=run,
+        )
+
+    @property
+    def on(self) -> bool:
+        """Whether anything may be decided."""
+        return self.mode != "off" and self.gain > 0 and self.total_steps > 0
+
+    @property
+    def after(self) -> int:
+        """The step after which evaluations count."""
+        warmup = warmup_of(self.warmup_steps, self.total_steps)
+        return decay_start(self.total_steps, warmup, self.decay_ratio) if self.schedule == "wsd" else warmup
+
+
+def remaining_gain(tokens_N: np.ndarray, loss_N: np.ndarray, end: float, falling: bool) -> dict[str, float]:
+    """What the loss still falls from the last of N evaluations to `end` tokens: `gain` (estimate), `low`, `high` in nats.
+
+    Args:
+        falling: whether the learning rate falls on the way.
+
+    Raises:
+        TooLittle: the evaluations allow no fit.
+    """
+    found = fit(tokens_N, loss_N).gain(end)
+    if falling:
+        found["high"] = max(found["high"], _straight(tokens_N[-LEAST_POINTS:], loss_N[-LEAST_POINTS:], end))
+    return found
+
+
+def _straight(tokens_N: np.ndarray, loss_N: np.ndarray, end: float) -> float:
+    """The fall to `end` along the line through all points, at the upper end of its slope."""
+    x_N, y_N = tokens_N - tokens_N.mean(), loss_N - loss_N.mean()
+    squares = float((x_N**2).sum())
+    slope, degrees = float((x_N * y_N).sum()) / squares, len(x_N) - 2
+    error = math.sqrt(float(((y_N - slope * x_N) ** 2).sum()) / degrees / squares)
+    return (student(degrees) * error - slope) * (end - float(tokens_N[-1]))
+
+
+def action_of(record: rec.Record) -> dict[str, Any] | None:
+    """What an action of this machine or of that of balance rests on, or its advice to take one; None for every other record."""
+    if isinstance(record, rec.Change) and record.what == EARLY_STOP:
+        return record.evidence
+    if isinstance(record, rec.Alert) and record.code == EARLY_STOP:
+        return {"action": "advice", "rule": _RULE, "step": record.step}
+    return action_of_balance(record)
+
+
+def saved_actions(actions: Sequence[Mapping[str, Any]], step: int) -> list[dict[str, Any]]:
+    """Of the actions in the checkpoint of `step` those that its return has: what its evaluation decided is decided again."""
+    return [dict(action) for action in actions if action.get("rule") != _RULE or action["step"] < step]
+
+
+@dataclass(slots=True)
+class _State:
+    """Everything that the decisions depend on beside the rules; part of a checkpoint."""
+
+    evals: list[list[float]] = field(default_factory=list)  # step, tokens, loss
+    step: int = 0  # of the newest record of a step, and the tokens so far
+    tokens: int = 0
+    advised: list[float] | None = None  # the gain of which it was advised, and the step
+
+
+class EarlyStop:
+    """The machine. `note` each `step` and `eval` record once, in the order of the log; `judge` after one of an evaluation, and
+    `adopt` what that gave. `observe` does all three."""
+
+    def __init__(self, rules: EarlyStopRules) -> None:
+        self.rules = rules
+        self._s = _State()
+
+    def use(self, rules: EarlyStopRules) -> None:
+        """Go on by other rules."""
+        self.rules = rules
+
+    def observe(self, record: rec.Step | rec.Eval, spent: int) -> list[rec.Change | rec.Alert]:
+        """The decision that this record brings; `spent` actions have been taken in the run, by whatever controller."""
+        decision = self.judge(spent) if self.note(record) else None
+        self.adopt(decision)
+        return [] if decision is None else [decision]
+
+    def note(self, record: rec.Step | rec.Eval) -> bool:
+        """Take a record. Returns whether it is an evaluation to judge by."""
+        s = self._s
+        if isinstance(record, rec.Step):
+            s.step, s.tokens = record.step, record.tokens
+            return False
+        if record.loss is None or not math.isfinite(record.loss) or not s.step:
+            return False
+        tokens = s.tokens * record.step / s.step  # not every step has a record (`log_interval`)
+        s.evals = [item for item in s.evals if item[1] >= tokens / RANGE] + [[record.step, tokens, record.loss]]
+        return True
+
+    def judge(self, spent: int) -> rec.Change | rec.Alert | None:
+        """What the newest evaluation decides."""
+        s, rules = self._s, self.rules
+        known = [item for item in s.evals if item[0] > rules.after]
+        if not rules.on or spent >= rules.most or not known or (rules.mode == "advise" and self._advised):
+            return None
+        step, tokens, _ = known[-1]
+        if step >= rules.total_steps:
+            return None
+        end = tokens * rules.total_steps / step
+        points_N3 = np.array(known)
+        try:
+            found = remaining_gain(points_N3[:, 1], points_N3[:, 2], end, rules.schedule != "constant")
+        except TooLittle:
+            return None
+        return self._decision(int(step), len(known), found) if found["high"] < rules.gain else None
+
+    def adopt(self, decision: rec.Change | rec.Alert | None) -> None:
+        """Take note of what was decided, here or by rank 0."""
+        if isinstance(decision, rec.Alert):
+            self._s.advised = [self.rules.gain, float(decision.step or 0)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as JSON values."""
+        s = self._s
+        return {"evals": [list(item) for item in s.evals], "step": s.step, "tokens": s.tokens, "advised": s.advised}
+
+    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
+        """Put back the state that the checkpoint of `step` has; what it does not have is as at a start.
+
+        What came of the evaluation of that very step is left out: a checkpoint of an interval is taken before it.
+        """
+        evals = [list(item) for item in state.get("evals", []) if item[0] < step]
+        advised = state.get("advised")
+        advised = list(advised) if advised is not None and advised[1] < step else None
+        self._s = _State(evals, int(state.get("step", 0)), int(state.get("tokens", 0)), advised)
+
+    @property
+    def _advised(self) -> bool:
+        """Whether the same has been advised already."""
+        return self._s.advised is not None and self._s.advised[0] == self.rules.gain
+
+    def _decision(self, step: int, points: int, found: Mapping[str, float]) -> rec.Change | rec.Alert:
+        """The end of the run, or the advice to end it, with what it rests on."""
+        rules = self.rules
+        gain, low, high = found["gain"], found["low"], found["high"]
+        words = (
+            f"eval_loss can fall by at most {high:.3g} to step {rules.total_steps} (95 %; the curve through {points} "
+            f"evaluations gives {gain:.3g}, at least {low:.3g}), less than early_stopping_gain={rules.gain:g}"
+        )
+        if rules.mode == "advise":
+            advice = f"end it: lumina-engine runs stop {rules.run}"
+            message = f"step {step}: {words}"
+            return rec.Alert(severity="info", code=EARLY_STOP, message=message, recommendation=advice, step=step)
+        evidence = {
+            "action": "stop",
+            "rule": _RULE,
+            "statistic": high,
+            "threshold": rules.gain,
+            "window": points,
+            "cooldown": 0,  # nothing comes after it
+            "gain": gain,
+            "low": low,
+            "step": step,
+        }
+        return rec.Change(
+            what=EARLY_STOP, step=step, before=rules.total_steps, after=step, by="adaptive", reason=words, evidence=evidence
+        )

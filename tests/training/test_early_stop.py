@@ -1,0 +1,149 @@
+"""Early stop on the fitted curve in the real trainer (C100): it ends cleanly, at the same step after a kill, for all ranks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.decisions import of_controller, replay
+from lumina_engine.monitoring.early_stop import EARLY_STOP
+from tests.faults.test_ft_guard import rewinds
+from tests.faults.tiny import Tiny
+from tests.launch import last_line, launch
+from tests.parity.modes import write_data
+from tests.training.test_adaptive import lifted
+
+PROGRAM = Path(__file__).with_name("early_stop_ranks.py")
+KEYS: dict[str, Any] = {
+    "adaptive": "act",
+    "early_stopping_gain": 0.02,
+    "lr_schedule": "constant",
+    "warmup_steps": 0,
+    "eval_interval": 2,
+    "eval_split": 0.25,
+    "save_interval": 4,
+    "spike_policy": "alert",
+    "expert_log_interval": 500,
+    "gradient_accumulation_steps": 1,
+    "num_epochs": 100,
+    "max_steps": 44,
+}
+END = 32  # the first step from which the loss falls by less than 0.02 to the last one
+
+
+def curve(step: int) -> float:
+    """At step 30 there are 0.0212 left to step 44, at step 32 0.0170."""
+    return 2.0 + 2.0 / step
+
+
+def planted(folder: Path, name: str = "run", loss: Callable[[int], float] = curve, **keys: Any) -> Tiny:
+    """A run whose evaluation after a step gives `loss` of it."""
+    tiny = Tiny(folder, name, **KEYS | keys)
+
+    def figures(data: Any, batches: int) -> dict[str, float]:
+        value = loss(tiny.trainer.progress.step)
+        return {"loss": value, "perplexity": 1.0, "bits_per_byte": 1.0, "accuracy": 0.0, "tokens": 1}
+
+    tiny.trainer.evaluate = figures  # type: ignore[method-assign]
+    return tiny
+
+
+def decisions(tiny: Tiny) -> list[Any]:
+    return [r for r in tiny.records if of_controller(r)]
+
+
+def differences(tiny: Tiny, before: list[Any] | None = None) -> list[str]:
+    log = [*(before or []), *tiny.records]
+    return replay([rec.decode(rec.encode(r)) for r in log], tiny.config).differences
+
+
+def test_c100_act_ends_the_run_and_advise_tells_it(tmp_path: Path) -> None:
+    found, ends = {}, {}
+    for mode in ("off", "advise", "act"):
+        found[mode] = planted(tmp_path, mode, adaptive=mode)
+        ends[mode] = found[mode].train()
+    assert [ends[mode]["step"] for mode in found] == [44, 44, END]
+    assert {(end["state"], end["exit_code"]) for end in ends.values()} == {("finished", 0)}
+    (change,), (alert,) = decisions(found["act"]), decisions(found["advise"])
+    assert (change.what, change.step, change.before, change.after) == (EARLY_STOP, END, 44, END)
+    assert (alert.code, alert.step, alert.severity) == (EARLY_STOP, END, "info") and decisions(found["off"]) == []
+    assert alert.recommendation == f"end it: lumina-engine runs stop {found['advise'].config.experiment_name}"
+    assert alert.message == f"step {END}: {change.reason}" and ends["act"]["reason"] == change.reason
+    assert found["act"].losses == {step: row for step, row in found["advise"].losses.items() if step <= END}
+    assert found["advise"].losses == found["off"].losses and max(dict(found["act"].manager.committed())) == END
+    assert all(differences(tiny) == [] for tiny in found.values())
+
+
+def test_c100_no_end_without_the_key_without_actions_nor_in_the_flat_part_of_wsd(tmp_path: Path) -> None:
+    for number, keys in enumerate([{"early_stopping_gain": 0.0}, {"max_adaptive_actions": 0}, {"lr_schedule": "wsd"}]):
+        tiny = planted(tmp_path, str(number), **keys)
+        assert tiny.train()["step"] == 44 and decisions(tiny) == [] and differences(tiny) == []
+
+
+def test_c100_the_step_of_the_end_is_saved_where_no_interval_saves_it(tmp_path: Path) -> None:
+    tiny = planted(tmp_path, save_interval=0)
+    assert tiny.train()["step"] == END and [step for step, _ in tiny.manager.committed()] == [END]
+
+
+@pytest.mark.parametrize("at", [8, 28, 32])
+@pytest.mark.parametrize("mode", ["act", "advise"])
+def test_c100_resumed_anywhere_it_equals_the_unbroken_run(tmp_path: Path, at: int, mode: str) -> None:
+    """The checkpoint of step 32 was taken before the evaluation that ends the run, which comes again."""
+    whole = planted(tmp_path, adaptive=mode)
+    whole.train()
+    resumed = planted(tmp_path, adaptive=mode)
+    resumed.resume(at)
+    resumed.train()
+    assert resumed.state() == whole.state() and [r.step for r in decisions(resumed)] == [END]
+    assert [getattr(r, "evidence", r.step) for r in decisions(resumed)] == [
+        getattr(r, "evidence", r.step) for r in decisions(whole)
+    ]
+    log = [r for r in whole.records if not (isinstance(r, rec.Run) and r.state == "finished")]
+    assert differences(resumed, [*log, rec.Rewind(to_step=at)]) == []
+
+
+def test_c100_a_run_that_ended_goes_on_without_the_key(tmp_path: Path) -> None:
+    """The checkpoint was taken after its evaluation, of which a start from it knows nothing."""
+    ended = planted(tmp_path, save_interval=0)
+    ended.train()
+    resumed = planted(tmp_path, save_interval=0, early_stopping_gain=0.0)
+    proof = resumed.resume(END)
+    assert proof.changed["early_stopping_gain"] == (0.02, 0.0) and resumed.train()["step"] == 44
+    assert differences(resumed, [*ended.records, rec.Rewind(to_step=END), proof]) == []
+    again = planted(tmp_path, save_interval=0)
+    proof = again.resume(END)
+    assert again.train()["step"] == END + 2
+    log = [*ended.records, rec.Rewind(to_step=END), proof, *again.records]
+    found = replay([rec.decode(rec.encode(r)) for r in log], again.config)
+    assert found.differences == [] and found.spent == len(again.trainer.adaptive.state_dict()["actions"]) == 1
+
+
+def test_c100_a_rollback_takes_out_the_evaluations_of_the_branch_that_it_leaves(tmp_path: Path) -> None:
+    """There the loss stands still from step 20 on."""
+    keys = {"spike_policy": "rollback", "spike_sigma": 20.0, "max_nonfinite_in_row": 2}
+
+    def loss(step: int) -> float:
+        return curve(step if rewinds(tiny) else min(step, 20))
+
+    def broken(step: int) -> float:
+        return math.nan if step in (26, 27) and not rewinds(tiny) else 1.0
+
+    tiny = planted(tmp_path, loss=loss, **keys)
+    assert lifted(tiny, broken).train()["step"] == END and rewinds(tiny) == [(20, 27)]
+    assert [r.step for r in tiny.records if isinstance(r, rec.Eval)] == [*range(2, 28, 2), *range(20, END + 1, 2)]
+    evals = tiny.trainer.adaptive.state_dict()["early_stop"]["evals"]
+    assert [(step, value) for step, _, value in evals] == [(step, curve(step)) for step in range(2, END + 1, 2)]
+    assert [r.step for r in decisions(tiny)] == [END] and differences(tiny) == []
+
+
+def test_c100_rank_0_decides_for_all(tmp_path: Path) -> None:
+    """The second rank's own figures say that the loss rises."""
+    done = launch(PROGRAM, 2, str(write_data(tmp_path)), str(tmp_path), XDG_STATE_HOME=str(tmp_path / "state"))
+    found = last_line(done, "EARLY ")
+    assert found["step"] == [14, 14] and found["state"] == ["finished", "finished"]
+    assert found["actions"] == [1, 1] and found["saved"] == [14]
