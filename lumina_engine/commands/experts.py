@@ -67,14 +67,15 @@ def shrink(args: argparse.Namespace) -> int:
 
 def loads(source: Source) -> Mapping[int, list[float]] | None:
     """Tokens per expert by layer in the last 100 steps before the checkpoint, by the run's log; else by its own count."""
+    from ..monitoring import record as rec
     from ..monitoring.log import read_records
     from ..monitoring.moe import observations
 
     log = source.path.parent.parent / "metrics.jsonl"
     if log.is_file():
         step = source.loaded.step
-        layers, seen = observations(read_records(log))
-        recent = [item.load_LE for item in seen if step - RECENT < item.step <= step]
+        layers, seen = observations(r for r in read_records(log) if not (isinstance(r, rec.Experts) and r.step > step))
+        recent = [item.load_LE for item in seen if item.step > step - RECENT]
         if layers == source.layers and recent and all(load_LE.shape[1] == source.experts for load_LE in recent):
             return dict(zip(layers, sum(recent[1:], recent[0]).tolist(), strict=True))
     return source.window()

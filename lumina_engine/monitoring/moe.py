@@ -46,7 +46,15 @@ def balance_score(load_LE: np.ndarray) -> float:
 
 
 def observations(records: Iterable[rec.Record]) -> tuple[list[int], list[Routing]]:
-    """The expert layers and the routing at each step; a record that was split over several lines is put together again."""
+    """The expert layers and the routing at each step since the number of experts is what it is; a record that was split over
+    several lines is put together again."""
+    layers, seen = _all_observations(records)
+    before = [place for place, item in enumerate(seen) if item.load_LE.shape != seen[-1].load_LE.shape]
+    return layers, seen[before[-1] + 1 if before else 0 :]
+
+
+def _all_observations(records: Iterable[rec.Record]) -> tuple[list[int], list[Routing]]:
+    """The same of the whole run, in which the number of experts may have changed."""
     steps: dict[int, dict[int, tuple[list[float], float]]] = {}
     for record in surviving(records):
         if isinstance(record, rec.Experts):
@@ -62,14 +70,17 @@ def observations(records: Iterable[rec.Record]) -> tuple[list[int], list[Routing
 
 def stability(records: Iterable[rec.Record]) -> list[dict[str, Any]]:
     """How far the load moved from each checkpoint to the next: by layer, the total variation between the shares of the experts
-    (0 = the same shares, 1 = other experts), from the last observation at or before each checkpoint."""
+    (0 = the same shares, 1 = other experts), from the last observation at or before each checkpoint. Nothing is told of two
+    checkpoints with other numbers of experts: their shares do not compare."""
     kept = list(records)
-    layers, seen = observations(kept)
+    layers, seen = _all_observations(kept)
     saved = sorted({item.step for item in surviving(kept) if isinstance(item, rec.Checkpoint) and item.failed is None})
     at = [(step, [item for item in seen if item.step <= step][-1:]) for step in saved]
     known = [(step, found[0]) for step, found in at if found]
     rows = []
     for (before, old), (after, new) in pairwise(known):
+        if old.load_LE.shape != new.load_LE.shape:
+            continue
         moved_L = np.abs(_shares(old.load_LE) - _shares(new.load_LE)).sum(axis=-1) / 2
         rows.append({"from_step": before, "to_step": after, "layers": layers, "moved": moved_L.tolist()})
     return rows

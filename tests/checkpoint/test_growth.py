@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,13 @@ from lumina_engine.checkpoint.files import CheckpointError
 from lumina_engine.checkpoint.growth import Merge, Split, coldest, grow, hottest, open_source, shrink
 from lumina_engine.checkpoint.manager import CheckpointManager, Payload, load_model
 from lumina_engine.checkpoint.verify import verify
+from lumina_engine.commands.experts import loads
 from lumina_engine.config.schema import Config, DeepSeekConfig
 from lumina_engine.data.tokenizer import ConversationTokenizer
 from lumina_engine.model.transformer import DeepSeekTransformer
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.decisions import of_controller, replay
+from lumina_engine.monitoring.log import MetricLog
 from tests.faults.tiny import KEYS, Tiny
 
 ONE = {"moe_top_k": 1, "num_experts": 4, "num_dense_layers": 0}
@@ -113,6 +116,20 @@ def test_c099_state_follows_the_experts(tmp_path: Path, tokenizer: ConversationT
     assert same and all(torch.equal(old[name], new[name]) for name in same)
     told = after.report.manifest["experts_changed"]
     assert told["from"] == source.report.digest and told["layers"]["1"] == {"expert": 3}
+
+
+def test_c099_the_log_of_a_run_that_grew_tells_the_loads_of_each_of_its_checkpoints(tmp_path: Path) -> None:
+    """Also of one from before: what came later, of other experts, is not its."""
+    with MetricLog(tmp_path / "metrics.jsonl", 1, sync_interval=0) as log:
+        for step, load in ((50, [9.0, 1.0]), (150, [1.0, 2.0]), (200, [3.0, 4.0]), (250, [1.0, 1.0, 1.0])):
+            log.emit(rec.Experts(step=step, layers=[0], load=[load]))
+
+    def told(step: int, experts: int) -> Any:
+        path, loaded = tmp_path / "checkpoints" / f"step-{step:06d}", SimpleNamespace(step=step)
+        return loads(SimpleNamespace(path=path, loaded=loaded, layers=[0], experts=experts, window=lambda: "its own"))  # type: ignore[arg-type]
+
+    assert told(200, 2) == {0: [4.0, 6.0]} and told(300, 3) == {0: [1.0, 1.0, 1.0]}
+    assert told(300, 2) == "its own", "the log has nothing of so many experts there"
 
 
 def test_c099_growing_refuses_what_it_cannot_do_exactly(tmp_path: Path, tokenizer: ConversationTokenizer) -> None:

@@ -118,3 +118,30 @@ def test_c025_report_moe_says_how_far_the_load_moved(tmp_path: Path, capsys: pyt
     assert json.loads((run.reports / "report.json").read_text())["moe"] == shown
     assert cli.main(["report", "r", "--runs", str(tmp_path), "--moe"]) == 0
     assert "moved     step 6 to 7: 45.0 %" in capsys.readouterr().out
+
+
+def test_c099_a_log_with_two_numbers_of_experts_is_read_like_any_other(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What does not compare is left out: figures are those since the number is what it is, also where it was so before."""
+    from lumina_engine import cli
+    from lumina_engine.run.directory import RunDirectory
+
+    run = RunDirectory.create(tmp_path, "r")
+    grown = [*SKEW, 0.0]
+    rows = [[EVEN, grown[:4]]] * 4, [[[*EVEN, 0.0], grown]] * 4, [[EVEN, EVEN]] * 4
+    run_of(run.path, *rows[0], *rows[1], *rows[2], saves=(2, 4, 6, 8, 11))
+    with MetricLog(run.metrics_path, 1, sync_interval=0) as log:
+        for step in range(1, 13):
+            log.emit(rec.Step(step=step, loss=3.0 - step / 100))
+    found = diagnosed(run.path)
+    assert (found["observations"], found["status"], found["expert_balance_score"]) == (4, "balanced", 1.0)
+    moved = stability(read_records(run.metrics_path))
+    assert [(row["from_step"], row["to_step"]) for row in moved] == [(2, 4), (6, 8)]
+    assert cli.main(["report", "r", "--runs", str(tmp_path), "--moe", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["moe"]["observations"] == 4 and len(shown["moe"]["stability"]) == 2
+    routing = json.loads((run.reports / "report.json").read_text())["routing"]
+    assert [len(layer["load"]) for layer in routing["layers"]] == [4, 4]
+    assert cli.main(["runs", "plot", "r", "--runs", str(tmp_path), "--metrics", "loss,dropped"]) == 0
+    assert "loss (nats per token)" in capsys.readouterr().out

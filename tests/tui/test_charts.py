@@ -262,6 +262,31 @@ async def test_c132_expert_map_of_any_shape_in_any_size(layers, count, size):
             assert "worst of" in text and "x fair" in text
 
 
+async def test_c099_the_expert_map_of_a_run_that_grew_follows_the_number_of_experts():
+    store = experts(2, 4)
+    app = Stage(ExpertMap(store))
+    async with app.run_test(size=(52, 20)) as pilot:
+        app.widget.sync()
+        app.widget.focus()
+        for key in "lll":
+            await pilot.press(key)
+        assert "experts 2 x 4" in shown(app) and "E3" in shown(app)
+        load = [[50.0, 60.0, 70.0, 80.0, 90.0], [90.0, 80.0, 70.0, 60.0, 50.0]]
+        store.apply([rec.Experts(seq=2, inc=2, step=19, layers=[0, 1], load=load, dead=[0, 0])])
+        app.widget.sync()
+        await pilot.press("l")
+        assert "experts 2 x 5" in shown(app) and "E4" in shown(app)
+        await pilot.press("enter")
+        assert "over time" in shown(app)
+        four = rec.Experts(seq=4, inc=3, step=10, layers=[0, 1], load=[[5.0] * 4] * 2)
+        store.apply([rec.Rewind(seq=3, inc=3, to_step=9), four])
+        app.widget.sync()
+        await pilot.pause()
+        assert "over time" in shown(app)
+        await pilot.press("enter")
+        assert "experts 2 x 4" in shown(app)
+
+
 async def test_chart_keys_and_region_refresh():
     store = store_of(curve(300), {100: 2.5, 200: 2.0})
     chart = LineChart(store)

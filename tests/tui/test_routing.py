@@ -115,6 +115,20 @@ def test_a_step_that_comes_again_replaces_the_old_one():
     assert history.layer(0).share_TE[:, 1].tolist() == pytest.approx([0.0, 2 * 3 / 4, 2 * 5 / 6])
 
 
+def test_c099_a_layer_that_got_an_expert_is_shown_with_it_and_without_it_after_a_rewind(small):
+    generator = random.Random(5)
+    before = [observation(step, generator, experts=4) for step in range(1, 30)]
+    after = [observation(step, generator, experts=5) for step in range(30, 50)]
+    history = RoutingHistory()
+    summary = history.extend([*before, *after])
+    assert summary.step_N.tolist() == list(range(1, 50))
+    assert history.layer(1).share_TE.shape[1] == 5 and history.layer(1).first_T[0] == 30
+    back = RoutingHistory.from_arrays(history.to_arrays())
+    same(back, history)
+    history.truncate(20)
+    assert history.layer(1).share_TE.shape[1] == 4 and history.layer(1).last_T[-1] <= 20
+
+
 @pytest.mark.parametrize("count", [0, 1, 40, 500])
 def test_c132_arrays_give_the_same_history_back(small, count):
     records = run_of(count + 20, count)

@@ -295,6 +295,10 @@ def test_c093_routing_collapse_dead_hot_and_dropped() -> None:
         other.layers = [7]
         halves.replay([experts(step, 10, 10, 10, 0), other])
     assert codes(halves) == ["dead_experts"] and list(halves.open) == ["dead_experts"]
+    grown = fed(300)
+    for step in range(300, 400, 10):  # in the middle of a log there is an expert more
+        grown.observe(experts(step, 100, 100, 100, 100) if step < 350 else experts(step, 80, 80, 80, 80, 80))
+    assert codes(grown) == [] and grown.seen.routing is not None and len(grown.seen.routing.load[0]) == 5
     early = fed(20)
     assert [early.observe(experts(step, 400, 0, 0, 0)) for step in (10, 20, 30)] == [[], [], []], "a start is no collapse"
     young = fed(100)
