@@ -329,17 +329,21 @@ class GrowthWatch:
     def _take(self, record: rec.Record) -> bool:
         """Add a record to the windows; whether it completes what is known of the experts at a step."""
         if isinstance(record, rec.Eval) and record.loss is not None:
+            self._forget_evals(record.step - 1)  # a resumed run evaluates its step once more
             self._evals.append((record.step, record.loss))
         if isinstance(record, rec.Change) and record.what in (WEIGHT, CAPACITY):
             self._doubled.append(record)
             self._evolution.config = self._in_force()
         if isinstance(record, rec.Rewind):  # what followed is of an abandoned branch
             self._window.go_back(record.to_step)
-            self._evals = deque((item for item in self._evals if item[0] <= record.to_step), maxlen=self._evals.maxlen)
+            self._forget_evals(record.to_step)
             # a change is decided in the step before its own, and the checkpoint of that one has it
             self._doubled = [change for change in self._doubled if (change.step or 0) <= record.to_step + 1]
             self._evolution.config = self._in_force()
         return isinstance(record, rec.Experts) and self._window.take(record)
+
+    def _forget_evals(self, after: int) -> None:
+        self._evals = deque((item for item in self._evals if item[0] <= after), maxlen=self._evals.maxlen)
 
     def _in_force(self) -> Config:
         """The configuration with what `adaptive=act` has doubled, unless the key was given another value since."""

@@ -248,6 +248,12 @@ def test_c099_a_doubling_of_an_abandoned_branch_or_of_another_value_is_none(repl
         assert growth_told(WEAK.model_copy(update=keys), whole, 30 if replayed else 0) == []
 
 
+def test_c099_a_step_that_a_resumed_run_evaluates_again_counts_once() -> None:
+    watch = GrowthWatch(BALANCING, "mine")
+    watch.replay([rec.Eval(step=4, loss=3.0), rec.Eval(step=8, loss=2.0), rec.Rewind(to_step=8), rec.Eval(step=8, loss=2.0)])
+    assert list(watch._evals) == [(4, 3.0), (8, 2.0)]
+
+
 @pytest.mark.parametrize("interval", [1, 7, 30, 50, 70, 300, 1_999, 2_000, 3_000])
 def test_c099_a_dead_expert_is_removed_whatever_the_interval_of_the_log(interval: int) -> None:
     watch = GrowthWatch(BALANCING, "mine")
