@@ -1,4 +1,4 @@
-"""`lumina-engine runs decisions` and `runs set-lr`: what was done about rate and balance, and setting the rate by hand."""
+"""`lumina-engine runs decisions` and `runs set-lr`: what was done about rate and experts, and setting the rate by hand."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def lines(found: Replayed) -> list[str]:
         return ["not known: the log was written without the controllers"]
     shown = [_line(as_dict(record)) for record in found.decisions]
     if not shown:
-        shown = ["no decision about the learning rate or the balance of experts"]
+        shown = ["no decision about the learning rate or the experts"]
     else:
         shown.append(f"the rate is {found.factor:.3g} times the schedule's; actions so far: {found.spent}")
     agreed = "the log alone gives the same decisions" if found.agrees else "the log alone gives other decisions"
@@ -100,7 +100,5 @@ def _line(item: dict[str, Any]) -> str:
     if item["what"] == EARLY_STOP:
         return f"step {item['step']:,}  {evidence['action']} of {item['before']:,} steps: {item['reason']} ({figures}, {how})"
     what = "factor" if item["what"] == FACTOR else item["what"]
-    return (
-        f"step {item['step']:,}  {evidence['action']}: {what} {item['before']:.3g} to {item['after']:.3g}: {item['reason']} "
-        f"({figures}, {how})"
-    )
+    before, after = (f"{value}" if isinstance(value, int) else f"{value:.3g}" for value in (item["before"], item["after"]))
+    return f"step {item['step']:,}  {evidence['action']}: {what} {before} to {after}: {item['reason']} ({figures}, {how})"

@@ -154,7 +154,7 @@ class _State:
     low_at: int = 0
     raised: int = 0
     spent_told: bool = False
-    actions: list[dict[str, Any]] = field(default_factory=list)  # their evidence; those of the controller of balance too
+    actions: list[dict[str, Any]] = field(default_factory=list)  # their evidence; those on balance and experts too
     dropped: int = 0  # actions in branches that rollbacks left
     backs: list[list[Any]] = field(default_factory=list)  # all rollbacks: fields of `Back`
     waiting: dict[str, Any] | None = None  # evidence of the decision whose outcome is still to come
@@ -180,7 +180,7 @@ class RateController:
 
     @property
     def spent(self) -> int:
-        """Actions of the run so far, those of abandoned branches and of the controller of balance with them."""
+        """Actions of the run so far, those of abandoned branches, of the controller of balance and on experts with them."""
         return len(self._s.actions) + self._s.dropped
 
     @property

@@ -24,6 +24,7 @@ WEAK = 0.02  # load_balancing_weight below which balancing is weak, while there 
 WEIGHT, CAPACITY = "load_balancing_weight", "capacity_factor"  # `what` of a change of them, and their keys
 OUTCOME = "expert_balance_outcome"  # and of what came of it
 REBALANCE = "rebalance"  # code of the alert that advises one of them
+EXPERTS = "num_experts"  # `what` of a change of their number, and its key
 TIMES = 2.0  # what either is at most times its key
 MOST_CAPACITY = 64.0  # of the key capacity_factor
 _ACTION = {"act": "rebalance", "advise": "advice"}  # by mode
@@ -35,9 +36,10 @@ def reader(config: Any) -> Callable[[str], Any]:
 
 
 def action_of(record: rec.Record) -> dict[str, Any] | None:
-    """What an action of the machine rests on, or its advice to take one; None for every other record."""
+    """What an action of the machine rests on, its advice to take one, or a change of the number of experts; None for every
+    other record."""
     if isinstance(record, rec.Change):
-        return record.evidence if record.what in (WEIGHT, CAPACITY) else None
+        return record.evidence if record.what in (WEIGHT, CAPACITY, EXPERTS) and record.by == "adaptive" else None
     if isinstance(record, rec.Alert) and record.code == REBALANCE:
         return {"action": "advice", "step": record.step}
     return None
@@ -126,6 +128,12 @@ class BalanceController:
             s.waiting = None
         if rules.mode == "off":
             s.seen = []
+
+    def follow(self, rules: BalanceRules, before: float) -> None:
+        """Go on by rules whose room goes with the number of experts; it was `before`. What was doubled of it stays doubled."""
+        if rules.capacity is not None:
+            self._s.doubled = carried(self.state_dict(), before, rules.capacity)["doubled"]
+        self.use(rules)
 
     def observe(self, record: rec.Experts, spent: int) -> list[rec.Change | rec.Alert]:
         """The decisions that this record brings; `spent` actions have been taken in the run, by whatever controller."""
@@ -231,6 +239,14 @@ class BalanceController:
             "window": span,
         }
         return [rec.Change(what=OUTCOME, step=step, before=before, after=now, by="adaptive", reason=reason, evidence=evidence)]
+
+
+def carried(state: Mapping[str, Any], before: float, after: float) -> dict[str, Any]:
+    """The state of a controller whose `capacity_factor` becomes another one with the number of experts: no choice of anyone."""
+    doubled = dict(state.get("doubled", {}))
+    if doubled.get(CAPACITY) == before:
+        doubled[CAPACITY] = after
+    return {**state, "doubled": doubled}
 
 
 def _same_experts(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

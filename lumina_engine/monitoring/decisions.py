@@ -14,29 +14,34 @@ from typing import Any, TypeGuard
 
 import msgspec
 
+from ..config.schema import Config
 from . import record as rec
 from .adaptive import ADVICE, FACTOR, OUTCOME, Back, RateController, Rules
-from .balance import CAPACITY, REBALANCE, WEIGHT, BalanceController, BalanceRules
+from .balance import CAPACITY, EXPERTS, REBALANCE, WEIGHT, BalanceController, BalanceRules
 from .balance import OUTCOME as BALANCE_OUTCOME
 from .early_stop import EARLY_STOP, EarlyStop, EarlyStopRules, action_of, saved_actions
 from .early_stop import KEYS as EARLY_STOP_KEYS
 from .experts import joined
+from .growth import OUTCOME as GROWTH_OUTCOME
+from .growth import GrowthWatch, is_decision
 
 KEYS = (
     *("adaptive", "spike_window", "adaptive_cooldown_steps", "lr_multiplier_min", "max_adaptive_actions", "spike_policy"),
     *("use_moe", "load_balancing_weight", "router_bias_rate", "moe_dropless", "capacity_factor"),
     *EARLY_STOP_KEYS,
+    *("expert_growth", "max_num_experts", "moe_top_k", "expert_parallel_size"),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class _Ruled:
-    """A resume, and the rules from there on."""
+    """A resume, and the rules from there on. `room`: `capacity_factor` before it went with the number of experts."""
 
     step: int
     rules: Rules
     balance: BalanceRules
     early_stop: EarlyStopRules
+    room: float | None = None
 
 
 EVERY = 2_000  # records between two marks: at most so many are decided again when a run goes back
@@ -57,10 +62,16 @@ class _Mark:
 
 
 def of_controller(record: rec.Record) -> TypeGuard[rec.Change | rec.Alert]:
-    """Whether a record is a decision of the controller of the rate, of that of balance, or of early stop."""
+    """Whether a record is a decision of the controller of the rate, of that of balance, of early stop, or about experts."""
     if isinstance(record, rec.Change):
-        return record.what in (FACTOR, OUTCOME, WEIGHT, CAPACITY, BALANCE_OUTCOME, EARLY_STOP)
+        names = (FACTOR, OUTCOME, WEIGHT, CAPACITY, BALANCE_OUTCOME, EARLY_STOP, EXPERTS, GROWTH_OUTCOME)
+        return record.what in names and record.by == "adaptive"
     return isinstance(record, rec.Alert) and record.code in (*ADVICE, REBALANCE, EARLY_STOP)
+
+
+def _is_room(record: rec.Record) -> TypeGuard[rec.Change]:
+    """Whether a record is the start's, of a `capacity_factor` that goes with another number of experts."""
+    return isinstance(record, rec.Change) and record.what == CAPACITY and record.by == "recovery"
 
 
 def decisions_of(records: Iterable[rec.Record]) -> list[dict[str, Any]]:
@@ -125,10 +136,13 @@ class Replayed:
 
 
 class Replay:
-    """Takes the records of a log in their order. The state is marked after each `every` of those that it comes from."""
+    """Takes the records of a log in their order. The state is marked after each `every` of those that it comes from.
 
-    def __init__(self, rules: Mapping[str, Any], every: int = EVERY) -> None:
-        self._every = every
+    `experts`: whether the number of experts may change in it; a log without that is not looked at for it.
+    """
+
+    def __init__(self, rules: Mapping[str, Any], every: int = EVERY, *, experts: bool = True) -> None:
+        self._every, self._experts_change = every, experts
         first = _Ruled(0, Rules.from_config(rules), BalanceRules.from_config(rules), EarlyStopRules.from_config(rules))
         self.controller, self._balance = RateController(first.rules), BalanceController(first.balance)
         self._early_stop = EarlyStop(first.early_stop)
@@ -141,11 +155,20 @@ class Replay:
         self._marks = [_Mark(0, 0, first, {}, {}, {})]
         self._due: list[rec.Change | rec.Alert] = []  # decided, and not met in the log yet
         self._experts: rec.Experts | None = None  # of the newest step; a long one comes in parts, each with some of the layers
+        # decides at saves, of which the log does not have all: what it would have is asked for where the log has something
+        self._growth = GrowthWatch(Config(**rules), "", by_itself=True)
+        self._outcome: rec.Change | None = None  # of another number of experts, not met in the log yet
 
     def take(self, record: rec.Record) -> None:
         """The next record."""
         if self._return is not None and (_plans(record) or isinstance(record, _BRANCH)):
             self._go_on(*self._return)  # no resume tells other rules
+        self._sort(record)
+        if self._experts_change and self._growth.take(record):
+            self._outcome = self._growth.outcome()
+
+    def _sort(self, record: rec.Record) -> None:
+        """What the record is to the state and to the decisions."""
         if isinstance(record, rec.Experts) and (self._experts is None or self._experts.step == record.step):
             self._experts = record if self._experts is None else joined(self._experts, record)
             return
@@ -160,6 +183,8 @@ class Replay:
             self._rewind(record)
         elif of_controller(record):
             self._compare(record)
+        elif _is_room(record):
+            self._follow(record)
         elif isinstance(record, rec.Step | rec.Change):
             if isinstance(record, rec.Step):
                 self._missing(record.step)
@@ -181,12 +206,26 @@ class Replay:
         backs = [] if self._return is None else self._return[1]
         early_stop = EarlyStopRules.from_config(values, self._early_stop.rules.total_steps)
         self._go_on(_Ruled(record.step, Rules.from_config(values), BalanceRules.from_config(values), early_stop), backs)
+        self._growth.use(Config(**values))
 
     def _plan(self, record: rec.Run) -> None:
         """The steps that a start has planned."""
         if _plans(record):
             now = self._ruled(self._begun)
             self._go_on(replace(now, early_stop=replace(now.early_stop, total_steps=record.total_steps or 0)), [])
+
+    def _follow(self, record: rec.Change) -> None:
+        """The room of the experts goes with their number in a checkpoint, which has it so itself: the step before has not."""
+        before = (record.step or 0) - 1
+        while self._resumes[-1][0] > before:
+            self._resumes.pop()
+        values = self._resumes[-1][1] | {record.what: record.after}
+        self._resumes.append((before, values))
+        early_stop = EarlyStopRules.from_config(values, self._early_stop.rules.total_steps)
+        ruled = _Ruled(before, Rules.from_config(values), BalanceRules.from_config(values), early_stop, record.before)
+        self._keep(ruled)
+        self._obey(ruled)
+        self._growth.use(Config(**values))
 
     def _go_on(self, ruled: _Ruled, backs: list[Back]) -> None:
         """From a checkpoint, as the trainer does: its state, then the rules, then the rollbacks of which it does not know."""
@@ -241,7 +280,10 @@ class Replay:
 
     def _obey(self, ruled: _Ruled) -> None:
         self.controller.use(ruled.rules)
-        self._balance.use(ruled.balance)
+        if ruled.room is None:
+            self._balance.use(ruled.balance)
+        else:
+            self._balance.follow(ruled.balance, ruled.room)
         self._early_stop.use(ruled.early_stop)
 
     def end(self) -> Replayed:
@@ -249,33 +291,51 @@ class Replay:
         if self._return is not None:
             self._go_on(*self._return)
         self._route()
-        self.result.unwritten += len(self._due)
+        self.result.unwritten += len(self._due) + (self._outcome is not None)
         self.result.factor, self.result.spent = self.controller.factor, self.controller.spent
         return self.result
 
     def _compare(self, record: rec.Change | rec.Alert) -> None:
         self.result.decisions.append(record)
-        if not self._due:
+        mine = self._expected(record)
+        if is_decision(record):
+            self._keep(record)
+            self.controller.observe(record)
+        if mine is None:
             self.result.differences.append(
                 f"step {record.step}: {_name(record)} is in the log, and follows from nothing before it"
             )
             return
-        mine = self._due.pop(0)
         alike = type(mine) is type(record)
         other = [name for name in _fields(mine) if getattr(mine, name) != getattr(record, name)] if alike else []
         if other or not alike:
             names = ", ".join(other) or _name(mine)
             self.result.differences.append(f"step {record.step}: {_name(record)} is another than what follows: {names}")
 
+    def _expected(self, record: rec.Change | rec.Alert) -> rec.Change | rec.Alert | None:
+        """What follows from the log before a decision, which must be the same."""
+        if is_decision(record):
+            return self._growth.wanted(record.step or 0, self.controller.spent)
+        if isinstance(record, rec.Change) and record.what == GROWTH_OUTCOME:
+            outcome, self._outcome = self._outcome, None
+            return outcome
+        return self._due.pop(0) if self._due else None
+
     def _missing(self, step: int) -> None:
-        for decision in self._due:
+        due: list[rec.Change | rec.Alert] = [*self._due]
+        if self._outcome is not None:
+            due.append(self._outcome)
+            self._growth.take(self._outcome)
+        for decision in due:
             self.result.differences.append(f"step {step}: before it {_name(decision)} follows, and is not in the log")
         self._due.clear()
+        self._outcome = None
 
     def _rewind(self, record: rec.Rewind) -> None:
         """Back to the state of a step, from the records that led to it."""
-        self.result.unwritten += len(self._due)
+        self.result.unwritten += len(self._due) + (self._outcome is not None)
         self._due.clear()
+        self._outcome = None
         rules = self._ruled(record.to_step)
         back = None if record.failed_step is None else back_of(record, self.controller.in_force())
         since: list[Back] = []
@@ -361,7 +421,9 @@ def replay(records: Iterable[rec.Record], config: Any, every: int = EVERY) -> Re
     for record in reversed(known):
         if isinstance(record, rec.Resume):
             values |= {name: before for name, (before, _) in record.changed.items() if name in KEYS}
-    again = Replay(values, every)
+        elif _is_room(record):
+            values[record.what] = record.before
+    again = Replay(values, every, experts=any(map(is_decision, known)))
     for record in known:
         again.take(record)
     found = again.end()

@@ -50,8 +50,9 @@ class AdaptiveTrainingOrchestrator:
 
     def run_adaptive_training(self) -> dict[str, Any]:
         """Start the run, wait for its end, and return `run`, `path`, `state`, `exit_code`, `reason`, `step`, `total_steps`,
-        `loss`, `starts` (1 plus the restarts), `decisions` (about the learning rate and the balance of experts, in order: step,
-        what, before, after, reason, evidence; for advice its severity and command). A second call gives the same summary.
+        `loss`, `starts` (1 plus the restarts), `decisions` (about the learning rate, the balance and the number of experts, in
+        order: step, what, before, after, reason, evidence; for advice its severity and command). A second call gives the same
+        summary.
 
         Raises:
             RunError: it could not be started (the name is taken, the configuration is refused), or this script is itself a

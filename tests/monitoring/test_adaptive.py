@@ -46,6 +46,10 @@ def configured(rules: Rules) -> Any:
         lr_schedule="constant",
         warmup_steps=0,
         decay_ratio=0.2,
+        expert_growth="off",
+        max_num_experts=64,
+        moe_top_k=1,
+        expert_parallel_size=1,
     )
 
 

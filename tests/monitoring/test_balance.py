@@ -10,8 +10,8 @@ import pytest
 
 from lumina_engine.config.schema import Config, infos_of
 from lumina_engine.monitoring import record as rec
-from lumina_engine.monitoring.balance import CAPACITY, OUTCOME, WEIGHT, BalanceController, BalanceRules
-from lumina_engine.monitoring.decisions import of_controller, replay
+from lumina_engine.monitoring.balance import CAPACITY, OUTCOME, WEIGHT, BalanceController, BalanceRules, carried
+from lumina_engine.monitoring.decisions import EVERY, of_controller, replay
 from lumina_engine.monitoring.growth import ArchitectureEvolution
 
 RULES = BalanceRules("act", cooldown=100, weight=0.01, capacity=1.25)
@@ -231,3 +231,66 @@ def test_c100_the_log_of_a_run_whose_key_was_changed_agrees() -> None:
 def test_c099_advice_and_action_have_the_same_bounds() -> None:
     found = ArchitectureEvolution(of()).should_add_expert(expert_utilization=HOT)
     assert found is not None and found["setting"] == {WEIGHT: told(BalanceController(RULES), run(HOT))[0].after}
+
+
+class Run:
+    """A run of even experts that drop some of their choices, as its log has it: each record stands behind a checkpoint."""
+
+    def __init__(self) -> None:
+        self.room, self.step = of().capacity_factor, 0
+        self.controller = BalanceController(BalanceRules.from_config(self.config))
+        self.saved: dict[int, dict[str, Any]] = {}
+        self.log: list[rec.Record] = []
+
+    @property
+    def config(self) -> Config:
+        return of().model_copy(update={CAPACITY: self.room})
+
+    def until(self, step: int, number: int = 4, dropped: float = 0.2) -> None:
+        for at in range(self.step + 20, step + 1, 20):
+            record = experts(at, [20.0] * number, dropped=dropped)
+            self.log += [record, *self.controller.observe(record, 0), rec.Step(step=at + 1, loss=1.0)]
+            self.saved[at] = self.controller.state_dict()
+        self.step = step
+
+    def start(self, step: int, room: float | None = None) -> None:
+        """Another start from the checkpoint of a step, where the room of the experts is another one."""
+        if room is not None:
+            self.log.append(rec.Change(what=CAPACITY, step=step, before=self.room, after=room, by="recovery"))
+            self.room = room
+        self.log += [rec.Rewind(to_step=step), rec.Resume(step=step)]
+        self.controller, self.step = BalanceController(BalanceRules.from_config(self.config)), step
+        self.controller.load_state_dict(self.saved[step])
+
+    def decided(self) -> list[tuple[int | None, str, float]]:
+        """The changes of the room, which the log alone must give again."""
+        for every in (1, EVERY):
+            found = replay(self.log, self.config, every)
+            assert found.differences == [] and found.decisions == [r for r in self.log if of_controller(r)]
+        return [(r.step, r.what, r.after) for r in self.log if isinstance(r, rec.Change) and r.what == CAPACITY]
+
+
+def test_c099_room_that_was_doubled_follows_the_number_of_experts_in_the_log_too() -> None:
+    """Nobody chose another room: it is not doubled a second time, whether the run goes on, again, or back behind the change."""
+    mine, four, five = Run(), 1.25, 1.25 * 5 / 4
+    mine.until(300)
+    mine.saved[300] = carried(mine.saved[300], four, five)  # as the checkpoint is rewritten
+    mine.start(300, five)
+    mine.until(460, 5)
+    mine.start(300)
+    mine.until(700, 5)
+    changes = [(121, CAPACITY, 2 * four), (300, CAPACITY, five)]
+    assert mine.decided() == changes and mine.controller.capacity == 2 * five
+    mine.start(200, four)
+    mine.until(500)
+    assert mine.decided() == [*changes, (200, CAPACITY, four)] and mine.controller.capacity == 2 * four
+
+
+def test_c099_room_that_went_with_the_number_of_experts_is_what_is_doubled_in_the_log_too() -> None:
+    mine, five = Run(), 1.25 * 5 / 4
+    mine.until(300, dropped=0.0)
+    mine.start(300, five)
+    mine.until(400, 5, dropped=0.0)
+    mine.start(300)
+    mine.until(700, 5)
+    assert mine.decided() == [(300, CAPACITY, five), (421, CAPACITY, 2 * five)]

@@ -7,6 +7,7 @@ import shlex
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -15,11 +16,15 @@ from lumina_engine.commands.checkpoint import add_arguments
 from lumina_engine.config.counts import parameter_counts
 from lumina_engine.config.schema import DeepSeekConfig
 from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.adaptive import RateController, Rules
+from lumina_engine.monitoring.balance import BalanceController, BalanceRules
+from lumina_engine.monitoring.decisions import EVERY, replay
 from lumina_engine.monitoring.growth import GrowthWatch, LoadWindow
 from lumina_engine.monitoring.log import surviving
 
 LONG = {"steps": 1_500, "dropped": 0.12, "eval_loss": [3.0, 2.9, 2.8]}
 HOT, DEAD = [60.0, 12.0, 14.0, 14.0], [33.0, 33.0, 33.0, 1.0]
+MILD = [20.0, 30.0, 26.0, 24.0]
 BALANCING = Config(num_experts=4, router_bias_rate=0.001)
 
 
@@ -274,5 +279,229 @@ def test_c099_switched_off_says_nothing(keys: dict[str, Any]) -> None:
 def test_c099_a_watch_that_fails_says_so_and_ends_no_run(capsys: pytest.CaptureFixture[str]) -> None:
     watch = GrowthWatch(BALANCING, "mine")
     assert watched(watch, HOT, 50, 200) == []
-    assert watched(watch, HOT[:-1], 250, 400) == []  # another number of experts in the middle of a log
+    assert watched(watch, ["no", "numbers"], 250, 400) == []  # type: ignore[list-item]
     assert capsys.readouterr().err.count("no more advice") == 1
+
+
+def test_c099_another_number_of_experts_begins_the_window_anew() -> None:
+    watch = GrowthWatch(BALANCING, "mine")
+    assert [alert.code for alert in watched(watch, HOT, 50, 1_500)] == ["add_expert"]
+    five = [*HOT, 15.0]
+    assert watched(watch, five, 1_550, 1_600) == []
+    assert watch.loads() == {2: [2 * load for load in five]} and watch._window.span == 51
+    assert "removed" not in [alert.code for alert in watched(watch, five, 1_650, 2_500)]
+
+
+# ---- expert_growth=act ------------------------------------------------------------------------------------------------------
+
+ACT = BALANCING.model_copy(update={"adaptive": "act", "expert_growth": "act", "max_adaptive_actions": 3})
+
+
+class Log:
+    """A run of hot experts as its log has it: a record of three layers each 50 steps, an evaluation, and a save each 500."""
+
+    def __init__(self, config: Config = ACT, load: list[float] = HOT, grows: bool = True) -> None:
+        self.config, self.load, self.grows = config, load, grows
+        self.records: list[rec.Record] = []
+        self.watch = GrowthWatch(config, "mine", by_itself=True)
+        self.rate, self.balance = RateController(Rules.from_config(config)), BalanceController(BalanceRules.from_config(config))
+        self.step, self.experts = 0, len(load)
+        self.saved: dict[int, list[dict[str, Any]]] = {}  # state of the controllers in each checkpoint
+
+    def emit(self, record: rec.Record) -> None:
+        record.seq = len(self.records) + 1
+        self.records.append(rec.decode(rec.encode(record)))
+        found = self.watch.observe(record)
+        if found is not None:
+            self.emit(found)
+
+    def until(self, step: int) -> Log:
+        while self.step < step:
+            self.step += 50
+            load, mild = [([*load, *[12.0] * self.experts])[: self.experts] for load in (self.load, MILD)]
+            whole = rec.Experts(step=self.step, layers=[1, 2, 5], load=[mild, load, mild[::-1]], dropped=[0.01, 0.12, 0.0])
+            for part in (slice(0, 2), slice(2, 3)):  # a long record comes in parts
+                layers, loads, dropped = (values[part] for values in (whole.layers, whole.load, whole.dropped))
+                self.emit(rec.Experts(step=self.step, layers=layers, load=loads, dropped=dropped))
+            for decision in self.balance.observe(whole, self.rate.spent):
+                self.rate.observe(decision)
+                self.emit(decision)
+            self.emit(rec.Eval(step=self.step, loss=4 - self.step / 1e4))
+            if self.step % 500 == 0:
+                self.save()
+            self.emit(rec.Step(step=self.step + 1, loss=1.0))
+        return self
+
+    def save(self) -> None:
+        change = self.watch.wanted(self.step, self.rate.spent)
+        if change is not None:
+            self.rate.observe(change)
+            self.emit(change)
+        self.saved[self.step] = [self.rate.state_dict(), self.balance.state_dict()]
+        if change is not None:
+            self.start(self.step, change.after if self.grows else change.before)
+
+    def start(self, step: int, experts: int, **keys: Any) -> None:
+        """Another start, from the checkpoint of a step, with other values of keys."""
+        changed = {name: [getattr(self.config, name), value] for name, value in keys.items()}
+        self.config = self.config.model_copy(update=keys)
+        self.watch = GrowthWatch(self.config, "mine", by_itself=True)
+        self.watch.replay(self.records)
+        if experts != self.experts:
+            self.emit(rec.Change(what="num_experts", step=step, before=self.experts, after=experts, by="recovery"))
+        self.step, self.experts = step, experts
+        self.rate.load_state_dict(self.saved[step][0])
+        self.balance.load_state_dict(self.saved[step][1])
+        self.emit(rec.Rewind(to_step=step))
+        self.emit(rec.Resume(step=step, changed=changed))
+
+    def changes(self) -> list[rec.Change]:
+        return [r for r in self.records if isinstance(r, rec.Change) and r.by == "adaptive"]
+
+    def decisions(self) -> list[rec.Change]:
+        return [change for change in self.changes() if change.what == "num_experts"]
+
+
+def test_c099_act_wants_an_expert_of_every_layer_at_a_save() -> None:
+    log = Log().until(1_500)
+    [change] = log.changes()
+    assert (change.what, change.step, change.before, change.after, change.by) == ("num_experts", 1_500, 4, 5, "adaptive")
+    assert change.reason is not None and change.reason.startswith("an expert of layer 2 gets 2.4 times its share")
+    assert change.evidence == {
+        "action": "add_expert",
+        "rule": "hot_and_dropped",
+        "statistic": 2.4,
+        "threshold": 2.0,
+        "window": 1_451,
+        "cooldown": 1_000,
+        "step": 1_500,
+        "layer": 2,
+        "layers": {"1": 1, "2": 0, "5": 2},
+        "dropped": pytest.approx(0.12),
+        "eval_loss": 3.85,
+    }
+    dead = Log(load=DEAD).until(2_500)
+    [change] = dead.changes()
+    assert (change.step, change.before, change.after) == (2_500, 4, 3) and change.evidence is not None
+    assert (change.evidence["rule"], change.evidence["layers"]) == ("dead_expert", {"1": 0, "2": 3, "5": 3})
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"adaptive": "advise"},
+        {"expert_growth": "advise"},
+        {"max_adaptive_actions": 0},
+        {"moe_top_k": 2},
+        {"max_num_experts": 4},
+        {"expert_parallel_size": 2},
+        {"router_bias_rate": 0.0, "load_balancing_weight": 0.005},  # balance comes first, and is weak when doubled too
+    ],
+)
+def test_c099_act_changes_nothing_where_it_may_not(keys: dict[str, Any]) -> None:
+    assert Log(ACT.model_copy(update=keys)).until(2_000).decisions() == []
+    assert keys != {"expert_parallel_size": 2} or Log(ACT.model_copy(update=keys), DEAD).until(3_000).decisions() == []
+
+
+def test_c099_without_a_supervisor_nothing_is_done_and_the_command_is_told() -> None:
+    watch = GrowthWatch(ACT, "mine")
+    [alert] = watched(watch, HOT, 50, 1_500)
+    assert watch.wanted(1_500, 0) is None and "checkpoint grow mine@latest" in (alert.recommendation or "")
+    watch = GrowthWatch(ACT, "mine", by_itself=True)
+    [alert] = watched(watch, HOT, 50, 1_500)
+    assert "checkpoint grow" not in (alert.recommendation or "") and "expert_growth=act" in (alert.recommendation or "")
+
+
+def test_c099_the_outcome_comes_once_when_the_new_load_has_lasted() -> None:
+    log = Log().until(2_400)
+    assert [change.what for change in log.changes()] == ["num_experts"]
+    outcome = log.until(3_000).changes()[1]
+    assert (outcome.what, outcome.step, outcome.before, outcome.after) == ("expert_growth_outcome", 2_550, 4, 5)
+    assert outcome.evidence is not None and (outcome.evidence["of"], outcome.evidence["recovered"]) == (1_500, False)
+    assert outcome.evidence["dropped"] == pytest.approx([0.12, 0.12]) and outcome.evidence["eval_loss"] == [3.85, 3.75]
+    assert outcome.reason == (
+        "not recovered: layer 2 drops 12.0 % of its choices, before 12.0 %; the evaluation loss is 3.75, before 3.85"
+    )
+    assert [change.what for change in log.until(6_500).changes()].count("expert_growth_outcome") == 3, "one for each change"
+
+
+def test_c099_a_budget_bounds_what_act_does() -> None:
+    assert [(change.step, change.before, change.after) for change in Log().until(9_000).decisions()] == [
+        (1_500, 4, 5),
+        (3_000, 5, 6),
+        (4_500, 6, 7),
+    ]
+
+
+def test_c099_what_was_refused_is_not_tried_again_before_the_load_has_lasted_once_more() -> None:
+    log = Log(grows=False).until(4_000)
+    assert [(change.what, change.step) for change in log.changes()] == [("num_experts", 1_500), ("num_experts", 3_000)]
+
+
+def test_c099_a_decision_behind_the_step_gone_back_to_was_never_made() -> None:
+    """Killed before its checkpoint was there: the window that led to it is back, and the same is decided again."""
+    log = Log(grows=False).until(1_500)
+    log.start(1_000, 4)
+    log.until(1_500)
+    one, other = log.changes()
+    assert (one.step, one.evidence) == (other.step, other.evidence)
+
+
+@pytest.mark.parametrize("every", [1, 7, EVERY])
+def test_c099_the_log_alone_gives_every_decision_about_experts_again(every: int) -> None:
+    grown = Log().until(1_500)
+    grown.start(1_000, 4)  # the checkpoint of the change and what was made of it were damaged
+    grown.until(2_600).start(2_500, 5)  # killed behind the outcome
+    grown.until(7_000)
+    assert [change.what for change in grown.changes()].count("num_experts") == 4
+    for log in (grown, Log(grows=False).until(5_000), Log(load=DEAD).until(6_000)):
+        found = replay(log.records, log.config, every)
+        assert found.differences == [] and found.decisions == log.changes() and found.spent == log.rate.spent
+    for name, value in (("after", 6), ("evidence", {**grown.changes()[0].evidence, "window": 1}), ("step", 1_501)):  # type: ignore[dict-item]
+        other = [msgspec.structs.replace(r, **{name: value}) if r is first(grown) else r for r in grown.records]
+        assert any("num_experts add_expert is another" in line for line in replay(other, grown.config).differences), name
+    without = [r for r in grown.records if not (isinstance(r, rec.Change) and r.what == "expert_growth_outcome")]
+    assert any("expert_growth_outcome" in line and "is not in the log" in line for line in replay(without, ACT).differences)
+
+
+def test_c099_the_log_alone_gives_growth_again_that_waited_for_a_doubled_balance_weight() -> None:
+    """Balance comes first, by the same run: growth is decided by the weight in force then, also after a kill behind it."""
+    log = Log(WEAK.model_copy(update={"expert_growth": "act"})).until(1_500)
+    log.start(1_000, 4)
+    log.until(1_700)
+    assert [(change.what, change.step) for change in log.changes()] == [
+        ("load_balancing_weight", 251),
+        ("expert_balance_outcome", 450),
+        ("num_experts", 1_500),
+        ("num_experts", 1_500),
+    ]
+    found = replay(log.records, log.config, 7)
+    assert found.differences == [] and found.decisions == log.changes() and found.spent == log.rate.spent == 2
+
+
+def test_c099_the_log_alone_gives_growth_again_that_a_resume_has_allowed() -> None:
+    log = Log(ACT.model_copy(update={"expert_growth": "advise"})).until(1_500)
+    log.start(1_500, 4, expert_growth="act")
+    log.until(2_000)
+    assert [change.step for change in log.decisions()] == [2_000]
+    log.start(2_000, 5, max_num_experts=5)
+    assert [change.step for change in log.until(6_000).decisions()] == [2_000]
+    found = replay(log.records, log.config)
+    assert found.differences == [] and found.decisions == log.changes()
+
+
+def first(log: Log) -> rec.Change:
+    return next(r for r in log.records if isinstance(r, rec.Change))
+
+
+def test_c099_killed_before_its_record_an_outcome_comes_again() -> None:
+    log = Log().until(2_500)
+    log.emit = lambda record, inner=log.emit: None if isinstance(record, rec.Change) else inner(record)  # type: ignore[method-assign]
+    log.until(2_550)
+    del log.emit
+    log.records = log.records[: next(i for i, r in enumerate(log.records) if getattr(r, "step", 0) == 2_550) + 2]
+    log.start(2_500, 5)
+    log.until(3_000)
+    found = replay(log.records, log.config)
+    assert [change.what for change in found.decisions].count("expert_growth_outcome") == 1
+    assert (found.differences, found.unwritten) == ([], 1)
