@@ -81,18 +81,7 @@ def back_up(checkpoint: Path, folder: Path, keep: int, known: set[str] | None = 
         OSError: the copy could not be written.
     """
     known = set() if known is None else known
-    source = require(read_manifest(checkpoint))
-    target = folder / step_name(source.manifest["step"])
-    if target.is_dir():
-        there = verify(target)
-        if not there.ok:
-            quarantine(target)
-        elif _content(there) != _content(source):  # the same step of an abandoned branch
-            target.rename(target.with_name(f"{target.name}.rewound-{nonce()}"))
-            sync_folder(folder)
-    if not target.is_dir():
-        _copy(checkpoint, folder, source.manifest["step"])
-        require(verify(target))
+    target = copied(checkpoint, folder)
     known.add(target.name)
     drop_rewound(folder)
     kept = 0
@@ -105,6 +94,28 @@ def back_up(checkpoint: Path, folder: Path, keep: int, known: set[str] | None = 
             kept += 1
         else:
             quarantine(folder / name)
+    return target
+
+
+def copied(checkpoint: Path, folder: Path) -> Path:
+    """The verified copy of a committed checkpoint in another folder, made unless it is there.
+
+    Raises:
+        CheckpointError: no room, or what was read or written is not what the manifest says.
+        OSError: the copy could not be written.
+    """
+    source = require(read_manifest(checkpoint))
+    target = folder / step_name(source.manifest["step"])
+    if target.is_dir():
+        there = verify(target)
+        if not there.ok:
+            quarantine(target)
+        elif _content(there) != _content(source):  # the same step of an abandoned branch
+            target.rename(target.with_name(f"{target.name}.rewound-{nonce()}"))
+            sync_folder(folder)
+    if not target.is_dir():
+        _copy(checkpoint, folder, source.manifest["step"])
+        require(verify(target))
     return target
 
 

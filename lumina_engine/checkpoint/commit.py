@@ -76,13 +76,16 @@ FOLDERS = ("model", "state")
 class Staging:
     """A folder that will become `step-N`. Rank 0 creates it, the other ranks join it by name; all write into it.
 
+    Args:
+        replaces: a committed `step-N` is moved out of the way by whoever commits this one, when only the rename is left.
+
     Raises:
         CheckpointError: the step is committed already, or there is no room for `expected_bytes`.
         OSError: the folder cannot be made.
     """
 
-    def __init__(self, checkpoints: Path, step: int, expected_bytes: int = 0) -> None:
-        if os.path.lexists(checkpoints / step_name(step)):
+    def __init__(self, checkpoints: Path, step: int, expected_bytes: int = 0, *, replaces: bool = False) -> None:
+        if not replaces and os.path.lexists(checkpoints / step_name(step)):
             raise CheckpointError(f"{checkpoints / step_name(step)} exists already and is never overwritten")
         make_folders(checkpoints)
         require_space(checkpoints, expected_bytes)

@@ -1,8 +1,10 @@
-"""`checkpoint grow` and `shrink`: the model of a committed checkpoint with one expert more, or less, as a new run.
+"""The model of a committed checkpoint with one expert more, or less: as a new run, or in the place of the checkpoint.
 
 A configuration has one `num_experts` for all layers, so every expert layer changes by one: each gets a twin of an expert of its
-own, or loses one. The old run is never touched; the new one begins with the same step, optimizer state and place in the data.
-What `adaptive` had decided of rate and balance stays behind: the new run's log alone must give its decisions again.
+own, or loses one. `checkpoint grow` and `shrink` make a new run and never touch the old one; the new one begins with the same
+step, optimizer state and place in the data. What `adaptive` had decided of rate and balance stays behind: the new run's log
+alone must give its decisions again. A run that changes its experts by itself (`expert_growth=act`) goes on from what `in_place`
+makes of its newest checkpoint: everything stays that is not the experts'.
 
 Growing keeps the function (after Net2Net, arXiv:1511.05641, as routing demands it): the twin has weights and router row of its
 parent. With one expert per token and sigmoid scores that is all. With softmax each of the two gets half of the parent's
@@ -22,24 +24,26 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..monitoring.balance import CAPACITY, carried
 from . import ledger
+from .backup import copied
 from .commit import Staging, commit
 from .consolidate import KINDS, WholeState, own_tensors
-from .files import CheckpointError
-from .keep import leased, set_pointer
-from .payload import Loaded, PlannedFile, plan_files, rank_files, read_loaded, write_files
+from .files import CheckpointError, require_space
+from .keep import discard, leased, quarantine, rewind, set_pointer
+from .payload import Loaded, PlannedFile, packed, plan_files, rank_files, read_loaded, write_files
 from .resolve import resolve_checkpoint
 from .resume import check_ledger
 from .saving import config_digest, versions
 from .tensors import tensor_file
-from .verify import Report, require, verify
+from .verify import Report, read_manifest, require, verify
 
 if TYPE_CHECKING:
     from ..config.schema import Config
@@ -99,6 +103,19 @@ class Merge:
 Edit = Split | Merge
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of each expert layer, and the keys of the configuration that go with it.
+
+    loss_before, loss_after: of a probe, where the function is not kept.
+    """
+
+    edits: Mapping[int, Edit]
+    keys: Mapping[str, Any]
+    loss_before: float | None = None
+    loss_after: float | None = None
+
+
 class _Rewritten(Mapping[str, Tensor]):
     """Weights or optimizer state after the edits, each tensor made when it is asked for."""
 
@@ -153,8 +170,16 @@ def open_source(reference: str) -> Source:
         CheckpointError: damaged or replaced, not of a run, a model without experts, or experts that are spread over ranks.
     """
     path = resolve_checkpoint(reference)
+    return read_source(path, require(verify(path)))
+
+
+def read_source(path: Path, report: Report) -> Source:
+    """A checkpoint that was verified.
+
+    Raises:
+        CheckpointError: as `open_source`.
+    """
     with leased(path) as folder:
-        report = require(verify(path))
         check_ledger(report)
         loaded = read_loaded(folder, report, 0)
     source = Source(path, report, loaded)
@@ -194,6 +219,15 @@ def grow(source: Source, experts: Mapping[int, int], root: Path, run: str) -> di
         CheckpointError: more than one expert per token, more than `max_num_experts`, no such layer or expert.
         RunError: the name is no name, or there is such a run.
     """
+    return _commit(source, growing(source, experts), root, run)
+
+
+def growing(source: Source, experts: Mapping[int, int]) -> Plan:
+    """How each expert layer gets a twin of the expert that `experts` names.
+
+    Raises:
+        CheckpointError: as `grow`.
+    """
     shape, config = source.loaded.model_config, source.loaded.config or {}
     if shape["moe_top_k"] != 1:
         raise CheckpointError(
@@ -205,10 +239,14 @@ def grow(source: Source, experts: Mapping[int, int], root: Path, run: str) -> di
         raise CheckpointError(f"{source.path}: {source.experts} experts, and max_num_experts = {most}: set it higher to grow")
     _require_experts(source, experts)
     keys: dict[str, Any] = {"num_experts": source.experts + 1}
-    if not shape["moe_dropless"]:  # the room of each expert stays, so that training drops no more than it did
-        keys["capacity_factor"] = min(MAX_CAPACITY, shape["capacity_factor"] * (source.experts + 1) / source.experts)
-    edits = {layer: Split(experts[layer]) for layer in source.layers}
-    return _commit(source, edits, keys, root, run)
+    if not shape["moe_dropless"]:
+        keys[CAPACITY] = room(shape[CAPACITY], source.experts, source.experts + 1)
+    return Plan({layer: Split(experts[layer]) for layer in source.layers}, keys)
+
+
+def room(capacity: float, before: int, after: int) -> float:
+    """The `capacity_factor` that gives each of `after` experts the room that it had among `before`: nothing more is dropped."""
+    return min(MAX_CAPACITY, capacity * after / before)
 
 
 def shrink(
@@ -233,6 +271,16 @@ def shrink(
         CheckpointError: the probe's loss rises by more than 1 % (nothing is kept), none or fewer than moe_top_k would be left,
             no such layer or expert. RunError: the name is no name, or there is such a run.
     """
+    plan = shrinking(source, experts, loads, probe)
+    return {**_commit(source, plan, root, run), "loss_before": plan.loss_before, "loss_after": plan.loss_after}
+
+
+def shrinking(source: Source, experts: Mapping[int, int], loads: Mapping[int, Sequence[float]] | None, probe: Probe) -> Plan:
+    """How each expert layer loses the expert that `experts` names; arguments as of `shrink`.
+
+    Raises:
+        CheckpointError: as `shrink`.
+    """
     shape = source.loaded.model_config
     if source.experts - 1 < max(1, shape["moe_top_k"]):
         raise CheckpointError(f"{source.path}: {source.experts} experts with moe_top_k = {shape['moe_top_k']}: none can go")
@@ -247,7 +295,7 @@ def shrink(
             f"{source.path}: without these experts the loss goes from {before:.4f} to {after:.4f} ({rise:+.1f} %, more than "
             f"{100 * MAX_LOSS_RISE:g} %): undone, nothing was kept"
         )
-    return {**_commit(source, edits, keys, root, run), "loss_before": before, "loss_after": after}
+    return Plan(edits, keys, before, after)
 
 
 def _merge(source: Source, layer: int, expert: int, loads: Mapping[int, Sequence[float]] | None) -> Merge:
@@ -273,16 +321,16 @@ def _require_experts(source: Source, experts: Mapping[int, int]) -> None:
         )
 
 
-def _commit(source: Source, edits: Mapping[int, Edit], keys: Mapping[str, Any], root: Path, run: str) -> dict[str, Any]:
+def _commit(source: Source, plan: Plan, root: Path, run: str) -> dict[str, Any]:
     """The new run with its one checkpoint, or nothing."""
     from ..config.schema import Config
     from ..run.directory import RunDirectory
 
     loaded = source.loaded
-    config = Config(**{**(loaded.config or {}), **keys, "experiment_name": run})
+    config = Config(**{**(loaded.config or {}), **plan.keys, "experiment_name": run})
     made = RunDirectory.create(root, run)
     try:
-        path, size = _write(source, edits, config, made.checkpoints, made.identity()["id"])
+        path, size = _write_first(source, plan, config, made.checkpoints, made.identity()["id"])
         config.save(made.config_path).chmod(0o600)
         name, before = source.path.name, source.experts
         reason = f"{before} experts of {source.path.parent.parent.name}@{name} made {config.num_experts}"
@@ -295,8 +343,8 @@ def _commit(source: Source, edits: Mapping[int, Edit], keys: Mapping[str, Any], 
         "run": run,
         "step": loaded.step,
         "experts": {"before": before, "after": config.num_experts},
-        "layers": [{"layer": layer, **_told(edit)} for layer, edit in edits.items()],
-        "parameters_added": _count(_Rewritten(loaded.model, edits)) - _count(loaded.model),
+        "layers": [{"layer": layer, **_told(edit)} for layer, edit in plan.edits.items()],
+        "parameters_added": _count(_Rewritten(loaded.model, plan.edits)) - _count(loaded.model),
         "bytes": size,
     }
 
@@ -309,47 +357,138 @@ def _count(model: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() for name, tensor in model.items() if not name.endswith((".bias", ".log2_multiplicity")))
 
 
-def _write(source: Source, edits: Mapping[int, Edit], config: Config, folder: Path, run_id: str) -> tuple[Path, int]:
+def _write_first(source: Source, plan: Plan, config: Config, folder: Path, run: str) -> tuple[Path, int]:
+    """The first checkpoint of a new run, of a single rank, and its size in bytes."""
     loaded, report = source.loaded, source.report
-    state = WholeState(loaded.saved_state(), loaded.model, own_tensors(loaded))
     flat = config.to_dict(sectioned=False)
-    shape = loaded.model_config | {key: flat[key] for key in ("num_experts", "capacity_factor")}
-    new = Loaded(
-        step=loaded.step,
-        epoch=loaded.epoch,
-        tokens=loaded.tokens,
-        model=dict(_Rewritten(loaded.model, edits)),
-        model_config=shape,
-        tokenizer=loaded.tokenizer,
-        global_state={**loaded.global_state, **_AT_A_START},
-        rank_state={**loaded.rank_state, "world": 1, "begins": {}},
-        metrics=loaded.metrics,
-        flags=loaded.flags,
-    )
-    _, tensors = rank_files(0)
-    plan = [file for file in plan_files(new, 0, 1, flat, copy=False) if file.path != tensors]
-    plan.append(PlannedFile(tensors, *tensor_file(_Rewritten(state, edits))))
-    told = {str(layer): _told(edit) for layer, edit in edits.items()}
+    one = replace(loaded, global_state={**loaded.global_state, **_AT_A_START}, rank_state={**loaded.rank_state, "world": 1})
+    files = _files_of_rank_0(source, plan, one, flat, 1)
     manifest = {
-        **report.manifest,
-        "run": run_id,
+        **_manifest(source, plan, flat),
+        "run": run,
         "inc": 0,
         "log_seq": 0,
         "world": 1,
         "layout": {**(report.manifest.get("layout") or {}), "data_parallel": 1, "expert_parallel": 1},
-        "config_digest": config_digest(flat),
-        "versions": versions(),
         "best": None,
-        "experts_changed": {"before": source.experts, "after": config.num_experts, "layers": told, "from": report.digest},
     }
-    staging = Staging(folder, loaded.step, sum(file.size for file in plan))
-    try:
-        entries = write_files(plan, staging.write)
-        path = commit(staging, entries, manifest, lambda digest: ledger.record(run_id, loaded.step, digest))
-    except BaseException:
-        staging.drop()
-        raise
+    staging = Staging(folder, loaded.step, sum(file.size for file in files))
+    path = _committed(staging, files, manifest, lambda digest: ledger.record(run, loaded.step, digest))
     size = require(verify(path)).bytes
     for name in ("best", "latest"):
         set_pointer(folder, name, path.name)
     return path, size
+
+
+def in_place(source: Source, plan: Plan, checkpoints: Path, emergency: Path) -> Report:
+    """Commit the rewritten checkpoint in the place of `source`, the newest one of its run; what was read back.
+
+    Random state, log position, controllers and pointers stay as they are, of each rank. Whatever instant the process dies at,
+    the newest valid checkpoint is one of this step: a copy of `source` lies in `emergency` before its name is given up, and the
+    commit is the one rename that gives the name to what was made of it.
+
+    Args:
+        source: in `checkpoints`, or the copy in `emergency` that an earlier try has left.
+
+    Raises:
+        CheckpointError: no room, or what was written cannot be read back.
+        OSError: a write failed. In both cases the newest valid checkpoint is what it was.
+    """
+    loaded, name = source.loaded, source.path.name
+    flat = {**(loaded.config or {}), **plan.keys}
+    world = int(source.report.manifest["world"])
+    files = _files_of_rank_0(source, plan, replace(loaded, global_state=_state(loaded, plan)), flat, world)
+    files += [file for rank in range(1, world) for file in _own_files(source, plan, rank, world)]
+    size = sum(file.size for file in files)
+    if source.path.parent == checkpoints:
+        require_space(checkpoints, source.report.bytes + size)
+        copied(source.path, emergency)
+
+    def make_way(digest: str) -> None:
+        ledger.record(str(source.report.manifest["run"]), loaded.step, digest)
+        rewind(checkpoints, loaded.step - 1)
+
+    try:
+        staging = Staging(checkpoints, loaded.step, size, replaces=True)
+        path = _committed(staging, files, _manifest(source, plan, flat), make_way)
+    except BaseException:
+        if (checkpoints / name).is_dir():
+            discard(emergency, name)
+        raise
+    report = verify(path)
+    if not report.ok:
+        quarantine(path)
+        require(report)
+    return report
+
+
+def _state(loaded: Loaded, plan: Plan) -> dict[str, Any]:
+    """The global state, with the room of the experts as it is in `plan`: nobody has chosen another."""
+    state = loaded.global_state
+    adaptive = state.get("adaptive", {})
+    if CAPACITY not in plan.keys or "balance" not in adaptive:
+        return state
+    balance = carried(adaptive["balance"], loaded.model_config[CAPACITY], plan.keys[CAPACITY])
+    return {**state, "adaptive": {**adaptive, "balance": balance}}
+
+
+def drop_copy(report: Report, emergency: Path) -> None:
+    """Delete the copy that `in_place` left of what it has rewritten, if it is there."""
+    name, changed = report.path.name, report.manifest.get("experts_changed")
+    if changed and report.path.parent != emergency and read_manifest(emergency / name).digest == changed["from"]:
+        discard(emergency, name)
+
+
+def _files_of_rank_0(source: Source, plan: Plan, loaded: Loaded, config: dict[str, Any], world: int) -> list[PlannedFile]:
+    """Its files, with the state of whole parameters in them: the other ranks need hold none. `loaded`: what else is in them."""
+    state = WholeState(source.loaded.saved_state(), source.loaded.model, own_tensors(source.loaded))
+    new = replace(
+        loaded,
+        model=dict(_Rewritten(loaded.model, plan.edits)),
+        model_config=loaded.model_config | {key: config[key] for key in ("num_experts", CAPACITY)},
+        rank_state={**loaded.rank_state, "begins": {}},
+        rank_tensors={},
+    )
+    _, tensors = rank_files(0)
+    files = [file for file in plan_files(new, 0, world, config, copy=False) if file.path != tensors]
+    own = PlannedFile(tensors, *tensor_file(_Rewritten(state, plan.edits)))
+    return [*files, packed(own) if _compression(config) == "zstd" else own]
+
+
+def _own_files(source: Source, plan: Plan, rank: int, world: int) -> list[PlannedFile]:
+    """The files of another rank, with what belongs to no parameter: its random state and routing statistics."""
+    with leased(source.path) as folder:
+        loaded = read_loaded(folder, source.report, rank)
+    new = replace(
+        loaded,
+        rank_state={**loaded.rank_state, "begins": {}},
+        rank_tensors=dict(_Rewritten(own_tensors(loaded), plan.edits)),
+    )
+    return plan_files(new, rank, world, None, copy=False, compression=_compression(loaded.config))
+
+
+def _compression(config: Mapping[str, Any] | None) -> str:
+    """How the state of a rank is written."""
+    return str((config or {}).get("checkpoint_compression", "none"))
+
+
+def _manifest(source: Source, plan: Plan, config: dict[str, Any]) -> dict[str, Any]:
+    """That of the source, but for what was rewritten."""
+    told = {str(layer): _told(edit) for layer, edit in plan.edits.items()}
+    counts = {"before": source.experts, "after": plan.keys["num_experts"]}
+    return {
+        **source.report.manifest,
+        "config_digest": config_digest(config),
+        "versions": versions(),
+        "experts_changed": {**counts, "layers": told, "from": source.report.digest},
+    }
+
+
+def _committed(
+    staging: Staging, files: Sequence[PlannedFile], manifest: dict[str, Any], before_rename: Callable[[str], None]
+) -> Path:
+    try:
+        return commit(staging, write_files(files, staging.write), manifest, before_rename)
+    except BaseException:
+        staging.drop()
+        raise

@@ -17,6 +17,7 @@ from torch import nn
 from .backup import Rewinds, backup_folder
 from .files import CheckpointError
 from .keep import (
+    Found,
     clean_stale,
     leased,
     list_steps,
@@ -25,7 +26,7 @@ from .keep import (
     rewind,
 )
 from .loading import load_model
-from .payload import Loaded, Payload, belongs_to, read_loaded
+from .payload import Loaded, Payload, belongs_to, read_loaded, shape_of
 from .plain import LoadedEpoch, apply, payload_of, tokenizer_of
 from .resolve import resolve_checkpoint
 from .resume import check_config, check_ledger, check_nothing_lost, run_id_of, run_identity
@@ -285,22 +286,23 @@ class CheckpointManager:
 
     # ---- start-up ------------------------------------------------------------------------------------------------------------
 
-    def recover(self, clean: bool = True) -> Path | None:
+    def recover(self, clean: bool = True, known: Found | None = None) -> Path | None:
         """Find the checkpoint to go on from: the newest one whose every digest is right, in checkpoints/ or emergency/.
 
         Damaged ones on the way are renamed `*.corrupt` and told in `notes`. None: this run never committed one.
 
         Args:
             clean: also delete stale staging and trash; only for the holder of the run's lock.
+            known: what the same start has found before (rank 0's counts).
 
         Raises:
             CheckpointError: there is something like a checkpoint, but none is valid (nothing was changed), or a newer format.
         """
         self._saver.drain()
-        return self._on_rank_0(lambda: self._recover(clean))
+        return self._on_rank_0(lambda: self._recover(clean, known))
 
-    def _recover(self, clean: bool) -> Path | None:
-        found = newest_valid(self.checkpoints, self.emergency_dir)
+    def _recover(self, clean: bool, known: Found | None) -> Path | None:
+        found = newest_valid(self.checkpoints, self.emergency_dir) if known is None else known
         self.notes = [f"{name} is damaged and was set aside as {name}.corrupt: {reason}" for name, reason in found.rejected]
         if clean:
             for folder in (self.checkpoints, self.emergency_dir, self.backups):
@@ -342,14 +344,25 @@ class CheckpointManager:
         self._on_rank_0(give_up)
 
     def committed(self) -> list[tuple[int, bool]]:
-        """(step, suspect) of each committed checkpoint of this run whose manifest is sound, newest first. No collective."""
+        """(step, suspect) of each committed checkpoint of this run whose manifest is sound, newest first. No collective.
+
+        One from before the run changed the number of its experts is none of them: this model cannot take its weights.
+        """
         found = []
         for name in list_steps(self.checkpoints):
             report = read_manifest(self.checkpoints / name)
-            if report.ok:
+            if report.ok and self._fits(self.checkpoints / name):
                 flags = report.manifest.get("flags")
                 found.append((int(report.manifest["step"]), bool(isinstance(flags, dict) and flags.get("suspect"))))
         return found
+
+    def _fits(self, path: Path) -> bool:
+        """Whether a checkpoint has as many experts as the configuration, as far as can be told."""
+        mine = getattr(self.config, "num_experts", None)
+        try:
+            return mine is None or shape_of(path).get("num_experts", mine) == mine
+        except CheckpointError:
+            return True  # damaged: whoever loads it says so
 
     def path_of(self, step: int) -> Path:
         """Where the checkpoint of a step lies."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .compress import SUFFIX, compressed, plain_names, read_compressed
-from .files import MAX_JSON_BYTES, CheckpointError, FileEntry, dump_json, load_json, read_file
+from .files import MAX_JSON_BYTES, CheckpointError, FileEntry, dump_json, load_json, open_folder, read_file
 from .keep import leased
 from .tensors import first_non_finite, host_copy, pack, read_tensors, tensor_file, unpack
 from .universal import SavedState, Shard
@@ -186,6 +186,22 @@ def read_loaded(folder: int, report: Report, rank: int) -> Loaded:
         config=read_json(folder, CONFIG) if CONFIG in listed else None,
         notes=[f"{name} is not part of the checkpoint and was not read" for name in report.strays],
     )
+
+
+def shape_of(path: Path) -> dict[str, Any]:
+    """The keys of the model in a committed checkpoint (those of a `DeepSeekConfig`). Takes no lease: for the holder of the run.
+
+    Raises:
+        CheckpointError: there are none that can be read.
+    """
+    try:
+        folder = open_folder(path)
+        try:
+            return read_json(folder, MODEL_CONFIG)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {MODEL_CONFIG}: {error.strerror or error}") from error
 
 
 def read_model(folder: int, shape: Mapping[str, Any]) -> dict[str, Tensor]:
