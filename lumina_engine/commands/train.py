@@ -294,7 +294,7 @@ def _resume(args: argparse.Namespace, directory: Any) -> int:
         )
     config = left_to_auto(Config.load(directory.config_path))
     if args.preset or args.config or args.overrides:
-        config = _changed(config, args)
+        config = _changed(config, args, directory)
     plan = _checked(config, None)
     if args.dry_run:
         return _show(args, plan)
@@ -304,7 +304,7 @@ def _resume(args: argparse.Namespace, directory: Any) -> int:
     return _after_start(args, directory)
 
 
-def _changed(config: Config, args: argparse.Namespace) -> Config:
+def _changed(config: Config, args: argparse.Namespace, directory: RunDirectory) -> Config:
     """A run's own configuration with the keys that were given. Raises `ConfigError` for those that a resumed run must keep."""
     from ..config.checks import resume_findings
     from ..config.loading import merge
@@ -316,6 +316,8 @@ def _changed(config: Config, args: argparse.Namespace) -> Config:
     make_absolute(wanted.config)  # as the run's own are
     given = [key for key, origin in wanted.origins.items() if origin != "default" and key != "experiment_name"]
     changes = {key: getattr(wanted.config, key) for key in given if getattr(wanted.config, key) != "auto"}
+    if changes.get("num_experts", config.num_experts) != config.num_experts:
+        changes = _without_own_experts(changes, directory)
     asked = [key for key, origin in wanted.origins.items() if origin == "cli" and infos_of(Config)[key].resume_may_change]
     changes |= {key: "auto" for key in asked if getattr(wanted.config, key) == "auto"}  # resolved anew
     if "num_gpus" in changes and config.launcher in ("none", "torchrun"):  # what auto chose for one rank, and for several
@@ -328,6 +330,23 @@ def _changed(config: Config, args: argparse.Namespace) -> Config:
     if findings:
         raise ConfigError(findings)
     return new
+
+
+def _without_own_experts(changes: dict[str, Any], directory: RunDirectory) -> dict[str, Any]:
+    """`changes` without a number of experts that the run had before it changed it by itself, and without their room then.
+
+    A command that gives it is the one that a requeued job gives again.
+    """
+    from ..monitoring import record as rec
+    from ..monitoring.log import read_records
+
+    had: dict[str, list[Any]] = {"num_experts": [], "capacity_factor": []}
+    for record in read_records(directory.metrics_path, ("change",)):
+        if isinstance(record, rec.Change) and record.by == "recovery" and record.what in had:
+            had[record.what].append(record.before)
+    if changes["num_experts"] not in had["num_experts"]:
+        return changes
+    return {key: value for key, value in changes.items() if value not in had.get(key, ())}
 
 
 def _same_global_batch(old: Config, new: Config, by_rows: bool, machine: Machine) -> Config:

@@ -21,11 +21,6 @@ from lumina_engine.config.trackers import to_install
 from lumina_engine.config.training_checks import paths
 from lumina_engine.secrets import looks_secret
 
-# Keys of which not every value exists yet, with those that do.
-NOT_YET: dict[str, tuple[object, ...]] = {
-    "expert_growth": ("off", "advise"),
-}
-
 Rule = Callable[[Config], Iterator[Finding]]
 
 
@@ -43,14 +38,6 @@ def check(config: Config, machine: Machine | None = None) -> list[Finding]:
     return sorted(findings, key=lambda f: rank[f.severity])
 
 
-def _not_yet(config: Config) -> Iterator[Finding]:
-    for name, allowed in NOT_YET.items():
-        value = getattr(config, name)
-        if not any(value == known and type(value) is type(known) for known in allowed):
-            fix = "set " + " or ".join(show(known) for known in allowed)
-            yield error("not_yet", name, f"{name} = {show(value)}: not available yet", fix)
-
-
 def _secret(config: Config) -> Iterator[Finding]:
     """No key holds a secret: config.yaml is copied, compared and shown. The value itself is not repeated."""
     for name in infos_of(Config):
@@ -62,7 +49,6 @@ def _secret(config: Config) -> Iterator[Finding]:
 
 
 _RULES: tuple[Rule, ...] = (
-    _not_yet,
     _secret,
     model_checks.attention,
     model_checks.shape,

@@ -346,10 +346,11 @@ class AdaptiveKeys(Section):
     )
     expert_growth: Literal["off", "advise", "act"] = key(
         "advise",
-        "Whether a run says that an expert should be added or removed, with the command; never further than adaptive. act is "
-        "not available yet: checkpoints are rewritten by hand.",
+        "What is done when an expert should be added or removed in each layer; never further than adaptive. advise: an alert "
+        "with the command; act: a save that save_interval makes is rewritten with one expert more or less, and the run is "
+        "started again from it (a run of lumina-engine train; adding needs moe_top_k=1); off: nothing is computed.",
         resume=True,
-        read_by="monitoring/growth.py",
+        read_by="monitoring/growth.py, training/worker.py, training/experts.py",
     )
     max_num_experts: int = key(
         64,

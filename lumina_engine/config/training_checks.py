@@ -128,11 +128,32 @@ def data(config: Config) -> Iterator[Finding]:
 
 
 def adaptive(config: Config) -> Iterator[Finding]:
-    """Whether the rate controller has anything that it may do."""
+    """Whether the controllers have anything that they may do."""
+    if config.use_moe and config.expert_growth == "act":
+        yield from _growth(config)
     if config.adaptive == "act" and config.lr_multiplier_min >= 1:
         message = "adaptive = act with lr_multiplier_min = 1: no rate can be lowered, so the first lasting trouble ends the run"
         fix = "set lr_multiplier_min=0.1, or adaptive=advise"
         yield finding("warning", "adaptive_bound", "lr_multiplier_min adaptive", message, fix)
+
+
+def _growth(config: Config) -> Iterator[Finding]:
+    """Why experts are not added or removed by themselves although that is asked for."""
+    if config.adaptive != "act":
+        message = f"expert_growth = act goes no further than adaptive = {config.adaptive}"
+        yield finding("info", "growth_adaptive", "expert_growth adaptive", message, "set adaptive=act, or expert_growth=advise")
+    elif not config.save_interval:
+        message = "expert_growth = act acts at a save that save_interval makes, and save_interval = 0 makes none"
+        yield finding("info", "growth_saves", "expert_growth save_interval", message, "set save_interval=1000")
+    elif config.moe_top_k > 1:
+        message = f"expert_growth = act adds none with moe_top_k = {config.moe_top_k}, where a twin would change the model"
+        yield finding("info", "growth_top_k", "expert_growth moe_top_k", message, "set moe_top_k=1, or expert_growth=advise")
+    elif config.num_experts >= config.max_num_experts:
+        message = (
+            f"expert_growth = act adds none: num_experts = {config.num_experts}, max_num_experts = {config.max_num_experts}"
+        )
+        fix = f"set max_num_experts={min(1_024, 2 * config.num_experts)}, or expert_growth=advise"
+        yield finding("info", "growth_most", "expert_growth max_num_experts", message, fix)
 
 
 def paths(value: str | list[str] | None) -> list[str]:

@@ -55,6 +55,11 @@ class Adaptive:
         """The weight of the balance loss in force."""
         return self._balance.weight
 
+    @property
+    def spent(self) -> int:
+        """Actions of the run so far, those of abandoned branches with them."""
+        return self._controller.spent
+
     def observe_experts(self, record: rec.Experts) -> None:
         """Take what was recorded of the experts; emit what that decides."""
         for decision in self._balance.observe(record, self._controller.spent):

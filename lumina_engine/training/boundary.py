@@ -11,9 +11,12 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from ..checkpoint.verify import step_name
 from ..monitoring import record as rec
-from ..run.policy import NO_PROGRESS
+from ..monitoring.growth import failure
+from ..run.policy import AGAIN, NO_PROGRESS
 from .control import Request
 from .evaluation import eval_record
 from .progress import Stop
@@ -81,9 +84,35 @@ class Boundary:
         trainer, cfg = self.trainer, self.trainer.config
         step = trainer.progress.step
         if self.due(cfg.save_interval, final) and trainer.saves.newest != step:
-            trainer.save(blocking=final)
+            change = None if final or trainer.growth is None else self._change_of_experts(trainer.growth())
+            if change is None:
+                trainer.save(blocking=final)
+            else:
+                self._save_for(change)
         if self.due(cfg.eval_interval, final):
             self.evaluate_and_judge()
+
+    def _change_of_experts(self, wanted: rec.Change | None) -> rec.Change | None:
+        """What rank 0 wants, on every rank. A collective."""
+        found = self.trainer.comm.broadcast(None if wanted is None else msgspec.to_builtins(wanted))
+        return None if found is None else msgspec.convert(found, rec.Change)
+
+    def _save_for(self, change: rec.Change) -> None:
+        """Checkpoint this step with a change of the number of experts in its log: the next start rewrites what is saved here.
+
+        A checkpoint that fails costs the change, which an alert tells, and no restart.
+
+        Raises:
+            Stop: it is there, and the run is to be started again from it.
+        """
+        trainer, step = self.trainer, self.trainer.progress.step
+        trainer.settle()  # one that is on its way may fail, which says nothing of this one
+        trainer.adaptive.observe(change)
+        trainer.emit(change)
+        trainer.save(blocking=True)
+        if trainer.saves.newest == step:
+            raise Stop("restarting", AGAIN, f"{change.before} experts in each layer -> {change.after}: {change.reason}")
+        trainer.emit(failure(change, f"its checkpoint failed: {trainer.saves.failure}"))
 
     def evaluate_and_judge(self) -> None:
         """Evaluate, and take note of whether it is the best yet; a loss that is not finite says nothing about that.

@@ -72,11 +72,17 @@ def deterministic_kernels(config: Any) -> None:
 
 
 def warn_unsupervised(config: Any) -> None:
-    """What only a supervised run can do: it tries things in processes of their own before the model is made."""
+    """What only a supervised run can do: it tries things in processes of their own before the model is made, and is started
+    again."""
     for name in ("dynamic_batching", "auto_tune_precision"):
         if getattr(config, name):
             message = "%s acts at the start of `lumina-engine train`, not in a plain script: %s as configured"
             logging.getLogger("lumina").warning(message, name, "batch_size" if name == "dynamic_batching" else "precision")
+    if config.use_moe and config.adaptive == config.expert_growth == "act":
+        message = (
+            "expert_growth: another number of experts needs a restart, which only `lumina-engine train` can make; it stays"
+        )
+        logging.getLogger("lumina").warning(message)
 
 
 def placed(model: Any, config: Any, comm: Comm, ds_config: dict[str, Any] | None) -> Any:

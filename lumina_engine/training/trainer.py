@@ -129,6 +129,8 @@ class EnhancedConversationTrainer:
         self.saves = Saves(manager, self.emit, self._payload)
         self.boundary = Boundary(self)
         self.extra_state: Callable[[], dict[str, Any]] = dict  # what the caller adds to the state of every checkpoint
+        # the caller's, on every rank or on none: rank 0's says which change of the number of experts the next save is for
+        self.growth: Callable[[], rec.Change | None] | None = None
 
     def _make_ladder(self) -> PrecisionLadder | None:
         """`dynamic_precision`, where this trainer can change precision: in place by autocast, or by being started again."""

@@ -1,12 +1,12 @@
 """One rank of a run: `python -m lumina_engine.training.worker RUN_DIR`, started by the supervisor or a launcher.
 
-Order: data (tokenised before the process group exists, so that no rank waits in a collective for it), group, model, checkpoint,
-loop, and at the end of a run on the built-in corpus its examination. Rank 0 is the only writer of the metric log.
+Order: data (tokenised before the process group exists, so that no rank waits in a collective for it), group, experts (of a run
+that has changed them), model, checkpoint, loop, and at the end of a run on the built-in corpus its examination. Rank 0 is the
+only writer of the metric log.
 """
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import gc
 import json
@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,6 +32,7 @@ from ..monitoring.decisions import backs_after
 from ..monitoring.growth import GrowthWatch
 from ..monitoring.hardware import HardwareThread
 from ..monitoring.log import MetricLog, read_records, surviving
+from ..monitoring.say import print_error
 from ..run.directory import RunDirectory
 from ..run.policy import AGAIN, NO_PROGRESS, OUT_OF_MEMORY, PREEMPTED, REFUSED, USAGE
 from ..run.rank import NullChannel, RankChannel
@@ -41,6 +42,9 @@ from .comm import Comm
 from .cuda import optimize_cuda_settings
 from .memory import DoesNotFit, is_out_of_memory
 from .setup import seed_all
+
+if TYPE_CHECKING:
+    from ..checkpoint.keep import Found
 
 _NAMED_FILES = 10_000  # of the training data, whose digests a checkpoint holds to name the one that changed
 
@@ -54,12 +58,14 @@ class Worker:
         self.rank = int(os.environ.get("RANK", "0"))
         self.config = Config.load(directory.config_path)
         self.log = MetricLog(directory.metrics_path, int(os.environ.get("LUMINA_INC", "1"))) if self.rank == 0 else None
-        self.growth = GrowthWatch(self.config, directory.name)
+        self.growth = GrowthWatch(self.config, directory.name, by_itself=channel.supervised)
         self.resume = os.environ.get("LUMINA_RESUME") == "1"
         self.accept_data_change = os.environ.get("LUMINA_ACCEPT_DATA_CHANGE") == "1"
         self.out_of_memory = os.environ.get("LUMINA_AFTER") == "out_of_memory"  # that is how the incarnation before ended
         self.trainer: Any = None
         self.manager: Any = None
+        self.found: Found | None = None  # the checkpoint to go on from, where it had to be known before a model was made
+        self.other_experts = False  # than config.yaml says: the run's own choice, not the user's
 
     def emit(self, record: Any) -> None:
         if self.log is not None:
@@ -115,6 +121,7 @@ class Worker:
         if settings and self.rank == 0:
             self.emit(rec.Note(message="CUDA settings: " + ", ".join(f"{name} {value}" for name, value in settings.items())))
         comm = Comm.start(config.communication_backend)
+        config = self._with_experts(config, comm)
         configured = config.batch_size
         config = self.config = self._settled(config, comm)
         model = build_model(config, comm)
@@ -132,6 +139,8 @@ class Worker:
         made_of = {"data_sources": sources, "data_rules": data_rules()}
         trainer.extra_state = lambda: {**self._log_position(), **made_of}
         trainer.sync_log = sync or trainer.sync_log
+        if self.channel.supervised and config.use_moe and config.adaptive == config.expert_growth == "act":
+            trainer.growth = self._wanted_experts
         trainer.control.install_signals()
         trainer.prepare(data.train, data.eval)
         self._tell_data()
@@ -175,6 +184,28 @@ class Worker:
             for line in facts_of(plan, rows_of_run(plan, self.trainer.config, self.trainer.comm.world_size)).lines():
                 self.emit(rec.Note(message=f"data: {line}"))
 
+    def _with_experts(self, config: Config, comm: Comm) -> Config:
+        """The configuration of this start with as many experts as the checkpoint has that it goes on from."""
+        if self.resume and config.use_moe:
+            from .experts import experts_in_force
+
+            sync = self.log.sync if self.log is not None else lambda: None
+            settled, self.found = experts_in_force(config, comm, self.directory, self.emit, sync)
+            self.other_experts = settled.num_experts != config.num_experts
+            config = self.config = settled
+            self.growth.use(config)
+        return config
+
+    def _wanted_experts(self) -> rec.Change | None:
+        """The change of the number of experts that this boundary's checkpoint is to be rewritten for; rank 0 knows.
+
+        None while a spike is open: that checkpoint would be a suspect one, and the only one that the run could go back to.
+        """
+        trainer = self.trainer
+        if self.rank != 0 or trainer.guard.open_since is not None:
+            return None
+        return self.growth.wanted(trainer.progress.step, trainer.adaptive.spent)
+
     def _settled(self, config: Config, comm: Comm) -> Config:
         """The micro batch of this start; what recovery chose is written down before anything can go wrong with it."""
         from .settle import Settler
@@ -198,7 +229,7 @@ class Worker:
         from .proof import resume_proof
         from .state import restore
 
-        path = self.manager.recover()
+        path = self.manager.recover(known=self.found)
         for note in self.manager.notes:
             self.emit(rec.Alert(severity="critical", code="checkpoint_damaged", message=note))
         if path is None:
@@ -360,10 +391,10 @@ class Worker:
     def _ran_out(self, error: Exception) -> int:
         """Out of memory: leave the supervisor to start again with a smaller micro batch, or say that there is none.
 
-        A first dry run that does not fit is the user's to mend, unless the batch was Lumina's own choice.
+        A first dry run that does not fit is the user's to mend, unless the batch or the experts were Lumina's own choice.
         """
         config = self.config
-        chosen = self.out_of_memory or config.dynamic_batching
+        chosen = self.out_of_memory or config.dynamic_batching or self.other_experts
         if isinstance(error, DoesNotFit) and (error.final or not chosen):
             return self._leave("failed", USAGE, str(error))
         print_error(error)  # engine.log
@@ -414,12 +445,6 @@ def expected_exit_code(error: BaseException) -> int | None:
         return code
     named = {"ConfigError": 2, "DataError": REFUSED, "CheckpointError": REFUSED, "TokenizerError": 2}
     return next((named[cls.__name__] for cls in type(error).__mro__ if cls.__name__ in named), None)
-
-
-def print_error(error: BaseException) -> None:
-    """The traceback into engine.log; a full disk costs it, and nothing that is done after it."""
-    with contextlib.suppress(OSError):
-        traceback.print_exception(error)
 
 
 def write_private(path: Path, text: str) -> None:

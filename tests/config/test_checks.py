@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lumina_engine.config.checks import NOT_YET, check, resume_findings
+from lumina_engine.config.checks import check, resume_findings
 from lumina_engine.config.machine import GB, Accelerator, Machine
 from lumina_engine.config.presets import ConfigPresets
 from lumina_engine.config.schema import Config, ConfigError, fields_info
@@ -62,6 +62,41 @@ CASES = [
         "info",
         "has no effect with moe_dropless",
         {"moe_dropless": False},
+    ),
+    (
+        {"expert_growth": "act", "moe_top_k": 1},
+        "growth_adaptive",
+        "info",
+        "no further than adaptive = advise",
+        {"adaptive": "act"},
+    ),
+    (
+        {"expert_growth": "act", "adaptive": "act", "moe_top_k": 1, "save_interval": 0},
+        "growth_saves",
+        "info",
+        "save_interval = 0 makes none",
+        {"save_interval": 1000},
+    ),
+    (
+        {"expert_growth": "act", "adaptive": "act", "moe_top_k": 2},
+        "growth_top_k",
+        "info",
+        "adds none with moe_top_k = 2",
+        {"expert_growth": "advise"},
+    ),
+    (
+        {"expert_growth": "act", "adaptive": "act", "moe_top_k": 1, "max_num_experts": 8},
+        "growth_most",
+        "info",
+        "set max_num_experts=16",
+        {"max_num_experts": 16},
+    ),
+    (
+        {"expert_growth": "act", "expert_parallel_size": 2},
+        "expert_unproved",
+        "error",
+        "expert_growth = act with expert_parallel_size = 2: not proved",
+        {"expert_growth": "advise"},
     ),
     ({"rope_scaling_factor": 4}, "rope_factor", "error", "no effect with rope_scaling = none", {"rope_scaling": "yarn"}),
     ({"rope_original_length": 512}, "rope_length", "error", "rope_original_length", {"rope_original_length": None}),
@@ -169,20 +204,9 @@ def test_c129_each_rule_and_its_fix(changes: dict, code: str, severity: str, wor
     assert code not in {f.code for f in check(config)}
 
 
-@pytest.mark.parametrize("name", NOT_YET)
-def test_not_yet_keys_are_refused_never_ignored(name: str) -> None:
-    info = next(i for i in fields_info() if i.name == name)
-    config = Config(**{name: next(choice for choice in info.choices if choice not in NOT_YET[name])})
-    found = [f for f in check(config) if f.code == "not_yet" and f.keys == (name,)]
-    assert len(found) == 1 and found[0].severity == "error" and ": not available yet; set " in found[0].line()
-    with pytest.raises(ConfigError, match="not available yet"):
-        config.validate()
-
-
-def test_not_yet_keys_accept_what_exists() -> None:
-    for name, allowed in NOT_YET.items():
-        for value in allowed:
-            assert not [f for f in check(Config(**{name: value})) if f.code == "not_yet"], (name, value)
+def test_c099_growth_by_itself_is_a_value_like_any_other() -> None:
+    assert check(Config(adaptive="act", expert_growth="act", moe_top_k=1)) == []
+    assert check(Config(expert_growth="act", use_moe=False, num_experts=8)) == []
 
 
 def test_c046_validate_gives_all_findings_or_raises_with_all() -> None:

@@ -51,11 +51,11 @@ def prepare(root: Path, name: str, faults: Sequence[Fault] = (), world: int = 1,
     return run
 
 
-def start(run: RunDirectory, *, world: int = 1, resume: bool = False, **settings: Any) -> RunDirectory:
+def start(run: RunDirectory, *, world: int = 1, resume: bool = False, worker: Path = WORKER, **settings: Any) -> RunDirectory:
     """Start it under the real supervisor with the faulty worker in the worker's place. `settings` as of `launch.start`."""
     argv = launch.rank_argv(Config.load(run.config_path), run.path, world)
     place = argv.index(launch.WORKER)  # python -m WORKER RUN, also below hosts or torchrun
-    argv[place - 1 : place + 1] = [str(WORKER)]
+    argv[place - 1 : place + 1] = [str(worker)]
     if world == 1:
         argv[0] = sys.executable
     launch.start(run, argv, world=world, resume=resume, settings=settings)

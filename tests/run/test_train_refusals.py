@@ -18,6 +18,8 @@ from lumina_engine.config.schema import Config, ConfigError
 from lumina_engine.data import size
 from lumina_engine.data.conversation import DataError
 from lumina_engine.data.vocabulary import tiktoken_file
+from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.log import MetricLog
 from lumina_engine.run import directory
 from lumina_engine.run.directory import RunDirectory, RunError, auto_name, check_name
 
@@ -105,15 +107,16 @@ def test_c085_resume_has_one_rule_for_what_may_change(tmp_path: Path) -> None:
     ):
         arguments = train.argparse.Namespace(preset=None, config=None, overrides=words)
         with pytest.raises(ConfigError) as caught:
-            train._changed(old, arguments)
+            train._changed(old, arguments, RunDirectory(tmp_path))
         assert [f.keys[0] for f in caught.value.findings] == [key]
     arguments.overrides = ["batch_size=4", "gradient_accumulation_steps=2", "max_steps=9", "zero_stage=1"]
-    new = train._changed(old, arguments)
+    new = train._changed(old, arguments, RunDirectory(tmp_path))
     assert (new.batch_size, new.max_steps, new.hidden_size, new.zero_stage) == (4, 9, 128, 1)
 
 
-def resumed(old: Config, *words: str) -> Config:
-    return train._changed(old, train.argparse.Namespace(preset=None, config=None, overrides=list(words)))
+def resumed(old: Config, *words: str, root: Path = Path("no-such-run")) -> Config:
+    arguments = train.argparse.Namespace(preset=None, config=None, overrides=list(words))
+    return train._changed(old, arguments, RunDirectory(root))
 
 
 def test_c085_one_factor_of_the_batch_takes_the_other_with_it() -> None:
@@ -124,6 +127,25 @@ def test_c085_one_factor_of_the_batch_takes_the_other_with_it() -> None:
         assert (new.batch_size, new.gradient_accumulation_steps) == batch
     new = resumed(old, "num_gpus=2", "batch_size=4")
     assert (new.batch_size, new.gradient_accumulation_steps) == (4, 2)
+
+
+def test_c099_the_experts_that_a_run_changed_itself_stay_when_its_command_is_given_again(tmp_path: Path) -> None:
+    """A requeued job gives the number and the room from before; any other number is as wrong as ever."""
+    grown = Config(num_experts=5, capacity_factor=1.5625, moe_top_k=1)
+    before = ["num_experts=4", "capacity_factor=1.25", "moe_top_k=1"]
+    with pytest.raises(ConfigError, match="num_experts = 4: cannot change in a resumed run"):
+        resumed(grown, *before, root=tmp_path)
+    with MetricLog(tmp_path / "metrics.jsonl", 1, sync_interval=0) as log:
+        log.emit(rec.Change(what="num_experts", step=9, before=4, after=5, by="adaptive"))
+        with pytest.raises(ConfigError):
+            resumed(grown, *before, root=tmp_path)
+        log.emit(rec.Change(what="num_experts", step=9, before=4, after=5, by="recovery"))
+        log.emit(rec.Change(what="capacity_factor", step=9, before=1.25, after=1.5625, by="recovery"))
+    assert resumed(grown, *before, root=tmp_path) == grown
+    assert resumed(grown, "num_experts=4", "capacity_factor=2", root=tmp_path).capacity_factor == 2
+    assert resumed(grown, "num_experts=5", "capacity_factor=1.25", root=tmp_path).capacity_factor == 1.25
+    with pytest.raises(ConfigError, match="num_experts = 8"):
+        resumed(grown, "num_experts=8", root=tmp_path)
 
 
 def test_c085_auto_on_the_command_line_is_resolved_anew() -> None:

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from lumina_engine.config.checks import check
 from lumina_engine.config.resolve import resolve
 from lumina_engine.config.schema import Config, fields_info
 from lumina_engine.run.directory import RunDirectory
@@ -185,23 +184,17 @@ ELSEWHERE = {
     "lr_multiplier_min": "training/test_adaptive.py::test_c098_bounds_and_pace_are_those_of_the_keys",
     "adaptive_cooldown_steps": "training/test_adaptive.py::test_c098_bounds_and_pace_are_those_of_the_keys",
     "max_adaptive_actions": "training/test_adaptive.py::test_c098_bounds_and_pace_are_those_of_the_keys",
-    "expert_growth": "monitoring/test_growth.py::test_c099_switched_off_says_nothing",
+    "expert_growth": "faults/test_growth_run.py::test_c099_a_run_grows_by_itself_and_finishes",
     "max_num_experts": "checkpoint/test_growth.py::test_c099_growing_refuses_what_it_cannot_do_exactly",
     "spike_policy": "faults/test_ft_guard.py::test_ft06_a_spike_goes_back_where_the_policy_says_so",
 }
 # tested below
 HERE = {"deepspeed_log_level", "hardware_interval_s", "startup_timeout_s"}
-ACTS = {"expert_growth": "act"}
 
 
 def test_r36_every_key_has_a_row() -> None:
     rows = [*SEEN, *LAUNCHED, *ELSEWHERE, *HERE]
     assert sorted(rows) == sorted(info.name for info in fields_info())
-
-
-@pytest.mark.parametrize("name", ACTS)
-def test_r36_what_would_act_is_refused_until_it_exists(name: str) -> None:
-    assert any(f.severity == "error" and name in f.keys for f in check(Config(**{name: ACTS[name]})))
 
 
 def values(name: str, value: Any, folder: Path) -> dict[str, Any]:

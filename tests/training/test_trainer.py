@@ -197,6 +197,15 @@ def test_c064_the_trainer_says_what_the_rules_warn_of(tmp_path: Path, caplog: py
     assert any("ends at max_steps = 20 before the peak" in message for message in caplog.messages)
 
 
+@pytest.mark.parametrize(("adaptive", "told"), [("act", True), ("advise", False)])
+def test_c099_a_plain_script_is_told_that_its_experts_stay(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, adaptive: str, told: bool
+) -> None:
+    trainer, _, _ = setup(tmp_path, adaptive=adaptive, expert_growth="act", moe_top_k=1)
+    said = [message for message in caplog.messages if message.startswith("expert_growth: another number of experts needs")]
+    assert bool(said) == told and trainer.growth is None
+
+
 def other_data(tmp_path: Path, trainer: EnhancedConversationTrainer) -> ConversationDataset:
     path = tmp_path / "other.jsonl"
     turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Nobody else, in twenty words or more."}]

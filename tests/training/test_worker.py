@@ -58,7 +58,7 @@ def test_c098_a_rate_that_was_set_before_the_first_checkpoint_is_set_again(tmp_p
     boundary, told = SimpleNamespace(rates={}, replay={}), []
     adaptive = SimpleNamespace(catch_up=lambda backs, step: told.append((list(backs), step)))
     new = CheckpointManager(worker.config, run_dir=run)
-    worker.manager = SimpleNamespace(recover=lambda: None, require_new=new.require_new, notes=[])
+    worker.manager = SimpleNamespace(recover=lambda known: None, require_new=new.require_new, notes=[])
     worker.trainer = SimpleNamespace(comm=Comm(), boundary=boundary, adaptive=adaptive, recovery=Recovery())  # type: ignore[assignment]
     worker._restore(None)
     assert boundary.rates == boundary.replay == {7: 1e-4} and told == [([], 0)]
@@ -154,6 +154,28 @@ def test_r42_a_dry_run_that_does_not_fit(tmp_path: Path, keys: dict[str, Any], a
     config = Config(tokenizer="lumina-1k", batch_size=8, **keys)
     found, reason, _ = failed(tmp_path, DoesNotFit(8, 2048, config), after, batch_size=8, **keys)
     assert found == code and "of 2048 tokens does not fit: lower " in reason
+
+
+def test_c099_experts_that_the_run_chose_itself_and_that_do_not_fit_get_a_smaller_micro_batch(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "r")
+    config = Config(tokenizer="lumina-1k", batch_size=8)
+    config.save(run.config_path)
+    for own, code in ((True, 91), (False, 2)):
+        worker = Worker(run, Ear())
+        worker.other_experts = own
+        assert worker._failed(DoesNotFit(8, 2048, config)) == code
+
+
+@pytest.mark.parametrize("open_since", [None, 7])
+def test_c099_no_change_of_experts_is_saved_for_while_a_spike_is_open(tmp_path: Path, open_since: int | None) -> None:
+    run = RunDirectory.create(tmp_path, "r")
+    Config(tokenizer="lumina-1k").save(run.config_path)
+    worker = Worker(run, Ear())
+    guard, progress = SimpleNamespace(open_since=open_since), SimpleNamespace(step=9)
+    worker.trainer = SimpleNamespace(guard=guard, progress=progress, adaptive=SimpleNamespace(spent=3))
+    worker.growth = SimpleNamespace(wanted=lambda step, spent: rec.Change(what="num_experts", step=step, before=spent))  # type: ignore[assignment]
+    found = worker._wanted_experts()
+    assert found is None if open_since else found is not None and (found.step, found.before) == (9, 3)
 
 
 def test_a_try_that_failed_otherwise_is_a_crash(tmp_path: Path) -> None:

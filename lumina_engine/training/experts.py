@@ -1,0 +1,208 @@
+"""The experts of a run that changes their number by itself (`expert_growth=act`): what a start does before it makes a model.
+
+1. A save finds that an expert should be added or removed (`monitoring/growth.py`). The decision is a record in the log, the
+   checkpoint of its step stands behind it, and the ranks leave to be started again (`boundary.py`).
+2. The next start finds both, and rank 0 rewrites the checkpoint while no model is in memory (`checkpoint/growth.py`).
+3. From then on the checkpoint that a start goes on from decides how many experts there are, also where it must take one from
+   before.
+
+A run that is killed at any instant of this finds the step of the decision again, and does what is left. What cannot be done is
+told once, and the run goes on with the experts that it has.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from ..checkpoint.files import CheckpointError
+from ..checkpoint.growth import Plan, Source, drop_copy, growing, in_place, read_source, room, shrinking
+from ..checkpoint.keep import Found, clean_stale, newest_valid
+from ..checkpoint.payload import shape_of
+from ..checkpoint.probe import probe_loss, probe_rows
+from ..checkpoint.saving import why
+from ..checkpoint.verify import Report
+from ..config.checks import check
+from ..config.resolve import left_to_auto
+from ..config.schema import Config
+from ..monitoring import record as rec
+from ..monitoring.balance import CAPACITY, EXPERTS
+from ..monitoring.growth import FAILED, GrowthWatch, failure, is_decision
+from ..monitoring.hardware import detect
+from ..monitoring.log import read_records
+from ..monitoring.say import print_error
+from ..run.directory import RunDirectory
+from .comm import Comm
+
+TRY = "expert_growth"  # code of the alert that tells that a try begins
+TRIES = 2  # a try that ends the process is no reason to try for ever
+_TOLD = (CheckpointError, OSError)  # say themselves what is wrong; anything else is a defect
+
+
+def experts_in_force(
+    config: Config, comm: Comm, run: RunDirectory, emit: Callable[[Any], None], sync_log: Callable[[], object]
+) -> tuple[Config, Found | None]:
+    """The configuration with the experts of the checkpoint that the run goes on from, the same on every rank; and on rank 0
+    that checkpoint, if it was looked for. A collective, before a model is made.
+
+    Args:
+        config: that of config.yaml.
+        emit: takes records (of rank 0). sync_log: what was emitted is on the disk afterwards.
+    """
+    found, keys = None, {}
+    if comm.rank == 0:
+        changes = _Changes(config, run, emit, sync_log)
+        found = changes.rewritten()
+        keys = changes.keys(found)
+    keys = comm.broadcast(keys)
+    return config.model_copy(update=keys) if keys else config, found
+
+
+def pending(records: Iterable[rec.Record], step: int, seq: int, experts: int) -> tuple[rec.Change, int] | None:
+    """The decision that the checkpoint of `step` was saved for and that nothing has come of yet, and how often it was tried.
+
+    Args:
+        records: the log's changes, rewinds and alerts, in order.
+        seq: the last record before that checkpoint. experts: that it has in each layer.
+    """
+    found: rec.Change | None = None
+    tries = 0
+    for record in records:
+        if is_decision(record):
+            found, tries = record, 0
+        elif isinstance(record, rec.Rewind) and found is not None and record.to_step < (found.step or 0):
+            found = None  # of an abandoned branch
+        elif isinstance(record, rec.Alert) and record.code == TRY:
+            tries += 1
+        elif isinstance(record, rec.Alert) and record.code == FAILED:
+            found = None
+    due = found is not None and found.step == step and found.before == experts and found.seq <= seq
+    return (found, tries) if found is not None and due else None
+
+
+class _Changes:
+    """The changes of the number of experts in the log of a run, as rank 0 obeys them."""
+
+    def __init__(self, config: Config, run: RunDirectory, emit: Callable[[Any], None], sync_log: Callable[[], object]) -> None:
+        self.config, self.run, self.emit, self.sync_log = config, run, emit, sync_log
+        root = run.path.resolve()  # as `CheckpointManager` has it
+        self.checkpoints, self.emergency = root / run.checkpoints.name, root / run.emergency.name
+        self.records = list(read_records(run.metrics_path, ("change", "rewind", "alert")))
+        self.counts = {count for change in filter(is_decision, self.records) for count in (change.before, change.after)}
+
+    def rewritten(self) -> Found | None:
+        """The checkpoint that the run goes on from, rewritten if that is due. None: nothing was ever decided, or whoever looks
+        for it next will say what is wrong."""
+        if not self.counts:
+            return None
+        found = self._newest()
+        if found is None or found.report is None:
+            return None
+        due = self._due(found.report)
+        if due is not None:
+            found = self._try(found, found.report, *due)
+        self._tidy(found)
+        return found
+
+    def _due(self, report: Report) -> tuple[rec.Change, int] | None:
+        """The decision that this checkpoint is to be rewritten for, and how often it was tried."""
+        if not self.config.adaptive == self.config.expert_growth == "act":
+            return None
+        manifest, experts = report.manifest, shape_of(report.path).get(EXPERTS)
+        return pending(self.records, manifest["step"], int(manifest.get("log_seq") or 0), int(experts or 0))
+
+    def keys(self, found: Found | None) -> dict[str, Any]:
+        """What the configuration must have for this checkpoint, where the run itself has changed that; recorded."""
+        if found is None or found.path is None:
+            return {}
+        keys = keys_for(self.config, shape_of(found.path), self.counts)
+        for name, value in keys.items():
+            reason = f"{found.path.name}, from which the run goes on, has {keys[EXPERTS]} experts"
+            step = None if found.report is None else found.report.step
+            before = getattr(self.config, name)
+            self.emit(rec.Change(what=name, step=step, before=before, after=value, by="recovery", reason=reason))
+        if keys:
+            self.sync_log()  # before config.yaml says it
+        return keys
+
+    def _newest(self) -> Found | None:
+        try:
+            return newest_valid(self.checkpoints, self.emergency)
+        except (CheckpointError, OSError):
+            return None  # nothing was changed: `CheckpointManager.recover` meets the same and says it on every rank
+
+    def _try(self, found: Found, report: Report, change: rec.Change, tries: int) -> Found | None:
+        """Rewrite the checkpoint; on a refusal, or after too many tries, what there is now."""
+        if tries >= TRIES:
+            self.emit(failure(change, f"each of {tries} tries to rewrite its checkpoint ended with the process"))
+            return found
+        what = f"{report.path.name} is rewritten with {change.after} experts instead of {change.before}"
+        self.emit(rec.Alert(severity="info", code=TRY, message=f"step {change.step}: {what}", step=change.step))
+        self.sync_log()
+        try:
+            made = self._rewrite(report, change)
+        except Exception as error:
+            if not isinstance(error, _TOLD):
+                print_error(error)  # engine.log
+            self.emit(failure(change, why(error)))
+            after = self._newest()
+            return after if after is None else Found(after.path, after.report, found.rejected + after.rejected)
+        return Found(made.path, made, found.rejected)
+
+    def _rewrite(self, report: Report, change: rec.Change) -> Report:
+        for folder in (self.checkpoints, self.emergency):
+            clean_stale(folder)  # what a try that was killed has left needs no room any more
+        source = read_source(report.path, report)
+        plan = self._plan(source, change)
+        config = left_to_auto(self.config.model_copy(update=dict(plan.keys)))
+        machine = replace(detect(), disk_free_bytes=None)  # the checkpoints are there already; for this one room is asked below
+        errors = [finding.line() for finding in check(config, machine) if finding.severity == "error"]
+        if errors:
+            raise CheckpointError("; ".join(errors))
+        return in_place(source, plan, self.checkpoints, self.emergency)
+
+    def _plan(self, source: Source, change: rec.Change) -> Plan:
+        experts = {int(layer): int(expert) for layer, expert in (change.evidence or {})["layers"].items()}
+        if change.after > change.before:
+            return growing(source, experts)
+        rows = probe_rows(Config(**(source.loaded.config or {})))
+        return shrinking(source, experts, self._loads(change), lambda shape, weights: probe_loss(shape, weights, rows))
+
+    def _loads(self, change: rec.Change) -> Mapping[int, list[float]]:
+        """The load per expert by layer that the decision was made by."""
+        watch = GrowthWatch(self.config, self.run.name)
+        for record in read_records(self.run.metrics_path, ("experts", "change", "rewind")):
+            if record.seq >= change.seq:
+                break
+            watch.take(record)
+        return watch.loads()
+
+    def _tidy(self, found: Found | None) -> None:
+        """What was kept in case of a crash is not needed any more."""
+        if found is None or found.report is None:
+            return
+        try:
+            drop_copy(found.report, self.emergency)
+        except OSError as error:
+            message = (
+                f"the copy of {found.report.path.name} from before it was rewritten stays in {self.emergency}: {why(error)}"
+            )
+            self.emit(rec.Alert(severity="warning", code="checkpoint_note", message=message))
+
+
+def keys_for(config: Config, shape: Mapping[str, Any], counts: Iterable[int]) -> dict[str, Any]:
+    """The keys of `config` that go with the experts of a checkpoint; none where they do already, or where the run has never had
+    such a number of them by its own doing.
+
+    Their room is that of the checkpoint, unless somebody has chosen another `capacity_factor` since: then theirs, carried over.
+    """
+    known, before, after = set(counts), config.num_experts, int(shape[EXPERTS])
+    if before == after or not {before, after} <= known:
+        return {}
+    if config.moe_dropless:
+        return {EXPERTS: after}
+    own, mine = float(shape[CAPACITY]), config.capacity_factor
+    chosen = not any(math.isclose(mine, value) for value in (own, room(own, after, before)))
+    return {EXPERTS: after, CAPACITY: room(mine, before, after) if chosen else own}
