@@ -133,10 +133,13 @@ class EnhancedConversationTrainer:
         self.growth: Callable[[], rec.Change | None] | None = None
 
     def _make_ladder(self) -> PrecisionLadder | None:
-        """`dynamic_precision`, where this trainer can change precision: in place by autocast, or by being started again."""
+        """`dynamic_precision`, where this trainer can change precision: in place by autocast, or by being started again.
+
+        A collective: rank 0 knows of a supervisor, the ranks of a machine that was started by hand do not.
+        """
         if not self.config.dynamic_precision:
             return None
-        if not self.switches_in_place and not getattr(self.channel, "supervised", False):
+        if not self.switches_in_place and not self.comm.broadcast(getattr(self.channel, "supervised", False)):
             message = "dynamic_precision: precision %s needs restarts, which only `lumina-engine train` can make; it stays"
             logging.getLogger("lumina").warning(message, self.config.precision)
             return None

@@ -139,7 +139,8 @@ class Worker:
         made_of = {"data_sources": sources, "data_rules": data_rules()}
         trainer.extra_state = lambda: {**self._log_position(), **made_of}
         trainer.sync_log = sync or trainer.sync_log
-        if self.channel.supervised and config.use_moe and config.adaptive == config.expert_growth == "act":
+        acts = config.use_moe and config.adaptive == config.expert_growth == "act"
+        if acts and comm.broadcast(self.channel.supervised):  # ranks of a machine started by hand have no channel of their own
             trainer.growth = self._wanted_experts
         trainer.control.install_signals()
         trainer.prepare(data.train, data.eval)

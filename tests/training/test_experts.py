@@ -29,7 +29,10 @@ from lumina_engine.training.experts import TRY, experts_in_force, keys_for, pend
 from tests.checkpoint.helpers import kill_points, names_in
 from tests.checkpoint.test_growth import outputs
 from tests.faults.tiny import Tiny
+from tests.faults.tiny_run import prepare
+from tests.launch import last_line, launch
 
+RANKS = Path(__file__).with_name("growth_ranks.py")
 KEYS: dict[str, Any] = {
     "moe_top_k": 1,
     "num_layers": 1,
@@ -138,6 +141,15 @@ def test_c099_only_a_save_of_the_interval_is_asked_for_a_decision(tmp_path: Path
     without = growing(tmp_path / "without")
     without.trainer.growth = None
     assert without.train()["exit_code"] == 0 and not [r for r in without.records if isinstance(r, rec.Change)]
+
+
+def test_c099_c071_ranks_of_a_machine_started_by_hand_obey_the_supervised_one(tmp_path: Path) -> None:
+    """Two ranks, of which only the first has a supervisor that starts it again."""
+    run = prepare(tmp_path, "r", world=2, **KEYS | {"precision": "bf16", "dynamic_precision": True})
+    found = last_line(launch(RANKS, 2, str(run.path)), "GROWTH ")
+    assert found == {"codes": [92, 92], "steps": [AT, AT], "ladders": [True, True]}
+    [told] = [r for r in read_records(run.metrics_path) if isinstance(r, rec.Change)]
+    assert (told.what, told.step) == ("num_experts", AT)
 
 
 # ---- the start behind it ----------------------------------------------------------------------------------------------------
