@@ -17,8 +17,9 @@ WINDOW = "window"  # the wait for a part of a stream to be tokenised
 ROLLBACK = "rollback"  # back to a checkpoint that is read and checked first
 WAITED = "waited save"  # a save whose end is waited for: the last one, or one behind another
 BACKUP = "backup"  # the end of a copy to another disk is waited for
+EXPERTS = "experts"  # a checkpoint is rewritten with another number of experts, before a model is made
 # so seldom that nothing tells how long they take
-RARE = frozenset({"compile", "dry run", "examination", WINDOW, ROLLBACK, WAITED, BACKUP})
+RARE = frozenset({"compile", "dry run", "examination", WINDOW, ROLLBACK, WAITED, BACKUP, EXPERTS})
 WORK = "forward"  # the part of a step in which a rank waits for no other (but for split experts and ZeRO stage 3)
 
 

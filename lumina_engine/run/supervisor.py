@@ -43,7 +43,7 @@ from .process import (
 )
 from .rank import Command
 from .requests import RequestBook
-from .sections import RARE
+from .sections import EXPERTS, RARE
 from .signals import SignalQueue
 from .socket import ViewerServer, socket_folder
 from .straggler import Stragglers
@@ -468,12 +468,16 @@ class Supervisor:
         """Whether the ranks had come no further than to their data: so far no micro batch matters."""
         return self.state == "preparing" and all(item.section in (None, "data") for item in self.ranks.ranks.values())
 
+    def _rewrote_experts(self) -> bool:
+        """Whether a checkpoint was given other experts meanwhile: no micro batch is in memory then, so none is too large."""
+        return any(item.section == EXPERTS for item in self.ranks.ranks.values())
+
     def _crashed(self, code: int, reason: str, now: float) -> None:
         if code == policy.OUT_OF_MEMORY:
             code = policy.CRASHED
-            if self.policy.limit:
+            if self.policy.limit and not self._rewrote_experts():
                 self.after = "out_of_memory"
-            if self.policy.limit and not self._read_data():
+            if self.after and not self._read_data():
                 # the ranks lower the micro batch each time, so this comes to an end by itself
                 self._record(rec.Run(state="crashed", reason=reason, exit_code=code))
                 self.restart_at = now + self.settings.restart_pause_s

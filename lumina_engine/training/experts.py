@@ -34,6 +34,7 @@ from ..monitoring.hardware import detect
 from ..monitoring.log import read_records
 from ..monitoring.say import print_error
 from ..run.directory import RunDirectory
+from ..run.sections import EXPERTS as SECTION
 from .comm import Comm
 
 TRY = "expert_growth"  # code of the alert that tells that a try begins
@@ -42,7 +43,12 @@ _TOLD = (CheckpointError, OSError)  # say themselves what is wrong; anything els
 
 
 def experts_in_force(
-    config: Config, comm: Comm, run: RunDirectory, emit: Callable[[Any], None], sync_log: Callable[[], object]
+    config: Config,
+    comm: Comm,
+    run: RunDirectory,
+    emit: Callable[[Any], None],
+    sync_log: Callable[[], object],
+    report: Callable[[int, str], None],
 ) -> tuple[Config, Found | None]:
     """The configuration with the experts of the checkpoint that the run goes on from, the same on every rank; and on rank 0
     that checkpoint, if it was looked for. A collective, before a model is made.
@@ -50,10 +56,11 @@ def experts_in_force(
     Args:
         config: that of config.yaml.
         emit: takes records (of rank 0). sync_log: what was emitted is on the disk afterwards.
+        report: tells the supervisor where this rank is: (step, section).
     """
     found, keys = None, {}
     if comm.rank == 0:
-        changes = _Changes(config, run, emit, sync_log)
+        changes = _Changes(config, run, emit, sync_log, report)
         found = changes.rewritten()
         keys = changes.keys(found)
     keys = comm.broadcast(keys)
@@ -85,8 +92,15 @@ def pending(records: Iterable[rec.Record], step: int, seq: int, experts: int) ->
 class _Changes:
     """The changes of the number of experts in the log of a run, as rank 0 obeys them."""
 
-    def __init__(self, config: Config, run: RunDirectory, emit: Callable[[Any], None], sync_log: Callable[[], object]) -> None:
-        self.config, self.run, self.emit, self.sync_log = config, run, emit, sync_log
+    def __init__(
+        self,
+        config: Config,
+        run: RunDirectory,
+        emit: Callable[[Any], None],
+        sync_log: Callable[[], object],
+        report: Callable[[int, str], None],
+    ) -> None:
+        self.config, self.run, self.emit, self.sync_log, self.report = config, run, emit, sync_log, report
         root = run.path.resolve()  # as `CheckpointManager` has it
         self.checkpoints, self.emergency = root / run.checkpoints.name, root / run.emergency.name
         self.records = list(read_records(run.metrics_path, ("change", "rewind", "alert")))
@@ -141,6 +155,7 @@ class _Changes:
         what = f"{report.path.name} is rewritten with {change.after} experts instead of {change.before}"
         self.emit(rec.Alert(severity="info", code=TRY, message=f"step {change.step}: {what}", step=change.step))
         self.sync_log()
+        self.report(change.step or 0, SECTION)
         try:
             made = self._rewrite(report, change)
         except Exception as error:

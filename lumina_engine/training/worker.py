@@ -191,7 +191,8 @@ class Worker:
             from .experts import experts_in_force
 
             sync = self.log.sync if self.log is not None else lambda: None
-            settled, self.found = experts_in_force(config, comm, self.directory, self.emit, sync)
+            settled, self.found = experts_in_force(config, comm, self.directory, self.emit, sync, self.channel.report)
+            self.channel.report(0, "data")  # what ends this rank from here on is no matter of the rewriting
             self.other_experts = settled.num_experts != config.num_experts
             config = self.config = settled
             self.growth.use(config)

@@ -1,8 +1,8 @@
 """A worker without torch: writes records, beats, obeys commands. What it does is set by plan.json in the run's folder.
 
-Keys: steps, pace (s per step), crash (incarnation -> how), crash_after (steps), crash_early (before it says that it runs),
-diverge (from this step on), checkpoint_every, unverified (checkpoints), grandchild, flood, close_output, code, deaf, deaf_in
-(incarnation), tokenises (for ever: its data are never ready). It is run by path, not as a module.
+Keys: steps, pace (s per step), crash (incarnation -> how), crash_after (steps), crash_early (the section in which, before it
+says that it runs), diverge (from this step on), checkpoint_every, unverified (checkpoints), grandchild, flood, close_output,
+code, deaf, deaf_in (incarnation), tokenises (for ever: its data are never ready). It is run by path, not as a module.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Worker:
         start = 0
         how = plan.get("crash", {}).get(str(self.inc), plan.get("crash", {}).get("*"))
         if plan.get("crash_early") and how is not None:
-            self.channel.report(0, "data")
+            self.channel.report(0, plan["crash_early"])
             die(how)
         if plan.get("tokenises"):
             self.tokenise()

@@ -92,9 +92,18 @@ def test_ft08_checkpoints_that_were_never_read_back_are_no_progress(runs: Runs) 
 
 def test_ft08_out_of_memory_while_the_data_is_read_is_a_failed_restart(runs: Runs) -> None:
     """No micro batch was tried yet, so none can be lowered: it must come to an end."""
-    run = runs.start(runs.make(crash={"*": "91"}, crash_early=True), max_restarts=2, restart_pause_s=0.001)
+    run = runs.start(runs.make(crash={"*": "91"}, crash_early="data"), max_restarts=2, restart_pause_s=0.001)
     assert launch.wait(run, 40) == 93
     assert [state for _, state in states(run)].count("crashed") == 3
+
+
+def test_c099_r42_out_of_memory_while_a_checkpoint_gets_other_experts_blames_no_micro_batch(runs: Runs) -> None:
+    """It is a failed restart like any other, and the one after it begins with the micro batch that there was."""
+    crashes = {"1": "91", "2": "91"}
+    run = runs.start(runs.make(steps=6, crash=crashes, crash_early="experts"), max_restarts=2, restart_pause_s=0.001)
+    assert launch.wait(run, 40) == 0
+    assert [record.reason for record in read_records(run.metrics_path) if isinstance(record, rec.Rewind)] == [None]
+    assert {"restart 1 of 2", "restart 2 of 2"} <= set(reasons(run))
 
 
 def test_r42_out_of_memory_is_no_failed_restart_and_the_ranks_are_told(runs: Runs) -> None:

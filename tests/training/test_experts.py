@@ -75,6 +75,7 @@ class Start:
     def __init__(self, folder: Path, config: Config) -> None:
         self.run, self.config = RunDirectory(folder), config
         self.found: Found | None = None
+        self.reported: list[tuple[int, str]] = []
 
     @classmethod
     def of(cls, tiny: Tiny) -> Start:
@@ -88,7 +89,8 @@ class Start:
     def settle(self) -> Config:
         """What is in force now."""
         with MetricLog(self.run.metrics_path, 2, sync_interval=0) as log:
-            self.config, self.found = experts_in_force(self.config, Comm(), self.run, log.emit, log.sync)
+            tell = (log.emit, log.sync, lambda step, section: self.reported.append((step, section)))
+            self.config, self.found = experts_in_force(self.config, Comm(), self.run, *tell)
         return self.config
 
     def path(self) -> Path:
@@ -193,6 +195,15 @@ def test_c099_the_next_start_rewrites_the_checkpoint_and_goes_on_from_it(start: 
     here.config = left.config  # killed before config.yaml said it
     assert here.settle() == config and here.told() == [TRY]
     assert here.settle() == config and len(here.records(rec.Change, by="recovery")) == 4, "nothing is left to be said"
+
+
+def test_c099_while_a_checkpoint_is_rewritten_the_rank_says_so(start: Callable[..., Start]) -> None:
+    here = start()
+    here.settle()
+    assert set(here.reported) == {(AT, "experts")}
+    here.reported.clear()
+    here.settle()
+    assert here.reported == [], "nothing is rewritten any more"
 
 
 def test_c099_what_was_verified_here_is_not_read_again_and_what_was_damaged_is_told(start: Callable[..., Start]) -> None:
