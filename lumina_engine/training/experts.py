@@ -138,8 +138,16 @@ class _Changes:
             before = getattr(self.config, name)
             self.emit(rec.Change(what=name, step=step, before=before, after=value, by="recovery", reason=reason))
         if keys:
-            self.sync_log()  # before config.yaml says it
+            self._bring_log()  # before config.yaml says it
         return keys
+
+    def _bring_log(self) -> None:
+        """Bring the log onto the disk. A power cut behind a failure costs the run nothing: the checkpoint says the same."""
+        try:
+            self.sync_log()
+        except OSError as error:
+            message = f"{self.run.metrics_path.name}: {why(error)}: the last records may be lost at a power cut"
+            self.emit(rec.Alert(severity="warning", code="log_not_synced", message=message))
 
     def _newest(self) -> Found | None:
         try:
@@ -154,9 +162,9 @@ class _Changes:
             return found
         what = f"{report.path.name} is rewritten with {change.after} experts instead of {change.before}"
         self.emit(rec.Alert(severity="info", code=TRY, message=f"step {change.step}: {what}", step=change.step))
-        self.sync_log()
         self.report(change.step or 0, SECTION)
         try:
+            self.sync_log()  # a try that nobody hears of would be made for ever
             made = self._rewrite(report, change)
         except Exception as error:
             if not isinstance(error, _TOLD):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -86,10 +87,19 @@ class Start:
                 log.emit(record)
         return start
 
-    def settle(self) -> Config:
-        """What is in force now."""
+    def settle(self, failing: int = 0) -> Config:
+        """What is in force now. The sync number `failing` of the log meets a disk error."""
+        syncs = 0
         with MetricLog(self.run.metrics_path, 2, sync_interval=0) as log:
-            tell = (log.emit, log.sync, lambda step, section: self.reported.append((step, section)))
+
+            def sync() -> None:
+                nonlocal syncs
+                syncs += 1
+                if syncs == failing:
+                    raise OSError(errno.EDQUOT, "Disk quota exceeded")
+                log.sync()
+
+            tell = (log.emit, sync, lambda step, section: self.reported.append((step, section)))
             self.config, self.found = experts_in_force(self.config, Comm(), self.run, *tell)
         return self.config
 
@@ -292,6 +302,21 @@ def test_c099_no_room_for_the_rewritten_checkpoint_is_refused(
     monkeypatch.setattr(experts, "detect", lambda: Machine([], 16 << 30, 2, 9))  # what is left on the disk is not its business
     monkeypatch.setattr(os, "statvfs", lambda path: SimpleNamespace(f_bavail=9, f_frsize=real(path).f_frsize))
     refused(start(), "not enough room in")
+
+
+def test_c099_a_log_that_cannot_be_brought_onto_the_disk_is_refused(start: Callable[..., Start]) -> None:
+    here = start()
+    assert here.settle(failing=1).num_experts == 4
+    refused(here, "Disk quota exceeded")
+
+
+def test_c099_a_log_that_fails_once_all_is_done_costs_nothing(start: Callable[..., Start], left: Tiny) -> None:
+    here = start()
+    config = here.settle(failing=2)
+    assert config.num_experts == 5 and here.told() == [TRY, "log_not_synced"]
+    assert len(here.records(rec.Change, by="recovery")) == 2
+    here.config = left.config  # config.yaml does not say it
+    assert here.settle() == config and FAILED not in here.told()
 
 
 def test_c099_fewer_experts_allowed_than_when_it_was_decided_is_refused(
