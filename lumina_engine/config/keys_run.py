@@ -359,5 +359,5 @@ class AdaptiveKeys(Section):
         minimum=1,
         maximum=1_024,
         resume=True,
-        read_by="checkpoint/growth.py, monitoring/growth.py",
+        read_by="checkpoint/growth.py, monitoring/growth.py, training/experts.py",
     )

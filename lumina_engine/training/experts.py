@@ -189,6 +189,11 @@ class _Changes:
     def _plan(self, source: Source, change: rec.Change) -> Plan:
         experts = {int(layer): int(expert) for layer, expert in (change.evidence or {})["layers"].items()}
         if change.after > change.before:
+            most = self.config.max_num_experts  # which may be lower than when it was decided, as the checkpoint has it
+            if change.after > most:
+                raise CheckpointError(
+                    f"{source.experts} experts in each layer, and max_num_experts = {most}: set it higher to grow"
+                )
             return growing(source, experts)
         rows = probe_rows(Config(**(source.loaded.config or {})))
         return shrinking(source, experts, self._loads(change), lambda shape, weights: probe_loss(shape, weights, rows))

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from lumina_engine.checkpoint.files import CheckpointError
-from lumina_engine.checkpoint.growth import Source
 from lumina_engine.checkpoint.keep import Found
 from lumina_engine.checkpoint.manager import CheckpointManager
 from lumina_engine.config.machine import Machine
@@ -319,18 +318,12 @@ def test_c099_a_log_that_fails_once_all_is_done_costs_nothing(start: Callable[..
     assert here.settle() == config and FAILED not in here.told()
 
 
-def test_c099_fewer_experts_allowed_than_when_it_was_decided_is_refused(
-    start: Callable[..., Start], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = experts.read_source
+def test_c099_fewer_experts_allowed_than_when_it_was_decided_is_refused(start: Callable[..., Start]) -> None:
+    refused(start(max_num_experts=4), "4 experts in each layer, and max_num_experts = 4: set it higher to grow")
 
-    def lowered(*args: Any) -> Source:
-        source = real(*args)
-        source.loaded.config["max_num_experts"] = 4  # type: ignore[index]
-        return source
 
-    monkeypatch.setattr(experts, "read_source", lowered)
-    refused(start(), "4 experts, and max_num_experts = 4")
+def test_c099_as_many_experts_as_are_allowed_are_not_refused(start: Callable[..., Start]) -> None:
+    assert start(max_num_experts=5).settle().num_experts == 5
 
 
 def test_c099_a_merge_that_costs_too_much_is_refused(start: Callable[..., Start], monkeypatch: pytest.MonkeyPatch) -> None:
