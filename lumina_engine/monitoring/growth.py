@@ -30,6 +30,7 @@ GIVEN_UP = 2_000  # steps after which a dead expert is not worth reviving
 STATE_BYTES = 16  # of a parameter in training: weight, gradient, two moments in fp32
 OUTCOME = "expert_growth_outcome"  # `what` of the change that tells what came of another number of experts
 FAILED = "expert_growth_failed"  # code of the alert that tells why nothing came of it
+REFUSALS = 2  # of one action, after which it is not decided again: each costs a restart, and one of `max_adaptive_actions`
 _T = TypeVar("_T")
 
 
@@ -227,7 +228,10 @@ def is_decision(record: rec.Record) -> TypeGuard[rec.Change]:
 def failure(change: rec.Change, reason: str) -> rec.Alert:
     """The alert that nothing came of a decision, and why."""
     message = f"step {change.step}: the run stays with {change.before} experts: {' '.join(reason.split())}"
-    advice = "expert_growth=act looks again once the new load has lasted; expert_growth=advise only tells"
+    advice = (
+        f"expert_growth=act looks again once the new load has lasted, and gives up after {REFUSALS} refusals; "
+        "expert_growth=advise only tells"
+    )
     return rec.Alert(severity="warning", code=FAILED, message=message, recommendation=advice, step=change.step)
 
 
@@ -318,7 +322,8 @@ class GrowthWatch:
     the supervisor's, which has neither the configuration nor numpy in memory.
 
     A change of the number of experts that stands in the log begins the window anew, whatever became of it: what follows is
-    judged by what is in force then, and nothing is tried again before the load has lasted as long once more.
+    judged by what is in force then, and nothing is tried again before the load has lasted as long once more. What has been
+    refused `REFUSALS` times in a run, in whatever branch of it, is not tried any more.
 
     Args:
         config: the configuration in force.
@@ -334,6 +339,7 @@ class GrowthWatch:
         self._told: tuple[str, int, int | None] | None = None
         self._change: rec.Change | None = None  # of the number of experts, whose outcome is still to come
         self._before: LoadWindow | None = None  # the window that it was decided by
+        self._refused: set[tuple[str, int]] = set()  # action and step of each decision that was refused
         self.use(config)
 
     def use(self, config: Config) -> None:
@@ -405,10 +411,22 @@ class GrowthWatch:
             self._change, self._before, self._window, self._told = record, self._window, LoadWindow(), None
         elif isinstance(record, rec.Change) and record.what == OUTCOME:
             self._change = self._before = None
+        elif isinstance(record, rec.Alert) and record.code == FAILED:
+            self._refuse(record.step)
         elif isinstance(record, rec.Change) and record.what in (WEIGHT, CAPACITY) and record.by == "adaptive":
             self._doubled.append(record)
             self._evolution.config = self._in_force()
         return isinstance(record, rec.Experts) and self._window.take(record)
+
+    def _refuse(self, step: int | None) -> None:
+        """Nothing came of the decision of a step. A log may be gone through twice, so it counts by its step."""
+        change = self._change
+        if change is not None and change.evidence is not None and change.step == step:
+            self._refused.add((change.evidence["action"], change.step or 0))
+
+    def _may(self, action: str) -> bool:
+        """Whether an action has not been refused too often."""
+        return sum(name == action for name, _ in self._refused) < REFUSALS
 
     def _go_back(self, step: int) -> None:
         """Back to a step; a decision behind it was never made."""
@@ -448,7 +466,7 @@ class GrowthWatch:
     def _wanted(self, step: int) -> rec.Change | None:
         found, window = self._suggestion(), self._window
         by = {"add_expert": 1, "remove_expert": -1}.get(found["action"], 0) if found is not None else 0
-        if found is None or not by or self._evolution.spread:
+        if found is None or not by or self._evolution.spread or not self._may(found["action"]):
             return None
         loads, layer, statistic = window.loads(), found["layer"], found["statistic"]
         most = max if by > 0 else min  # the hottest expert of each layer gets a twin, the coldest goes
@@ -487,7 +505,7 @@ class GrowthWatch:
         return _outcome(change, change.evidence, load, window.dropped()[layer], loss, window)
 
     def _advice(self, found: Mapping[str, Any]) -> str:
-        if self._acts and found["action"] in ("add_expert", "remove_expert"):
+        if self._acts and found["action"] in ("add_expert", "remove_expert") and self._may(found["action"]):
             return "it is done at a save that save_interval makes, if it still holds then (expert_growth=act)"
         if found["action"] == "revive_expert":
             setting = ", ".join(f"{key}={value:g}" for key, value in found["setting"].items())

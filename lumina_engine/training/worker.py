@@ -303,7 +303,7 @@ class Worker:
         records: list[rec.Record] = []
         if self.log is not None:
             records = list(read_records(self.directory.metrics_path, ("alert", "change", "rewind")))
-            kinds = ("experts", "eval", "rewind", "change")
+            kinds = ("experts", "eval", "rewind", "change", "alert")
             self.growth.replay(read_records(self.directory.metrics_path, kinds))
         rollbacks = rollbacks_after(records, seq)
         mine = {

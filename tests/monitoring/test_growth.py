@@ -19,7 +19,7 @@ from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.adaptive import RateController, Rules
 from lumina_engine.monitoring.balance import BalanceController, BalanceRules
 from lumina_engine.monitoring.decisions import EVERY, replay
-from lumina_engine.monitoring.growth import GrowthWatch, LoadWindow
+from lumina_engine.monitoring.growth import GrowthWatch, LoadWindow, failure
 from lumina_engine.monitoring.log import surviving
 
 LONG = {"steps": 1_500, "dropped": 0.12, "eval_loss": [3.0, 2.9, 2.8]}
@@ -305,7 +305,7 @@ class Log:
         self.records: list[rec.Record] = []
         self.watch = GrowthWatch(config, "mine", by_itself=True)
         self.rate, self.balance = RateController(Rules.from_config(config)), BalanceController(BalanceRules.from_config(config))
-        self.step, self.experts = 0, len(load)
+        self.step, self.experts, self.loss = 0, len(load), 1.0
         self.saved: dict[int, list[dict[str, Any]]] = {}  # state of the controllers in each checkpoint
 
     def emit(self, record: rec.Record) -> None:
@@ -329,7 +329,9 @@ class Log:
             self.emit(rec.Eval(step=self.step, loss=4 - self.step / 1e4))
             if self.step % 500 == 0:
                 self.save()
-            self.emit(rec.Step(step=self.step + 1, loss=1.0))
+            self.emit(done := rec.Step(step=self.step + 1, loss=self.loss))
+            for answer in self.rate.observe(done):
+                self.emit(answer.record)
         return self
 
     def save(self) -> None:
@@ -339,6 +341,8 @@ class Log:
             self.emit(change)
         self.saved[self.step] = [self.rate.state_dict(), self.balance.state_dict()]
         if change is not None:
+            if not self.grows:
+                self.emit(failure(change, "it does not fit"))
             self.start(self.step, change.after if self.grows else change.before)
 
     def start(self, step: int, experts: int, **keys: Any) -> None:
@@ -436,6 +440,28 @@ def test_c099_a_budget_bounds_what_act_does() -> None:
 def test_c099_what_was_refused_is_not_tried_again_before_the_load_has_lasted_once_more() -> None:
     log = Log(grows=False).until(4_000)
     assert [(change.what, change.step) for change in log.changes()] == [("num_experts", 1_500), ("num_experts", 3_000)]
+
+
+def test_c099_what_was_refused_twice_is_given_up_and_leaves_actions_for_a_spike() -> None:
+    log = Log(grows=False).until(4_000)
+    log.start(3_500, 4)
+    assert [change.step for change in log.until(9_000).decisions()] == [1_500, 3_000] and log.rate.spent == 2
+    advised = [r.recommendation or "" for r in log.records if isinstance(r, rec.Alert) and r.code == "add_expert"]
+    assert "expert_growth=act" in advised[0] and "checkpoint grow mine@latest" in advised[-1]
+    log.loss = 3.0
+    [cut] = [change for change in log.until(9_800).changes() if change.what == "learning_rate_factor"]
+    assert (cut.before, cut.after) == (1.0, 0.5) and log.config.max_adaptive_actions == log.rate.spent == 3
+    found = replay(log.records, log.config)
+    assert found.differences == [] and found.decisions == log.changes() and found.spent == 3
+
+
+def test_c099_a_refusal_to_add_is_none_to_remove() -> None:
+    watch = GrowthWatch(ACT, "mine", by_itself=True)
+    for step in (1, 2):
+        change = rec.Change(what="num_experts", step=step, before=4, after=5, by="adaptive", evidence={"action": "add_expert"})
+        for record in (change, failure(change, "no room"), failure(change, "no room")):
+            watch.observe(record)
+        assert watch._may("remove_expert") and watch._may("add_expert") == (step == 1)
 
 
 def test_c099_a_decision_behind_the_step_gone_back_to_was_never_made() -> None:

@@ -15,6 +15,7 @@ from lumina_engine.checkpoint import backup
 from lumina_engine.checkpoint.manager import CheckpointManager
 from lumina_engine.config.schema import Config
 from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.growth import failure
 from lumina_engine.monitoring.log import read_records
 from lumina_engine.run.directory import RunDirectory
 from lumina_engine.run.rank import NullChannel
@@ -90,6 +91,34 @@ def test_c099_what_an_earlier_start_did_about_balance_counts_for_growth(tmp_path
     second._catch_up(900, None)
     go_on(second, range(950, 1_150, 50))
     assert [r.code for r in read_records(run.metrics_path) if isinstance(r, rec.Alert)] == ["add_expert"]
+
+
+def test_c099_what_was_refused_in_earlier_starts_counts(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path, "r")
+    Config(tokenizer="lumina-1k", num_experts=4, moe_top_k=1, router_bias_rate=0.001, adaptive="act", expert_growth="act").save(
+        run.config_path
+    )
+
+    class Supervised(Ear):
+        supervised = True
+
+    def hot(worker: Worker, last: int) -> rec.Change | None:
+        for step in range(last - 1_000, last + 1, 50):
+            worker.emit(rec.Experts(step=step, layers=[1], load=[[60.0, 12.0, 14.0, 14.0]], dropped=[0.12]))
+            worker.emit(rec.Eval(step=step, loss=4 - step / 1e4))
+        return worker.growth.wanted(last, 0)
+
+    for number in range(3):
+        worker = Worker(run, Supervised())
+        boundary, adaptive = SimpleNamespace(rates={}, replay={}), SimpleNamespace(catch_up=lambda backs, step: None)
+        worker.trainer = SimpleNamespace(comm=Comm(), boundary=boundary, adaptive=adaptive, recovery=Recovery())  # type: ignore[assignment]
+        worker._catch_up(2_000 * number, None)
+        change = hot(worker, 2_000 * (number + 1))
+        if number < 2:
+            assert change is not None
+            worker.emit(change)
+            worker.emit(failure(change, "no room"))
+    assert change is None
 
 
 @pytest.mark.parametrize("broken", [False, True])
