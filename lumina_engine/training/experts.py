@@ -7,19 +7,21 @@
    before.
 
 A run that is killed at any instant of this finds the step of the decision again, and does what is left. What cannot be done is
-told once, and the run goes on with the experts that it has.
+told once, and the run goes on with the experts that it has. The checkpoint as it was stays in emergency/ until a model with the
+other experts has passed its dry run: a person can go back to it where that does not fit.
 """
 
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from ..checkpoint.files import CheckpointError
 from ..checkpoint.growth import Plan, Source, drop_copy, growing, in_place, read_source, room, shrinking
-from ..checkpoint.keep import Found, clean_stale, newest_valid
+from ..checkpoint.keep import Found, clean_stale, committed_paths, newest_valid, told
 from ..checkpoint.payload import shape_of
 from ..checkpoint.probe import probe_loss, probe_rows
 from ..checkpoint.saving import why
@@ -117,7 +119,6 @@ class _Changes:
         due = self._due(found.report)
         if due is not None:
             found = self._try(found, found.report, *due)
-        self._tidy(found)
         return found
 
     def _due(self, report: Report) -> tuple[rec.Change, int] | None:
@@ -207,17 +208,43 @@ class _Changes:
             watch.take(record)
         return watch.loads()
 
-    def _tidy(self, found: Found | None) -> None:
-        """What was kept in case of a crash is not needed any more."""
-        if found is None or found.report is None:
-            return
-        try:
-            drop_copy(found.report, self.emergency)
-        except OSError as error:
-            message = (
-                f"the copy of {found.report.path.name} from before it was rewritten stays in {self.emergency}: {why(error)}"
-            )
-            self.emit(rec.Alert(severity="warning", code="checkpoint_note", message=message))
+
+def drop_former(found: Found | None, run: RunDirectory, emit: Callable[[Any], None]) -> None:
+    """Delete what was kept of a checkpoint in case its other experts do not fit, now that they do.
+
+    Args:
+        found: the checkpoint that the run goes on from, where `experts_in_force` has looked for it. emit: takes records.
+    """
+    if found is None or found.report is None:
+        return
+    emergency = run.path.resolve() / run.emergency.name
+    try:
+        drop_copy(found.report, emergency)
+    except OSError as error:
+        message = f"the copy of {found.report.path.name} from before it was rewritten stays in {emergency}: {why(error)}"
+        emit(rec.Alert(severity="warning", code="checkpoint_note", message=message))
+
+
+def way_back(found: Found | None, run: RunDirectory) -> str:
+    """What to add to the words of a start that ran out of memory with a checkpoint that was given more experts; else nothing.
+
+    Args:
+        found: as of `drop_former`.
+    """
+    changed = None if found is None or found.report is None else found.report.manifest.get("experts_changed")
+    if found is None or found.path is None or not changed or changed["after"] < changed["before"]:
+        return ""
+    path = found.path
+    former = next((other for other in committed_paths(path.parent) if other != path), None)
+    back = "lumina-engine " + shlex.join(["checkpoint", "shrink", f"{run.name}@latest", "--run", f"{run.name[:50]}-shrink"])
+    if former is not None:
+        move = shlex.join(["mv", str(path), f"{path}.grown"])
+        again = shlex.join(["train", "--run", run.name, "--resume", "expert_growth=advise"])
+        back = f"{move} && lumina-engine {again} (which goes on from {told(former)})"
+    return (
+        f"; {path.name} was given {changed['after']} experts in each layer instead of {changed['before']} by "
+        f"expert_growth=act, which needs more memory: to go back, {back}"
+    )
 
 
 def keys_for(config: Config, shape: Mapping[str, Any], counts: Iterable[int]) -> dict[str, Any]:

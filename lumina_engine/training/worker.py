@@ -133,6 +133,7 @@ class Worker:
             model, tokenizer, config, self, comm=comm, manager=self.manager, channel=self.channel
         )
         self.trainer = trainer
+        self._fits()
         trainer.progress.eval_batch = configured
         trainer.adaptive.name_run(self.directory.name)
         sources = data.sources if len(data.sources) <= _NAMED_FILES else {}
@@ -197,6 +198,21 @@ class Worker:
             config = self.config = settled
             self.growth.use(config)
         return config
+
+    def _fits(self) -> None:
+        """The model has passed its dry run: what its experts were before is not needed any more."""
+        if self.found is not None:
+            from .experts import drop_former
+
+            drop_former(self.found, self.directory, self.emit)
+
+    def _way_back(self) -> str:
+        """What to add where memory ran out, if the run has grown at the checkpoint that it went on from."""
+        if self.found is None:
+            return ""
+        from .experts import way_back
+
+        return way_back(self.found, self.directory)
 
     def _wanted_experts(self) -> rec.Change | None:
         """The change of the number of experts that this boundary's checkpoint is to be rewritten for; rank 0 knows.
@@ -388,7 +404,7 @@ class Worker:
                 self.log.close()
             self.channel.leave(1, reason)
             return 1
-        return self._leave("failed", code, " ".join(reason.split()))
+        return self._leave("failed", code, " ".join(reason.split()) + (self._way_back() if is_out_of_memory(error) else ""))
 
     def _ran_out(self, error: Exception) -> int:
         """Out of memory: leave the supervisor to start again with a smaller micro batch, or say that there is none.
@@ -398,7 +414,7 @@ class Worker:
         config = self.config
         chosen = self.out_of_memory or config.dynamic_batching or self.other_experts
         if isinstance(error, DoesNotFit) and (error.final or not chosen):
-            return self._leave("failed", USAGE, str(error))
+            return self._leave("failed", USAGE, str(error) + self._way_back())
         print_error(error)  # engine.log
         sys.stderr.flush()
         words = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
@@ -409,7 +425,7 @@ class Worker:
         if smaller(config) is None:
             from .settle import no_room
 
-            return self._leave("failed", NO_PROGRESS, no_room(config))
+            return self._leave("failed", NO_PROGRESS, no_room(config) + self._way_back())
         if self.log is not None:
             self.log.close()
         self.channel.leave(OUT_OF_MEMORY, reason)

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import shlex
 import shutil
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,7 +28,7 @@ from lumina_engine.run.directory import RunDirectory
 from lumina_engine.run.rank import Command
 from lumina_engine.training import experts
 from lumina_engine.training.comm import Comm
-from lumina_engine.training.experts import TRY, experts_in_force, keys_for, pending
+from lumina_engine.training.experts import TRY, drop_former, experts_in_force, keys_for, pending, way_back
 from tests.checkpoint.helpers import kill_points, names_in
 from tests.checkpoint.test_growth import outputs
 from tests.faults.tiny import Tiny
@@ -101,6 +104,11 @@ class Start:
             tell = (log.emit, sync, lambda step, section: self.reported.append((step, section)))
             self.config, self.found = experts_in_force(self.config, Comm(), self.run, *tell)
         return self.config
+
+    def fits(self) -> None:
+        """The model has passed its dry run."""
+        with MetricLog(self.run.metrics_path, 2, sync_interval=0) as log:
+            drop_former(self.found, self.run, log.emit)
 
     def path(self) -> Path:
         assert self.found is not None and self.found.path is not None
@@ -198,6 +206,8 @@ def test_c099_the_next_start_rewrites_the_checkpoint_and_goes_on_from_it(start: 
     assert (config.num_experts, config.capacity_factor) == (5, 1.3 * 5 / 4) and here.path().parent == here.run.checkpoints
     for was, now in zip(before, outputs(here.path()), strict=True):
         torch.testing.assert_close(now, was, atol=1e-6, rtol=1e-6)
+    assert here.told() == [TRY] and names_in(here.run.emergency) == ["step-000008"], "until the other experts are known to fit"
+    here.fits()
     assert here.told() == [TRY] and names_in(here.run.emergency) == []
     effects = [(r.what, r.step, r.before, r.after) for r in here.records(rec.Change, by="recovery")]
     assert effects == [("num_experts", AT, 4, 5), ("capacity_factor", AT, 1.3, 1.3 * 5 / 4)]
@@ -238,9 +248,15 @@ def test_c099_killed_anywhere_in_it_the_next_start_reaches_the_same(start: Calla
         shutil.copytree(template.run.path, folder)
         return folder
 
-    for number, folder in kill_points(prepare, lambda folder: Start(folder, template.config).settle()):
+    def run(folder: Path) -> None:
+        here = Start(folder, template.config)
+        here.settle()
+        here.fits()
+
+    for number, folder in kill_points(prepare, run):
         here = Start(folder, template.config)
         config = here.settle()
+        here.fits()
         assert (config.num_experts, here.path()) == (5, here.run.checkpoints / "step-000008"), number
         manager = CheckpointManager(config, here.run.path, run_id="run")
         assert manager.recover(known=here.found) == here.path() and not manager.notes, number
@@ -273,6 +289,32 @@ def test_c099_what_ends_the_process_is_tried_twice(start: Callable[..., Start], 
         assert here.settle().num_experts == 4 and here.told() == [TRY, TRY, FAILED]
     [alert] = here.records(rec.Alert, code=FAILED)
     assert alert.message.endswith("stays with 4 experts: each of 2 tries to rewrite its checkpoint ended with the process")
+
+
+def test_c099_experts_that_do_not_fit_in_truth_leave_a_way_back(start: Callable[..., Start]) -> None:
+    """By the checkpoint as it was, by the one before it, or, where there is none, by a run with one expert less."""
+    here = start("one two")
+    assert here.settle().num_experts == 5
+    words = way_back(here.found, here.run)
+    assert words.startswith("; step-000008 was given 5 experts in each layer instead of 4 by expert_growth=act")
+    move, again = re.findall(r"mv .* && |lumina-engine train .*(?= \(which goes on from emergency/step-000008\))", words)
+    assert shlex.split(again) == ["lumina-engine", "train", "--run", "one two", "--resume", "expert_growth=advise"]
+    subprocess.run(shlex.split(move.removesuffix("&& ")), check=True)
+    here.config = here.config.model_copy(update={"expert_growth": "advise"})
+    config = here.settle()
+    assert (config.num_experts, config.capacity_factor) == (4, 1.3) and here.path() == here.run.emergency / "step-000008"
+    manager = CheckpointManager(config, here.run.path, run_id="run")
+    assert manager.recover(known=here.found) == here.path() and manager.load(here.path()).step == AT
+    assert way_back(here.found, here.run) == ""
+    assert here.path().is_dir() and FAILED not in here.told()
+    other = start("other")
+    other.settle()
+    other.fits()
+    assert "(which goes on from step-000004)" in way_back(other.found, other.run)
+    alone = start("alone", only=True)
+    alone.settle()
+    alone.fits()
+    assert "lumina-engine checkpoint shrink alone@latest --run alone-shrink" in way_back(alone.found, alone.run)
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------------------------
@@ -395,6 +437,7 @@ def test_c099_back_behind_the_change_the_experts_come_back(start: Callable[..., 
     """What was made is damaged: the run goes on from the checkpoint before, as that was."""
     here = start()
     here.settle()
+    here.fits()
     broken = here.path() / "model" / "model.safetensors"
     broken.write_bytes(broken.read_bytes()[:-1] + b"x")
     config = here.settle()

@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from lumina_engine.checkpoint import backup
+from lumina_engine.checkpoint.keep import Found
 from lumina_engine.checkpoint.manager import CheckpointManager
+from lumina_engine.checkpoint.verify import Report
 from lumina_engine.config.schema import Config
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.growth import failure
@@ -193,6 +195,24 @@ def test_c099_experts_that_the_run_chose_itself_and_that_do_not_fit_get_a_smalle
         worker = Worker(run, Ear())
         worker.other_experts = own
         assert worker._failed(DoesNotFit(8, 2048, config)) == code
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(DoesNotFit(1, 2048, Config(batch_size=1)), 2), (LOST, 93), (NoRoom("no room"), 93), (ValueError("no matter"), 1)],
+)
+def test_c099_a_run_that_has_grown_and_ends_for_want_of_memory_names_the_way_back(
+    tmp_path: Path, error: Exception, code: int
+) -> None:
+    run = RunDirectory.create(tmp_path, "r")
+    Config(tokenizer="lumina-1k", batch_size=1).save(run.config_path)
+    ear = Ear()
+    worker = Worker(run, ear)
+    grown = run.checkpoints / "step-000008"
+    report = Report(grown, manifest={"experts_changed": {"before": 4, "after": 5}})
+    worker.found, worker.other_experts = Found(grown, report), True
+    assert worker._failed(error) == code and ear.left is not None
+    assert ("step-000008 was given 5 experts in each layer instead of 4" in (ear.left[1] or "")) == (code != 1)
 
 
 @pytest.mark.parametrize("open_since", [None, 7])
