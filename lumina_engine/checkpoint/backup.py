@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from .keep import discard, drop_rewound, leased, list_steps, quarantine
 from .verify import LEASE, opened, read_manifest, require, step_name, verify
 
 Rewinds = Callable[[], Iterable[tuple[int, int]]]  # (seq, to_step) of each rewind in a run's log
+Tick = Callable[..., None]  # called while work goes on, with whatever is known of it
 
 
 def backup_folder(backup_path: str, run_dir: Path, run_id: str) -> Path:
@@ -97,8 +98,11 @@ def back_up(checkpoint: Path, folder: Path, keep: int, known: set[str] | None = 
     return target
 
 
-def copied(checkpoint: Path, folder: Path) -> Path:
+def copied(checkpoint: Path, folder: Path, tick: Tick = lambda *_: None) -> Path:
     """The verified copy of a committed checkpoint in another folder, made unless it is there.
+
+    Args:
+        tick: called for each chunk that was read or written.
 
     Raises:
         CheckpointError: no room, or what was read or written is not what the manifest says.
@@ -107,15 +111,15 @@ def copied(checkpoint: Path, folder: Path) -> Path:
     source = require(read_manifest(checkpoint))
     target = folder / step_name(source.manifest["step"])
     if target.is_dir():
-        there = verify(target)
+        there = verify(target, progress=tick)
         if not there.ok:
             quarantine(target)
         elif _content(there) != _content(source):  # the same step of an abandoned branch
             target.rename(target.with_name(f"{target.name}.rewound-{nonce()}"))
             sync_folder(folder)
     if not target.is_dir():
-        _copy(checkpoint, folder, source.manifest["step"])
-        require(verify(target))
+        _copy(checkpoint, folder, source.manifest["step"], tick)
+        require(verify(target, progress=tick))
     return target
 
 
@@ -192,21 +196,28 @@ class Backups:
             self._thread.join()
 
 
-def _copy(checkpoint: Path, folder: Path, step: int) -> None:
+def ticking(pieces: Iterable[Any], tick: Tick) -> Iterator[Any]:
+    """The pieces, with a call for each one that is taken."""
+    for piece in pieces:
+        tick()
+        yield piece
+
+
+def _copy(checkpoint: Path, folder: Path, step: int, tick: Tick) -> None:
     with leased(checkpoint) as opened_folder:
         report = require(read_manifest(checkpoint))
         staging = Staging(folder, step, report.bytes)
         try:
-            entries = [_copy_file(opened_folder, entry, staging) for entry in report.files if entry.path != LEASE]
+            entries = [_copy_file(opened_folder, entry, staging, tick) for entry in report.files if entry.path != LEASE]
             commit(staging, entries, report.manifest)
         except BaseException:
             staging.drop()
             raise
 
 
-def _copy_file(folder: int, entry: FileEntry, staging: Staging) -> FileEntry:
+def _copy_file(folder: int, entry: FileEntry, staging: Staging, tick: Tick) -> FileEntry:
     with opened(folder, entry.path) as (fd, _):
-        copy = staging.write(entry.path, read_pieces(fd), entry.size, entry.chunk_bytes)
+        copy = staging.write(entry.path, ticking(read_pieces(fd), tick), entry.size, entry.chunk_bytes)
     if copy != entry:
         raise CheckpointError(f"{entry.path} of step {staging.step} is not what was written, so it was not copied")
     return copy

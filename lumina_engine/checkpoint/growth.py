@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,10 +33,10 @@ from torch import Tensor
 
 from ..monitoring.balance import CAPACITY, carried
 from . import ledger
-from .backup import copied
+from .backup import Tick, copied, ticking
 from .commit import Staging, commit
 from .consolidate import KINDS, WholeState, own_tensors
-from .files import CheckpointError, require_space
+from .files import CheckpointError, FileEntry, require_space
 from .keep import discard, leased, quarantine, rewind, set_pointer
 from .payload import Loaded, PlannedFile, packed, plan_files, rank_files, read_loaded, write_files
 from .resolve import resolve_checkpoint
@@ -380,7 +380,7 @@ def _write_first(source: Source, plan: Plan, config: Config, folder: Path, run: 
     return path, size
 
 
-def in_place(source: Source, plan: Plan, checkpoints: Path, emergency: Path) -> Report:
+def in_place(source: Source, plan: Plan, checkpoints: Path, emergency: Path, tick: Tick = lambda *_: None) -> Report:
     """Commit the rewritten checkpoint in the place of `source`, the newest one of its run; what was read back.
 
     Random state, log position, controllers and pointers stay as they are, of each rank. Whatever instant the process dies at,
@@ -389,6 +389,7 @@ def in_place(source: Source, plan: Plan, checkpoints: Path, emergency: Path) -> 
 
     Args:
         source: in `checkpoints`, or the copy in `emergency` that an earlier try has left.
+        tick: called for each chunk that was read or written.
 
     Raises:
         CheckpointError: no room, or what was written cannot be read back.
@@ -402,7 +403,7 @@ def in_place(source: Source, plan: Plan, checkpoints: Path, emergency: Path) -> 
     size = sum(file.size for file in files)
     if source.path.parent == checkpoints:
         require_space(checkpoints, source.report.bytes + size)
-        copied(source.path, emergency)
+        copied(source.path, emergency, tick)
 
     def make_way(digest: str) -> None:
         ledger.record(str(source.report.manifest["run"]), loaded.step, digest)
@@ -410,12 +411,12 @@ def in_place(source: Source, plan: Plan, checkpoints: Path, emergency: Path) -> 
 
     try:
         staging = Staging(checkpoints, loaded.step, size, replaces=True)
-        path = _committed(staging, files, _manifest(source, plan, flat), make_way)
+        path = _committed(staging, files, _manifest(source, plan, flat), make_way, tick)
     except BaseException:
         if (checkpoints / name).is_dir():
             discard(emergency, name)
         raise
-    report = verify(path)
+    report = verify(path, progress=tick)
     if not report.ok:
         quarantine(path)
         require(report)
@@ -485,10 +486,17 @@ def _manifest(source: Source, plan: Plan, config: dict[str, Any]) -> dict[str, A
 
 
 def _committed(
-    staging: Staging, files: Sequence[PlannedFile], manifest: dict[str, Any], before_rename: Callable[[str], None]
+    staging: Staging,
+    files: Sequence[PlannedFile],
+    manifest: dict[str, Any],
+    before_rename: Callable[[str], None],
+    tick: Tick = lambda *_: None,
 ) -> Path:
+    def write(path: str, pieces: Iterable[Any], size: int | None) -> FileEntry:
+        return staging.write(path, ticking(pieces, tick), size)
+
     try:
-        return commit(staging, write_files(files, staging.write), manifest, before_rename)
+        return commit(staging, write_files(files, write), manifest, before_rename)
     except BaseException:
         staging.drop()
         raise

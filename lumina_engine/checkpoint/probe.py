@@ -5,7 +5,7 @@ Shapes: B batch, S sequence, K experts per token, N tokens of all rows (without 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +55,13 @@ def probe_rows(config: Config, rows: int = ROWS) -> ProbeRows:
     return ProbeRows(found, data.eval is not None)
 
 
-def probe_loss(shape: Mapping[str, Any], weights: Mapping[str, torch.Tensor], rows: ProbeRows) -> float:
+def probe_loss(
+    shape: Mapping[str, Any], weights: Mapping[str, torch.Tensor], rows: ProbeRows, tick: Callable[[], object] = lambda: None
+) -> float:
     """The loss in nats per trained token of a model given by shape and weights.
+
+    Args:
+        tick: called before each batch.
 
     Raises:
         CheckpointError: no token of the rows carries loss.
@@ -65,6 +70,7 @@ def probe_loss(shape: Mapping[str, Any], weights: Mapping[str, torch.Tensor], ro
     loss = count = 0.0
     with torch.no_grad():
         for batch in (batch for found in rows.batches.values() for batch in found):
+            tick()
             out = model(batch.input_ids_BS, labels=batch.labels_BS, **_places(batch), return_aux=True)
             loss, count = loss + float(out.loss_sum), count + batch.num_labels
     if not count:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ..checkpoint.backup import Tick
 from ..checkpoint.files import CheckpointError
 from ..checkpoint.growth import Plan, Source, drop_copy, growing, in_place, read_source, room, shrinking
 from ..checkpoint.keep import Found, clean_stale, committed_paths, newest_valid, told
@@ -118,7 +119,7 @@ class _Changes:
             return None
         due = self._due(found.report)
         if due is not None:
-            found = self._try(found, found.report, *due)
+            return self._try(found, found.report, *due)
         return found
 
     def _due(self, report: Report) -> tuple[rec.Change, int] | None:
@@ -163,10 +164,14 @@ class _Changes:
             return found
         what = f"{report.path.name} is rewritten with {change.after} experts instead of {change.before}"
         self.emit(rec.Alert(severity="info", code=TRY, message=f"step {change.step}: {what}", step=change.step))
-        self.report(change.step or 0, SECTION)
+
+        def tick(*_: object) -> None:
+            self.report(change.step or 0, SECTION)
+
         try:
+            tick()
             self.sync_log()  # a try that nobody hears of would be made for ever
-            made = self._rewrite(report, change)
+            made = self._rewrite(report, change, tick)
         except Exception as error:
             if not isinstance(error, _TOLD):
                 print_error(error)  # engine.log
@@ -175,19 +180,21 @@ class _Changes:
             return after if after is None else Found(after.path, after.report, found.rejected + after.rejected)
         return Found(made.path, made, found.rejected)
 
-    def _rewrite(self, report: Report, change: rec.Change) -> Report:
+    def _rewrite(self, report: Report, change: rec.Change, tick: Tick) -> Report:
+        """The checkpoint with other experts; `tick` is called all the while, for a large one takes its time."""
         for folder in (self.checkpoints, self.emergency):
             clean_stale(folder)  # what a try that was killed has left needs no room any more
         source = read_source(report.path, report)
-        plan = self._plan(source, change)
+        tick()
+        plan = self._plan(source, change, tick)
         config = left_to_auto(self.config.model_copy(update=dict(plan.keys)))
         machine = replace(detect(), disk_free_bytes=None)  # the checkpoints are there already; for this one room is asked below
         errors = [finding.line() for finding in check(config, machine) if finding.severity == "error"]
         if errors:
             raise CheckpointError("; ".join(errors))
-        return in_place(source, plan, self.checkpoints, self.emergency)
+        return in_place(source, plan, self.checkpoints, self.emergency, tick)
 
-    def _plan(self, source: Source, change: rec.Change) -> Plan:
+    def _plan(self, source: Source, change: rec.Change, tick: Tick) -> Plan:
         experts = {int(layer): int(expert) for layer, expert in (change.evidence or {})["layers"].items()}
         if change.after > change.before:
             most = self.config.max_num_experts  # which may be lower than when it was decided, as the checkpoint has it
@@ -197,7 +204,7 @@ class _Changes:
                 )
             return growing(source, experts)
         rows = probe_rows(Config(**(source.loaded.config or {})))
-        return shrinking(source, experts, self._loads(change), lambda shape, weights: probe_loss(shape, weights, rows))
+        return shrinking(source, experts, self._loads(change), lambda shape, weights: probe_loss(shape, weights, rows, tick))
 
     def _loads(self, change: rec.Change) -> Mapping[int, list[float]]:
         """The load per expert by layer that the decision was made by."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 from collections.abc import Callable
@@ -100,6 +101,30 @@ def test_c099_in_place_keeps_everything_but_the_experts(tmp_path: Path) -> None:
     }
     assert {digest, report.digest} == ledger.recorded("run", 8)
     assert (after.experts, new.model_config["capacity_factor"]) == (5, 1.3 * 5 / 4)
+
+
+def test_c099_in_place_tells_that_it_goes_on_in_every_part_of_the_work(tmp_path: Path) -> None:
+    Tiny(tmp_path, **KEYS).train(until=8)
+    folders = Folders(tmp_path / "run")
+    seen: list[tuple[bool, bool, bool]] = []
+
+    def tick(*_: object) -> None:
+        there = names_in(folders.checkpoints)
+        staged, moved = (any(word in name for name in there) for word in (".tmp-", ".rewound-"))
+        seen.append((staged, moved, (folders.emergency / "step-000008").is_dir()))
+
+    source = folders.source()
+    report = in_place(source, folders.plan(source), folders.checkpoints, folders.emergency, tick)
+    copying, read_back, writing, verifying = (
+        (False, False, False),
+        (False, False, True),
+        (True, False, True),
+        (False, True, True),
+    )
+    assert [part for part, _ in itertools.groupby(seen)] == [copying, read_back, writing, verifying]
+    chunks = sum(len(entry.chunks) for entry in report.files)
+    assert seen.count(writing) >= chunks and seen.count(verifying) >= chunks
+    assert seen.count(copying) == seen.count(read_back) == sum(len(entry.chunks) for entry in source.report.files)
 
 
 def twin(tensor: torch.Tensor, expert: int) -> torch.Tensor:
@@ -382,6 +407,6 @@ def test_c099_ck05_red_without_the_copy(
     fresh: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Between giving the name up and giving it again there would be nothing."""
-    monkeypatch.setattr(growth, "copied", lambda path, folder: path)
+    monkeypatch.setattr(growth, "copied", lambda path, folder, tick: path)
     recorder, known = request.getfixturevalue("rewriting")
     assert GrowthJudge(fresh() / "disk", known).is_red(recorder.kill())

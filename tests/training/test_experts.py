@@ -19,6 +19,7 @@ import torch
 from lumina_engine.checkpoint.files import CheckpointError
 from lumina_engine.checkpoint.keep import Found
 from lumina_engine.checkpoint.manager import CheckpointManager
+from lumina_engine.checkpoint.verify import read_manifest
 from lumina_engine.config.machine import Machine
 from lumina_engine.config.schema import Config
 from lumina_engine.monitoring import record as rec
@@ -220,6 +221,7 @@ def test_c099_while_a_checkpoint_is_rewritten_the_rank_says_so(start: Callable[.
     here = start()
     here.settle()
     assert set(here.reported) == {(AT, "experts")}
+    assert len(here.reported) > 4 * len(read_manifest(here.path()).files), "read, copied, written and read back"
     here.reported.clear()
     here.settle()
     assert here.reported == [], "nothing is rewritten any more"
@@ -374,7 +376,7 @@ def test_c099_a_merge_that_costs_too_much_is_refused(start: Callable[..., Start]
         '"before":4,"after":5,"by":"adaptive"', '"before":4,"after":3,"by":"adaptive"'
     )
     here.run.metrics_path.write_text(lines)
-    monkeypatch.setattr(experts, "probe_loss", lambda shape, weights, rows: 2.0 + (shape["num_experts"] == 3))
+    monkeypatch.setattr(experts, "probe_loss", lambda shape, *_: 2.0 + (shape["num_experts"] == 3))
     refused(here, "without these experts the loss goes from 2.0000 to 3.0000")
 
 
@@ -387,7 +389,7 @@ def test_c099_a_merge_weighs_by_the_load_of_the_log(start: Callable[..., Start],
     given: list[Any] = []
     real = experts.shrinking
     monkeypatch.setattr(experts, "shrinking", lambda *args: given.append(args[2]) or real(*args))
-    monkeypatch.setattr(experts, "probe_loss", lambda shape, weights, rows: 2.0)
+    monkeypatch.setattr(experts, "probe_loss", lambda *_: 2.0)
     assert here.settle().num_experts == 3 and here.config.capacity_factor == 1.3
     [record] = [r for r in here.records(rec.Experts) if r.step <= AT]
     assert given == [{0: record.load[0]}]
