@@ -6,8 +6,10 @@ whose upper end is what counts. Where the points allow no fit there is no answer
 
 A rate that still falls brings more than the curve tells: it lowers the noise of the weights as well. On a quadratic with noise
 the curve alone missed up to half of the gain under a linear schedule, and the straight line through the newest 12 evaluations
-(the upper end of its slope, to the last step) never did. So the larger of the two counts, unless the rate is constant. In WSD
-the loss of the flat part tells nothing of what the decay brings: only evaluations within the decay count.
+(the upper end of its slope, to the last step) never did. So the larger of the two counts, unless the rate is constant. A cosine
+is nearly flat at its top, where no line tells of the fall to come: nothing is decided before the middle of its decay, from where
+on its slope only flattens. In WSD the loss of the flat part tells nothing of what the decay brings: only evaluations within the
+decay count.
 
 Nothing but records enters, so the log alone gives each decision again.
 """
@@ -68,8 +70,18 @@ class EarlyStopRules:
     @property
     def after(self) -> int:
         """The step after which evaluations count."""
-        warmup = warmup_of(self.warmup_steps, self.total_steps)
+        warmup = self.warmup
         return decay_start(self.total_steps, warmup, self.decay_ratio) if self.schedule == "wsd" else warmup
+
+    @property
+    def earliest(self) -> float:
+        """The step before which nothing is decided."""
+        return (self.warmup + self.total_steps) / 2 if self.schedule == "cosine" else 0
+
+    @property
+    def warmup(self) -> int:
+        """The last step of the warm-up."""
+        return warmup_of(self.warmup_steps, self.total_steps)
 
 
 def remaining_gain(tokens_N: np.ndarray, loss_N: np.ndarray, end: float, falling: bool) -> dict[str, float]:
@@ -157,7 +169,7 @@ class EarlyStop:
         if not rules.on or spent >= rules.most or not known or (rules.mode == "advise" and self._advised):
             return None
         step, tokens, _ = known[-1]
-        if step >= rules.total_steps:
+        if not rules.earliest <= step < rules.total_steps:
             return None
         end = tokens * rules.total_steps / step
         points_N3 = np.array(known)
