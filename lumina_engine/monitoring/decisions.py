@@ -284,7 +284,7 @@ class Replay:
             self._balance.use(ruled.balance)
         else:
             self._balance.follow(ruled.balance, ruled.room)
-        self._early_stop.use(ruled.early_stop)
+        self._early_stop.begin(ruled.early_stop, ruled.step)
 
     def end(self) -> Replayed:
         """No more records: the run was killed here, or is about to write what is due."""

@@ -7,9 +7,12 @@ whose upper end is what counts. Where the points allow no fit there is no answer
 A rate that still falls brings more than the curve tells: it lowers the noise of the weights as well. On a quadratic with noise
 the curve alone missed up to half of the gain under a linear schedule, and the straight line through the newest 12 evaluations
 (the upper end of its slope, to the last step) never did. So the larger of the two counts, unless the rate is constant. A cosine
-is nearly flat at its top, where no line tells of the fall to come: nothing is decided before the middle of its decay, from where
-on its slope only flattens. In WSD the loss of the flat part tells nothing of what the decay brings: only evaluations within the
-decay count.
+is nearly flat at its top, where no line tells of the fall to come: nothing is decided before the middle of its decay, from
+where on its slope only flattens. In WSD the loss of the flat part tells nothing of what the decay brings: only
+evaluations within the decay count.
+
+Evaluations tell of one another while the rate goes one course to one end, over one global batch and on the same questions:
+after a resume that changes any of these, only those after its step count.
 
 Nothing but records enters, so the log alone gives each decision again.
 """
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,7 +33,9 @@ from .balance import reader
 from .scaling import LEAST_POINTS, RANGE, TooLittle, fit, student
 
 EARLY_STOP = "early_stop"  # `what` of the change that ends a run, and code of the alert that advises it
-KEYS = ("early_stopping_gain", "lr_schedule", "warmup_steps", "decay_ratio")  # that it goes by, beside those of all controllers
+KEYS = (  # that it goes by, beside those of all controllers
+    *("early_stopping_gain", "lr_schedule", "learning_rate", "warmup_steps", "min_lr_ratio", "decay_ratio", "eval_batches"),
+)
 _RULE = "remaining_gain"
 
 
@@ -44,6 +49,9 @@ class EarlyStopRules:
     schedule: str = "constant"
     warmup_steps: Any = 0
     decay_ratio: float = 0.2
+    peak: float = 0.0  # learning_rate
+    floor: float = 0.0  # min_lr_ratio
+    batches: int = 0  # eval_batches
     total_steps: int = 0
     run: str = "RUN"
 
@@ -58,6 +66,9 @@ class EarlyStopRules:
             schedule=str(get("lr_schedule")),
             warmup_steps=get("warmup_steps"),
             decay_ratio=float(get("decay_ratio")),
+            peak=float(get("learning_rate")),
+            floor=float(get("min_lr_ratio")),
+            batches=int(get("eval_batches")),
             total_steps=total_steps,
             run=run,
         )
@@ -72,6 +83,12 @@ class EarlyStopRules:
         """The step after which evaluations count."""
         warmup = self.warmup
         return decay_start(self.total_steps, warmup, self.decay_ratio) if self.schedule == "wsd" else warmup
+
+    @property
+    def course(self) -> list[Any]:
+        """What evaluations that tell of one another have in common, as JSON values: their batches, and the rate's course."""
+        falling = [] if self.schedule == "constant" else [self.warmup, self.floor, self.decay_ratio, self.total_steps]
+        return [self.batches, self.schedule, self.peak, *falling]
 
     @property
     def earliest(self) -> float:
@@ -130,6 +147,9 @@ class _State:
     step: int = 0  # of the newest record of a step, and the tokens so far
     tokens: int = 0
     advised: list[float] | None = None  # the gain of which it was advised, and the step
+    course: list[Any] | None = None  # of the rules (None: the planned steps are not known yet)
+    size: int = 0  # tokens of a global batch, with padding
+    since: int = 0  # the step after which evaluations count
 
 
 class EarlyStop:
@@ -141,8 +161,16 @@ class EarlyStop:
         self._s = _State()
 
     def use(self, rules: EarlyStopRules) -> None:
-        """Go on by other rules."""
+        """Go on by other rules, which change neither the course of the rate nor what is evaluated."""
         self.rules = rules
+
+    def begin(self, rules: EarlyStopRules, step: int) -> None:
+        """Go on by these rules from the checkpoint of `step`: on another course, earlier evaluations count no more."""
+        s, self.rules = self._s, rules
+        if rules.total_steps:
+            if s.course not in (None, rules.course):
+                s.since = step
+            s.course = rules.course
 
     def observe(self, record: rec.Step | rec.Eval, spent: int) -> list[rec.Change | rec.Alert]:
         """The decision that this record brings; `spent` actions have been taken in the run, by whatever controller."""
@@ -154,6 +182,9 @@ class EarlyStop:
         """Take a record. Returns whether it is an evaluation to judge by."""
         s = self._s
         if isinstance(record, rec.Step):
+            size = (record.batch or 0) * (record.seq_length or 0)  # a curriculum makes more rows as it makes them shorter
+            if size and size != s.size:
+                s.since, s.size = record.step if s.size else s.since, size
             s.step, s.tokens = record.step, record.tokens
             return False
         if record.loss is None or not math.isfinite(record.loss) or not s.step:
@@ -165,7 +196,7 @@ class EarlyStop:
     def judge(self, spent: int) -> rec.Change | rec.Alert | None:
         """What the newest evaluation decides."""
         s, rules = self._s, self.rules
-        known = [item for item in s.evals if item[0] > rules.after]
+        known = [item for item in s.evals if item[0] > max(rules.after, s.since)]
         if not rules.on or spent >= rules.most or not known or (rules.mode == "advise" and self._advised):
             return None
         step, tokens, _ = known[-1]
@@ -186,8 +217,7 @@ class EarlyStop:
 
     def state_dict(self) -> dict[str, Any]:
         """The state as JSON values."""
-        s = self._s
-        return {"evals": [list(item) for item in s.evals], "step": s.step, "tokens": s.tokens, "advised": s.advised}
+        return asdict(self._s)
 
     def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
         """Put back the state that the checkpoint of `step` has; what it does not have is as at a start.
@@ -197,7 +227,8 @@ class EarlyStop:
         evals = [list(item) for item in state.get("evals", []) if item[0] < step]
         advised = state.get("advised")
         advised = list(advised) if advised is not None and advised[1] < step else None
-        self._s = _State(evals, int(state.get("step", 0)), int(state.get("tokens", 0)), advised)
+        numbers = {name: int(state.get(name, 0)) for name in ("step", "tokens", "size", "since")}
+        self._s = _State(evals, advised=advised, course=state.get("course"), **numbers)
 
     @property
     def _advised(self) -> bool:

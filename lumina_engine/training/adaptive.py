@@ -40,9 +40,10 @@ class Adaptive:
         self._stop: Stop | None = None
 
     def plan(self) -> None:
-        """Take note of the planned steps and the schedule, which the data decided."""
-        run, total = self._early_stop.rules.run, self.trainer.total_steps
-        self._early_stop.use(EarlyStopRules.from_config(self.trainer.config, total, run))
+        """Take note of the planned steps and the schedule, which the data decided, from the present step on."""
+        schedule, run = self.trainer.schedule, self._early_stop.rules.run
+        total = 0 if schedule is None else schedule.total_steps
+        self._early_stop.begin(EarlyStopRules.from_config(self.trainer.config, total, run), self.trainer.progress.step)
 
     def name_run(self, name: str) -> None:
         """The name by which commands know the run, for advice."""
@@ -134,6 +135,7 @@ class Adaptive:
         self._controller.load_state_dict({**state, "actions": saved_actions(state.get("actions", []), step)})
         self._balance.load_state_dict(state.get("balance", {}))
         self._early_stop.load_state_dict(state.get("early_stop", {}), step)
+        self.plan()
         self._apply()
 
     def _apply(self) -> None:

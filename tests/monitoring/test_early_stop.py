@@ -16,7 +16,7 @@ from lumina_engine.config.schema import Config
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.decisions import KEYS, Replay, backs_after, decisions_of, of_controller, replay
 from lumina_engine.monitoring.early_stop import EARLY_STOP, EarlyStop, EarlyStopRules, remaining_gain
-from lumina_engine.monitoring.scaling import LEAST_POINTS, TooLittle, fit
+from lumina_engine.monitoring.scaling import fit
 
 TOTAL, EVERY = 600, 10
 ACT = EarlyStopRules("act", gain=0.02, total_steps=TOTAL)
@@ -125,7 +125,7 @@ def sayings(rules: EarlyStopRules, log: list[Any]) -> dict[int, float]:
 @pytest.mark.parametrize("peak", [0.1, 0.5])
 @pytest.mark.parametrize(("total", "every"), [(TOTAL, EVERY), (6_000, 20), pytest.param(50_000, 200, marks=pytest.mark.slow)])
 def test_c100_a_falling_rate_brings_more_than_the_curve_tells(kind: str, peak: float, total: int, every: int) -> None:
-    """The curve alone says too little while noise holds the loss up; with the line no run ends with more left than asked for."""
+    """The curve alone says too little while noise holds the loss up; with the line no run ends with too much left."""
     loss_T = quadratic(kind, peak, total, warm=total // 50)
     rules = EarlyStopRules("act", schedule=kind, warmup_steps="auto", total_steps=total)
     for seed in range(3):
@@ -232,9 +232,9 @@ def configured(mode: str = "act", **keys: Any) -> Config:
     return Config(**own | keys)
 
 
-def written(log: list[Any], mode: str = "act") -> list[Any]:
+def written(log: list[Any], mode: str = "act", **keys: Any) -> list[Any]:
     """The log with the decisions that follow from it, as a reader gets it; cut behind the end of the run."""
-    again, found = replaying(mode), []
+    again, found = replaying(mode, **keys), []
     for record in log:
         if of_controller(record):
             continue
@@ -251,8 +251,8 @@ def written(log: list[Any], mode: str = "act") -> list[Any]:
     return [rec.decode(rec.encode(record)) for record in found]
 
 
-def replaying(mode: str = "act") -> Replay:
-    config = configured(mode)
+def replaying(mode: str = "act", **keys: Any) -> Replay:
+    config = configured(mode, **keys)
     return Replay({name: getattr(config, name) for name in KEYS})
 
 
@@ -343,3 +343,65 @@ def test_c100_a_plan_of_more_steps_leaves_more_to_gain() -> None:
     expected = first(replace(ACT, total_steps=2400))
     assert [r.step for r in found] == ([expected] if expected else []) and (expected or TOTAL) > (first(ACT) or 0)
     assert replay(whole, configured()).agrees
+
+
+def resumed(at: int, changed: dict[str, tuple[Any, Any]], total: int, **keys: Any) -> list[Any]:
+    """The log of a run of `TOTAL` steps that goes on from step `at` with other keys, to `total` steps."""
+    head = [r for r in records(steep) if not isinstance(r, rec.Step | rec.Eval) or r.step <= at]
+    start = [rec.Rewind(to_step=at), rec.Resume(step=at, changed=changed), rec.Run(state="running", total_steps=total)]
+    return written([*head, *start, *again_from(records(steep, total), at)], **keys)
+
+
+@pytest.mark.parametrize(
+    ("changed", "total"),
+    [
+        ({}, 1_200),
+        ({"lr_schedule": ("linear", "constant")}, TOTAL),
+        ({"learning_rate": (1e-3, 1e-4)}, TOTAL),
+        ({"warmup_steps": (0, 20)}, TOTAL),
+        ({"min_lr_ratio": (0.1, 0.2)}, TOTAL),
+        ({"eval_batches": (100, 10)}, TOTAL),
+    ],
+)
+def test_c100_a_resume_on_another_course_of_the_rate_counts_only_what_is_evaluated_on_it(
+    changed: dict[str, tuple[Any, Any]], total: int
+) -> None:
+    """12 evaluations over a factor of 4 in tokens are there at step 120, from step 120 on at step 480."""
+    then = {"lr_schedule": "linear", "early_stopping_gain": 100.0} | {name: before for name, (before, _) in changed.items()}
+    whole = resumed(110, changed, total, **then)
+    assert [(r.step, r.evidence["window"]) for r in whole if of_controller(r)] == [(480, 37)]
+    now = {name: after for name, (_, after) in changed.items()}
+    for every in (1, 40, 10_000):
+        assert replay(whole, configured(**then | now), every).agrees
+
+
+def test_c100_a_resume_that_changes_nothing_of_the_rate_keeps_its_evaluations() -> None:
+    for schedule, total in (("constant", 1_200), ("linear", TOTAL)):
+        keys = {"lr_schedule": schedule, "early_stopping_gain": 100.0}
+        assert [r.step for r in resumed(110, {}, total, **keys) if of_controller(r)] == [120]
+
+
+def test_c100_a_rollback_behind_a_resume_on_another_course_begins_the_course_there() -> None:
+    """The checkpoint of step 60 is from before it, and what comes after it is on the new one: from step 70 on at step 280."""
+    keys = {"lr_schedule": "linear", "early_stopping_gain": 100.0}
+    log = [r for r in resumed(110, {}, 1_200, **keys) if not isinstance(r, rec.Step | rec.Eval) or r.step <= 200]
+    log = [r for r in log if not of_controller(r)]
+    back = rec.Rewind(to_step=60, failed_step=200, skip=[(0, 1)])
+    whole = written([*log, back, *again_from(records(steep, 1_200), 60)], **keys)
+    assert [(r.step, r.evidence["window"]) for r in whole if of_controller(r)] == [(280, 22)]
+    for every in (1, 40, 10_000):
+        assert replay(whole, configured(**keys), every).agrees
+
+
+def test_c100_a_state_keeps_since_when_evaluations_count() -> None:
+    rules, log = replace(ACT, schedule="linear", gain=100.0), records(steep, 1_200)
+    machine = EarlyStop(rules)
+    machine.begin(rules, 0)
+    assert told(machine, [r for r in log if isinstance(r, rec.Step | rec.Eval) and r.step <= 110]) == []
+    for at in (110, 150):
+        again = EarlyStop(rules)
+        again.load_state_dict(json.loads(json.dumps(machine.state_dict())), at)
+        again.begin(replace(rules, total_steps=1_200), at)
+        found = told(again, [r for r in again_from(log, at) if r.step <= 150 or at == 150])
+        machine = again
+    assert [r.step for r in found] == [480]

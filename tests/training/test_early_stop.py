@@ -123,6 +123,20 @@ def test_c100_a_run_that_ended_goes_on_without_the_key(tmp_path: Path) -> None:
     assert found.differences == [] and found.spent == len(again.trainer.adaptive.state_dict()["actions"]) == 1
 
 
+@pytest.mark.parametrize(("changed", "end"), [({"learning_rate": 1e-4}, 42), ({"eval_batches": 3}, 42), ({}, 24)])
+def test_c100_a_resume_on_another_course_counts_only_what_is_evaluated_on_it(
+    tmp_path: Path, changed: dict[str, Any], end: int
+) -> None:
+    """12 evaluations over a factor of 4 in tokens are there at step 24, from step 10 on at step 42."""
+    first = planted(tmp_path, lr_schedule="linear", early_stopping_gain=0.0)
+    first.train()
+    resumed = planted(tmp_path, lr_schedule="linear", early_stopping_gain=100.0, **changed)
+    proof = resumed.resume(8)
+    assert resumed.train()["step"] == end
+    head = [r for r in first.records if not isinstance(r, rec.Run) or r.state == "running"]
+    assert differences(resumed, [*head, rec.Rewind(to_step=8), proof]) == []
+
+
 def test_c100_a_rollback_takes_out_the_evaluations_of_the_branch_that_it_leaves(tmp_path: Path) -> None:
     """There the loss stands still from step 20 on."""
     keys = {"spike_policy": "rollback", "spike_sigma": 20.0, "max_nonfinite_in_row": 2}
