@@ -16,6 +16,7 @@ from lumina_engine.config.loading import merge
 from lumina_engine.config.schema import Config, infos_of
 from tests.promises_table import ALSO, NOT, ROWS, main, read_results, row_tests, table
 
+TESTS = Path(__file__).resolve().parent
 ROOT = Path(__file__).resolve().parents[1]
 SPEC = ROOT.parent / "shared" / "spec" / "capabilities.md"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -202,3 +203,10 @@ def test_c125_the_guide_covers_what_it_must() -> None:
         "use_deepspeed gradient_checkpointing zero_stage cpu_offload load_balancing_weight capacity_factor num_workers compile"
     )
     assert set(must.split()) <= keys
+
+
+def test_each_file_with_slow_tests_is_in_the_list_of_them() -> None:
+    _, _, listed = (TESTS / "README.md").read_text(encoding="utf-8").partition("\nMarked `slow`:\n")
+    listed = listed[: listed.index("\n\nMarked `nightly`")]
+    slow = {str(p.relative_to(TESTS)) for p in TESTS.rglob("test_*.py") if re.search(r"mark\.slow", p.read_text("utf-8"))}
+    assert slow - set(re.findall(r"`([\w/]+\.py)`", listed)) == set()

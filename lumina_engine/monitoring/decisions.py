@@ -19,7 +19,7 @@ from . import record as rec
 from .adaptive import ADVICE, FACTOR, OUTCOME, Back, RateController, Rules
 from .balance import CAPACITY, EXPERTS, REBALANCE, WEIGHT, BalanceController, BalanceRules
 from .balance import OUTCOME as BALANCE_OUTCOME
-from .early_stop import EARLY_STOP, EarlyStop, EarlyStopRules, action_of, saved_actions
+from .early_stop import EARLY_STOP, EarlyStop, EarlyStopRules, action_of, alike, saved_actions
 from .early_stop import KEYS as EARLY_STOP_KEYS
 from .experts import joined
 from .growth import OUTCOME as GROWTH_OUTCOME
@@ -306,9 +306,9 @@ class Replay:
                 f"step {record.step}: {_name(record)} is in the log, and follows from nothing before it"
             )
             return
-        alike = type(mine) is type(record)
-        other = [name for name in _fields(mine) if getattr(mine, name) != getattr(record, name)] if alike else []
-        if other or not alike:
+        same = type(mine) is type(record)
+        other = [name for name in _fields(mine) if not _agrees(name, mine, record)] if same else []
+        if other or not same:
             names = ", ".join(other) or _name(mine)
             self.result.differences.append(f"step {record.step}: {_name(record)} is another than what follows: {names}")
 
@@ -402,6 +402,14 @@ def _name(record: rec.Change | rec.Alert) -> str:
     if isinstance(record, rec.Alert):
         return record.code
     return f"{record.what} {(record.evidence or {}).get('action', '')}".rstrip()
+
+
+def _agrees(name: str, mine: rec.Change | rec.Alert, other: rec.Change | rec.Alert) -> bool:
+    """Whether a field of two decisions is the same."""
+    values = getattr(mine, name), getattr(other, name)
+    if name == "evidence" and isinstance(mine, rec.Change) and mine.what == EARLY_STOP:
+        return alike(*values)
+    return bool(values[0] == values[1])
 
 
 def _fields(record: rec.Change | rec.Alert) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import structs
 
 from lumina_engine.commands.decisions import lines
 from lumina_engine.config.schema import Config
@@ -405,3 +406,66 @@ def test_c100_a_state_keeps_since_when_evaluations_count() -> None:
         found = told(again, [r for r in again_from(log, at) if r.step <= 150 or at == 150])
         machine = again
     assert [r.step for r in found] == [480]
+
+
+def test_c100_a_larger_global_batch_counts_from_where_it_begins() -> None:
+    """A loss of the tokens alone: what is left to the last step is that of the tokens that the larger batches bring."""
+
+    def tokens(step: int) -> int:
+        return 1_000 * step + 1_000 * max(0, step - 110)
+
+    def loss(step: int) -> float:
+        return 2.0 + 7.7 * (tokens(step) / 1_000) ** -0.5
+
+    log = []
+    for r in records(loss):
+        rows = (
+            {"tokens": tokens(r.step), "batch": 4 if r.step <= 110 else 8, "seq_length": 32} if isinstance(r, rec.Step) else {}
+        )
+        log.append(rec.Step(step=r.step, loss=2.0, **rows) if rows else r)
+    (change,) = told(EarlyStop(replace(ACT, gain=100.0)), log)
+    left = loss(change.step) - loss(TOTAL)
+    assert change.evidence["gain"] == pytest.approx(left, rel=1e-3) and change.evidence["statistic"] >= left
+    assert (change.step, change.evidence["window"]) == (320, 21), "12 over a factor of 4 in tokens, behind step 111"
+    cut = [r for r in log if not isinstance(r, rec.Step) or r.step % 7 == 0]
+    (rarely,) = told(EarlyStop(replace(ACT, gain=100.0)), cut)
+    assert rarely.evidence["gain"] == pytest.approx(loss(rarely.step) - loss(TOTAL), rel=1e-3)
+
+
+def test_c100_rows_that_a_curriculum_halves_are_no_other_global_batch() -> None:
+    short = [
+        rec.Step(step=r.step, loss=2.0, tokens=r.tokens, batch=8 if r.step < 60 else 4, seq_length=16 if r.step < 60 else 32)
+        if isinstance(r, rec.Step)
+        else r
+        for r in records(steep)
+    ]
+    assert told(EarlyStop(ACT), short) == told(EarlyStop(ACT), records(steep)) != []
+
+
+def times(log: list[Any], factor: float) -> list[Any]:
+    """The log with all figures of its evidence multiplied."""
+
+    def changed(record: Any) -> Any:
+        evidence = {k: v * factor if isinstance(v, float) else v for k, v in record.evidence.items()}
+        return structs.replace(record, evidence=evidence)
+
+    return [changed(r) if of_controller(r) else r for r in log]
+
+
+@pytest.mark.parametrize(("factor", "agrees"), [(1 + 1e-13, True), (1 + 1e-8, True), (1.001, False)])
+def test_c100_another_processor_agrees_and_another_figure_does_not(factor: float, agrees: bool) -> None:
+    """One in the ninth digit is what two figures can be rounded apart that differ in the last bit."""
+    log = written(records(steep))
+    assert replay(times(log, factor), configured()).agrees == agrees
+    lost = times(log, 1.0)
+    (change,) = (r for r in lost if of_controller(r))
+    del change.evidence["low"]
+    assert not replay(lost, configured()).agrees
+
+
+def test_c100_the_last_bits_of_a_fit_are_not_told() -> None:
+    (change,) = told(EarlyStop(ACT), records(steep))
+    figures = [change.evidence[name] for name in ("statistic", "gain", "low")]
+    assert figures == [float(f"{value:.9g}") for value in figures]
+    nudged = records(lambda step: steep(step) * (1 + 1e-15))
+    assert told(EarlyStop(ACT), nudged) == [change]
