@@ -12,10 +12,12 @@ from lumina_engine.config.micro_batch import candidates, rows_of_a_rank
 from lumina_engine.config.offload import least_stage
 from lumina_engine.config.resolve import vocabulary_findings
 from lumina_engine.config.schema import Config
+from lumina_engine.config.steps import decay_start, warmup_of
 from lumina_engine.config.task_checks import train_paths
 from lumina_engine.config.tokenizers import TOKENIZER_FILES, TOKENIZER_IDS
 
 _LEAST_DECAY = 0.75  # share of the steps: evaluations of the decay alone must span a factor of 4 in tokens
+_LEAST_EVALUATIONS, _LEAST_SPAN = 12, 4  # that a curve is fitted to (`monitoring/scaling.py`)
 
 
 def tokenizer(config: Config) -> Iterator[Finding]:
@@ -45,11 +47,8 @@ def schedule(config: Config) -> Iterator[Finding]:
     if config.early_stopping_gain and not config.eval_interval:
         message = f"early_stopping_gain = {config.early_stopping_gain:g} needs evaluations, but eval_interval is 0"
         yield error("early_stopping", "early_stopping_gain eval_interval", message, "set eval_interval=200")
-    if config.early_stopping_gain and config.lr_schedule == "wsd" and config.decay_ratio < _LEAST_DECAY:
-        message = f"early_stopping_gain = {config.early_stopping_gain:g} ends no run with lr_schedule = wsd"
-        why = f"only its decay tells what it brings, and a curve needs decay_ratio={_LEAST_DECAY:g} at least"
-        fix = "set early_stopping_gain=0, or another lr_schedule"
-        yield finding("warning", "early_stopping", "early_stopping_gain lr_schedule", f"{message}: {why}", fix)
+    if config.early_stopping_gain and config.adaptive != "off":
+        yield from _early_stop(config)
     if config.min_batch_size > config.max_batch_size:
         message = f"min_batch_size = {config.min_batch_size}: more than max_batch_size = {config.max_batch_size}"
         yield error("batch_bounds", "min_batch_size max_batch_size", message, f"set min_batch_size={config.max_batch_size}")
@@ -65,6 +64,38 @@ def schedule(config: Config) -> Iterator[Finding]:
         )
         fix = f"set curriculum_steps={max(1, config.max_steps // 2)}"
         yield finding("warning", "curriculum_end", "curriculum_steps max_steps", message, fix)
+
+
+def _early_stop(config: Config) -> Iterator[Finding]:
+    """Why `early_stopping_gain` can never act although evaluations are made."""
+    message = f"early_stopping_gain = {config.early_stopping_gain:g} ends no run"
+    if config.lr_schedule == "wsd" and config.decay_ratio < _LEAST_DECAY:
+        why = f"only its decay tells what it brings, and a curve needs decay_ratio={_LEAST_DECAY:g} at least"
+        fix, keys = "set early_stopping_gain=0, or another lr_schedule", "early_stopping_gain lr_schedule"
+        yield finding("warning", "early_stopping", keys, f"{message} with lr_schedule = wsd: {why}", fix)
+    elif config.max_steps is not None and config.eval_interval and not _fits(config, config.max_steps, config.eval_interval):
+        least = f"a curve needs {_LEAST_EVALUATIONS} evaluations over a factor of {_LEAST_SPAN} in steps"
+        why = f"{least}, which eval_interval = {config.eval_interval:,} does not give before max_steps = {config.max_steps:,}"
+        fine = max(1, config.max_steps // (2 * _LEAST_EVALUATIONS))
+        fits = _fits(config, config.max_steps, fine)
+        fix = f"set eval_interval={fine}" if fits else "set early_stopping_gain=0, or a shorter warm-up and more steps"
+        yield finding("warning", "early_stopping", "early_stopping_gain eval_interval max_steps", f"{message}: {why}", fix)
+    if config.max_adaptive_actions == 0:
+        why = "max_adaptive_actions = 0 allows no action"
+        fix = "set max_adaptive_actions=20, or early_stopping_gain=0"
+        yield finding("warning", "early_stopping", "early_stopping_gain max_adaptive_actions", f"{message}: {why}", fix)
+    if train_paths(config) and not paths(config.eval_data_path) and config.eval_split == 0:
+        fix = "set eval_split=0.02, eval_data_path, or early_stopping_gain=0"
+        keys = "early_stopping_gain eval_split eval_data_path"
+        yield finding("warning", "early_stopping", keys, f"{message}: nothing is held back to evaluate on", fix)
+
+
+def _fits(config: Config, steps: int, every: int) -> bool:
+    """Whether the evaluations that count, before the last one of `steps`, allow a curve."""
+    warmup = warmup_of(config.warmup_steps, steps)
+    after = decay_start(steps, warmup, config.decay_ratio) if config.lr_schedule == "wsd" else warmup
+    first, last = (after // every + 1) * every, (steps - 1) // every * every
+    return last >= first + (_LEAST_EVALUATIONS - 1) * every and last >= _LEAST_SPAN * first
 
 
 def curriculum(config: Config) -> Iterator[Finding]:

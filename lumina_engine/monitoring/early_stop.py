@@ -6,11 +6,10 @@ whose upper end is what counts. Where the points allow no fit there is no answer
 
 A rate that still falls brings more than the curve tells: it lowers the noise of the weights as well. On a quadratic with noise
 the curve alone missed up to half of the gain under a linear schedule; the straight line through the newest 12 evaluations (the
-upper end of its slope, to the last step) missed a tenth at worst, in single evaluations, none of which ended a run with more left
-than asked for. So the larger of the two counts, unless the rate is constant. A cosine
-is nearly flat at its top, where no line tells of the fall to come: nothing is decided before the middle of its decay, from
-where on its slope only flattens. In WSD the loss of the flat part tells nothing of what the decay brings: only
-evaluations within the decay count.
+upper end of its slope, to the last step) missed a tenth at worst, in single evaluations, none of which ended a run with more
+left than asked for. So the larger of the two counts, unless the rate is constant. A cosine is nearly flat at its top, where no
+line tells of the fall to come: nothing is decided before the middle of its decay, from where on its slope only flattens. In WSD
+the loss of the flat part tells nothing of what the decay brings: only evaluations within the decay count.
 
 Evaluations tell of one another while the rate goes one course to one end, over one global batch and on the same questions:
 after a resume that changes any of these, only those after its step count.

@@ -8,6 +8,8 @@ from lumina_engine.config.checks import check, resume_findings
 from lumina_engine.config.machine import GB, Accelerator, Machine
 from lumina_engine.config.presets import ConfigPresets
 from lumina_engine.config.schema import Config, ConfigError, fields_info
+from lumina_engine.monitoring import record as rec
+from lumina_engine.monitoring.early_stop import EarlyStop, EarlyStopRules
 
 LAPTOP = Machine([], 16 * GB, 4, 100 * GB)
 # changes, code, severity, words of the line, changes that mend it
@@ -127,6 +129,34 @@ CASES = [
         {"lr_schedule": "cosine"},
     ),
     (
+        {"early_stopping_gain": 0.01, "eval_interval": 200, "max_steps": 2_000},
+        "early_stopping",
+        "warning",
+        "does not give before max_steps = 2,000; set eval_interval=83",
+        {"eval_interval": 83},
+    ),
+    (
+        {"early_stopping_gain": 0.01, "eval_interval": 20, "max_steps": 2_000, "warmup_steps": 500},
+        "early_stopping",
+        "warning",
+        "over a factor of 4 in steps",
+        {"warmup_steps": 400},
+    ),
+    (
+        {"early_stopping_gain": 0.01, "max_adaptive_actions": 0},
+        "early_stopping",
+        "warning",
+        "ends no run: max_adaptive_actions = 0",
+        {"max_adaptive_actions": 20},
+    ),
+    (
+        {"early_stopping_gain": 0.01, "train_data_path": "a", "eval_split": 0.0},
+        "early_stopping",
+        "warning",
+        "ends no run: nothing is held back",
+        {"eval_split": 0.02},
+    ),
+    (
         {"early_stopping_gain": 0.01, "adaptive": "off"},
         "switched_off",
         "info",
@@ -202,6 +232,20 @@ def test_c129_each_rule_and_its_fix(changes: dict, code: str, severity: str, wor
     for name, value in mend.items():
         setattr(config, name, value)
     assert code not in {f.code for f in check(config)}
+
+
+@pytest.mark.parametrize("steps", [2_400, 2_401])
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_c100_a_run_that_early_stopping_gain_cannot_end_is_told_exactly(schedule: str, steps: int) -> None:
+    """Evaluations every 200 steps behind the warm-up: 11 or 12 of them before the last step."""
+    keys = {"early_stopping_gain": 100.0, "eval_interval": 200, "max_steps": steps, "lr_schedule": schedule, "adaptive": "act"}
+    config = Config(**keys)
+    told = [f for f in check(config, LAPTOP) if f.code == "early_stopping"]
+    machine, ends = EarlyStop(EarlyStopRules.from_config(config, steps)), False
+    for step in range(200, steps + 1, 200):
+        machine.observe(rec.Step(step=step, tokens=1_000 * step), 0)
+        ends = ends or bool(machine.observe(rec.Eval(step=step, loss=2 + 1 / step), 0))
+    assert ends == (steps > 2_400) and len(told) == (not ends)
 
 
 def test_c099_growth_by_itself_is_a_value_like_any_other() -> None:
