@@ -150,12 +150,13 @@ def _config(
 
 
 def _saved(folder: Path, missing: list[str]) -> tuple[str, ...]:
-    """The names of what is committed, oldest first, emergency saves among them."""
-    from ..checkpoint.keep import committed_paths, told
+    """What lies there by name, what is set aside as damaged too, then the emergency saves beside it."""
+    from ..checkpoint.keep import EMERGENCY, committed_paths, told
 
     try:
-        folder.stat()  # a folder that is absent is told; to the list of what is in it it is an empty one
-        return tuple(told(path) for path in reversed(committed_paths(folder)))
+        names = sorted(entry.name for entry in folder.iterdir() if entry.name.startswith("step-"))
+        saves = [told(path) for path in reversed(committed_paths(folder)) if path.parent.name == EMERGENCY]
+        return (*names, *saves)
     except OSError as error:
         missing.append(f"checkpoints: {error.strerror or error}")
         return ()
