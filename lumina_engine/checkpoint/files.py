@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .direct import BlockWriter, takes_direct
-
 CHUNK_BYTES = 8 << 20  # one SHA-256 per 8 MiB, so damage is found and named without reading the rest
 LARGE_CHUNK_BYTES = 128 << 20  # and per 128 MiB of a large file, so that the manifest of tens of terabytes can be read back
 LARGE_FILE = 1 << 30
@@ -176,14 +174,13 @@ def write_file(
             _reserve(fd, size)
         if chunk_bytes is None:
             chunk_bytes = LARGE_CHUNK_BYTES if size is not None and size >= LARGE_FILE else CHUNK_BYTES
-        blocks = BlockWriter(fd) if takes_direct(fd, size) else None
         written, digests, sha, room = 0, [], hashlib.sha256(), chunk_bytes
         for piece in pieces:
             view = memoryview(piece).cast("B")
             while len(view):
                 part = view[:room]
                 sha.update(part)
-                blocks.write(part) if blocks else write_all(fd, part)
+                write_all(fd, part)
                 written, room, view = written + len(part), room - len(part), view[len(part) :]
                 if not room:
                     digests.append(sha.hexdigest())
@@ -192,8 +189,6 @@ def write_file(
             digests.append(sha.hexdigest())
         if size is not None and written != size:
             raise CheckpointError(f"{relpath}: {written} bytes written, {size} expected")
-        if blocks:
-            blocks.finish()
         os.fsync(fd)
     finally:
         os.close(fd)
