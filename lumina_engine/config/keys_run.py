@@ -324,7 +324,7 @@ class AdaptiveKeys(Section):
         "(spike_policy=rollback), at last it ends; load_balancing_weight or capacity_factor is doubled once; off: nothing is "
         "computed.",
         resume=True,
-        read_by="monitoring/adaptive.py, monitoring/balance.py, monitoring/growth.py",
+        read_by="monitoring/adaptive.py, monitoring/balance.py, monitoring/growth_watch.py",
     )
     lr_multiplier_min: float = key(
         0.1, "Lowest factor that act may put on the schedule's rate.", minimum=0.01, maximum=1, resume=True, read_by=_RATE
@@ -350,7 +350,7 @@ class AdaptiveKeys(Section):
         "with the command; act: a save that save_interval makes is rewritten with one expert more or less, and the run is "
         "started again from it (a run of lumina-engine train; adding needs moe_top_k=1); off: nothing is computed.",
         resume=True,
-        read_by="monitoring/growth.py, training/worker.py, training/experts.py",
+        read_by="monitoring/growth_watch.py, training/worker.py, training/experts.py",
     )
     max_num_experts: int = key(
         64,

@@ -1,8 +1,12 @@
-"""The steps at which a schedule of the learning rate turns, for those who follow it and those who judge by it."""
+"""The steps at which a schedule of the learning rate turns, and the points that a curve of the loss needs: for those who follow
+them and those who judge by them."""
 
 from __future__ import annotations
 
 from typing import Literal
+
+LEAST_POINTS = 12  # that a curve is fitted to (`monitoring/scaling.py`)
+LEAST_SPAN = 4.0  # tokens, or steps, of the last of them over those of the first
 
 
 def warmup_of(warmup_steps: int | Literal["auto"], total_steps: int) -> int:

@@ -12,12 +12,11 @@ from lumina_engine.config.micro_batch import candidates, rows_of_a_rank
 from lumina_engine.config.offload import least_stage
 from lumina_engine.config.resolve import vocabulary_findings
 from lumina_engine.config.schema import Config
-from lumina_engine.config.steps import decay_start, warmup_of
+from lumina_engine.config.steps import LEAST_POINTS, LEAST_SPAN, decay_start, warmup_of
 from lumina_engine.config.task_checks import train_paths
 from lumina_engine.config.tokenizers import TOKENIZER_FILES, TOKENIZER_IDS
 
-_LEAST_DECAY = 0.75  # share of the steps: evaluations of the decay alone must span a factor of 4 in tokens
-_LEAST_EVALUATIONS, _LEAST_SPAN = 12, 4  # that a curve is fitted to (`monitoring/scaling.py`)
+_LEAST_DECAY = 1 - 1 / LEAST_SPAN  # share of the steps in which evaluations of the decay alone can span what a curve needs
 
 
 def tokenizer(config: Config) -> Iterator[Finding]:
@@ -74,9 +73,9 @@ def _early_stop(config: Config) -> Iterator[Finding]:
         fix, keys = "set early_stopping_gain=0, or another lr_schedule", "early_stopping_gain lr_schedule"
         yield finding("warning", "early_stopping", keys, f"{message} with lr_schedule = wsd: {why}", fix)
     elif config.max_steps is not None and config.eval_interval and not _fits(config, config.max_steps, config.eval_interval):
-        least = f"a curve needs {_LEAST_EVALUATIONS} evaluations over a factor of {_LEAST_SPAN} in steps"
+        least = f"a curve needs {LEAST_POINTS} evaluations over a factor of {LEAST_SPAN:g} in steps"
         why = f"{least}, which eval_interval = {config.eval_interval:,} does not give before max_steps = {config.max_steps:,}"
-        fine = max(1, config.max_steps // (2 * _LEAST_EVALUATIONS))
+        fine = max(1, config.max_steps // (2 * LEAST_POINTS))
         fits = _fits(config, config.max_steps, fine)
         fix = f"set eval_interval={fine}" if fits else "set early_stopping_gain=0, or a shorter warm-up and more steps"
         yield finding("warning", "early_stopping", "early_stopping_gain eval_interval max_steps", f"{message}: {why}", fix)
@@ -95,7 +94,7 @@ def _fits(config: Config, steps: int, every: int) -> bool:
     warmup = warmup_of(config.warmup_steps, steps)
     after = decay_start(steps, warmup, config.decay_ratio) if config.lr_schedule == "wsd" else warmup
     first, last = (after // every + 1) * every, (steps - 1) // every * every
-    return last >= first + (_LEAST_EVALUATIONS - 1) * every and last >= _LEAST_SPAN * first
+    return last >= first + (LEAST_POINTS - 1) * every and last >= LEAST_SPAN * first
 
 
 def curriculum(config: Config) -> Iterator[Finding]:

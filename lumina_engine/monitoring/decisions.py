@@ -22,8 +22,8 @@ from .balance import OUTCOME as BALANCE_OUTCOME
 from .early_stop import EARLY_STOP, EarlyStop, EarlyStopRules, action_of, alike, saved_actions
 from .early_stop import KEYS as EARLY_STOP_KEYS
 from .experts import joined
-from .growth import OUTCOME as GROWTH_OUTCOME
-from .growth import GrowthWatch, is_decision
+from .growth_watch import OUTCOME as GROWTH_OUTCOME
+from .growth_watch import GrowthWatch, is_decision
 
 KEYS = (
     *("adaptive", "spike_window", "adaptive_cooldown_steps", "lr_multiplier_min", "max_adaptive_actions", "spike_policy"),

@@ -26,16 +26,15 @@ from typing import Any
 
 import numpy as np
 
-from ..config.steps import decay_start, warmup_of
+from ..config.steps import LEAST_POINTS, decay_start, warmup_of
 from . import record as rec
 from .balance import action_of as action_of_balance
 from .balance import reader
-from .scaling import LEAST_POINTS, RANGE, TooLittle, fit, student
+from .scaling import RANGE, TooLittle, fit, student
 
 EARLY_STOP = "early_stop"  # `what` of the change that ends a run, and code of the alert that advises it
-KEYS = (  # that it goes by, beside those of all controllers
-    *("early_stopping_gain", "lr_schedule", "learning_rate", "warmup_steps", "min_lr_ratio", "decay_ratio", "eval_batches"),
-)
+# that it goes by, beside those of all controllers
+KEYS = ("early_stopping_gain", "lr_schedule", "learning_rate", "warmup_steps", "min_lr_ratio", "decay_ratio", "eval_batches")
 _RULE = "remaining_gain"
 _DIGITS = 9  # of a figure; the last bits of a fit differ between processors
 
@@ -135,13 +134,9 @@ def alike(mine: Mapping[str, Any] | None, other: Mapping[str, Any] | None) -> bo
         return mine == other
     near = 2 * 10.0 ** (1 - _DIGITS)  # twice the last digit of the least that is written with so many
     return all(
-        math.isclose(value, other[name], rel_tol=near) if _is_figure(value, other[name]) else value == other[name]
+        math.isclose(value, other[name], rel_tol=near) if isinstance(value, float) else value == other[name]
         for name, value in mine.items()
     )
-
-
-def _is_figure(*values: Any) -> bool:
-    return all(isinstance(value, float) for value in values)
 
 
 def action_of(record: rec.Record) -> dict[str, Any] | None:

@@ -24,10 +24,9 @@ import numpy as np
 
 from ..config.counts import parameter_counts
 from ..config.schema import Config, ConfigError, DeepSeekConfig
+from ..config.steps import LEAST_POINTS, LEAST_SPAN
 from .curves import History
 
-LEAST_POINTS = 12
-LEAST_SPAN = 4.0  # largest over smallest D
 RANGE = 32.0  # points below D_max / RANGE are the beginning, which follows no power law
 BINS = 48  # of training losses, equal in log D
 LEVEL = 0.95

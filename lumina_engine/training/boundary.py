@@ -15,7 +15,7 @@ import msgspec
 
 from ..checkpoint.verify import step_name
 from ..monitoring import record as rec
-from ..monitoring.growth import failure
+from ..monitoring.growth_watch import failure
 from ..run.policy import AGAIN, NO_PROGRESS
 from .control import Request
 from .evaluation import eval_record

@@ -1,7 +1,7 @@
 """The experts of a run that changes their number by itself (`expert_growth=act`): what a start does before it makes a model.
 
-1. A save finds that an expert should be added or removed (`monitoring/growth.py`). The decision is a record in the log, the
-   checkpoint of its step stands behind it, and the ranks leave to be started again (`boundary.py`).
+1. A save finds that an expert should be added or removed (`monitoring/growth_watch.py`). The decision is a record in the log,
+   the checkpoint of its step stands behind it, and the ranks leave to be started again (`boundary.py`).
 2. The next start finds both, and rank 0 rewrites the checkpoint while no model is in memory (`checkpoint/growth.py`).
 3. From then on the checkpoint that a start goes on from decides how many experts there are, also where it must take one from
    before.
@@ -32,7 +32,7 @@ from ..config.resolve import left_to_auto
 from ..config.schema import Config
 from ..monitoring import record as rec
 from ..monitoring.balance import CAPACITY, EXPERTS
-from ..monitoring.growth import FAILED, GrowthWatch, failure, is_decision
+from ..monitoring.growth_watch import FAILED, GrowthWatch, failure, is_decision
 from ..monitoring.hardware import detect
 from ..monitoring.log import read_records
 from ..monitoring.say import print_error
@@ -216,13 +216,13 @@ class _Changes:
         return watch.loads()
 
 
-def drop_former(found: Found | None, run: RunDirectory, emit: Callable[[Any], None]) -> None:
+def drop_former(found: Found, run: RunDirectory, emit: Callable[[Any], None]) -> None:
     """Delete what was kept of a checkpoint in case its other experts do not fit, now that they do.
 
     Args:
-        found: the checkpoint that the run goes on from, where `experts_in_force` has looked for it. emit: takes records.
+        found: the checkpoint that the run goes on from, as `experts_in_force` gives it. emit: takes records.
     """
-    if found is None or found.report is None:
+    if found.report is None:
         return
     emergency = run.path.resolve() / run.emergency.name
     try:
@@ -232,14 +232,14 @@ def drop_former(found: Found | None, run: RunDirectory, emit: Callable[[Any], No
         emit(rec.Alert(severity="warning", code="checkpoint_note", message=message))
 
 
-def way_back(found: Found | None, run: RunDirectory) -> str:
+def way_back(found: Found, run: RunDirectory) -> str:
     """What to add to the words of a start that ran out of memory with a checkpoint that was given more experts; else nothing.
 
     Args:
         found: as of `drop_former`.
     """
-    changed = None if found is None or found.report is None else found.report.manifest.get("experts_changed")
-    if found is None or found.path is None or not changed or changed["after"] < changed["before"]:
+    changed = None if found.report is None else found.report.manifest.get("experts_changed")
+    if found.path is None or not changed or changed["after"] < changed["before"]:
         return ""
     path = found.path
     former = next((other for other in committed_paths(path.parent) if other != path), None)

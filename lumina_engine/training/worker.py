@@ -29,7 +29,7 @@ from ..data.skip_list import SkipList
 from ..monitoring import record as rec
 from ..monitoring.adaptive import Back
 from ..monitoring.decisions import backs_after
-from ..monitoring.growth import GrowthWatch
+from ..monitoring.growth_watch import GrowthWatch
 from ..monitoring.hardware import HardwareThread
 from ..monitoring.log import MetricLog, read_records, surviving
 from ..monitoring.say import print_error

@@ -49,6 +49,11 @@ class AlertTable(Table):
             self.set_title(f"alerts  {count}" if count else "alerts", "Enter goes there" if count else "")
 
 
+def message_of(alert: rec.Alert) -> str:
+    """The message where the step stands beside it: without the step with which some begin."""
+    return alert.message.removeprefix(f"step {alert.step}: ")
+
+
 def alert_rows(alerts: Sequence[rec.Alert], advice: bool) -> list[Row]:
     """Rows of the newest alerts, newest first; each may have its advice below it."""
     rows: list[Row] = []
@@ -61,7 +66,7 @@ def alert_rows(alerts: Sequence[rec.Alert], advice: bool) -> list[Row]:
             (alert.severity, role),
             (whole(alert.step), "text"),
             (alert.code, role),
-            (alert.message, "text"),
+            (message_of(alert), "text"),
         )
         rows.append(Row(str(index), cells))
         if advice and alert.recommendation:
@@ -77,6 +82,6 @@ def alert_lines(alert: rec.Alert | None) -> list[Line]:
     role = ROLES.get(alert.severity, "bad")
     return [
         [(f"{alert.severity} ", role), (alert.code, role), (f"  {where}", "dim")],
-        [(alert.message, "text")],
+        [(message_of(alert), "text")],
         [(alert.recommendation or "No advice came with it.", "accent" if alert.recommendation else "dim")],
     ]

@@ -12,6 +12,7 @@ from ..facts import Words, rank_warning
 from ..feed import Feed, Mode
 from ..paint import Piece, clean, count, duration, line, size, whole
 from ..runs import held_out_score
+from .alert_table import message_of
 from .readings import value_text
 
 
@@ -132,10 +133,11 @@ class StatusLine(Widget):
             clock = time.strftime("%H:%M", time.localtime(alert.t))
             at = f" {whole(alert.step)}" if alert.step is not None else ""
             role = {"info": "accent", "warning": "warn"}.get(alert.severity, "bad")
+            message = message_of(alert)
             advice = f" {alert.recommendation}" if alert.recommendation else ""
             return [
                 (f"{clock} ! {alert.severity} {alert.code}{at}: ", role),
-                (alert.message + "." * (alert.message[-1:] != ".") + advice, "text"),
+                (message + "." * (message[-1:] != ".") + advice, "text"),
             ]
         if store.checkpoints:
             newest = store.checkpoints[-1]

@@ -15,7 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lumina_engine.model.transformer import DeepSeekTransformer
-from lumina_engine.monitoring import growth
+from lumina_engine.monitoring import growth, growth_watch
 from lumina_engine.training import experts
 from lumina_engine.training import worker as product
 from tests.checkpoint.helpers import kill_at
@@ -47,7 +47,8 @@ def settled(*args: Any, inner: Any = experts.experts_in_force) -> Any:
 
 if __name__ == "__main__":
     for name, value in (SHRINKS if dead() else GROWS).items():
-        setattr(growth, name, value)
+        for module in (growth, growth_watch):
+            setattr(module, name, value)
     DeepSeekTransformer.init_weights = skewed  # type: ignore[method-assign]
     experts.experts_in_force = settled
     product.RankChannel = FaultyChannelOfEnvironment  # type: ignore[misc]

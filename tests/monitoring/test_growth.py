@@ -19,7 +19,7 @@ from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.adaptive import RateController, Rules
 from lumina_engine.monitoring.balance import BalanceController, BalanceRules
 from lumina_engine.monitoring.decisions import EVERY, replay
-from lumina_engine.monitoring.growth import GrowthWatch, LoadWindow, failure
+from lumina_engine.monitoring.growth_watch import GrowthWatch, LoadWindow, failure
 from lumina_engine.monitoring.log import surviving
 
 LONG = {"steps": 1_500, "dropped": 0.12, "eval_loss": [3.0, 2.9, 2.8]}

@@ -23,7 +23,7 @@ from lumina_engine.checkpoint.verify import read_manifest
 from lumina_engine.config.machine import Machine
 from lumina_engine.config.schema import Config
 from lumina_engine.monitoring import record as rec
-from lumina_engine.monitoring.growth import FAILED
+from lumina_engine.monitoring.growth_watch import FAILED
 from lumina_engine.monitoring.log import MetricLog, read_records
 from lumina_engine.run.directory import RunDirectory
 from lumina_engine.run.rank import Command

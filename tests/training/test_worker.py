@@ -17,7 +17,7 @@ from lumina_engine.checkpoint.manager import CheckpointManager
 from lumina_engine.checkpoint.verify import Report
 from lumina_engine.config.schema import Config
 from lumina_engine.monitoring import record as rec
-from lumina_engine.monitoring.growth import failure
+from lumina_engine.monitoring.growth_watch import failure
 from lumina_engine.monitoring.log import read_records
 from lumina_engine.run.directory import RunDirectory
 from lumina_engine.run.rank import NullChannel

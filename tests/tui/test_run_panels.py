@@ -20,9 +20,10 @@ from lumina_tui.facts import device_words, hardware_lines, rank_lines, rank_warn
 from lumina_tui.ranks import Beat, Ranks
 from lumina_tui.series import RunStore
 from lumina_tui.terminal import NAMED, Look
-from lumina_tui.widgets.alert_table import AlertTable
+from lumina_tui.widgets.alert_table import AlertTable, alert_lines, alert_rows
 from lumina_tui.widgets.expert_cells import DEAD, Ink, fewer_columns, row_cells, row_of, shares
 from lumina_tui.widgets.expert_map import ExpertMap
+from lumina_tui.widgets.run_panels import StatusLine
 from lumina_tui.widgets.trend_panel import TrendPanel
 
 from ..monitoring.test_hardware import FakeNvml
@@ -279,6 +280,22 @@ async def test_alert_table_shows_newest_first_with_advice():
         text = screen_text(app)
         assert text.index("critical") < text.index("first") < text.index("Do this.")
         assert all(c.isprintable() or c == "\n" for c in text)
+
+
+def test_the_step_of_an_alert_is_told_once():
+    """Some messages begin with it, for those who read them without the record."""
+    alert = rec.Alert(severity="info", code="rebalance", message="step 210: layer 1 drops", step=210, t=1.0)
+    row = alert_rows([alert], advice=False)[0]
+    assert [text for text, _ in row.cells[2:]] == ["210", "rebalance", "layer 1 drops"]
+    assert alert_lines(alert)[1] == [("layer 1 drops", "text")]
+    feed = SimpleNamespace(requests=[], error=None, ranks=Ranks([]), reader=SimpleNamespace(errors=[]), store=store_of(alert))
+    line = StatusLine()
+    line.feed = feed
+    words = "".join(text for text, _ in line._now())
+    assert words.endswith("info rebalance 210: layer 1 drops.")
+    assert (
+        alert_lines(rec.Alert(severity="info", code="x", message="step 21: elsewhere", step=2))[1][0][0] == "step 21: elsewhere"
+    )
 
 
 # ---- the end of a run ----------------------------------------------------------------------------------------------------
