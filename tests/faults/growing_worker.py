@@ -24,6 +24,7 @@ from tests.faults.faulty_worker import FaultyChannelOfEnvironment, KnownWorker
 # of `monitoring/growth.py`: steps that last, steps after which an expert is given up, and the share below which it is dead
 GROWS = {"SUSTAINED": 8, "GIVEN_UP": 16, "COLD": 0.0}
 SHRINKS = {**GROWS, "COLD": 0.1}
+KNOWN_IN = (growth, growth_watch)
 DEAD, KILLS = "dead", "kills.json"
 
 
@@ -47,7 +48,7 @@ def settled(*args: Any, inner: Any = experts.experts_in_force) -> Any:
 
 if __name__ == "__main__":
     for name, value in (SHRINKS if dead() else GROWS).items():
-        for module in (growth, growth_watch):
+        for module in KNOWN_IN:
             setattr(module, name, value)
     DeepSeekTransformer.init_weights = skewed  # type: ignore[method-assign]
     experts.experts_in_force = settled

@@ -14,14 +14,13 @@ from lumina_engine.checkpoint.keep import list_steps, pointer
 from lumina_engine.checkpoint.manager import load_model
 from lumina_engine.checkpoint.verify import step_name
 from lumina_engine.config.schema import Config
-from lumina_engine.monitoring import growth
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import read_records
 from lumina_engine.run.directory import RunDirectory
 from lumina_engine.run.launch import wait
 
 from .conftest import TinyRuns
-from .growing_worker import DEAD, GROWS, KILLS, SHRINKS
+from .growing_worker import DEAD, GROWS, KILLS, KNOWN_IN, SHRINKS
 from .injector import Fault
 from .tiny_run import ends, start, steps
 
@@ -72,7 +71,8 @@ def of(run: RunDirectory, kind: type, **values: Any) -> list[Any]:
 def decided_again(run: RunDirectory, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> list[Any]:
     """The decisions of a run, which its log alone must give again."""
     for name, value in (SHRINKS if (run.path / DEAD).exists() else GROWS).items():
-        monkeypatch.setattr(growth, name, value)
+        for module in KNOWN_IN:
+            monkeypatch.setattr(module, name, value)
     capsys.readouterr()
     assert cli.main(["runs", "decisions", str(run.path), "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
