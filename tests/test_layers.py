@@ -71,7 +71,11 @@ def room(module: str) -> str | None:
     parts = module.split(".")
     if parts[0] != "lumina_engine" or len(parts) < 2:
         return None
-    if parts[1] == "checkpoint" and len(parts) > 2 and parts[2] in {"commit", "files", "verify", "keep", "header"}:
+    if (
+        parts[1] == "checkpoint"
+        and len(parts) > 2
+        and parts[2] in {"commit", "digest", "direct", "files", "verify", "keep", "header"}
+    ):
         return "commit"
     return parts[1] if parts[1] in RANK else None
 

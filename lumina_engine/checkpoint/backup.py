@@ -119,7 +119,7 @@ def copied(checkpoint: Path, folder: Path, tick: Tick = lambda *_: None) -> Path
             sync_folder(folder)
     if not target.is_dir():
         _copy(checkpoint, folder, source.manifest["step"], tick)
-        require(verify(target, progress=tick))
+        require(verify(target, progress=tick, past_cache=True))
     return target
 
 
@@ -217,7 +217,7 @@ def _copy(checkpoint: Path, folder: Path, step: int, tick: Tick) -> None:
 
 def _copy_file(folder: int, entry: FileEntry, staging: Staging, tick: Tick) -> FileEntry:
     with opened(folder, entry.path) as (fd, _):
-        copy = staging.write(entry.path, ticking(read_pieces(fd), tick), entry.size, entry.chunk_bytes)
+        copy = staging.write(entry.path, ticking(read_pieces(fd), tick), entry.size, entry.chunk_bytes, entry.algorithm)
     if copy != entry:
         raise CheckpointError(f"{entry.path} of step {staging.step} is not what was written, so it was not copied")
     return copy

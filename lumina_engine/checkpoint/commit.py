@@ -1,4 +1,4 @@
-"""The commit protocol: a checkpoint is either whole and named `step-N`, or it does not exist (standard library only).
+"""The commit protocol: a checkpoint is either whole and named `step-N`, or it does not exist.
 
     checkpoints/.tmp-step-000123-<nonce>/   staging: every rank writes and fsyncs its files here
     checkpoints/step-000123/                committed by one rename, immutable from then on
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from .digest import ALGORITHM
 from .files import (
     CHUNK_BYTES,
     MAX_JSON_BYTES,
@@ -49,7 +50,6 @@ from .keep import (
     set_pointer,
 )
 from .verify import (
-    ALGORITHM,
     FORMAT,
     LEASE,
     MANIFEST,
@@ -108,11 +108,18 @@ class Staging:
     def path(self) -> Path:
         return self.checkpoints / self.name
 
-    def write(self, relpath: str, pieces: Iterable[Any], size: int | None = None, chunk_bytes: int | None = None) -> FileEntry:
+    def write(
+        self,
+        relpath: str,
+        pieces: Iterable[Any],
+        size: int | None = None,
+        chunk_bytes: int | None = None,
+        algorithm: str = ALGORITHM,
+    ) -> FileEntry:
         """Write and fsync one new file; see `files.write_file`. After a failure the staging can only be dropped."""
         folder = open_folder(self.path)
         try:
-            return write_file(folder, relpath, pieces, size, chunk_bytes)
+            return write_file(folder, relpath, pieces, size, chunk_bytes, algorithm)
         finally:
             os.close(folder)
 
@@ -137,22 +144,25 @@ def commit(
     """Turn a complete staging folder into the committed checkpoint.
 
     Args:
-        entries: every file that the ranks wrote and fsynced.
+        entries: every file that the ranks wrote and fsynced, their digests all of one algorithm.
         manifest: what stands in MANIFEST.json beside format, step, algorithm and files.
         before_rename: called with the SHA-256 of MANIFEST.json when only the rename is left.
 
     Raises:
-        CheckpointError: the step is committed already, or its manifest is larger than is read back.
+        CheckpointError: the step is committed already, its manifest is larger than is read back, or digests are of two kinds.
         OSError: a write or fsync failed: nothing is committed, drop the staging.
     """
     final = staging.checkpoints / step_name(staging.step)
+    algorithms = sorted({entry.algorithm for entry in entries}) or [ALGORITHM]
+    if len(algorithms) > 1:
+        raise CheckpointError(f"{staging.path} has files with digests of {' and '.join(algorithms)}")
     files = sorted([*entries, staging.write(LEASE, ())], key=lambda entry: entry.path)
     body = dump_json(
         {
             **manifest,
             "format": FORMAT,
             "step": staging.step,
-            "algorithm": ALGORITHM,
+            "algorithm": algorithms[0],
             "chunk_bytes": CHUNK_BYTES,
             "files": [entry.to_json() for entry in files],
         }

@@ -1,4 +1,4 @@
-"""Durable files below one folder, written and read only through os.* calls (standard library only).
+"""Durable files below one folder, written and read only through os.* calls.
 
 Every byte of a checkpoint passes `write_file`: it hashes what it writes, so the digest describes what was meant and not what
 came back from the disk. Nothing here follows a link inside the folder, and modes do not depend on the umask. The fault rig
@@ -8,7 +8,6 @@ counts the os.* calls of this file; a writer of another library would be invisib
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -19,9 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CHUNK_BYTES = 8 << 20  # one SHA-256 per 8 MiB, so damage is found and named without reading the rest
+from .digest import ALGORITHM, ChunkDigests
+from .direct import BlockWriter, takes_direct
+
+CHUNK_BYTES = 8 << 20  # one digest per 8 MiB, so damage is found and named without reading the rest
 LARGE_CHUNK_BYTES = 128 << 20  # and per 128 MiB of a large file, so that the manifest of tens of terabytes can be read back
 LARGE_FILE = 1 << 30
+_HOT_BYTES = 1 << 20  # hashed and written before the next ones, while they are in the cache
 RESERVE_FROM = 1 << 20  # files from this size on get their blocks before the first write
 SPACE_FACTOR = 1.1  # free space asked for, times the expected size
 MAX_JSON_BYTES = 32_000_000  # a manifest has 70 bytes a chunk: 3.8 TB in small files, 16 times that in large ones
@@ -40,19 +43,23 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """One file of a checkpoint: path relative to its folder, size in bytes, SHA-256 (hex) of each chunk."""
+    """One file of a checkpoint: path relative to its folder, size in bytes, digest (hex) of each chunk.
+
+    All files of a checkpoint have the same `algorithm`, which stands in the manifest beside them.
+    """
 
     path: str
     size: int
     chunks: tuple[str, ...]
     chunk_bytes: int = CHUNK_BYTES
+    algorithm: str = ALGORITHM
 
     def to_json(self) -> dict[str, Any]:
         own = {} if self.chunk_bytes == CHUNK_BYTES else {"chunk_bytes": self.chunk_bytes}
         return {"path": self.path, "size": self.size, "chunks": list(self.chunks), **own}
 
     @classmethod
-    def from_json(cls, value: Any, chunk_bytes: int = CHUNK_BYTES) -> FileEntry:
+    def from_json(cls, value: Any, chunk_bytes: int = CHUNK_BYTES, algorithm: str = ALGORITHM) -> FileEntry:
         """The entry in a manifest, whose `chunk_bytes` counts where the entry has none of its own.
 
         Raises:
@@ -69,8 +76,8 @@ class FileEntry:
         if not isinstance(chunks, list) or len(chunks) != -(-size // chunk_bytes):
             raise CheckpointError(f"{path}: number of digests does not match the size")
         if not all(isinstance(chunk, str) and re.fullmatch(r"[0-9a-f]{64}", chunk) for chunk in chunks):
-            raise CheckpointError(f"{path}: a digest is no SHA-256")
-        return cls(path, size, tuple(chunks), chunk_bytes)
+            raise CheckpointError(f"{path}: a digest is not 64 hex digits")
+        return cls(path, size, tuple(chunks), chunk_bytes, algorithm)
 
 
 def is_chunk_size(value: object) -> bool:
@@ -152,7 +159,12 @@ def sync_folder(path: str | Path, dir_fd: int | None = None) -> None:
 
 
 def write_file(
-    folder: int, relpath: str, pieces: Iterable[Any], size: int | None = None, chunk_bytes: int | None = None
+    folder: int,
+    relpath: str,
+    pieces: Iterable[Any],
+    size: int | None = None,
+    chunk_bytes: int | None = None,
+    algorithm: str = ALGORITHM,
 ) -> FileEntry:
     """Create a new file of mode 0600 below the folder, hash and write the pieces, fsync it.
 
@@ -162,6 +174,7 @@ def write_file(
         size: bytes to come, if known: large files get their blocks reserved first.
         chunk_bytes: bytes of a digest; left out, the size decides. A copy has those of what is copied, which may have been
             written without its size being known.
+        algorithm: of the digests; a copy has that of what is copied.
 
     Raises:
         OSError: cannot create (also: exists), no space, failed fsync. The file must then be given up, never synced again.
@@ -174,25 +187,23 @@ def write_file(
             _reserve(fd, size)
         if chunk_bytes is None:
             chunk_bytes = LARGE_CHUNK_BYTES if size is not None and size >= LARGE_FILE else CHUNK_BYTES
-        written, digests, sha, room = 0, [], hashlib.sha256(), chunk_bytes
+        blocks = BlockWriter(fd) if takes_direct(fd, size) else None
+        digests = ChunkDigests(algorithm, chunk_bytes)
         for piece in pieces:
             view = memoryview(piece).cast("B")
-            while len(view):
-                part = view[:room]
-                sha.update(part)
-                write_all(fd, part)
-                written, room, view = written + len(part), room - len(part), view[len(part) :]
-                if not room:
-                    digests.append(sha.hexdigest())
-                    sha, room = hashlib.sha256(), chunk_bytes
-        if room != chunk_bytes:
-            digests.append(sha.hexdigest())
-        if size is not None and written != size:
-            raise CheckpointError(f"{relpath}: {written} bytes written, {size} expected")
+            for begin in range(0, len(view), _HOT_BYTES):
+                part = view[begin : begin + _HOT_BYTES]
+                digests.update(part)
+                blocks.write(part) if blocks else write_all(fd, part)
+        digests.finish()
+        if size is not None and digests.bytes != size:
+            raise CheckpointError(f"{relpath}: {digests.bytes} bytes written, {size} expected")
+        if blocks:
+            blocks.finish()
         os.fsync(fd)
     finally:
         os.close(fd)
-    return FileEntry(relpath, written, tuple(digests), chunk_bytes)
+    return FileEntry(relpath, digests.bytes, tuple(digests.found), chunk_bytes, algorithm)
 
 
 def write_all(fd: int, view: memoryview) -> None:

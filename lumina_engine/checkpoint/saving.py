@@ -240,7 +240,7 @@ class Saver:
             if self._sync_log is not None:
                 self._sync_log()
             path = commit(job.staging, entries, job.manifest, lambda digest: self._record(job.step, digest, notes))
-            report = verify(path)
+            report = verify(path, past_cache=True)
             if not report.ok:
                 moved = quarantine(path)
                 raise CheckpointError(f"read back and found damaged ({report.line()}); kept as {moved.name}")

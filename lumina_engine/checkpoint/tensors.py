@@ -101,11 +101,21 @@ def host_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """Name of the first floating tensor with a NaN or an infinity."""
+    """Name of the first floating tensor with a NaN or an infinity.
+
+    A sum is not finite where one of its terms is not; the other way round it may only have overflowed, which is then looked at.
+    So a sound model is read once, with one answer from each device.
+    """
+    sums: dict[torch.device, list[tuple[str, Tensor]]] = {}
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and tensor.numel() and not bool(torch.isfinite(tensor.detach()).all()):
-            return name
-    return None
+        if tensor.is_floating_point() and tensor.numel():
+            total = tensor.detach().sum(dtype=torch.float64 if tensor.dtype == torch.float64 else torch.float32)
+            sums.setdefault(tensor.device, []).append((name, total.double()))
+    suspects = set()
+    for found in sums.values():
+        finite = torch.stack([total for _, total in found]).isfinite().tolist()
+        suspects |= {name for (name, _), sound in zip(found, finite, strict=True) if not sound}
+    return next((name for name in tensors if name in suspects and not tensors[name].detach().isfinite().all()), None)
 
 
 def pack(value: Any, prefix: str, tensors: dict[str, Tensor] | None = None) -> Any:

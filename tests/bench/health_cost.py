@@ -4,9 +4,11 @@
 
 Each run is the debug preset under the real supervisor, without evaluation and saves, one after the other; which of a pair comes
 first changes from pair to pair. In the runs without it nothing reads the log for health; all else is the same. Throughput is
-tokens over seconds from the end of the tenth step to the last. Then the monitor alone reads a long log of the records of such a
-run, again and again. The last line is JSON: throughput with ÷ without (median of the pairs, quartiles, extremes), and records/s
-of the monitor.
+tokens over seconds from the end of the tenth step to the last. Throughput moves by much more than one per cent from run to run;
+so the processor time of the monitor in those seconds is taken as well, as a share of them: what it costs where no core is free
+for it and training waits for all of it. Then the monitor alone reads a long log of the records of such a run, again and
+again. The last line is JSON: throughput with ÷ without (median of the pairs, quartiles, extremes), that share, and records/s of
+the monitor.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from lumina_engine.run.policy import Settings
 from lumina_engine.run.supervisor import Supervisor
 
 ARMS = ("with", "without")
+LOOKS = "looks.json"
 WARM = 10  # steps that are not counted
 LONG = 100_000  # records that the monitor reads alone
 
@@ -55,14 +58,39 @@ class NoHealth:
         return []
 
 
+def timed(health: RunHealth) -> list[tuple[float, float]]:
+    """Grows with each look of that monitor: when it ended, and the processor time of all looks so far."""
+    looks: list[tuple[float, float]] = []
+    inner = health.look
+
+    def look() -> bool:
+        begin = time.thread_time()
+        found = inner()
+        looks.append((time.time(), time.thread_time() - begin + (looks[-1][1] if looks else 0.0)))
+        return found
+
+    health.look = look  # type: ignore[method-assign]
+    return looks
+
+
 def supervise(folder: str, arm: str) -> int:
     """This process becomes the supervisor of a run whose command is in order.json."""
     run = RunDirectory(folder)
     supervisor = Supervisor(run, json.loads((run.path / "order.json").read_text()))
     supervisor.open()
+    looks = timed(supervisor.health)
     if arm == "without":
         supervisor.health = NoHealth()  # type: ignore[assignment]
-    return supervisor.loop()
+    code = supervisor.loop()
+    write_json(run.path / LOOKS, looks)
+    return code
+
+
+def processor_share(records: Sequence[rec.Record], looks: Sequence[Sequence[float]]) -> float:
+    """Processor time of the monitor between the end of step `WARM` and that of the last one, as a share of those seconds."""
+    steps = [record for record in records if isinstance(record, rec.Step)][WARM - 1 :]
+    begin, end = (max((spent for t, spent in looks if t <= step.t), default=0.0) for step in (steps[0], steps[-1]))
+    return (end - begin) / (steps[-1].t - steps[0].t)
 
 
 def measured(run: RunDirectory, argv: Sequence[str], arm: str, world: int = 1, settings: dict[str, Any] | None = None) -> None:
@@ -129,8 +157,9 @@ def records_per_s(records: Sequence[rec.Record], folder: Path, count: int = LONG
 
 
 def pairs(root: Path, rounds: int, overrides: Sequence[str]) -> tuple[list[dict[str, float]], list[rec.Record]]:
-    """Throughput of each pair by arm, and the records of the last run with the monitor."""
-    rows, records = [], []
+    """Throughput of each pair by arm with the monitor's share of a core, and the records of the last run with the monitor."""
+    rows: list[dict[str, float]] = []
+    records: list[rec.Record] = []
     for number in range(rounds):
         row = {}
         for arm in ARMS if number % 2 == 0 else ARMS[::-1]:
@@ -139,11 +168,12 @@ def pairs(root: Path, rounds: int, overrides: Sequence[str]) -> tuple[list[dict[
             measured(run, launch.rank_argv(config, run.path, world), arm, world, Settings.of_config(config))
             found = list(read_records(run.metrics_path))
             row[arm] = throughput(found)
-            records = found if arm == "with" else records
+            if arm == "with":
+                records, row["share"] = found, processor_share(found, json.loads((run.path / LOOKS).read_text()))
         rows.append(row)
         print(
             "  ".join(f"{arm} {row[arm]:,.0f} tokens/s" for arm in ARMS),
-            f" ratio {row['with'] / row['without']:.4f}",
+            f" ratio {row['with'] / row['without']:.4f}  monitor {100 * row['share']:.3f} % of a core",
             flush=True,
         )
     return rows, records
@@ -171,6 +201,7 @@ def main() -> int:
     result = {
         "throughput_with_over_without": spread([row["with"] / row["without"] for row in rows]),
         "tokens_per_s": {arm: spread([row[arm] for row in rows]) for arm in ARMS},
+        "monitor_share_of_a_core": spread([row["share"] for row in rows]),
         "monitor_records_per_s": rate,
         "rounds": args.rounds,
         "steps": args.steps,

@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from lumina_engine.checkpoint import commit as commit_module
 from lumina_engine.checkpoint import payload as payload_module
 from lumina_engine.checkpoint import verify as verify_module
-from lumina_engine.checkpoint.commit import CheckpointError, newest_valid, verify
+from lumina_engine.checkpoint.backup import copied
+from lumina_engine.checkpoint.commit import CheckpointError, Staging, commit, newest_valid, verify
+from lumina_engine.checkpoint.digest import ALGORITHM, ALGORITHMS
 from lumina_engine.checkpoint.files import (
     CHUNK_BYTES,
     LARGE_CHUNK_BYTES,
@@ -265,27 +267,68 @@ def replace_entry(checkpoint: Path, name: str, data: bytes) -> None:
     files = json.loads((checkpoint / "MANIFEST.json").read_text())["files"]
     (found,) = (listed for listed in files if listed["path"] == name)
     pieces = (data[begin : begin + CHUNK_BYTES] for begin in range(0, len(data), CHUNK_BYTES))
-    found.update(size=len(data), chunks=[hashlib.sha256(piece).hexdigest() for piece in pieces])
+    found.update(size=len(data), chunks=[ALGORITHMS[ALGORITHM](piece).hexdigest() for piece in pieces])
     rewrite_manifest(checkpoint, files=files)
 
 
 def test_ck18_a_newer_format_is_refused_with_both_versions_and_not_set_aside(tmp_path: Path) -> None:
     saved(tmp_path, 1, 2)
     rewrite_manifest(tmp_path / "checkpoints" / "step-000002", format=7, files="another form")
-    with pytest.raises(CheckpointError, match=r"format 7 is newer than this version of Lumina reads \(1\)"):
+    with pytest.raises(CheckpointError, match=r"format 7 is newer than this version of Lumina reads \(2\)"):
         manager(tmp_path).recover()
     assert {"step-000001", "step-000002"} <= set(names_in(tmp_path / "checkpoints"))
 
 
 def test_ck18_an_older_format_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = saved(tmp_path, 1)
-    monkeypatch.setattr(verify_module, "FORMAT", 2)
+    monkeypatch.setattr(verify_module, "FORMAT", 3)
     assert same(made.load(tmp_path / "checkpoints" / "step-000001"), payload(1))
+
+
+def with_sha256(checkpoint: Path) -> None:
+    """What the first format wrote: the same files with digests of SHA-256."""
+    files = json.loads((checkpoint / "MANIFEST.json").read_text())["files"]
+    for listed in files:
+        data = (checkpoint / listed["path"]).read_bytes()
+        pieces = (data[begin : begin + CHUNK_BYTES] for begin in range(0, len(data), CHUNK_BYTES))
+        listed["chunks"] = [hashlib.sha256(piece).hexdigest() for piece in pieces]
+    rewrite_manifest(checkpoint, files=files, algorithm="sha256", format=1)
+
+
+def test_ck18_a_checkpoint_of_the_first_format_is_read_damaged_copied_and_followed(tmp_path: Path) -> None:
+    made = saved(tmp_path, 1)
+    checkpoint = tmp_path / "checkpoints" / "step-000001"
+    with_sha256(checkpoint)
+    (tmp_path / "state" / "lumina" / "checkpoints.jsonl").unlink()
+    assert verify(checkpoint).ok and same(made.load(checkpoint), payload(1))
+    copy = copied(checkpoint, tmp_path / "copies")
+    listed = [json.loads((path / "MANIFEST.json").read_text()) for path in (checkpoint, copy)]
+    assert [one["algorithm"] for one in listed] == ["sha256", "sha256"] and listed[0]["files"] == listed[1]["files"]
+    (result,) = made.save(payload(2))
+    assert result.failed is None and verify(checkpoint.with_name("step-000002")).manifest["algorithm"] == "blake3"
+    flip(copy / "model" / "model.safetensors", 200)
+    assert "model/model.safetensors: bytes 0 to" in verify(copy).line()
+
+
+def test_ck18_digests_of_two_kinds_are_not_committed_together(tmp_path: Path) -> None:
+    staging = Staging(tmp_path / "checkpoints", 1)
+    entries = [staging.write("a", [b"a"]), staging.write("b", [b"b"], algorithm="sha256")]
+    with pytest.raises(CheckpointError, match="digests of blake3 and sha256"):
+        commit(staging, entries, {})
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"format": True}, {"format": 0}, {"format": "1"}, {"algorithm": "md5"}, {"chunk_bytes": 0}, {"step": "1"}, {"files": None}]
+    [
+        {"format": True},
+        {"format": 0},
+        {"format": "1"},
+        {"algorithm": "md5"},
+        {"algorithm": []},
+        {"chunk_bytes": 0},
+        {"step": "1"},
+        {"files": None},
+    ]
     + [
         {"files": [{"path": path, "size": 0, "chunks": []}]}
         for path in ("../x", "/etc/passwd", "a/../b", "a//b", ".x", "a\0b", "", 5)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lumina_engine.checkpoint import direct, files
 from lumina_engine.checkpoint.commit import retain, rewind, set_pointer
 from lumina_engine.checkpoint.manager import CheckpointManager, capture_rng, restore_rng
 from tests.checkpoint.helpers import (
@@ -42,10 +43,19 @@ def trainer() -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
 
 
 @pytest.mark.parametrize(
-    "written",
-    [0.0, *(pytest.param(share, marks=pytest.mark.slow, id=f"ck02_within_writes_{share}") for share in (0.25, 0.5, 0.75))],
+    ("written", "past_the_cache"),
+    [
+        pytest.param(0.0, False, id="0.0"),
+        pytest.param(0.0, True, id="past_the_cache"),
+        *(pytest.param(share, False, marks=pytest.mark.slow, id=f"ck02_within_writes_{share}") for share in (0.25, 0.5, 0.75)),
+    ],
 )
-def test_ck01_kill_at_every_call_of_a_save(fresh: Callable[[], Path], written: float) -> None:
+def test_ck01_kill_at_every_call_of_a_save(
+    fresh: Callable[[], Path], monkeypatch: pytest.MonkeyPatch, written: float, past_the_cache: bool
+) -> None:
+    if past_the_cache:
+        monkeypatch.setattr(files, "takes_direct", lambda fd, size: size is not None)
+        monkeypatch.setattr(direct, "BLOCK_BYTES", 4096)
     model, optimizer = trainer()
     train(model, optimizer, 1, 5)
     unbroken = model.weight.detach().clone()

@@ -31,7 +31,7 @@ from lumina_engine.checkpoint.manager import (
     unpack,
 )
 from lumina_engine.checkpoint.resolve import explain_checkpoint
-from lumina_engine.checkpoint.tensors import DTYPES
+from lumina_engine.checkpoint.tensors import DTYPES, first_non_finite
 from lumina_engine.checkpoint.verify import read_manifest
 from lumina_engine.training.saves import Saves
 from tests.checkpoint.helpers import manager, names_in, payload, same, saved, settings
@@ -89,6 +89,21 @@ def test_a_loaded_tensor_can_be_changed_without_touching_the_file(tmp_path: Path
     path = tmp_path / "checkpoints" / "step-000001"
     made.load(path).model["layer.weight"].fill_(7)
     assert verify(path).ok and same(made.load(path), payload(1))
+
+
+FLOATS = [dtype for dtype in DTYPES if dtype.is_floating_point]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_c078_what_is_not_finite_is_named_and_what_only_sums_to_infinity_is_not(dtype: torch.dtype) -> None:
+    most = torch.finfo(dtype).max
+    sound = {"large": torch.full((500,), most, dtype=dtype), "empty": torch.empty(0, dtype=dtype), "number": torch.tensor([1])}
+    assert first_non_finite(sound) is None and first_non_finite({}) is None
+    for value in (float("nan"), float("inf"), -float("inf")):
+        bad = torch.zeros(70, 3, dtype=dtype)
+        bad[-1, -1] = value
+        assert first_non_finite({**sound, "first": bad, "second": bad}) == "first"
+        assert first_non_finite({"opposed": torch.tensor([value, -value], dtype=dtype)}) == "opposed"
 
 
 def test_state_keeps_tuples_keys_and_non_finite_numbers() -> None:
@@ -671,7 +686,8 @@ def test_the_manifest_says_what_a_reader_wants_to_know(tmp_path: Path) -> None:
         "world": 1,
     }
     assert {name: manifest[name] for name in wanted} == wanted
-    assert manifest["flags"] == {"suspect": True} and manifest["metrics"] == {"loss": 1.0} and manifest["format"] == 1
+    assert manifest["flags"] == {"suspect": True} and manifest["metrics"] == {"loss": 1.0}
+    assert (manifest["format"], manifest["algorithm"]) == (2, "blake3")
     assert manifest["versions"]["torch"] == str(torch.__version__)
 
 
