@@ -111,6 +111,8 @@ def set_direct(fd: int, wanted: bool) -> bool:
 def read_blocks(fd: int, past_cache: bool) -> Iterator[memoryview]:
     """The bytes of an open file from its present offset on; each view is good until the next one is asked for.
 
+    Past the cache, what the file system refuses to read so (EINVAL: also behind an odd end) comes through it.
+
     Raises:
         OSError: as of `os.readv`.
     """
@@ -126,6 +128,4 @@ def read_blocks(fd: int, past_cache: bool) -> Iterator[memoryview]:
             continue
         if not count:
             return
-        if direct and count % _ALIGNED:  # the end of the file, behind which no aligned read is left
-            direct = set_direct(fd, False)
         yield block[:count]
