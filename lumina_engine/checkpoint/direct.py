@@ -13,7 +13,7 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 BLOCK_BYTES = 1 << 20  # of one write or read: still in the cache when its digest is taken
@@ -108,24 +108,29 @@ def set_direct(fd: int, wanted: bool) -> bool:
     return wanted
 
 
-def read_blocks(fd: int, past_cache: bool) -> Iterator[memoryview]:
+def read_blocks(fd: int, past_cache: bool) -> Generator[memoryview]:
     """The bytes of an open file from its present offset on; each view is good until the next one is asked for.
 
-    Past the cache, what the file system refuses to read so (EINVAL: also behind an odd end) comes through it.
+    Past the cache, what the file system refuses to read so (EINVAL: also behind an odd end) comes through it. When the
+    iterator is closed, the file is read through the cache again: a header of odd length cannot be had past it.
 
     Raises:
         OSError: as of `os.readv`.
     """
     block = memoryview(mmap.mmap(-1, BLOCK_BYTES))
     direct = past_cache and file_system(fd) in _LOCAL and set_direct(fd, True)
-    while True:
-        try:
-            count = os.readv(fd, [block])
-        except OSError as error:
-            if error.errno != errno.EINVAL or not direct:
-                raise
-            direct = set_direct(fd, False)
-            continue
-        if not count:
-            return
-        yield block[:count]
+    try:
+        while True:
+            try:
+                count = os.readv(fd, [block])
+            except OSError as error:
+                if error.errno != errno.EINVAL or not direct:
+                    raise
+                direct = set_direct(fd, False)
+                continue
+            if not count:
+                return
+            yield block[:count]
+    finally:
+        if direct:
+            set_direct(fd, False)

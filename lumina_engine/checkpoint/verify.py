@@ -16,7 +16,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -298,12 +298,13 @@ def _check_digests(folder: int, entry: FileEntry, read: Callable[[int], None], p
     try:
         with opened(folder, entry.path) as (fd, size):
             digests = ChunkDigests(entry.algorithm, entry.chunk_bytes, read)
-            for block in read_blocks(fd, past_cache and size >= DIRECT_FROM):
-                digests.update(block)
-                if not _agree(digests, entry):
-                    break
-            else:
-                digests.finish()
+            with closing(read_blocks(fd, past_cache and size >= DIRECT_FROM)) as blocks:
+                for block in blocks:
+                    digests.update(block)
+                    if not _agree(digests, entry):
+                        break
+                else:
+                    digests.finish()
             if not _agree(digests, entry):
                 begin, end = _first_wrong(digests, entry)
                 names = _tensors_between(fd, size, entry.path, begin, end) if tensors else ()

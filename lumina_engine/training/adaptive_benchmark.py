@@ -1,4 +1,4 @@
-"""The rate controller on and off: tiny real runs with an injected fault, and healthy ones in which it should do nothing.
+"""The adaptive controllers on and off: tiny real runs with an injected fault, and healthy ones in which it should do nothing.
 
 A fault comes into both arms at the same step of the same run. Losses are medians; *recovered* is a run whose loss came back to
 what it was before the fault, *steps lost* are the steps until then.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from ..config.resolve import resolve
 from ..config.schema import Config
 from ..data.store import open_data
 from ..data.tokenizer import ConversationTokenizer
+from ..model.moe import Router
 from ..model.transformer import DeepSeekTransformer
 from ..monitoring import record as rec
 from ..monitoring.decisions import of_controller, replay
@@ -177,24 +179,105 @@ def broken_weights(trainer: Any, first: int) -> None:
     trainer.engine.forward = forward
 
 
-FAULTS: dict[str, Callable[[Any, int], None]] = {
-    "rate x 10": rate_times_ten,
-    "one bad batch": one_bad_batch,
-    "broken weights": broken_weights,
+def bad_data(trainer: Any, first: int) -> None:
+    """Random tokens where the answers were, in every batch from `first` on."""
+    inner = trainer.engine.forward
+    draw = torch.Generator().manual_seed(first)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if trainer.progress.step + 1 >= first:
+            labels = kwargs["labels"]
+            kwargs["labels"] = torch.where(labels >= 0, torch.randint(0, 256, labels.shape, generator=draw), labels)
+        return inner(*args, **kwargs)
+
+    trainer.engine.forward = forward
+
+
+def not_finite(trainer: Any, first: int) -> None:
+    """No number for a loss, in two steps."""
+    inner = trainer.engine.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        out = inner(*args, **kwargs)
+        broken = first <= trainer.progress.step + 1 < first + 2
+        return out._replace(loss_sum=out.loss_sum * float("nan")) if broken else out
+
+    trainer.engine.forward = forward
+
+
+def collapsed_router(trainer: Any, first: int) -> None:
+    """Its weights send nearly every token to the first expert, once."""
+    router = next(module for module in trainer.model.modules() if isinstance(module, Router))
+
+    def collapse(module: Router, args: tuple[torch.Tensor]) -> None:
+        if trainer.progress.step + 1 == first:
+            hook.remove()
+            mean_D = args[0].detach().float().mean(0)
+            with torch.no_grad():
+                module.weight[0] += 4 * mean_D / mean_D.square().sum()
+
+    hook = router.register_forward_pre_hook(collapse)
+
+
+def frozen_layer(trainer: Any, first: int) -> None:
+    """The block keeps its weights from `first` on, as with an optimizer that lost its parameters."""
+    weights = list(trainer.model.blocks[0].parameters())
+    inner = trainer.engine.step
+
+    def step(*args: Any) -> Any:
+        before = [weight.detach().clone() for weight in weights]
+        result = inner(*args)
+        if trainer.progress.step + 1 >= first:
+            with torch.no_grad():
+                for weight, old in zip(weights, before, strict=True):
+                    weight.copy_(old)
+        return result
+
+    trainer.engine.step = step
+
+
+def data_again(trainer: Any, first: int) -> None:
+    """Every step from `first` on has the tokens of the step before it, or of the one before that."""
+    inner = trainer.engine.forward
+    last: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        number = trainer.progress.step + 1
+        if number < first:
+            last[:] = [*last[-1:], (args, kwargs)]
+            return inner(*args, **kwargs)
+        again = last[number % 2]
+        return inner(*again[0], **again[1])
+
+    trainer.engine.forward = forward
+
+
+WEAKLY_BALANCED: dict[str, Any] = SHAPES[1] | {"load_balancing_weight": 0.01, "expert_log_interval": 4}
+# what is done to a run, and the keys of the runs that it is done to
+FAULTS: dict[str, tuple[Callable[[Any, int], None], dict[str, Any]]] = {
+    "rate x 10": (rate_times_ten, {}),
+    "one bad batch": (one_bad_batch, {}),
+    "broken weights": (broken_weights, {}),
+    "bad data": (bad_data, {}),
+    "not finite": (not_finite, {}),
+    "router collapse": (collapsed_router, WEAKLY_BALANCED),
+    "frozen layer": (frozen_layer, {}),
+    "data come again": (data_again, {}),
 }
 
 
 def one(folder: Path, fault: str, seed: int, mode: str, keys: dict[str, Any]) -> Run:
     """Train one run."""
     name = f"{fault.replace(' ', '-')}-{keys.get('spike_policy', 'skip')}-{seed}-{mode}"
-    trainer, records, data = prepared(folder, name, keys | {"adaptive": mode, "seed": seed})
+    inject, own = FAULTS.get(fault, (None, {}))
+    trainer, records, data = prepared(folder, name, keys | own | {"adaptive": mode, "seed": seed})
     first = FAULT_AT + random.Random(seed).randrange(20)
-    if fault in FAULTS:
+    if inject is not None:
         _follow(trainer)
-        FAULTS[fault](trainer, first)
+        inject(trainer, first)
     summary = trainer.train(data.train, data.eval)
     trainer.manager.close()
-    steps = [record for record in records if isinstance(record, rec.Step)]
+    steps = [record for record in records if isinstance(record, rec.Step) and math.isfinite(record.loss or math.nan)]
     losses = [float(record.loss or 0.0) for record in steps]
     done = [record for record in records if of_controller(record)]
     run = Run(fault, seed, mode, median(losses[-NEAR:]), state=summary["state"])
@@ -202,8 +285,8 @@ def one(folder: Path, fault: str, seed: int, mode: str, keys: dict[str, Any]) ->
         str((record.evidence or {}).get("action")) if isinstance(record, rec.Change) else record.code for record in done
     ]
     run.agrees = replay([rec.decode(rec.encode(record)) for record in records], trainer.config).agrees
-    if fault in FAULTS:
-        at = next(place for place, record in enumerate(steps) if record.step == first)
+    if inject is not None:
+        at = next(place for place, record in enumerate(steps) if record.step >= first)
         run.before = median(losses[at - NEAR : at])
         run.lost = lost(losses, at, run.before)
     return run

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import random
 import resource
@@ -23,6 +24,12 @@ from tests.checkpoint.helpers import in_child, manager, payload
 
 BLOCK = 3 * 4096
 SIZES = [1, 4095, 4096, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 5 * BLOCK + 4096, 5 * BLOCK + 4097]
+
+
+@pytest.fixture
+def tmp_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """On a disk, where there is one: in memory any length may be read and written past the cache."""
+    return tmp_path_factory.mktemp("disk")
 
 
 @pytest.fixture
@@ -204,6 +211,47 @@ def test_c078_reading_goes_on_through_the_cache_where_it_cannot_past_it(
     monkeypatch.setattr(os, "readv", reads := Reads(*[None] * first, invalid))
     assert b"".join(read_all(tmp_path / "file", True)) == content
     assert reads.direct[: first + 2] == [True] * (first + 1) + [False]
+
+
+@pytest.mark.parametrize("size", [2 * BLOCK, 2 * BLOCK + 4096, 2 * BLOCK + 1])
+@pytest.mark.parametrize("taken", [1, 9])
+def test_c078_a_file_is_as_it_was_when_its_reader_is_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, taken: int
+) -> None:
+    monkeypatch.setattr(direct, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(direct, "_LOCAL", {file_system_of(tmp_path)})
+    (tmp_path / "file").write_bytes(content := random.Random(4).randbytes(size))
+    descriptor = os.open(tmp_path / "file", os.O_RDONLY)
+    reader = read_blocks(descriptor, True)
+    list(itertools.islice(reader, taken))
+    reader.close()
+    assert not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT and os.pread(descriptor, 8, 3) == content[3:11]
+    os.close(descriptor)
+
+
+@pytest.mark.parametrize("extra", [0, 5])
+def test_c078_a_large_file_read_past_the_cache_is_judged_as_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra: int
+) -> None:
+    """Its header is read behind its digests, whether its end is even or odd, and damaged tensors are named."""
+    monkeypatch.setattr(direct, "BLOCK_BYTES", BLOCK)
+    monkeypatch.setattr(direct, "DIRECT_FROM", 4096)
+    monkeypatch.setattr(verify_module, "DIRECT_FROM", 4096)
+    monkeypatch.setattr(direct, "_LOCAL", {file_system_of(tmp_path)})
+    probe, count = manager(tmp_path / "probe"), 4 * BLOCK
+    probe.save(payload(1, model={"w": torch.zeros(count, dtype=torch.uint8)}))
+    size = (tmp_path / "probe" / "checkpoints" / "step-000001" / "model" / "model.safetensors").stat().st_size
+    model = {"w": torch.ones(count - size % 4096 + extra, dtype=torch.uint8)}
+    (result,) = manager(tmp_path / "run").save(payload(1, model=model))
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000001"
+    weights = checkpoint / "model" / "model.safetensors"
+    assert result.failed is None and weights.stat().st_size % 4096 == extra
+    with weights.open("r+b") as file:
+        file.seek(-9, os.SEEK_END)
+        file.write(b"\0")
+    for past_cache in (True, False):
+        report = verify_module.verify(checkpoint, past_cache=past_cache)
+        assert "are not what was written (tensor w)" in report.line()
 
 
 def broken(fd: int, views: list[memoryview]) -> int:
