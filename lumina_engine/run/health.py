@@ -18,7 +18,7 @@ from ..monitoring.log import MAX_LINE, LogReader
 from ..monitoring.say import say
 
 TURN_BYTES = MAX_LINE  # of log that one look reads
-LAST_TIME = 1.0  # s that the rest of the log gets when the run is over
+LAST_TIME = 1.0  # s that the rest of the log gets when the run, or a start of it, is over
 WAITING = 64  # alerts kept for a rank 0 that is not there
 
 
@@ -51,6 +51,7 @@ class RunHealth:
         self._heard = heard
         self._waiting: deque[rec.Alert] = deque(maxlen=WAITING)
         self._failed = False
+        self.behind = False  # whether the last look read as much as one may, so that there is likely more
 
     def look(self) -> bool:
         """Read on and tell what is new; whether there was anything to read.
@@ -60,24 +61,30 @@ class RunHealth:
         if self._failed:
             return False
         try:
+            before = self._reader.offset
             records = self._reader.read_new(TURN_BYTES)
+            self.behind = self._reader.offset - before > TURN_BYTES // 2
             for record in records:
                 if isinstance(record, rec.Alert) and record.inc == self.inc:
                     self._heard(record)
                 self._waiting.extend(alert for alert in self.watch.observe(record) if record.inc == self.inc)
         except Exception as error:
-            self._failed = True
+            self._failed, self.behind = True, False
             say(f"lumina: the health monitor is switched off: {type(error).__name__}: {error}")
             return False
         while self._waiting and self._tell(self._waiting[0]):
             self._waiting.popleft()
         return bool(records)
 
-    def finish(self) -> list[rec.Alert]:
-        """Read the rest of the log, write the report; alerts that nobody took, for the log."""
+    def catch_up(self) -> None:
+        """Read the rest of the log, for `LAST_TIME` at most: whoever wrote it is gone."""
         until = time.monotonic() + LAST_TIME
         while self.look() and time.monotonic() < until:
             pass
+
+    def finish(self) -> list[rec.Alert]:
+        """Read the rest of the log, write the report; alerts that nobody took, for the log."""
+        self.catch_up()
         try:
             write_report(self._report, report(self.watch))
         except OSError as error:

@@ -49,10 +49,13 @@ LONG = 100_000  # records that the monitor reads alone
 class NoHealth:
     """In the place of `RunHealth`: reads nothing, says nothing, writes no report."""
 
-    inc = 0
+    inc, behind = 0, False
 
     def look(self) -> bool:
         return False
+
+    def catch_up(self) -> None:
+        return None
 
     def finish(self) -> list[rec.Alert]:
         return []

@@ -37,6 +37,14 @@ def test_c093_a_run_that_diverges_says_so_in_its_log_and_in_its_report(runs: Run
     assert report["open_alerts"] == ["divergence"] and report["scores"]["numerics"]["value"] == 1.0
 
 
+def test_c093_what_came_just_before_a_crash_is_told_behind_the_restart(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The monitor looks once a second, and a restart may come sooner."""
+    plan = {"steps": 400, "diverge": 200, "crash": {"1": "1"}, "crash_after": 250, "checkpoint_every": 240, "pace": 0.0}
+    run = runs.start(runs.make(**plan), restart_pause_s=0.0)
+    assert launch.wait(run, 30) == 0 and run.info().inc == 2
+    assert [alert.code for alert in alerts(run)].count("divergence") == 1
+
+
 def log_of(path: Path, *inc_steps: tuple[int, int, int, float]) -> None:
     """Steps of several incarnations: (inc, first, last, loss)."""
     for inc, first, last, loss in inc_steps:
