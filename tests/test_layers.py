@@ -96,6 +96,17 @@ def test_imports_point_down(path: Path) -> None:
             assert RANK[there] < RANK[here] or {here, there} <= {"data", "model"}, where
 
 
+@pytest.mark.parametrize("path", [path for path in FILES if room(module_name(path)) == "commit"], ids=module_name)
+def test_what_a_checkpoint_is_judged_by_needs_nothing_but_python_and_its_digests(path: Path) -> None:
+    own = {"blake3"} if path.stem == "digest" else set[str]()
+    for target, line in imports(path):
+        package = target.split(".")[0]
+        assert package in sys.stdlib_module_names | {"lumina_engine", "__future__"} | own, (
+            f"{path.name}:{line} imports {target}"
+        )
+        assert package != "lumina_engine" or room(target) in ("commit", "secrets", "text", None), f"{path.name}:{line} {target}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_se06_forbidden_calls(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

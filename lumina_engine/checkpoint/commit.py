@@ -50,7 +50,7 @@ from .keep import (
     set_pointer,
 )
 from .verify import (
-    FORMAT,
+    FORMATS,
     LEASE,
     MANIFEST,
     MANIFEST_DIGEST,
@@ -160,7 +160,7 @@ def commit(
     body = dump_json(
         {
             **manifest,
-            "format": FORMAT,
+            "format": FORMATS[algorithms[0]],
             "step": staging.step,
             "algorithm": algorithms[0],
             "chunk_bytes": CHUNK_BYTES,

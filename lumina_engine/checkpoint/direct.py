@@ -19,6 +19,7 @@ from pathlib import Path
 BLOCK_BYTES = 1 << 20  # of one write or read: still in the cache when its digest is taken
 DIRECT_FROM = 4 << 20  # a smaller file is not worth it
 _ALIGNED = 4096  # offsets, lengths and memory are multiples of it: the largest sector of a disk
+MOUNTS = Path("/proc/self/mountinfo")
 _LOCAL = frozenset({"ext4", "xfs"})
 
 
@@ -27,10 +28,10 @@ def file_system(fd: int, mounts: str | None = None) -> str:
     device = os.fstat(fd).st_dev
     wanted = f"{os.major(device)}:{os.minor(device)}"
     try:
-        text = Path("/proc/self/mountinfo").read_text() if mounts is None else mounts
+        text = MOUNTS.read_text(encoding="utf-8", errors="replace") if mounts is None else mounts
     except OSError:
         return ""
-    rows = (line.partition(" - ") for line in text.splitlines())
+    rows = (line.partition(" - ") for line in text.split("\n"))
     return next((after.split()[0] for before, _, after in rows if before.split()[2:3] == [wanted] and after.split()), "")
 
 

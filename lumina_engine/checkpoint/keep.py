@@ -1,4 +1,4 @@
-"""What happens to committed checkpoints: found at start, pointed to, leased, retained, quarantined (standard library only).
+"""What happens to committed checkpoints: found at start, pointed to, leased, retained, quarantined.
 
     step-000123                     committed                    step-000123.corrupt    failed its digests, never deleted
     step-000123.rewound-<nonce>     on an abandoned branch       .trash-…, .tmp-…       being deleted, being written

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,8 @@ from .direct import DIRECT_FROM, read_blocks
 from .files import CheckpointError, FileEntry, is_chunk_size, load_json, open_beneath, open_folder, read_file
 from .header import Header, header_length, parse_header
 
-FORMAT = 2  # of what this version writes; it reads this and every older one. 1 had digests of SHA-256 only
+FORMAT = 2  # the newest that this version reads, and of what it writes; 1 had digests of SHA-256 only
+FORMATS = {"blake3": FORMAT, "sha256": 1}  # by the digests, so that a copy of an older checkpoint has its very manifest
 MANIFEST, MANIFEST_DIGEST, LEASE = "MANIFEST.json", "MANIFEST.sha256", "LEASE"
 _STEP = re.compile(r"step-(\d{6,12})", re.ASCII)
 # what a broken disk or a half-done folder answers; any other error is about this process and says nothing about the files
@@ -297,16 +297,19 @@ def _check_digests(folder: int, entry: FileEntry, read: Callable[[int], None], p
     tensors = entry.path.endswith(".safetensors")
     try:
         with opened(folder, entry.path) as (fd, size):
-            digests = ChunkDigests(entry.algorithm, entry.chunk_bytes, read)
+            digests, agreed = ChunkDigests(entry.algorithm, entry.chunk_bytes, read), 0
             with closing(read_blocks(fd, past_cache and size >= DIRECT_FROM)) as blocks:
                 for block in blocks:
                     digests.update(block)
-                    if not _agree(digests, entry):
+                    agreed = _agreed(digests.found, entry.chunks, agreed)
+                    if agreed < len(digests.found):
                         break
                 else:
                     digests.finish()
-            if not _agree(digests, entry):
-                begin, end = _first_wrong(digests, entry)
+            agreed = _agreed(digests.found, entry.chunks, agreed)
+            if agreed < len(digests.found):
+                begin = agreed * entry.chunk_bytes
+                end = min(begin + entry.chunk_bytes, digests.bytes)
                 names = _tensors_between(fd, size, entry.path, begin, end) if tensors else ()
                 return Problem(entry.path, f"bytes {begin} to {end - 1} are not what was written", names)
             if len(digests.found) < len(entry.chunks):
@@ -320,16 +323,11 @@ def _check_digests(folder: int, entry: FileEntry, read: Callable[[int], None], p
     return None
 
 
-def _agree(digests: ChunkDigests, entry: FileEntry) -> bool:
-    """Whether the chunks that were read so far are those of the manifest."""
-    return tuple(digests.found) == entry.chunks[: len(digests.found)]
-
-
-def _first_wrong(digests: ChunkDigests, entry: FileEntry) -> tuple[int, int]:
-    """Begin and end of the first chunk that is not the manifest's."""
-    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(digests.found, entry.chunks, strict=False)))
-    begin = same * entry.chunk_bytes
-    return begin, min(begin + entry.chunk_bytes, digests.bytes)
+def _agreed(found: Sequence[str], wanted: Sequence[str], agreed: int) -> int:
+    """How many chunks from the first on have the digest of the manifest, `agreed` of them known before."""
+    while agreed < min(len(found), len(wanted)) and found[agreed] == wanted[agreed]:
+        agreed += 1
+    return agreed
 
 
 def read_header(fd: int, size: int, name: str) -> Header:

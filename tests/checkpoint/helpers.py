@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from lumina_engine.checkpoint.commit import list_steps, verify
+from lumina_engine.checkpoint.files import CHUNK_BYTES, dump_json
 from lumina_engine.checkpoint.manager import CheckpointManager, Payload
 
 CALLS = ("open", "write", "fsync", "fdatasync", "rename", "replace", "unlink", "mkdir", "rmdir", "posix_fallocate")
@@ -86,6 +88,19 @@ def rewrite_manifest(checkpoint: Path, **changes: object) -> None:
     (checkpoint / "MANIFEST.sha256").write_text(f"{hashlib.sha256(body).hexdigest()}  MANIFEST.json\n")
 
 
+def with_sha256(checkpoint: Path) -> None:
+    """What the first format wrote: the same files with digests of SHA-256."""
+    files = json.loads((checkpoint / "MANIFEST.json").read_text())["files"]
+    for listed in files:
+        data = (checkpoint / listed["path"]).read_bytes()
+        pieces = (data[begin : begin + CHUNK_BYTES] for begin in range(0, len(data), CHUNK_BYTES))
+        listed["chunks"] = [hashlib.sha256(piece).hexdigest() for piece in pieces]
+    manifest = json.loads((checkpoint / "MANIFEST.json").read_text())
+    body = dump_json({**manifest, "files": files, "algorithm": "sha256", "format": 1})
+    (checkpoint / "MANIFEST.json").write_bytes(body)
+    (checkpoint / "MANIFEST.sha256").write_text(f"{hashlib.sha256(body).hexdigest()}  MANIFEST.json\n")
+
+
 def in_child(action: Callable[[], None], timeout_s: int = 60) -> int:
     """Run in a forked child; its exit code (0 = returned, 1 = raised, -9 = killed). The alarm ends a child that hangs."""
     sys.stdout.flush()
@@ -114,7 +129,9 @@ def kill_at(number: int, written: float = 0.0) -> None:
             count += 1
             if count == number:
                 if written and name == "write":
-                    real(args[0], memoryview(args[1])[: int(len(args[1]) * written)])
+                    part = int(len(args[1]) * written)
+                    past_cache = fcntl.fcntl(args[0], fcntl.F_GETFL) & os.O_DIRECT
+                    real(args[0], memoryview(args[1])[: part - part % 4096 if past_cache else part])
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **kwargs)
 

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lumina_engine.checkpoint import commit as commit_module
+from lumina_engine.checkpoint import direct
 from lumina_engine.checkpoint import payload as payload_module
 from lumina_engine.checkpoint import verify as verify_module
 from lumina_engine.checkpoint.backup import copied
@@ -31,12 +32,13 @@ from lumina_engine.checkpoint.files import (
     count_parts,
     dump_json,
     load_json,
+    open_folder,
 )
 from lumina_engine.checkpoint.header import parse_header
 from lumina_engine.checkpoint.manager import load_model
 from lumina_engine.checkpoint.payload import rank_files
 from lumina_engine.checkpoint.tensors import read_tensors
-from tests.checkpoint.helpers import manager, names_in, payload, rewrite_manifest, same, saved
+from tests.checkpoint.helpers import manager, names_in, payload, rewrite_manifest, same, saved, with_sha256
 
 
 def files_of(checkpoint: Path) -> list[Path]:
@@ -285,16 +287,6 @@ def test_ck18_an_older_format_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert same(made.load(tmp_path / "checkpoints" / "step-000001"), payload(1))
 
 
-def with_sha256(checkpoint: Path) -> None:
-    """What the first format wrote: the same files with digests of SHA-256."""
-    files = json.loads((checkpoint / "MANIFEST.json").read_text())["files"]
-    for listed in files:
-        data = (checkpoint / listed["path"]).read_bytes()
-        pieces = (data[begin : begin + CHUNK_BYTES] for begin in range(0, len(data), CHUNK_BYTES))
-        listed["chunks"] = [hashlib.sha256(piece).hexdigest() for piece in pieces]
-    rewrite_manifest(checkpoint, files=files, algorithm="sha256", format=1)
-
-
 def test_ck18_a_checkpoint_of_the_first_format_is_read_damaged_copied_and_followed(tmp_path: Path) -> None:
     made = saved(tmp_path, 1)
     checkpoint = tmp_path / "checkpoints" / "step-000001"
@@ -302,12 +294,35 @@ def test_ck18_a_checkpoint_of_the_first_format_is_read_damaged_copied_and_follow
     (tmp_path / "state" / "lumina" / "checkpoints.jsonl").unlink()
     assert verify(checkpoint).ok and same(made.load(checkpoint), payload(1))
     copy = copied(checkpoint, tmp_path / "copies")
-    listed = [json.loads((path / "MANIFEST.json").read_text()) for path in (checkpoint, copy)]
-    assert [one["algorithm"] for one in listed] == ["sha256", "sha256"] and listed[0]["files"] == listed[1]["files"]
+    assert copied(checkpoint, copy.parent) == copy and names_in(copy.parent) == [copy.name]
+    assert (copy / "MANIFEST.json").read_bytes() == (checkpoint / "MANIFEST.json").read_bytes()
     (result,) = made.save(payload(2))
     assert result.failed is None and verify(checkpoint.with_name("step-000002")).manifest["algorithm"] == "blake3"
     flip(copy / "model" / "model.safetensors", 200)
     assert "model/model.safetensors: bytes 0 to" in verify(copy).line()
+
+
+def test_c078_each_digest_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many blocks a file is read in."""
+    monkeypatch.setattr(direct, "BLOCK_BYTES", 4096)
+    manager(tmp_path).save(payload(1, size=30_000))
+    checkpoint = tmp_path / "checkpoints" / "step-000001"
+    name = "model/model.safetensors"
+    data = (checkpoint / name).read_bytes()
+    compared: list[str] = []
+
+    class Digest(str):
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            compared.append(self)
+            return str.__eq__(self, other)
+
+    chunks = tuple(Digest(ALGORITHMS["blake3"](data[begin : begin + 500]).hexdigest()) for begin in range(0, len(data), 500))
+    folder = open_folder(checkpoint)
+    problem = verify_module._check_digests(folder, FileEntry(name, len(data), chunks, 500), lambda count: None, False)
+    os.close(folder)
+    assert problem is None and len(chunks) > 200 and len(compared) == len(chunks)
 
 
 def test_ck18_digests_of_two_kinds_are_not_committed_together(tmp_path: Path) -> None:

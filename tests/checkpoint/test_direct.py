@@ -138,6 +138,14 @@ def test_c078_only_large_files_on_local_disks(tmp_path: Path, monkeypatch: pytes
         other = "37 35 0:999999 / /other rw - nfs4 server:/x rw\n\ngarbage - \n - \n"
         assert file_system(file.fileno(), other + row.format("xfs")) == "xfs"
         assert file_system(file.fileno(), other) == ""
+        strange = tmp_path / "mountinfo"
+        strange.write_bytes(
+            b"38 35 0:999998 / /mnt/m\xfcsik\x0c\xe2\x80\xa8 rw - vfat /dev/y rw\n" + row.format("ext4").encode()
+        )
+        monkeypatch.setattr(direct, "MOUNTS", strange)
+        assert file_system(file.fileno()) == "ext4"
+        monkeypatch.setattr(direct, "MOUNTS", tmp_path / "none")
+        assert file_system(file.fileno()) == ""
         for kind, taken in (("ext4", True), ("xfs", True), ("nfs4", False), ("overlay", False), ("", False)):
             monkeypatch.setattr(direct, "file_system", lambda fd, kind=kind: kind)
             assert takes_direct(file.fileno(), direct.DIRECT_FROM) is taken

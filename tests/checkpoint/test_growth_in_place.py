@@ -24,7 +24,7 @@ from lumina_engine.checkpoint.payload import plan_files, shape_of, write_files
 from lumina_engine.checkpoint.verify import Report, require, verify
 from lumina_engine.monitoring import record as rec
 from tests.checkpoint.crash_model import Recorder, State, materialise
-from tests.checkpoint.helpers import names_in, settings
+from tests.checkpoint.helpers import names_in, settings, with_sha256
 from tests.checkpoint.test_crash_model import Judge
 from tests.checkpoint.test_growth import ONE, outputs
 from tests.faults.tiny import Tiny
@@ -101,6 +101,17 @@ def test_c099_in_place_keeps_everything_but_the_experts(tmp_path: Path) -> None:
     }
     assert {digest, report.digest} == ledger.recorded("run", 8)
     assert (after.experts, new.model_config["capacity_factor"]) == (5, 1.3 * 5 / 4)
+
+
+def test_c099_a_checkpoint_of_the_first_format_is_rewritten_and_its_copy_dropped(tmp_path: Path) -> None:
+    Tiny(tmp_path, **KEYS).train(until=8)
+    folders = Folders(tmp_path / "run")
+    with_sha256(folders.newest().path)
+    digest = folders.newest().digest
+    ledger.record("run", 8, digest, committed=True)
+    report = folders.grow()
+    assert report.manifest["experts_changed"]["from"] == digest and names_in(folders.emergency) == []
+    assert (report.manifest["format"], report.manifest["algorithm"]) == (2, "blake3")
 
 
 def test_c099_in_place_tells_that_it_goes_on_in_every_part_of_the_work(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def trainer() -> tuple[torch.nn.Linear, torch.optim.Optimizer]:
         pytest.param(0.0, False, id="0.0"),
         pytest.param(0.0, True, id="past_the_cache"),
         *(pytest.param(share, False, marks=pytest.mark.slow, id=f"ck02_within_writes_{share}") for share in (0.25, 0.5, 0.75)),
+        pytest.param(0.7, True, marks=pytest.mark.slow, id="ck02_within_writes_past_the_cache"),
     ],
 )
 def test_ck01_kill_at_every_call_of_a_save(
@@ -55,7 +56,7 @@ def test_ck01_kill_at_every_call_of_a_save(
 ) -> None:
     if past_the_cache:
         monkeypatch.setattr(files, "takes_direct", lambda fd, size: size is not None)
-        monkeypatch.setattr(direct, "BLOCK_BYTES", 4096)
+        monkeypatch.setattr(direct, "BLOCK_BYTES", 4096 if not written else 3 * 4096)
     model, optimizer = trainer()
     train(model, optimizer, 1, 5)
     unbroken = model.weight.detach().clone()
