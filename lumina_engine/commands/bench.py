@@ -394,6 +394,8 @@ def _adaptive_row(row: dict[str, Any]) -> str:
     if "recovered" in row:
         lost = "-" if row["lost"] is None else f"{row['lost']:g}"
         words += f" (before {row['before']:.3f})  recovered {row['recovered']}  steps lost {lost}  ended {row['ended']}"
+    if "hottest" in row:
+        words += f"  hottest expert {row['hottest']:.1f} x its share"
     agrees = "agrees" if row["replay_agrees"] else "DIFFERS"
     return f"{words}  without action {row['without_action']}  replay {agrees}"
 

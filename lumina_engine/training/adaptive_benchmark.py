@@ -82,7 +82,8 @@ class Records(list[Any]):
 
 @dataclass
 class Run:
-    """What became of one run. `before` is the loss before the fault, `loss` that at the end."""
+    """What became of one run. `before` is the loss before the fault, `loss` that at the end; `hottest` the load of the hottest
+    expert at the end, in equal shares (experts only)."""
 
     fault: str
     seed: int
@@ -90,6 +91,7 @@ class Run:
     loss: float
     before: float | None = None
     lost: int | None = None
+    hottest: float | None = None
     state: str = "finished"
     actions: list[str] = field(default_factory=list)
     agrees: bool = True
@@ -284,6 +286,7 @@ def one(folder: Path, fault: str, seed: int, mode: str, keys: dict[str, Any]) ->
     run.actions = [
         str((record.evidence or {}).get("action")) if isinstance(record, rec.Change) else record.code for record in done
     ]
+    run.hottest = hottest(records)
     run.agrees = replay([rec.decode(rec.encode(record)) for record in records], trainer.config).agrees
     if inject is not None:
         at = next(place for place, record in enumerate(steps) if record.step >= first)
@@ -301,6 +304,12 @@ def _follow(trainer: Any) -> None:
         inner(name, step)
 
     trainer.reached, trainer.section = 0, section
+
+
+def hottest(records: list[Any]) -> float | None:
+    """Median over the last five records of experts of the hottest expert's load, as a multiple of the equal share."""
+    loads = [record.load for record in records if isinstance(record, rec.Experts)][-5:]
+    return median(max(max(layer) * len(layer) / sum(layer) for layer in load) for load in loads) if loads else None
 
 
 def lost(losses: list[float], at: int, before: float) -> int | None:
@@ -337,6 +346,8 @@ def table(runs: list[Run]) -> list[dict[str, Any]]:
                 "lost": median(back) if back else None,
                 "ended": sum(run.state == "failed" for run in part),
             }
+        if peaks := [run.hottest for run in part if run.hottest is not None]:
+            row["hottest"] = median(peaks)
         row |= {"without_action": sum(not run.actions for run in part), "replay_agrees": all(run.agrees for run in part)}
         rows.append(row)
     return rows

@@ -1,14 +1,14 @@
-"""What the health monitor costs a run: the same supervised run with the monitor and without it, in pairs.
+"""What the health monitor costs a run: one supervised run in which the monitor takes turns of ten seconds.
 
-    python tests/bench/health_cost.py [--rounds 9] [--steps 60] [key=value …]
+    python tests/bench/health_cost.py [--steps 4000] [key=value …]
 
-Each run is the debug preset under the real supervisor, without evaluation and saves, one after the other; which of a pair comes
-first changes from pair to pair. In the runs without it nothing reads the log for health; all else is the same. Throughput is
-tokens over seconds from the end of the tenth step to the last. Throughput moves by much more than one per cent from run to run;
-so the processor time of the monitor in those seconds is taken as well, as a share of them: what it costs where no core is free
-for it and training waits for all of it. Then the monitor alone reads a long log of the records of such a run, again and
-again. The last line is JSON: throughput with ÷ without (median of the pairs, quartiles, extremes), that share, and records/s of
-the monitor.
+The run is the debug preset under the real supervisor, without evaluation and saves. In every second turn of ten seconds the
+monitor reads nothing; in the turns between it reads what came meanwhile, too, so they bear the work of both. All else is the
+same. Throughput of a turn with the monitor is divided by that of its two neighbours, by whole steps behind the warm-up; runs of
+their own would differ by much more than the monitor costs. Throughput still moves by more than one per cent from turn to turn,
+so the processor time of the monitor is taken as well, as a share of all seconds: what it costs where training waits for all of
+it. Then the monitor alone reads a log of its records, again and again. The last line is JSON: throughput with ÷
+without (median of the turns, quartiles, extremes, standard error of the mean), that share, and records/s of the monitor.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,33 +40,21 @@ from lumina_engine.run.health import RunHealth
 from lumina_engine.run.policy import Settings
 from lumina_engine.run.supervisor import Supervisor
 
-ARMS = ("with", "without")
+TURN = 10.0  # s
 LOOKS = "looks.json"
 WARM = 10  # steps that are not counted
 LONG = 100_000  # records that the monitor reads alone
 
 
-class NoHealth:
-    """In the place of `RunHealth`: reads nothing, says nothing, writes no report."""
-
-    inc, behind = 0, False
-
-    def look(self) -> bool:
-        return False
-
-    def catch_up(self) -> None:
-        return None
-
-    def finish(self) -> list[rec.Alert]:
-        return []
-
-
-def timed(health: RunHealth) -> list[tuple[float, float]]:
-    """Grows with each look of that monitor: when it ended, and the processor time of all looks so far."""
+def taking_turns(health: RunHealth) -> list[tuple[float, float]]:
+    """Let a monitor look in every second turn only; grows with each look: when it ended, and processor time of all so far."""
     looks: list[tuple[float, float]] = []
     inner = health.look
 
     def look() -> bool:
+        if not its_turn(time.time()):
+            health.behind = False
+            return False
         begin = time.thread_time()
         found = inner()
         looks.append((time.time(), time.thread_time() - begin + (looks[-1][1] if looks else 0.0)))
@@ -76,35 +64,31 @@ def timed(health: RunHealth) -> list[tuple[float, float]]:
     return looks
 
 
-def supervise(folder: str, arm: str) -> int:
+def its_turn(t: float) -> bool:
+    """Whether the monitor reads at that unix second."""
+    return int(t / TURN) % 2 == 0
+
+
+def supervise(folder: str) -> int:
     """This process becomes the supervisor of a run whose command is in order.json."""
     run = RunDirectory(folder)
     supervisor = Supervisor(run, json.loads((run.path / "order.json").read_text()))
     supervisor.open()
-    looks = timed(supervisor.health)
-    if arm == "without":
-        supervisor.health = NoHealth()  # type: ignore[assignment]
+    looks = taking_turns(supervisor.health)
     code = supervisor.loop()
     write_json(run.path / LOOKS, looks)
     return code
 
 
-def processor_share(records: Sequence[rec.Record], looks: Sequence[Sequence[float]]) -> float:
-    """Processor time of the monitor between the end of step `WARM` and that of the last one, as a share of those seconds."""
-    steps = [record for record in records if isinstance(record, rec.Step)][WARM - 1 :]
-    begin, end = (max((spent for t, spent in looks if t <= step.t), default=0.0) for step in (steps[0], steps[-1]))
-    return (end - begin) / (steps[-1].t - steps[0].t)
-
-
-def measured(run: RunDirectory, argv: Sequence[str], arm: str, world: int = 1, settings: dict[str, Any] | None = None) -> None:
-    """Start a run in one of the two ways and wait for its end.
+def measured(run: RunDirectory, argv: Sequence[str], world: int = 1, settings: dict[str, Any] | None = None) -> None:
+    """Start a run and wait for its end.
 
     Raises:
         RuntimeError: it did not end with 0; the end of engine.log.
     """
     order = {"argv": list(argv), "world": world, "resume": False, "settings": settings or {}, "versions": {}, "host": "bench"}
     write_json(run.path / "order.json", order)
-    words = [sys.executable, os.fspath(Path(__file__).resolve()), "--supervise", os.fspath(run.path), arm]
+    words = [sys.executable, os.fspath(Path(__file__).resolve()), "--supervise", os.fspath(run.path)]
     with run.log_path.open("ab") as log:
         code = subprocess.run(
             words,
@@ -134,10 +118,31 @@ def prepared(root: Path, name: str, overrides: Sequence[str]) -> tuple[RunDirect
     return run, config
 
 
-def throughput(records: Sequence[rec.Record]) -> float:
-    """Tokens/s from the end of step `WARM` to the end of the last one."""
-    steps = [record for record in records if isinstance(record, rec.Step)][WARM - 1 :]
-    return ((steps[-1].tokens or 0) - (steps[0].tokens or 0)) / (steps[-1].t - steps[0].t)
+def counted(records: Sequence[rec.Record]) -> list[rec.Step]:
+    """The steps from the last one of the warm-up on."""
+    return [record for record in records if isinstance(record, rec.Step)][WARM - 1 :]
+
+
+def turns(records: Sequence[rec.Record]) -> dict[int, float]:
+    """Tokens/s of each turn that has more than two steps, by its number, from the first step that ended in it to the last."""
+    found: dict[int, list[rec.Step]] = {}
+    for step in counted(records):
+        found.setdefault(int(step.t / TURN), []).append(step)
+    whole = {number: steps for number, steps in list(found.items())[1:-1] if len(steps) > 2}
+    return {n: ((steps[-1].tokens or 0) - (steps[0].tokens or 0)) / (steps[-1].t - steps[0].t) for n, steps in whole.items()}
+
+
+def ratios(speeds: Mapping[int, float]) -> list[float]:
+    """Throughput of each turn of the monitor over the mean of the turns before and after it."""
+    both = [number for number in speeds if its_turn(number * TURN) and {number - 1, number + 1} <= speeds.keys()]
+    return [2 * speeds[number] / (speeds[number - 1] + speeds[number + 1]) for number in both]
+
+
+def processor_share(records: Sequence[rec.Record], looks: Sequence[Sequence[float]]) -> float:
+    """Processor time of the monitor between the end of step `WARM` and that of the last one, as a share of those seconds."""
+    first, *_, last = counted(records)
+    begin, end = (max((spent for t, spent in looks if t <= step.t), default=0.0) for step in (first, last))
+    return (end - begin) / (last.t - first.t)
 
 
 def records_per_s(records: Sequence[rec.Record], folder: Path, count: int = LONG) -> float:
@@ -159,55 +164,43 @@ def records_per_s(records: Sequence[rec.Record], folder: Path, count: int = LONG
     return count / (time.perf_counter() - begin)
 
 
-def pairs(root: Path, rounds: int, overrides: Sequence[str]) -> tuple[list[dict[str, float]], list[rec.Record]]:
-    """Throughput of each pair by arm with the monitor's share of a core, and the records of the last run with the monitor."""
-    rows: list[dict[str, float]] = []
-    records: list[rec.Record] = []
-    for number in range(rounds):
-        row = {}
-        for arm in ARMS if number % 2 == 0 else ARMS[::-1]:
-            run, config = prepared(root, f"{arm}-{number}", overrides)
-            world = world_size(config, detect())
-            measured(run, launch.rank_argv(config, run.path, world), arm, world, Settings.of_config(config))
-            found = list(read_records(run.metrics_path))
-            row[arm] = throughput(found)
-            if arm == "with":
-                records, row["share"] = found, processor_share(found, json.loads((run.path / LOOKS).read_text()))
-        rows.append(row)
-        print(
-            "  ".join(f"{arm} {row[arm]:,.0f} tokens/s" for arm in ARMS),
-            f" ratio {row['with'] / row['without']:.4f}  monitor {100 * row['share']:.3f} % of a core",
-            flush=True,
-        )
-    return rows, records
+def run_of(root: Path, overrides: Sequence[str]) -> RunDirectory:
+    """A run in which the monitor took turns."""
+    run, config = prepared(root, "turns", overrides)
+    world = world_size(config, detect())
+    measured(run, launch.rank_argv(config, run.path, world), world, Settings.of_config(config))
+    return run
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and extremes."""
-    low, high = statistics.quantiles(values, n=4)[::2] if len(values) > 1 else (values[0], values[0])
-    return {"median": statistics.median(values), "q1": low, "q3": high, "min": min(values), "max": max(values)}
+    """Median, quartiles, extremes, and the mean with its standard error."""
+    low, high = statistics.quantiles(values, n=4)[::2]
+    error = statistics.stdev(values) / len(values) ** 0.5
+    middle = {"median": statistics.median(values), "q1": low, "q3": high, "min": min(values), "max": max(values)}
+    return {**middle, "mean": statistics.fmean(values), "standard_error": error, "turns": len(values)}
 
 
 def main() -> int:
     if sys.argv[1:2] == ["--supervise"]:
         return supervise(*sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
-    if args.rounds < 1 or args.steps <= WARM:
-        parser.error(f"at least one round, and more than {WARM} steps")
     with tempfile.TemporaryDirectory() as folder:
-        rows, records = pairs(Path(folder) / "runs", args.rounds, [f"max_steps={args.steps}", *args.overrides])
+        run = run_of(Path(folder) / "runs", [f"max_steps={args.steps}", *args.overrides])
+        records = list(read_records(run.metrics_path))
+        share = processor_share(records, json.loads((run.path / LOOKS).read_text()))
         rate = records_per_s(records, Path(folder))
+    speeds = turns(records)
+    if len(ratios(speeds)) < 2:
+        parser.error(f"--steps {args.steps}: more, there are too few turns of {TURN:g} s to compare")
     result = {
-        "throughput_with_over_without": spread([row["with"] / row["without"] for row in rows]),
-        "tokens_per_s": {arm: spread([row[arm] for row in rows]) for arm in ARMS},
-        "monitor_share_of_a_core": spread([row["share"] for row in rows]),
+        "throughput_with_over_without": spread(ratios(speeds)),
+        "tokens_per_s": statistics.median(speeds.values()),
+        "monitor_share_of_a_core": share,
         "monitor_records_per_s": rate,
-        "rounds": args.rounds,
-        "steps": args.steps,
+        "steps": len(counted(records)),
     }
     print(json.dumps(result))
     return 0

@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from lumina_engine.cli import main
-from lumina_engine.training.adaptive_benchmark import NEAR, Run, lost, one, table
+from lumina_engine.monitoring import record as rec
+from lumina_engine.training.adaptive_benchmark import FAULTS, NEAR, Run, hottest, lost, one, table
+
+RATE = ("rate x 10", "one bad batch", "broken weights")
 
 
 @pytest.fixture
@@ -37,6 +40,22 @@ def test_c098_the_table_counts_arms_apart() -> None:
 def test_c098_what_cannot_be_measured_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "adaptive", "--policies", "skp"]) == 2 and "skip" in capsys.readouterr().err
     assert main(["bench", "adaptive", "--seeds", "0", "--healthy", "0"]) == 2 and "--seeds" in capsys.readouterr().err
+
+
+def test_c098_each_fault_comes_into_its_run_and_is_judged(tmp_path: Path, one_thread: object) -> None:
+    """Those that the rate cannot mend: what is recorded is the fault, and the log gives the decisions again."""
+    found = {fault: one(tmp_path, fault, 0, "act", {"max_steps": 140}) for fault in FAULTS if fault not in RATE}
+    assert all(run.agrees for run in found.values())
+    assert found["bad data"].loss > 2 * (found["bad data"].before or 0) and not found["bad data"].recovered
+    assert found["not finite"].actions == found["frozen layer"].actions == found["data come again"].actions == []
+    assert 2 * found["data come again"].loss < found["frozen layer"].loss
+    routed = found["router collapse"]
+    assert "rebalance" in routed.actions and (routed.hottest or 0) > 1 and found["bad data"].hottest is None
+
+
+def test_c098_the_hottest_expert_is_that_of_the_worst_layer() -> None:
+    assert hottest([]) is None
+    assert hottest([rec.Experts(step=n, load=[[1.0, 1.0], [1.0, 3.0]]) for n in range(9)]) == 1.5
 
 
 def test_c098_ten_times_the_rate_is_cut_and_recovers_and_without_does_not(tmp_path: Path, one_thread: object) -> None:
