@@ -41,8 +41,8 @@ def experts_loop(
 
 
 class _ExpertsLoop(torch.autograd.Function):
-    """Gather, gate-up product, SwiGLU, gate, down product, scatter: all of one expert before the next, so that what lies
-    between the products stays in the cache.
+    """Gather, gate-up product, SwiGLU, gate, down product, scatter: all of one expert before the next, and all experts in the
+    same memory, so that what lies between the products stays in the cache.
 
     Weight gradients are written in place into one stacked tensor; autograd over `w13[e]` would build one per expert.
     """
@@ -62,13 +62,16 @@ class _ExpertsLoop(torch.autograd.Function):
         out_TD = torch.zeros_like(x_TD)
         keeps = ctx.needs_input_grad[1] and not recompute  # results, for the gates' gradient
         kept: list[Tensor] = []
+        x_room, act_room, gated_room = _rooms(x_TD, segments, filled, (w2.shape[1], w2.shape[2], w2.shape[1]))
         with torch.autocast(x_TD.device.type, enabled=False):
             for e, start, end in segments:
-                token_R, gate_R1 = token_N[start:end], gates_N[start:end, None]
-                gate_up = product(_rows(x_TD, token_R, filled), w13[e])
+                token_R, gate_R1, count = token_N[start:end], gates_N[start:end, None], end - start
+                gate_up = product(_rows(x_TD, token_R, filled, x_room), w13[e])
                 gate, up = gate_up.chunk(2, dim=-1)
-                y_RD = product(F.silu(gate).mul_(up), w2[e])
-                out_TD.index_add_(0, token_R, y_RD[: end - start] * gate_R1.to(y_RD.dtype))
+                act_RH = torch.ops.aten.silu.out(gate, out=act_room[: len(gate)]).mul_(up)
+                y_RD = product(act_RH, w2[e])
+                gated_RD = torch.mul(y_RD[:count], gate_R1.to(y_RD.dtype), out=gated_room[:count])
+                out_TD.index_add_(0, token_R, gated_RD)
                 kept += (gate_up, y_RD) if keeps else (gate_up,)
         ctx.save_for_backward(x_TD, gates_N, w13, w2, token_N, *kept)
         ctx.segments, ctx.keeps, ctx.filled = segments, keeps, filled
@@ -82,38 +85,53 @@ class _ExpertsLoop(torch.autograd.Function):
         wanted = ctx.needs_input_grad[1]
         grad_x, grad_gates = torch.zeros_like(x_TD), torch.empty_like(gates_N) if wanted else None
         grad_w13, grad_w2 = _idle_zeroed(w13, ctx.segments), _idle_zeroed(w2, ctx.segments)
+        hidden, width = w2.shape[1:]
+        widths = (hidden, hidden, hidden, width, width, width, 2 * width)
+        rooms = _rooms(x_TD, ctx.segments, ctx.filled, widths)
         with torch.autocast(grad_TD.device.type, enabled=False):
             for number, (e, start, end) in enumerate(ctx.segments):
                 gate_up, *results = kept[each * number : each * (number + 1)]
-                token_R, grad_RD = token_N[start:end], _rows(grad_TD, token_N[start:end], ctx.filled)
-                gate_R1 = F.pad(gates_N[start:end, None], (0, 0, 0, len(grad_RD) - len(token_R)))
+                token_R, rows = token_N[start:end], len(gate_up)
+                grad_room, gated_room, x_room, silu_room, act_room, grad_act_room, grad_up_room = (r[:rows] for r in rooms)
+                grad_RD = _rows(grad_TD, token_R, ctx.filled, grad_room)
+                gate_R1 = F.pad(gates_N[start:end, None], (0, 0, 0, rows - len(token_R)))
                 gate, up = gate_up.chunk(2, dim=-1)
-                silu_RH = F.silu(gate)
-                act_RH = silu_RH * up
+                silu_RH = torch.ops.aten.silu.out(gate, out=silu_room)
+                act_RH = torch.mul(silu_RH, up, out=act_room)
                 if results and grad_gates is not None:
-                    grad_gates[start:end] = (grad_RD * results[0]).sum(-1, dtype=gates_N.dtype)[: end - start]
-                gated_RD = grad_RD * gate_R1.to(grad_RD.dtype)
+                    weighed_RD = torch.mul(grad_RD, results[0], out=gated_room)
+                    grad_gates[start:end] = weighed_RD.sum(-1, dtype=gates_N.dtype)[: end - start]
+                gated_RD = torch.mul(grad_RD, gate_R1.to(grad_RD.dtype), out=gated_room)
                 if results or grad_gates is None:
-                    grad_act = product(gated_RD, w2[e].t())
+                    grad_act = product(gated_RD, w2[e].t(), grad_act_room)
                 else:  # grad · (w2 act) = (grad w2) · act: the result of the expert is not needed
-                    grad_act = product(grad_RD, w2[e].t())
+                    grad_act = product(grad_RD, w2[e].t(), grad_act_room)
                     grad_gates[start:end] = (grad_act * act_RH).sum(-1, dtype=gates_N.dtype)[: end - start]
                     grad_act.mul_(gate_R1)
                 weight_gradient(gated_RD, act_RH, out=grad_w2[e])
-                grad_gate_up = gated_silu_backward(grad_act, gate_up, silu_RH)
-                weight_gradient(grad_gate_up, _rows(x_TD, token_R, ctx.filled), out=grad_w13[e])
-                grad_x.index_add_(0, token_R, product(grad_gate_up, w13[e].t())[: end - start])
+                grad_gate_up = gated_silu_backward(grad_act, gate_up, silu_RH, grad_up_room)
+                weight_gradient(grad_gate_up, _rows(x_TD, token_R, ctx.filled, x_room), out=grad_w13[e])
+                grad_x_RD = product(grad_gate_up, w13[e].t(), x_room)
+                grad_x.index_add_(0, token_R, grad_x_RD[: end - start])
         return grad_x, grad_gates, grad_w13, grad_w2, None, None, None, None
 
 
-def _rows(x_TD: Tensor, token_N: Tensor, filled: bool) -> Tensor:
+def _filler(count: int, filled: bool) -> int:
+    """Rows that are added to so many of one expert, to make a number that recurs."""
+    multiple = min(_MULTIPLE, 1 << (count // _FILLER).bit_length() >> 1) if filled else 1
+    return -count % max(multiple, 1)
+
+
+def _rooms(like: Tensor, segments: list[tuple[int, int, int]], filled: bool, widths: tuple[int, ...]) -> list[Tensor]:
+    """Memory of these widths for the rows of each expert in turn."""
+    rows = max((end - start + _filler(end - start, filled) for _, start, end in segments), default=0)
+    return [like.new_empty(rows, width) for width in widths]
+
+
+def _rows(x_TD: Tensor, token_N: Tensor, filled: bool, room: Tensor) -> Tensor:
     """Rows of the tokens of one expert, then filler of zeros, so that it is finite whatever the expert does with tokens."""
     count = len(token_N)
-    multiple = min(_MULTIPLE, 1 << (count // _FILLER).bit_length() >> 1) if filled else 1
-    filler = -count % max(multiple, 1)
-    if not filler:
-        return x_TD.index_select(0, token_N)
-    rows_RD = x_TD.new_empty(count + filler, x_TD.shape[1])
+    rows_RD = room[: count + _filler(count, filled)]
     torch.index_select(x_TD, 0, token_N, out=rows_RD[:count])
     rows_RD[count:].zero_()
     return rows_RD

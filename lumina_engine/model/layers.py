@@ -120,13 +120,13 @@ def gated_silu(gate_up: Tensor) -> Tensor:
     return _GatedSilu.apply(gate_up)
 
 
-def gated_silu_backward(grad: Tensor, gate_up: Tensor, silu_gate: Tensor) -> Tensor:
-    """Gradient of `gated_silu` with respect to its input; `silu_gate` is silu(first half)."""
+def gated_silu_backward(grad: Tensor, gate_up: Tensor, silu_gate: Tensor, out: Tensor | None = None) -> Tensor:
+    """Gradient of `gated_silu` with respect to its input, into `out` if given; `silu_gate`, silu(first half), is spent."""
     gate, up = gate_up.chunk(2, dim=-1)
-    out = torch.empty_like(gate_up)
+    out = torch.empty_like(gate_up) if out is None else out
     grad_gate, grad_up = out.chunk(2, dim=-1)
     torch.mul(grad, silu_gate, out=grad_up)
-    torch.ops.aten.silu_backward(grad * up, gate, grad_input=grad_gate)
+    torch.ops.aten.silu_backward(torch.mul(grad, up, out=silu_gate), gate, grad_input=grad_gate)
     return out
 
 

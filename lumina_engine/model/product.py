@@ -73,13 +73,13 @@ if _HAS_ONEDNN:
         return 2 * x_RI[0] * x_RI[1] * weight_OI[0]
 
 
-def product(x_RI: Tensor, weight_OI: Tensor) -> Tensor:
-    """x @ weight.T, (R, O), without autograd; either may be a transposed view."""
+def product(x_RI: Tensor, weight_OI: Tensor, room: Tensor | None = None) -> Tensor:
+    """x @ weight.T, (R, O), without autograd; either may be a transposed view. `room` (R, O) may be used for the result."""
     if widens(x_RI):
-        return _widened(x_RI, weight_OI)
+        return _widened(x_RI, weight_OI, room)
     if _takes_onednn(x_RI) and not (_ONLY_AVX2 and weight_OI.stride(0) == 1):
         return torch.ops.mkldnn._linear_pointwise(x_RI, weight_OI, None, "none", [], "")
-    return torch.mm(x_RI, weight_OI.t())
+    return torch.mm(x_RI, weight_OI.t()) if room is None else torch.mm(x_RI, weight_OI.t(), out=room)
 
 
 def weight_gradient(grad_RO: Tensor, x_RI: Tensor, out: Tensor | None = None) -> Tensor:
