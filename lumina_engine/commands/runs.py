@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 HELP = "list, show, tail, stop, plot, set-lr, decisions"
 POLL_TIME = 0.2  # s between two looks at a log that is followed
+LEAVING_TIME = 2.0  # s that a run which is ending needs at most from closing its socket to its end
 _COLUMNS = ("name", "state", "step", "loss", "tokens/s", "left", "age", "alerts", "path")
 
 
@@ -37,8 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     tail.add_argument("--type", metavar="LIST", help="only these record types, e.g. step,alert")
     tail.add_argument("--lines", metavar="N", default="10", help="records to begin with (default 10), or all")
     tail.add_argument("--no-follow", action="store_true", help="print what is there and leave")
-    stop = action("stop", "stop a run after a checkpoint, and wait for its end")
-    stop.add_argument("--no-save", action="store_true", help="stop at the next step without a checkpoint")
+    stop = action("stop", "stop a run after a checkpoint, and wait for its end; again: wait for the same end")
+    stop.add_argument(
+        "--no-save", action="store_true", help="stop at the next step without a checkpoint, also where a stop is under way"
+    )
     stop.add_argument("--no-wait", action="store_true", help="return when the run has accepted the command")
     plot.add_arguments(action("plot", "curves of a run, printed or as SVG"))
     decisions.add_rate(action("set-lr", "give a living run another learning rate from its next step on"))
@@ -222,12 +225,29 @@ def _plain(records: list[rec.Record]) -> list[Any]:
     return [msgspec.json.decode(record.encode(item)) for item in records]
 
 
-def _stop(args: argparse.Namespace, directory: RunDirectory) -> int:
+def _ask_to_stop(directory: RunDirectory, save: bool) -> None:
+    """Send a living run the command; one that ends before it can answer has stopped.
+
+    Raises:
+        RunError: the run is not running, or refuses.
+    """
     from ..run.client import send_command
+    from ..run.directory import RunError
+    from ..run.launch import wait
+
+    was_alive = directory.alive
+    try:
+        send_command(directory, "stop", {"save": save})
+    except RunError:
+        if not was_alive or wait(directory, LEAVING_TIME) is None:
+            raise
+
+
+def _stop(args: argparse.Namespace, directory: RunDirectory) -> int:
     from ..run.launch import wait
     from ..run.listing import row_dict
 
-    send_command(directory, "stop", {"save": not args.no_save})
+    _ask_to_stop(directory, save=not args.no_save)
     if not args.no_wait:
         if not args.json:
             print(common.safe(f"run {directory.name} stops (Ctrl-C leaves; it stops all the same)"), file=sys.stderr)

@@ -92,6 +92,7 @@ class Supervisor:
         self.intent: str | None = None  # stop, interrupt or preempt, once somebody wants the run to end
         self.intent_at = 0.0
         self.intent_id: str | None = None  # the command behind it
+        self.joined: list[str] = []  # ids of the stops that came while the run was stopping
         self.kill_at: float | None = None
         self.pressed = False  # TERM was sent to this incarnation
         self.killed = False  # and KILL
@@ -291,10 +292,11 @@ class Supervisor:
 
     def _command(self, request: str, cmd: str, args: dict[str, Any]) -> str | None:
         """A viewer's command; why it is refused, or None."""
+        if cmd == "stop":
+            command = Command(request, cmd, {"save": args.get("save", True)})
+            return self._want("stop", command) if self.intent is None else self._join(command)
         if self.intent is not None:
             return "the run is stopping already"
-        if cmd == "stop":
-            return self._want("stop", Command(request, cmd, {"save": args.get("save", True)}))
         if self.child is None:
             return "the run is between two starts: try again when it runs"
         return self.ranks.send(Command(request, cmd, args))
@@ -307,6 +309,16 @@ class Supervisor:
         ):  # a signal is no request: no answer can refuse it
             self.intent, self.intent_at, self.intent_id = intent, time.monotonic(), command.id
         return error
+
+    def _join(self, command: Command) -> str | None:
+        """One more stop while the run is stopping is the same stop; one without a checkpoint reaches the ranks too, who may not
+        have come to the step that would save it."""
+        if self.child is not None and not command.args["save"]:
+            error = self.ranks.send(command)
+            if error is not None:
+                return error
+        self.joined.append(command.id)
+        return None
 
     def _signal(self, number: int, now: float) -> None:
         if number in (signal.SIGTERM, signal.SIGINT):
@@ -513,6 +525,8 @@ class Supervisor:
             self._record(alert)
             self.alarm.take(alert)
         self.alarm.finish()
+        for request in self.joined:
+            self._record(rec.Note(message="the run was stopping already", id=request))
         if self.state != state or self.state_code not in (None, code):
             self._record(rec.Run(state=state, reason=reason, exit_code=code, id=self.intent_id))
         self.state = state

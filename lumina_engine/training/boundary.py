@@ -179,7 +179,8 @@ class Boundary:
         elif request.cmd == "resume":
             trainer.emit(rec.Note(message="already running", step=step, id=request.id))
         elif request.cmd == "stop":
-            save = bool(request.args.get("save", True))
+            stops = [request, *(other for other in self.pending if other.cmd == "stop")]
+            save = all(other.args.get("save", True) for other in stops)  # a later one may want the checkpoint left out
             raise Stop("finished", 0, f"stopped by the user at step {step}", save=save, id=request.id)
         elif request.cmd == "preempt":
             self._preempt(float(request.args.get("grace", trainer.config.preempt_grace_s)), request.id)

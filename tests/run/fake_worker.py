@@ -2,7 +2,8 @@
 
 Keys: steps, pace (s per step), crash (incarnation -> how), crash_after (steps), crash_early (the section in which, before it
 says that it runs), diverge (from this step on), checkpoint_every, unverified (checkpoints), grandchild, flood, close_output,
-code, deaf, deaf_in (incarnation), tokenises (for ever: its data are never ready). It is run by path, not as a module.
+code, deaf, deaf_in (incarnation), gathers (commands it obeys at once), tokenises (for ever: its data are never ready). It is
+run by path, not as a module.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Worker:
         self.log = MetricLog(folder / "metrics.jsonl", self.inc)
         self.wait = threading.Event().wait
         self.paused = False
+        self.heard: list[Command] = []
         self.flags: list[int] = []
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, lambda number, _: self.flags.append(number))
@@ -55,6 +57,15 @@ class Worker:
         self.log.close()
         self.channel.leave(code)
         return code
+
+    def hear(self) -> list[Command]:
+        """What it obeys at this step: nothing until as many commands are there as it gathers; of several stops the last one."""
+        self.heard += self.channel.poll()
+        if len(self.heard) < self.plan.get("gathers", 1):
+            return []
+        taken, self.heard = self.heard, []
+        stops = [command for command in taken if command.cmd == "stop"]
+        return [command for command in taken if command not in stops[:-1]]
 
     def obey(self, command: Command, step: int) -> int | None:
         if self.plan.get("deaf") is True or self.plan.get("deaf_in") == self.inc:
@@ -106,7 +117,7 @@ class Worker:
         step = start
         while step < steps:
             self.channel.report(step, "data")
-            for command in self.channel.poll():
+            for command in self.hear():
                 code = self.obey(command, step)
                 if code is not None:
                     return code

@@ -51,12 +51,24 @@ def test_ps14_double_stop_and_repeated_ids(runs: Runs) -> None:
     with RunClient(run) as one, RunClient(run) as two:
         assert one.send_command("stop", {"save": False}, "s1")["ok"]
         assert two.send_command("stop", {"save": False}, "s1")["ok"]
-        second = two.send_command("stop", {}, "s2")
-        assert not second["ok"] and "stopping already" in second["error"]
     assert launch.wait(run, 20) == 0
     effects = [record for record in read_records(run.metrics_path) if getattr(record, "id", None) == "s1"]
     assert [record.state for record in effects if isinstance(record, rec.Run)] == ["stopping", "finished"]
     assert not last_records(run.metrics_path, 1, ["checkpoint"])
+
+
+def test_ps14_a_stop_while_the_run_is_stopping_is_the_same_stop(runs: Runs) -> None:
+    run = runs.running(gathers=2)
+    with RunClient(run) as one, RunClient(run) as two:
+        assert one.send_command("stop", {}, "s1")["ok"]
+        assert two.send_command("stop", {}, "s2") == {"op": "reply", "id": "s2", "ok": True}
+        refused = two.send_command("pause", {}, "p")
+        assert not refused["ok"] and "stopping already" in refused["error"]
+        assert one.send_command("stop", {"save": False}, "s3")["ok"], "the second one that the worker gets"
+    assert launch.wait(run, 20) == 0
+    assert isinstance(with_id(run, "s2"), rec.Note), "its effect is told, so its sender waits for nothing"
+    assert not last_records(run.metrics_path, 1, ["checkpoint"]), "s3 asked for none, before the worker came to s1"
+    assert run.info().state == "finished" and gap_free(run)
 
 
 def test_ps14_a_command_that_died_with_its_incarnation_is_given_to_the_next(runs: Runs) -> None:

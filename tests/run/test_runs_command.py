@@ -18,7 +18,7 @@ from lumina_engine.config.schema import Config
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.adaptive import RateController, Rules
 from lumina_engine.monitoring.log import MetricLog, last_records
-from lumina_engine.run import launch
+from lumina_engine.run import client, launch
 from lumina_engine.run.directory import RunDirectory, RunError
 from tests.waiting import until
 
@@ -228,6 +228,30 @@ def test_stop_without_waiting(runs: Runs, capsys: pytest.CaptureFixture[str]) ->
     run = runs.running()
     assert call("stop", "r", "--no-wait") == 0
     assert launch.wait(run, 20) == 0 and run.newest_step() is not None
+
+
+def test_ps14_a_second_stop_waits_for_the_same_end(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    run = runs.running(gathers=2)
+    assert call("stop", "r", "--no-wait") == 0
+    capsys.readouterr()
+    assert call("stop", "r", "--no-save", "--json") == 0, "the second command that the worker gets"
+    assert json.loads(capsys.readouterr().out)["state"] == "finished"
+    assert not run.alive
+
+
+def test_ps14_a_stop_of_a_run_that_ends_before_it_answers_reports_that_end(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, send_command = runs.running(), client.send_command
+
+    def ended_first(directory: RunDirectory, cmd: str, args: dict[str, bool]) -> None:
+        send_command(directory, cmd, args)
+        until(lambda: not directory.alive, "its end")
+        raise RunError("run r does not answer (finished)", 1)
+
+    monkeypatch.setattr(client, "send_command", ended_first)
+    assert call("stop", "r", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["state"] == "finished" and not run.alive
 
 
 def test_se04_hostile_names_on_a_terminal_and_in_a_pipe(tmp_path: Path) -> None:

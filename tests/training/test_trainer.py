@@ -411,10 +411,13 @@ def test_c076_save_comes_before_evaluate(tmp_path: Path) -> None:
 
 
 class Channel:
-    """A channel whose commands come all at once."""
+    """A channel whose commands come all at once; `stop-unsaved` is a stop without a checkpoint."""
 
     def __init__(self, *names: str) -> None:
-        self.commands = [Command(str(i), name) for i, name in enumerate(names)]
+        self.commands = [
+            Command(str(i), "stop", {"save": False}) if name == "stop-unsaved" else Command(str(i), name)
+            for i, name in enumerate(names)
+        ]
         self.sections: list[str] = []
 
     def report(self, step: int, section: str) -> None:
@@ -435,6 +438,20 @@ def test_ps14_a_stop_behind_a_pause_is_obeyed(tmp_path: Path) -> None:
     summary, records, _ = commanded(tmp_path, "checkpoint", "pause", "pause", "stop")
     assert (summary["state"], summary["exit_code"], summary["id"]) == ("finished", 0, "3")
     assert [r.state for r in records if isinstance(r, rec.Run)] == ["running", "paused", "stopping"]
+
+
+@pytest.mark.parametrize(("names", "saves"), [(("stop", "stop"), 1), (("stop", "stop-unsaved"), 0)])
+def test_ps14_a_stop_without_a_checkpoint_behind_one_with_it_saves_none(
+    tmp_path: Path, names: tuple[str, ...], saves: int
+) -> None:
+    trainer, dataset, records = setup(tmp_path, manager=True, batch_size=4, max_steps=3, num_epochs=100, save_interval=0)
+    channel = Channel(*names)
+    poll = channel.poll
+    channel.poll = lambda: poll() if trainer.progress.step else []  # type: ignore[method-assign]  before it there is nothing to save
+    trainer.control.channel = trainer.channel = channel
+    summary = trainer.train(dataset)
+    assert (summary["state"], summary["exit_code"], summary["id"]) == ("finished", 0, "0")
+    assert len([r for r in records if isinstance(r, rec.Checkpoint)]) == saves
 
 
 def test_ps14_a_resume_behind_a_pause_goes_on(tmp_path: Path) -> None:
