@@ -34,6 +34,7 @@ from .files import (
     open_folder,
     remove_tree,
     require_space,
+    require_unlinked,
     sync_folder,
     write_file,
 )
@@ -80,11 +81,12 @@ class Staging:
         replaces: a committed `step-N` is moved out of the way by whoever commits this one, when only the rename is left.
 
     Raises:
-        CheckpointError: the step is committed already, or there is no room for `expected_bytes`.
+        CheckpointError: the step is committed already, there is no room for `expected_bytes`, or `checkpoints` is a link.
         OSError: the folder cannot be made.
     """
 
     def __init__(self, checkpoints: Path, step: int, expected_bytes: int = 0, *, replaces: bool = False) -> None:
+        require_unlinked(checkpoints)
         if not replaces and os.path.lexists(checkpoints / step_name(step)):
             raise CheckpointError(f"{checkpoints / step_name(step)} exists already and is never overwritten")
         make_folders(checkpoints)

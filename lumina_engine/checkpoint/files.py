@@ -106,6 +106,23 @@ def open_folder(path: str | Path, dir_fd: int | None = None) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=dir_fd)
 
 
+def require_unlinked(*folders: Path) -> None:
+    """Refuse a link in the place of a run's folder of checkpoints: no writer here follows one, so each save would fail, and
+    what lies beside the folder that it leads to would be taken for the rest of the run.
+
+    Raises:
+        CheckpointError: one of them is a symbolic link; it and the folder that it names stand in the message.
+    """
+    for folder in folders:
+        if folder.is_symlink():
+            target = folder.parent / folder.readlink()
+            raise CheckpointError(
+                f"{folder} is a symbolic link to {target}, and no link below a run is followed. Put the folder itself there: "
+                f"rm {folder} && mv {target} {folder}. To use another disk, keep whole runs there (--runs DIR or LUMINA_RUNS); "
+                "backups alone go to backup_path"
+            )
+
+
 def open_beneath(folder: int, relpath: str, flags: int) -> int:
     """Open a file below the folder descriptor without following a link anywhere on the way."""
     *parents, name = check_relpath(relpath).split("/")

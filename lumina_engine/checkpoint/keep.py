@@ -25,6 +25,7 @@ from .files import (
     open_folder,
     read_file,
     remove_tree,
+    require_unlinked,
     sync_folder,
     write_file,
 )
@@ -89,9 +90,10 @@ def newest_valid(checkpoints: Path, *more: Path) -> Found:
         checkpoints: the run's folder. `more`: further folders of committed checkpoints (emergency/).
 
     Raises:
-        CheckpointError: a checkpoint of a newer format; or something like a checkpoint is there and none is valid. Then nothing
-            has been renamed, moved or deleted.
+        CheckpointError: a checkpoint of a newer format; or something like a checkpoint is there and none is valid; or one of
+            the folders is a link. Then nothing has been renamed, moved or deleted.
     """
+    require_unlinked(checkpoints, *more)
     found = Found()
     folders = [folder for folder in (checkpoints, *more) if folder.is_dir()]
     candidates = [

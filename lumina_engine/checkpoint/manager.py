@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from .backup import Rewinds, backup_folder
-from .files import CheckpointError
+from .files import CheckpointError, require_unlinked
 from .keep import (
     Found,
     clean_stale,
@@ -296,12 +296,14 @@ class CheckpointManager:
             known: what the same start has found before (rank 0's counts).
 
         Raises:
-            CheckpointError: there is something like a checkpoint, but none is valid (nothing was changed), or a newer format.
+            CheckpointError: there is something like a checkpoint, but none is valid, or a folder of them is a link (nothing was
+                changed), or a newer format.
         """
         self._saver.drain()
         return self._on_rank_0(lambda: self._recover(clean, known))
 
     def _recover(self, clean: bool, known: Found | None) -> Path | None:
+        require_unlinked(self.checkpoints, self.emergency_dir, self.backups)
         found = newest_valid(self.checkpoints, self.emergency_dir) if known is None else known
         self.notes = [f"{name} is damaged and was set aside as {name}.corrupt: {reason}" for name, reason in found.rejected]
         if clean:

@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from .files import CheckpointError
+from .files import CheckpointError, require_unlinked
 from .keep import EMERGENCY, POINTERS, committed_paths, is_run, list_steps, pointer
 from .verify import read_manifest, step_of
 
@@ -29,7 +29,7 @@ def explain_checkpoint(
     checkpoints. None takes the best of the most recently updated run. Digests are compared by whoever loads it.
 
     Raises:
-        CheckpointError: nothing there; the message names the nearest thing that is.
+        CheckpointError: nothing there, and the message names the nearest thing that is; or the run's folder of them is a link.
     """
     if runs_root is None:
         from ..run.directory import runs_root as default_root
@@ -57,6 +57,8 @@ def explain_checkpoint(
 
 
 def _from_path(path: Path) -> tuple[Path, str]:
+    if path.name == "checkpoints":
+        require_unlinked(path)
     path = path.resolve()
     if is_run(path):
         return _from_run(path, "best")
@@ -70,7 +72,9 @@ def _from_path(path: Path) -> tuple[Path, str]:
 def _from_run(run: Path, wanted: str) -> tuple[Path, str]:
     if wanted not in POINTERS and step_of(wanted) is None:
         raise CheckpointError(f"{run.name}@{wanted}: after @ stands best, latest or a step like step-000123")
-    return _choose((run / "checkpoints").resolve(), wanted, f"run {run.name}")
+    folder = run.resolve()
+    require_unlinked(folder / "checkpoints", folder / EMERGENCY)
+    return _choose(folder / "checkpoints", wanted, f"run {run.name}")
 
 
 def _choose(checkpoints: Path, wanted: str, owner: str) -> tuple[Path, str]:

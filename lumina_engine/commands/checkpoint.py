@@ -198,9 +198,10 @@ def _targets(text: str) -> list[Path]:
 
     Raises:
         UserError: nothing there (exit code 2).
+        CheckpointError: the run's folder of them is a link (exit code 65).
     """
-    from ..checkpoint.files import CheckpointError
-    from ..checkpoint.keep import committed_paths, is_run
+    from ..checkpoint.files import CheckpointError, require_unlinked
+    from ..checkpoint.keep import EMERGENCY, committed_paths, is_run
     from ..checkpoint.resolve import resolve_checkpoint
     from ..checkpoint.verify import MANIFEST, step_of
     from ..run.directory import runs_root
@@ -210,6 +211,8 @@ def _targets(text: str) -> list[Path]:
         path = runs_root() / text
     if path.is_dir() and step_of(path.name) is None and not (path / MANIFEST).is_file():
         folder = path / "checkpoints" if is_run(path) else path
+        if folder.name == "checkpoints":
+            require_unlinked(folder, folder.with_name(EMERGENCY))
         paths = committed_paths(folder.resolve())
         if not paths:
             raise UserError(f"{text}: no committed checkpoint in {folder}")

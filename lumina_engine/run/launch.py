@@ -19,6 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint.files import CheckpointError, require_unlinked
 from . import slurm
 from .directory import RunDirectory, RunError, RunInfo
 from .hostfile import HOST_PATTERN, Host, choose, read_hostfile
@@ -196,10 +197,15 @@ def start(
         settings: fields of supervisor.Settings (max_restarts, preempt_grace_s, engine_log_mb).
 
     Raises:
-        RunError: the run is running already (65), or could not be started: the reason, with the last lines of engine.log.
+        RunError: the run is running already or has a link in the place of its checkpoints (65), or could not be started: the
+            reason, with the last lines of engine.log.
     """
     if run.alive:
         run.lock().release()  # raises with the owner's pid, unless it ended this instant
+    try:
+        require_unlinked(run.checkpoints, run.emergency)
+    except CheckpointError as error:
+        raise RunError(str(error), error.exit_code) from None
     order = {
         "argv": list(argv),
         "world": world,

@@ -181,6 +181,18 @@ def test_c086_a_lease_that_is_no_file_is_damage(runs: Path, capsys: pytest.Captu
     assert "step-000002: LEASE: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("named", ["mine", "mine/", "mine/checkpoints", "mine@best"])
+def test_se05_a_run_with_a_linked_folder_of_checkpoints_is_refused_by_its_name(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], named: str
+) -> None:
+    manager(runs / "mine").emergency(payload(4))
+    (runs / "mine" / "checkpoints").rename(tmp_path / "disk")
+    (runs / "mine" / "checkpoints").symlink_to(tmp_path / "disk")
+    assert main(["checkpoint", "list", str(runs / named) if "/" in named else named]) != 0
+    shown = capsys.readouterr()
+    assert f"mine/checkpoints is a symbolic link to {tmp_path / 'disk'}" in shown.err and not shown.out
+
+
 def test_list_and_verify_need_no_torch(runs: Path) -> None:
     code = (
         "import sys\nfrom lumina_engine.cli import main\n"

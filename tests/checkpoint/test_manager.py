@@ -317,6 +317,36 @@ def test_c084_an_emergency_save_is_the_latest_until_a_checkpoint_is(tmp_path: Pa
     assert explain_checkpoint("only", tmp_path) == (path, why)
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "emergency", "backups"])
+def test_se05_a_linked_folder_of_a_run_is_refused_at_the_start_and_nothing_is_changed(tmp_path: Path, name: str) -> None:
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    saved(run, 1).emergency(payload(2))
+    (run / "backups").mkdir(exist_ok=True)
+    (run / name).rename(disk)
+    (run / name).symlink_to(disk)
+    before = names_in(disk), names_in(run)
+    for clean in (False, True):
+        with pytest.raises(CheckpointError, match=rf"run/{name} is a symbolic link to {disk}.*mv {disk} {run / name}"):
+            manager(run).recover(clean=clean)
+    assert (names_in(disk), names_in(run)) == before
+    if name != "backups":
+        with pytest.raises(CheckpointError, match=f"{name} is a symbolic link"):
+            explain_checkpoint("run@latest", tmp_path)
+    (run / name).unlink()
+    disk.rename(run / name)
+    assert manager(run).recover() == run / "emergency" / "step-000002", "as the error said"
+
+
+def test_se05_a_save_into_a_linked_folder_names_the_link_before_a_byte_is_written(tmp_path: Path) -> None:
+    run, disk = tmp_path / "run", tmp_path / "disk"
+    disk.mkdir()
+    run.mkdir()
+    (run / "checkpoints").symlink_to(disk)
+    (result,) = manager(run).save(payload(1))
+    assert result.failed is not None and f"checkpoints is a symbolic link to {disk}" in result.failed
+    assert names_in(disk) == []
+
+
 def test_c084_emergency_saves_of_an_abandoned_branch_are_deleted_too(tmp_path: Path) -> None:
     made = saved(tmp_path, 1)
     made.emergency(payload(5))

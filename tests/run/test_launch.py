@@ -126,6 +126,15 @@ def test_se09_no_secret_in_run_json(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         assert not path.is_file() or b"hf_abcdefghij" not in path.read_bytes()
 
 
+def test_se05_a_run_with_linked_checkpoints_is_not_started(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "runs", "r")
+    run.checkpoints.rmdir()
+    run.checkpoints.symlink_to(tmp_path)
+    with pytest.raises(RunError, match=f"r/checkpoints is a symbolic link to {tmp_path}") as caught:
+        launch.start(run, ["true"], resume=True)
+    assert caught.value.exit_code == 65 and not run.log_path.exists()
+
+
 def test_wait_gives_up_at_its_deadline(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, "r")
     lock = run.lock()
