@@ -20,7 +20,7 @@ ROLES = ("system", "user", "assistant", "tool")
 MAX_WEIGHT = 10.0
 # Part of the name of what is made of data files. Raise it when equal files give other conversations, so that nothing
 # tokenised by older rules is taken from the cache.
-READING_VERSION = 3
+READING_VERSION = 4
 
 # names of other layouts and tools for the four roles; used to suggest, never to translate in silence
 ROLE_ALIASES = {

@@ -37,7 +37,8 @@ _ARCHIVES = {b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7-zip"}
 _CHUNK = 1 << 20  # characters read at a time from a JSON list
 _SPACE = " \t\r\n"
 _PROBE = 1 << 16  # bytes that tell the container
-_MAX_PROBE = 1 << 26  # bytes of one line that are looked at to tell the container
+_AHEAD_LINES = 200  # looked at where the first ones are broken, for one that is an object by itself
+_MAX_PROBE = 1 << 26  # bytes of one line, or of all these lines, that are looked at to tell the container
 _BEFORE, _BEHIND = 24, 32  # bytes or characters shown before a fault, and from it on
 EMPTY = "empty file"  # reason of the error about a file that holds no record
 MAX_RECORD = 1 << 26  # bytes or characters of one record
@@ -232,6 +233,8 @@ def digests_of(files: Iterable[Path]) -> list[str]:
 def container(path: Path) -> str:
     """What the file is: "jsonl" (an object a line), "json" (a list, or objects over several lines), "text" or "parquet".
 
+    Broken lines at the beginning do not make a document over several lines of JSON Lines: a line further on decides.
+
     Packed files (gzip, zstd, bzip2, xz) are looked into. Raises `DataError` for an empty file, an archive or binary content.
     """
     with opened(path) as file:
@@ -264,7 +267,8 @@ def container(path: Path) -> str:
     if any(objects):  # with a broken first line the second one decides
         return "jsonl"
     if text.startswith("{"):
-        return "json"
+        whole_lines = start if len(start) < _PROBE else max(start[: start.rfind(b"\n") + 1], b"".join(lines), key=len)
+        return "jsonl" if _has_fault(whole_lines) and _object_ahead(path) else "json"
     return "jsonl" if named_json else "text"
 
 
@@ -279,6 +283,32 @@ def _beginning(file: DataFile) -> tuple[bytes, list[bytes]]:
     if len(start) < _PROBE:
         start += file.content.read(_PROBE - len(start))
     return start, lines
+
+
+def _has_fault(start: bytes) -> bool:
+    """Whether the value that begins here is none whatever follows: its fault lies before the end of these whole lines."""
+    text = start.decode("utf-8", "ignore").lstrip("\ufeff").strip()
+    try:
+        json.JSONDecoder().raw_decode(text)
+    except json.JSONDecodeError as error:
+        return error.pos < len(text)
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
+def _object_ahead(path: Path) -> bool:
+    """Whether one of the first lines is an object by itself, and not indented as it would be inside another one."""
+    left = _MAX_PROBE
+    with opened(path) as file:
+        for _ in range(_AHEAD_LINES):
+            line = file.content.readline(left)
+            if line.startswith(b"{") and isinstance(_whole(line), dict):
+                return True
+            left -= len(line)
+            if not line or not left:
+                break
+    return False
 
 
 def _whole(line: bytes) -> object:

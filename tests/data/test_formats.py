@@ -269,6 +269,52 @@ def test_c028_errors_can_be_collected(write):
     assert [e.line for e in errors] == [2, 3]
 
 
+@pytest.mark.parametrize(
+    "broken",
+    [
+        ["{broken", "{broken too"],
+        ['{"messages": [', '{"messages": [{"role": "user",'],  # cut off
+        ['{"text": "' + "a" * 70_000, "{'text': 'b'}", "", '{"text"}'],  # longer than what is looked at first
+        ["{"] * 150,
+    ],
+    ids=["two", "cut", "long", "many"],
+)
+def test_c028_broken_first_lines_of_json_lines_are_rejects_and_the_good_lines_stay(write, tmp_path, broken):
+    path = write("a.jsonl", "\n".join([*broken, json.dumps(MESSAGES), "{again", json.dumps(MESSAGES)]))
+    assert detect_format(path) == "messages"
+    result = convert(path, tmp_path / "o.jsonl")
+    bad = [number for number, line in enumerate(broken, 1) if line] + [len(broken) + 2]
+    assert result.written == 2 and result.tally.dropped == {"malformed JSON": len(bad)}
+    assert [json.loads(line)["line"] for line in result.rejects.read_text().splitlines()] == bad
+    with pytest.raises(DataError, match=r"a\.jsonl:1: not valid JSON"):
+        read(path)
+
+
+def test_c028_the_look_ahead_for_a_good_line_is_bounded(write, monkeypatch):
+    lines = ["{broken"] * 5 + [json.dumps(MESSAGES)]
+    path = write("a.jsonl", "\n".join(lines))
+    assert container(path) == "jsonl"
+    monkeypatch.setattr("lumina_engine.data.files._AHEAD_LINES", 5)
+    assert container(path) == "json"
+    monkeypatch.setattr("lumina_engine.data.files._AHEAD_LINES", 6)
+    monkeypatch.setattr("lumina_engine.data.files._MAX_PROBE", 5 * len("{broken\n") + 1)
+    assert container(path) == "json"
+
+
+@pytest.mark.parametrize("rows", [1, 800])
+@pytest.mark.parametrize("indent", [0, 2, "compact"])
+def test_c028_objects_over_several_lines_stay_one_document_each(write, rows, indent):
+    """Also where an inner object has a line of its own, and where the first object is longer than what is looked at first."""
+    record = {"messages": MESSAGES["messages"] * rows}
+    if indent == "compact":
+        turns_text = ",\n".join(json.dumps(entry) for entry in record["messages"])
+        text = f'{{"messages": [\n{turns_text}\n]}}\n'
+    else:
+        text = json.dumps(record, indent=indent) + "\n"
+    assert container(write("a.jsonl", text * 2)) == "json"
+    assert len(read(write("a.jsonl", text * 2))) == 2
+
+
 @pytest.mark.parametrize("size", [1, 3, 7, 1 << 20])
 def test_c028_a_json_list_is_read_in_pieces(write, monkeypatch, size):
     """Any chunk size gives the same records and lines, also inside escapes and characters of several bytes."""
