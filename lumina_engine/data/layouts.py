@@ -342,10 +342,15 @@ def _history(value: Mapping[str, object], place: Place) -> list[tuple[Message, M
 
 
 def _text(record: Record, tally: Tally) -> Iterator[TextDocument]:
+    """A text. `weight` 0 leaves it out; each text that is trained on counts 1, so any other weight would be lost: an error."""
     value, place = _object(record, "text", "text"), _place(record)
     text = value["text"]
     if not isinstance(text, str):
         raise place.error(f"'text' is {shown(text)}, not text", "write it as a string", "text is not text")
+    weight = 1.0 if value.get("weight") is None else parse_weight(value["weight"], "the record", place)
+    if weight not in (0, 1):
+        cause = f"a text has weight {weight:g}, and each text that is trained on counts 1"
+        raise place.error(cause, "leave 'weight' out, or write 0 to leave the text out", "weight of a text")
     document = TextDocument(
         check_text(text, "'text'", place),
         parse_label(value.get("id"), "id", place),
@@ -354,6 +359,8 @@ def _text(record: Record, tally: Tally) -> Iterator[TextDocument]:
     tally.read += 1
     if not text.strip():
         return tally.drop("empty text", place)
+    if weight == 0:
+        return tally.drop("text of weight 0", place)
     yield document
 
 

@@ -112,6 +112,25 @@ def test_c028_of_instances_each_bad_one_is_counted_and_the_others_stay(write, tm
     assert len(read(write("m.jsonl", [foreign]))) == 1  # of another layout it is a column that means nothing
 
 
+@pytest.mark.parametrize(
+    ("weight", "dropped"),
+    [(None, {}), (1, {}), (0, {"text of weight 0": 1}), (0.5, {"weight of a text": 1}), ("x", {"bad weight": 1})],
+)
+def test_c028_weight_of_a_text_leaves_it_out_or_is_a_named_fault(write, tmp_path, weight, dropped):
+    path = write("t.jsonl", [{"text": "once"}, {"text": "twice", "weight": weight}])
+    result = convert(path, tmp_path / "o.jsonl")
+    kept = [TextDocument("once")] + [TextDocument("twice")] * (not dropped)
+    assert read(tmp_path / "o.jsonl") == kept and result.tally.dropped == dropped
+    if dropped:
+        (entry,) = map(json.loads, result.rejects.read_text().splitlines())
+        assert (entry["line"], entry["reason"]) == (2, *dropped)
+    if weight in (None, 1, 0):  # as training reads it
+        assert read(path) == kept
+    else:
+        with pytest.raises(DataError, match=r"t\.jsonl:2: (a text has weight 0\.5|weight of the record)"):
+            read(path)
+
+
 @pytest.mark.parametrize("weight", [0.5, 2, 1, None])
 def test_c028_weight_of_a_record_means_the_same_in_every_layout(write, weight):
     rows = {
