@@ -103,8 +103,7 @@ def backs_after(records: Iterable[rec.Record], seq: int | None) -> list[Back]:
         elif isinstance(record, rec.Rewind):
             if record.failed_step is not None:
                 found.append(back_of(record, actions))
-            kept = [action for action in actions if action["step"] <= record.to_step]
-            actions = saved_actions(kept, record.to_step)
+            actions = saved_actions(actions, record)
     return found
 
 
@@ -342,7 +341,7 @@ class Replay:
         for item in self._to_mark(record.to_step):
             if isinstance(item, Back) and item.to_step >= record.to_step:
                 since.append(item.seen_from(record.to_step))
-            elif _is_before(item, record.to_step):
+            elif _is_before(item, record):
                 self._keep(item)
                 self._again(item)
         values = self._resumes[-1][1]
@@ -365,7 +364,7 @@ class Replay:
         self.controller.load_state_dict(mark.rate)
         self._balance.load_state_dict(mark.balance)
         self._early_stop = EarlyStop(mark.rules.early_stop)
-        self._early_stop.load_state_dict(mark.early_stop, to_step)
+        self._early_stop.load_state_dict(mark.early_stop)
         return tail
 
     def _again(self, item: _Item) -> None:
@@ -390,12 +389,14 @@ def _plans(record: rec.Record) -> bool:
     return isinstance(record, rec.Run) and record.state == "running" and record.total_steps is not None
 
 
-def _is_before(item: _Item, to_step: int) -> bool:
-    """Whether the checkpoint of a step has something in it: other rules came after the checkpoint that they began from, and
-    one of an interval is taken before its step is evaluated."""
+def _is_before(item: _Item, back: rec.Rewind) -> bool:
+    """Whether the checkpoint of a return has something in it: other rules came after the checkpoint that they began from, and
+    the evaluation of its own step is in it where the return says so."""
     if isinstance(item, Back):
-        return item.to_step < to_step
-    return item.step < to_step if isinstance(item, _Ruled | rec.Eval) else (item.step or 0) <= to_step
+        return item.to_step < back.to_step
+    if isinstance(item, rec.Eval):
+        return item.step < back.to_step + back.evaluated
+    return item.step < back.to_step if isinstance(item, _Ruled) else (item.step or 0) <= back.to_step
 
 
 def _name(record: rec.Change | rec.Alert) -> str:

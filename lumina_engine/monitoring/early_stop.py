@@ -20,7 +20,7 @@ Nothing but records enters, so the log alone gives each decision again.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -148,9 +148,22 @@ def action_of(record: rec.Record) -> dict[str, Any] | None:
     return action_of_balance(record)
 
 
-def saved_actions(actions: Sequence[Mapping[str, Any]], step: int) -> list[dict[str, Any]]:
-    """Of the actions in the checkpoint of `step` those that its return has: what its evaluation decided is decided again."""
-    return [dict(action) for action in actions if action.get("rule") != _RULE or action["step"] < step]
+def saved_actions(actions: Iterable[dict[str, Any]], back: rec.Rewind) -> list[dict[str, Any]]:
+    """Of the actions up to a return those that its checkpoint has: what comes of an evaluation after the save comes again."""
+
+    def has(action: Mapping[str, Any]) -> bool:
+        own = action["step"] == back.to_step and action.get("rule") == _RULE
+        return back.evaluated if own else action["step"] <= back.to_step
+
+    return [action for action in actions if has(action)]
+
+
+def has_evaluation(state: Mapping[str, Any], step: int) -> bool:
+    """Whether the state in the checkpoint of `step` has the evaluation of that very step.
+
+    A save of an interval comes before it; that of an emergency, or of the end by an evaluation, after it.
+    """
+    return any(item[0] == step for item in state.get("evals", []))
 
 
 @dataclass(slots=True)
@@ -235,14 +248,11 @@ class EarlyStop:
         """The state as JSON values."""
         return asdict(self._s)
 
-    def load_state_dict(self, state: Mapping[str, Any], step: int) -> None:
-        """Put back the state that the checkpoint of `step` has; what it does not have is as at a start.
-
-        What came of the evaluation of that very step is left out: a checkpoint of an interval is taken before it.
-        """
-        evals = [list(item) for item in state.get("evals", []) if item[0] < step]
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back the state that a checkpoint has; what it does not have is as at a start."""
+        evals = [list(item) for item in state.get("evals", [])]
         advised = state.get("advised")
-        advised = list(advised) if advised is not None and advised[1] < step else None
+        advised = None if advised is None else list(advised)
         numbers = {name: int(state.get(name, 0)) for name in ("step", "tokens", "size", "since")}
         base = list(state.get("base", (0, 0)))
         self._s = _State(evals, advised=advised, course=state.get("course"), base=base, **numbers)

@@ -184,6 +184,7 @@ class Rewind(_Record, tag="rewind"):
     reason: str | None = None
     failed_step: Int64 | None = None
     skip: list[tuple[int, int]] | None = None
+    evaluated: bool = False  # early stop has the evaluation of `to_step` in the checkpoint; a save of an interval is before it
 
 
 class Resume(_Record, tag="resume"):

@@ -16,12 +16,20 @@ from ..monitoring import record as rec
 from ..monitoring.adaptive import Back, RateController, Rules
 from ..monitoring.balance import BalanceController, BalanceRules
 from ..monitoring.decisions import back_of
-from ..monitoring.early_stop import EARLY_STOP, EarlyStop, EarlyStopRules, saved_actions
+from ..monitoring.early_stop import EARLY_STOP, EarlyStop, EarlyStopRules, has_evaluation
 from ..run.policy import NO_PROGRESS
 from .progress import Stop, Trouble
 
 if TYPE_CHECKING:
+    from ..checkpoint.manager import Loaded
     from .trainer import EnhancedConversationTrainer
+
+
+def rewind_to(loaded: Loaded, reason: str, **rollback: Any) -> rec.Rewind:
+    """The record of a return to a checkpoint, with what its state decides by; `rollback` are the fields that only one has."""
+    early_stop = loaded.global_state.get("adaptive", {}).get("early_stop", {})
+    evaluated = has_evaluation(early_stop, loaded.step)
+    return rec.Rewind(to_step=loaded.step, reason=reason, evaluated=evaluated, **rollback)
 
 
 class Adaptive:
@@ -131,10 +139,9 @@ class Adaptive:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what the checkpoint of the trainer's present step has."""
-        step = self.trainer.progress.step
-        self._controller.load_state_dict({**state, "actions": saved_actions(state.get("actions", []), step)})
+        self._controller.load_state_dict(state)
         self._balance.load_state_dict(state.get("balance", {}))
-        self._early_stop.load_state_dict(state.get("early_stop", {}), step)
+        self._early_stop.load_state_dict(state.get("early_stop", {}))
         self.plan()
         self._apply()
 

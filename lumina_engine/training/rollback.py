@@ -15,6 +15,7 @@ from ..data.skip_list import SkipList
 from ..monitoring import record as rec
 from ..run.policy import NO_PROGRESS
 from ..run.sections import ROLLBACK
+from .adaptive import rewind_to
 from .progress import Stop, Trouble
 
 if TYPE_CHECKING:
@@ -88,12 +89,8 @@ def roll_back(trainer: EnhancedConversationTrainer, trouble: Trouble) -> bool:
     # from here on an error saves nothing: the state at hand is given up, and until it is all replaced it is of two steps
     trainer.at_boundary, trainer.step_rng = False, None
     trainer.manager.rewind(loaded.step)  # before its record: killed in between, the run meets the trouble and decides again
-    went_back = rec.Rewind(
-        to_step=loaded.step,
-        reason=f"{trouble.reason}: back to {loaded.path.name}, {end - begin:,} rows left out",
-        failed_step=trouble.last,
-        skip=[(begin, end)],
-    )
+    reason = f"{trouble.reason}: back to {loaded.path.name}, {end - begin:,} rows left out"
+    went_back = rewind_to(loaded, reason, failed_step=trouble.last, skip=[(begin, end)])
     trainer.emit(went_back)
     trainer.sync_log()
     from .state import restore

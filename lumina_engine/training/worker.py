@@ -244,6 +244,7 @@ class Worker:
         """Go on from the newest checkpoint that passes its digests; a run that never committed one starts at step 0."""
         from ..checkpoint.resume import check_tokenizer
         from ..data.tasks import why_other_rows
+        from .adaptive import rewind_to
         from .proof import resume_proof
         from .state import restore
 
@@ -275,7 +276,7 @@ class Worker:
         self._catch_up(loaded.step, loaded.global_state.get("log_seq"))
         if changed:
             self._override_data(loaded.step, str(saved), data.train.fingerprint)
-        self.emit(rec.Rewind(to_step=loaded.step, reason=f"resumed from {path.name}"))
+        self.emit(rewind_to(loaded, f"resumed from {path.name}"))
         self.emit(resume_proof(self.trainer, loaded))
 
     def _override_data(self, step: int, before: str, after: str) -> None:

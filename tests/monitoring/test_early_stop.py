@@ -40,9 +40,18 @@ def records(loss: Loss, total: int = TOTAL, every: int = EVERY) -> list[Any]:
     return found
 
 
-def again_from(log: list[Any], at: int) -> list[Any]:
-    """What a start from the checkpoint of step `at` records once more: its evaluation too, which comes after the save."""
-    return [r for r in log if (isinstance(r, rec.Step) and r.step > at) or (isinstance(r, rec.Eval) and r.step >= at)]
+def until(log: list[Any], at: int, evaluated: bool = False) -> list[Any]:
+    """What the checkpoint of step `at` comes from: its own evaluation only if it was `evaluated` before the save."""
+    return [
+        r for r in log if (isinstance(r, rec.Step) and r.step <= at) or (isinstance(r, rec.Eval) and r.step < at + evaluated)
+    ]
+
+
+def again_from(log: list[Any], at: int, evaluated: bool = False) -> list[Any]:
+    """What a start from that checkpoint records once more."""
+    return [
+        r for r in log if (isinstance(r, rec.Step) and r.step > at) or (isinstance(r, rec.Eval) and r.step >= at + evaluated)
+    ]
 
 
 def told(machine: EarlyStop, log: Iterable[Any], spent: int = 0) -> list[Any]:
@@ -216,13 +225,17 @@ def test_c100_advice_comes_once_and_again_for_another_gain() -> None:
 @pytest.mark.parametrize("cut", [10, 120, 235, 240])
 @pytest.mark.parametrize("mode", ["act", "advise"])
 def test_c100_a_state_put_back_decides_as_the_unbroken_one(mode: str, cut: int) -> None:
-    """A checkpoint is taken before the evaluation of its step, which comes again; of one after it the start knows nothing."""
+    """A checkpoint taken before the evaluation of its step has it to come again; one taken after it has what came of it."""
     rules, log = replace(ACT, mode=mode), records(steep)
     whole = EarlyStop(rules)
-    told(whole, [r for r in log if isinstance(r, rec.Step | rec.Eval) and r.step <= cut])
+    told(whole, until(log, cut))
     resumed = EarlyStop(rules)
-    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())), cut)
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
     assert told(resumed, again_from(log, cut)) == told(EarlyStop(rules), log) != []
+    before = told(whole, [r for r in log if isinstance(r, rec.Eval) and r.step == cut])
+    resumed.load_state_dict(json.loads(json.dumps(whole.state_dict())))
+    later = told(resumed, again_from(log, cut, evaluated=True)) if mode == "advise" or not before else []
+    assert [*before, *later] == told(EarlyStop(rules), log)
 
 
 # ---- the log alone --------------------------------------------------------------------------------------------------------
@@ -288,6 +301,38 @@ def test_c100_killed_and_resumed_it_comes_again_at_the_same_step(mode: str, at: 
     for every in (1, 40, 10_000):
         result = replay(whole, configured(mode), every)
         assert result.differences == [] and result.spent == 1
+
+
+@pytest.mark.parametrize("at", [220, 230, 240, 250])
+@pytest.mark.parametrize("mode", ["act", "advise"])
+def test_c100_the_evaluation_that_a_save_carries_is_not_decided_by_again(mode: str, at: int) -> None:
+    """The advice of step 240 is told once where the save has it; a run that it ended is ended again by the next evaluation."""
+    log = written(records(steep), mode)
+    step = next(r.step for r in log if of_controller(r))
+    if at > step and mode == "act":
+        return
+    head = [r for r in log if getattr(r, "step", None) is None or r.step <= at]
+    start = [rec.Rewind(to_step=at, evaluated=True), rec.Resume(step=at), rec.Run(state="running", total_steps=TOTAL)]
+    again = again_from(records(steep), at, evaluated=True)
+    whole = written([*head, *start, *again], mode) if mode == "advise" else head + written_again(head, start, again)
+    found = [r for r in whole if of_controller(r)]
+    expected = [step, step + EVERY] if mode == "act" and at == step else [step]
+    first_told = next(r for r in log if of_controller(r))
+    assert [r.step for r in found] == expected and structs.replace(found[0], seq=first_told.seq) == first_told
+    for every in (1, 40, 10_000):
+        result = replay(whole, configured(mode), every)
+        assert result.differences == [] and result.spent == len(found)
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_c100_a_return_keeps_the_advice_of_an_evaluation_that_the_save_carries(evaluated: bool) -> None:
+    """So the next rollback, to before it, leaves it in the branch that is abandoned."""
+    log = [
+        rec.Alert(severity="info", code=EARLY_STOP, message="", step=240, seq=1),
+        rec.Rewind(to_step=240, evaluated=evaluated, seq=2),
+        rec.Rewind(to_step=230, failed_step=245, seq=3),
+    ]
+    assert [back.dropped for back in backs_after(log, 0)] == [int(evaluated)]
 
 
 def written_again(log: list[Any], start: list[Any], again: list[Any]) -> list[Any]:
@@ -398,12 +443,12 @@ def test_c100_a_state_keeps_since_when_evaluations_count() -> None:
     rules, log = replace(ACT, schedule="linear", gain=100.0), records(steep, 1_200)
     machine = EarlyStop(rules)
     machine.begin(rules, 0)
-    assert told(machine, [r for r in log if isinstance(r, rec.Step | rec.Eval) and r.step <= 110]) == []
-    for at in (110, 150):
+    assert told(machine, until(log, 110)) == []
+    for at, end in ((110, 150), (150, 1_200)):
         again = EarlyStop(rules)
-        again.load_state_dict(json.loads(json.dumps(machine.state_dict())), at)
+        again.load_state_dict(json.loads(json.dumps(machine.state_dict())))
         again.begin(replace(rules, total_steps=1_200), at)
-        found = told(again, [r for r in again_from(log, at) if r.step <= 150 or at == 150])
+        found = told(again, until(again_from(log, at), end))
         machine = again
     assert [r.step for r in found] == [480]
 

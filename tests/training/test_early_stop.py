@@ -7,11 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
+from lumina_engine.checkpoint.manager import Loaded
+from lumina_engine.checkpoint.verify import step_name
+from lumina_engine.config.schema import Config
 from lumina_engine.monitoring import record as rec
-from lumina_engine.monitoring.decisions import of_controller, replay
+from lumina_engine.monitoring.decisions import KEYS as RULES
+from lumina_engine.monitoring.decisions import Replay, of_controller, replay
 from lumina_engine.monitoring.early_stop import EARLY_STOP
+from lumina_engine.training.adaptive import rewind_to
+from lumina_engine.training.state import payload
 from tests.faults.test_ft_guard import rewinds
 from tests.faults.tiny import Tiny
 from tests.launch import last_line, launch
@@ -62,6 +69,49 @@ def differences(tiny: Tiny, before: list[Any] | None = None) -> list[str]:
     return replay([rec.decode(rec.encode(r)) for r in log], tiny.config).differences
 
 
+def bits(decision: Any) -> bytes:
+    """A decision as it stands in a log, but for its place there and the run's name."""
+    place = ("seq", "t", "inc", "recommendation")
+    return msgspec.json.encode({k: v for k, v in msgspec.structs.asdict(decision).items() if k not in place})
+
+
+def decided_again(log: list[Any], config: Config) -> tuple[list[bytes], dict[str, Any]]:
+    """What the log alone decides, and the state of early stop at its end; `config` is that of the first start."""
+    again, found = Replay({name: getattr(config, name) for name in RULES}), []
+    for record in (rec.decode(rec.encode(r)) for r in log):
+        if of_controller(record):
+            found += [bits(due) for due in again._due[:1]]
+        again.take(record)
+    return found, again._early_stop.state_dict()
+
+
+def come_back(tiny: Tiny, at: int | None = None, change: Callable[[Loaded], None] = lambda loaded: None) -> list[Any]:
+    """Put a checkpoint back, as a worker does; the records of it."""
+    found: list[Loaded] = []
+
+    def keep(loaded: Loaded) -> None:
+        change(loaded)
+        found.append(loaded)
+
+    proof = tiny.resume(at, keep)
+    return [rewind_to(found[0], "resumed"), proof]
+
+
+def failed_after(tiny: Tiny, at: int) -> list[Any]:
+    """Train to an error in the step after `at`, upon which that boundary is saved; the records."""
+
+    def fail(step: int, section: str) -> None:
+        if (step, section) == (at + 1, "forward"):
+            raise RuntimeError("lost")
+
+    tiny.channel.at = fail
+    with pytest.raises(RuntimeError, match="lost"):
+        tiny.train()
+    assert tiny.trainer.back_to_boundary() and tiny.manager.emergency(payload(tiny.trainer)).name == step_name(at)
+    tiny.manager.close()
+    return tiny.records
+
+
 def test_c100_act_ends_the_run_and_advise_tells_it(tmp_path: Path) -> None:
     found, ends = {}, {}
     for mode in ("off", "advise", "act"):
@@ -108,19 +158,63 @@ def test_c100_resumed_anywhere_it_equals_the_unbroken_run(tmp_path: Path, at: in
 
 
 def test_c100_a_run_that_ended_goes_on_without_the_key(tmp_path: Path) -> None:
-    """The checkpoint was taken after its evaluation, of which a start from it knows nothing."""
+    """The checkpoint was taken after its evaluation: with the key, the next one ends the run once more."""
     ended = planted(tmp_path, save_interval=0)
     ended.train()
     resumed = planted(tmp_path, save_interval=0, early_stopping_gain=0.0)
-    proof = resumed.resume(END)
+    back, proof = come_back(resumed, END)
     assert proof.changed["early_stopping_gain"] == (0.02, 0.0) and resumed.train()["step"] == 44
-    assert differences(resumed, [*ended.records, rec.Rewind(to_step=END), proof]) == []
+    assert differences(resumed, [*ended.records, back, proof]) == []
     again = planted(tmp_path, save_interval=0)
-    proof = again.resume(END)
+    start = come_back(again, END)
     assert again.train()["step"] == END + 2
-    log = [*ended.records, rec.Rewind(to_step=END), proof, *again.records]
+    log = [*ended.records, *start, *again.records]
     found = replay([rec.decode(rec.encode(r)) for r in log], again.config)
-    assert found.differences == [] and found.spent == len(again.trainer.adaptive.state_dict()["actions"]) == 1
+    assert found.differences == [] and found.spent == len(again.trainer.adaptive.state_dict()["actions"]) == 2
+    assert [r.evidence["window"] for r in found.decisions] == [END // 2, END // 2 + 1]
+
+
+@pytest.mark.parametrize("at", [28, 30, 31, END])
+@pytest.mark.parametrize("mode", ["act", "advise"])
+def test_c100_the_evaluation_that_an_emergency_save_carries_counts(tmp_path: Path, at: int, mode: str) -> None:
+    """It is not made again, and what came of it stands: advice is told once, and the end rests on all evaluations."""
+    if (mode, at) == ("act", END):
+        return  # there the run has ended
+    whole = planted(tmp_path, "whole", adaptive=mode, save_interval=0)
+    whole.train()
+    log = failed_after(planted(tmp_path, adaptive=mode, save_interval=0), at)
+    resumed = planted(tmp_path, adaptive=mode, save_interval=0)
+    start = come_back(resumed)
+    assert (start[0].to_step, start[0].evaluated) == (at, at % 2 == 0)
+    resumed.train()
+    assert resumed.state() == whole.state()
+    log = [*log, *start, *resumed.records]
+    own = [bits(r) for r in log if of_controller(r)]
+    assert own == [bits(r) for r in decisions(whole)] and len(own) == 1
+    assert decided_again(log, whole.config) == (own, resumed.trainer.adaptive.state_dict()["early_stop"])
+    assert replay([rec.decode(rec.encode(r)) for r in log], whole.config).differences == []
+
+
+def test_c100_a_rollback_to_a_step_saved_after_its_evaluation_keeps_that(tmp_path: Path) -> None:
+    """The run ended at step 32 and was saved there; it goes on, is rolled back to it, and ends with less left."""
+    ended = planted(tmp_path, save_interval=0)
+    ended.train()
+    keys = {"spike_policy": "rollback", "spike_sigma": 20.0, "max_nonfinite_in_row": 2, "early_stopping_gain": 0.008}
+    resumed = planted(tmp_path, save_interval=0, **keys)
+    start = come_back(resumed)
+
+    def broken(step: int) -> float:
+        return math.nan if step in (35, 36) and not rewinds(resumed) else 1.0
+
+    assert lifted(resumed, broken).train()["step"] == 38 and rewinds(resumed) == [(END, 36)]
+    (back,) = (r for r in resumed.records if isinstance(r, rec.Rewind))
+    state = resumed.trainer.adaptive.state_dict()
+    assert back.evaluated and [item[0] for item in state["early_stop"]["evals"]] == list(range(2, 39, 2))
+    log = [*ended.records, *start, *resumed.records]
+    own = [bits(r) for r in log if of_controller(r)]
+    assert len(own) == 2 and decided_again(log, ended.config) == (own, state["early_stop"])
+    found = replay([rec.decode(rec.encode(r)) for r in log], resumed.config)
+    assert found.differences == [] and found.spent == resumed.trainer.adaptive.spent == 2
 
 
 @pytest.mark.parametrize(("changed", "end"), [({"learning_rate": 1e-4}, 42), ({"eval_batches": 3}, 42), ({}, 24)])
