@@ -35,13 +35,15 @@ KEYS = (
 
 @dataclass(frozen=True, slots=True)
 class _Ruled:
-    """A resume, and the rules from there on. `room`: `capacity_factor` before it went with the number of experts."""
+    """A resume, and the rules from there on. `room`: `capacity_factor` before it went with the number of experts. `anew`: the
+    checkpoint has nothing of early stop."""
 
     step: int
     rules: Rules
     balance: BalanceRules
     early_stop: EarlyStopRules
     room: float | None = None
+    anew: bool = False
 
 
 EVERY = 2_000  # records between two marks: at most so many are decided again when a run goes back
@@ -202,9 +204,10 @@ class Replay:
             self._resumes.pop()
         values = self._resumes[-1][1] | {name: now for name, (_, now) in record.changed.items() if name in KEYS}
         self._resumes.append((record.step, values))
-        backs = [] if self._return is None else self._return[1]
+        anew, backs = (False, []) if self._return is None else (self._return[0].anew, self._return[1])
         early_stop = EarlyStopRules.from_config(values, self._early_stop.rules.total_steps)
-        self._go_on(_Ruled(record.step, Rules.from_config(values), BalanceRules.from_config(values), early_stop), backs)
+        rules = Rules.from_config(values), BalanceRules.from_config(values), early_stop
+        self._go_on(_Ruled(record.step, *rules, anew=anew), backs)
         self._growth.use(Config(**values))
 
     def _plan(self, record: rec.Run) -> None:
@@ -283,6 +286,8 @@ class Replay:
             self._balance.use(ruled.balance)
         else:
             self._balance.follow(ruled.balance, ruled.room)
+        if ruled.anew:
+            self._early_stop = EarlyStop(ruled.early_stop)
         self._early_stop.begin(ruled.early_stop, ruled.step)
 
     def end(self) -> Replayed:
@@ -335,7 +340,7 @@ class Replay:
         self.result.unwritten += len(self._due) + (self._outcome is not None)
         self._due.clear()
         self._outcome = None
-        rules = self._ruled(record.to_step)
+        rules = replace(self._ruled(record.to_step), anew=not record.early_stop)
         back = None if record.failed_step is None else back_of(record, self.controller.in_force())
         since: list[Back] = []
         for item in self._to_mark(record.to_step):

@@ -12,7 +12,8 @@ line tells of the fall to come: nothing is decided before the middle of its deca
 the loss of the flat part tells nothing of what the decay brings: only evaluations within the decay count.
 
 Evaluations tell of one another while the rate goes one course to one end, over one global batch and on the same questions:
-after a resume that changes any of these, only those after its step count.
+after a resume that changes any of these, only those after its step count. A checkpoint of a version without early stop has no
+evaluations: after a resume from it, too, only later ones count.
 
 Nothing but records enters, so the log alone gives each decision again.
 """

@@ -184,6 +184,7 @@ class Rewind(_Record, tag="rewind"):
     reason: str | None = None
     failed_step: Int64 | None = None
     skip: list[tuple[int, int]] | None = None
+    early_stop: bool = True  # the checkpoint has the state of early stop; one of a version without it has not
     evaluated: bool = False  # early stop has the evaluation of `to_step` in the checkpoint; a save of an interval is before it
 
 
@@ -191,7 +192,8 @@ class Resume(_Record, tag="resume"):
     """The proof of a resume, before its first step: where the run stands, and how that differs from the checkpoint.
 
     Digests are the first 16 hex digits of SHA-256. `changed` maps what is another now than in the checkpoint (configuration
-    keys, versions, data) to the values then and now; nothing is, in an exact resume.
+    keys, versions, data) to the values then and now; nothing is, in an exact resume. A key that the checkpoint's version did
+    not know had its default.
     """
 
     step: Int64

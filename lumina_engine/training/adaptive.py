@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
 def rewind_to(loaded: Loaded, reason: str, **rollback: Any) -> rec.Rewind:
     """The record of a return to a checkpoint, with what its state decides by; `rollback` are the fields that only one has."""
-    early_stop = loaded.global_state.get("adaptive", {}).get("early_stop", {})
-    evaluated = has_evaluation(early_stop, loaded.step)
-    return rec.Rewind(to_step=loaded.step, reason=reason, evaluated=evaluated, **rollback)
+    state = loaded.global_state.get("adaptive", {}).get("early_stop")
+    evaluated = has_evaluation(state or {}, loaded.step)
+    return rec.Rewind(to_step=loaded.step, reason=reason, early_stop=state is not None, evaluated=evaluated, **rollback)
 
 
 class Adaptive:

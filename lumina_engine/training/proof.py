@@ -14,6 +14,7 @@ import torch
 from ..checkpoint.files import dump_json
 from ..checkpoint.manager import Loaded, capture_rng, pack
 from ..checkpoint.saving import config_dict, config_digest
+from ..config.schema import Config
 from ..monitoring import record as rec
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ def resume_proof(trainer: EnhancedConversationTrainer, loaded: Loaded) -> rec.Re
 def _changed(trainer: EnhancedConversationTrainer, loaded: Loaded, values: dict[str, Any] | None) -> dict[str, tuple[Any, Any]]:
     """Configuration keys, versions, data and ranks that are another than those of the checkpoint: (then, now).
 
-    What was left on `auto` then is no other value now, it has been settled.
+    What was left on `auto` then is no other value now, it has been settled. A key that the checkpoint does not know had its
+    default.
     """
     from .state import versions
 
@@ -70,7 +72,7 @@ def _changed(trainer: EnhancedConversationTrainer, loaded: Loaded, values: dict[
     then = {f"version of {name}": version for name, version in (loaded.global_state.get("versions") or {}).items()}
     if values is not None and loaded.config is not None:
         now |= values
-        then |= loaded.config
+        then |= Config().to_dict(sectioned=False) | loaded.config
     now |= {"data": trainer.train_data.fingerprint[:DIGITS], "ranks": trainer.comm.world_size}
     then |= {"data": str(loaded.global_state.get("data_fingerprint"))[:DIGITS], "ranks": loaded.manifest.get("world")}
     names = sorted((now.keys() & then.keys()) - _NOT_COMPARED)

@@ -85,16 +85,25 @@ def decided_again(log: list[Any], config: Config) -> tuple[list[bytes], dict[str
     return found, again._early_stop.state_dict()
 
 
-def come_back(tiny: Tiny, at: int | None = None, change: Callable[[Loaded], None] = lambda loaded: None) -> list[Any]:
+def come_back(tiny: Tiny, at: int | None = None) -> list[Any]:
     """Put a checkpoint back, as a worker does; the records of it."""
     found: list[Loaded] = []
-
-    def keep(loaded: Loaded) -> None:
-        change(loaded)
-        found.append(loaded)
-
-    proof = tiny.resume(at, keep)
+    proof = tiny.resume(at, found.append)
     return [rewind_to(found[0], "resumed"), proof]
+
+
+def upgraded(tiny: Tiny, until: int) -> Tiny:
+    """Its checkpoints up to step `until` are of a version that knew nothing of early stop."""
+    load = tiny.manager.load
+
+    def earlier(path: Path) -> Loaded:
+        loaded = load(path)
+        if loaded.step <= until:
+            del loaded.config["early_stopping_gain"], loaded.global_state["adaptive"]["early_stop"]
+        return loaded
+
+    tiny.manager.load = earlier  # type: ignore[method-assign]
+    return tiny
 
 
 def failed_after(tiny: Tiny, at: int) -> list[Any]:
@@ -215,6 +224,39 @@ def test_c100_a_rollback_to_a_step_saved_after_its_evaluation_keeps_that(tmp_pat
     assert len(own) == 2 and decided_again(log, ended.config) == (own, state["early_stop"])
     found = replay([rec.decode(rec.encode(r)) for r in log], resumed.config)
     assert found.differences == [] and found.spent == resumed.trainer.adaptive.spent == 2
+
+
+@pytest.mark.parametrize(("what", "end"), [("at once", 42), ("set later", 42), ("rolled back", 40)])
+def test_c100_a_run_of_a_version_without_the_key_counts_what_is_evaluated_behind_its_resume(
+    tmp_path: Path, what: str, end: int
+) -> None:
+    """12 evaluations over a factor of 4 in tokens are there at step 24, from step 10 on at step 42; the rows that follow those
+    which a rollback leaves out have more tokens."""
+    keys: dict[str, Any] = {"spike_policy": "rollback", "spike_sigma": 20.0, "max_nonfinite_in_row": 2}
+    first = planted(tmp_path, early_stopping_gain=0.0, **keys)
+    first.train()
+    resumed = upgraded(planted(tmp_path, early_stopping_gain=0.0 if what == "set later" else 100.0, **keys), 8)
+    start = come_back(resumed, 8)
+    assert not start[0].early_stop
+    assert start[1].changed == ({} if what == "set later" else {"early_stopping_gain": (0.0, 100.0)})
+    log = [*first.records, *start]
+    if what == "set later":
+        resumed.train()
+        log += resumed.records
+        resumed = upgraded(planted(tmp_path, early_stopping_gain=100.0, **keys), 8)
+        log += come_back(resumed, 16)
+
+    def broken(step: int) -> float:
+        return math.nan if what == "rolled back" and step in (13, 14) and not rewinds(resumed) else 1.0
+
+    assert lifted(resumed, broken).train()["step"] == end
+    assert rewinds(resumed) == ([(8, 14)] if what == "rolled back" else [])
+    log += resumed.records
+    own = [bits(r) for r in log if of_controller(r)]
+    state = resumed.trainer.adaptive.state_dict()["early_stop"]
+    assert len(own) == 1 and [item[0] for item in state["evals"]] == list(range(10, end + 1, 2))
+    assert decided_again(log, first.config) == (own, state)
+    assert replay([rec.decode(rec.encode(r)) for r in log], resumed.config).differences == []
 
 
 @pytest.mark.parametrize(("changed", "end"), [({"learning_rate": 1e-4}, 42), ({"eval_batches": 3}, 42), ({}, 24)])
