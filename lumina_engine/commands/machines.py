@@ -116,12 +116,13 @@ def _package() -> Path | None:
     return None if package.name in ("site-packages", "dist-packages") else package
 
 
-def join(directory: RunDirectory, config: Config, world: int, *, resume: bool) -> int:
+def join(directory: RunDirectory, config: Config, world: int) -> int:
     """Run this machine's ranks of a run that the first machine has, start by start, until it is over; its exit code.
+
+    How each start is to be made (from a checkpoint, with a smaller micro batch) rank 0 tells all ranks.
 
     Args:
         directory: the run's folder, on a file system that the machines share.
-        resume: the first machine was started with --resume.
     """
     from ..run.launch import rank_argv
     from ..run.policy import CRASHED, INTERRUPTED, PREEMPTED
@@ -137,7 +138,7 @@ def join(directory: RunDirectory, config: Config, world: int, *, resume: bool) -
         row = directory.head() if directory.identity_path.exists() else None
         if row is not None and row.alive and row.state in _STARTING and (row.id != served[0] or row.inc > served[1]):
             served, began = (row.id, row.inc), True
-            code = _ranks(argv, directory, resume=resume or row.inc > 1, inc=row.inc, asked=asked)
+            code = _ranks(argv, directory, inc=row.inc, asked=asked)
             print(f"the ranks of this machine ended with {code}", file=sys.stderr, flush=True)
         elif asked:
             return INTERRUPTED if asked[0] == signal.SIGINT else PREEMPTED
@@ -156,13 +157,12 @@ def _served(directory: RunDirectory) -> tuple[str | None, int]:
     return row.id, row.inc - 1 if row.alive else row.inc
 
 
-def _ranks(argv: list[str], directory: RunDirectory, *, resume: bool, inc: int, asked: list[int]) -> int:
+def _ranks(argv: list[str], directory: RunDirectory, *, inc: int, asked: list[int]) -> int:
     """Start the ranks of one incarnation and wait for their end; a signal asks them to save and leave with all others."""
     from ..run.launch import environment
     from ..run.process import leash
 
-    own = {"LUMINA_INC": str(inc), **({"LUMINA_RESUME": "1"} if resume else {})}
-    whole = environment(directory) | own
+    whole = environment(directory) | {"LUMINA_INC": str(inc)}
     child = subprocess.Popen(argv, stdin=subprocess.DEVNULL, cwd=directory.path, env=whole, preexec_fn=leash(os.getpid()))
     told = False
     while True:

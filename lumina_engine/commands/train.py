@@ -71,7 +71,7 @@ def _elsewhere(args: argparse.Namespace, plan: Plan, root: Path, name: str | Non
         return machines.slurm_script(args, plan.config, plan.world // plan.config.num_nodes, len(plan.machine.devices), root)
     if name is None:
         raise common.UserError("a machine that joins a run must know its name: add the --run NAME of node_rank=0")
-    return machines.join(RunDirectory(root / name), plan.config, plan.world, resume=args.resume)
+    return machines.join(RunDirectory(root / name), plan.config, plan.world)
 
 
 def _override(overrides: list[str], key: str) -> str | None:

@@ -121,6 +121,7 @@ class Worker:
         if settings and self.rank == 0:
             self.emit(rec.Note(message="CUDA settings: " + ", ".join(f"{name} {value}" for name, value in settings.items())))
         comm = Comm.start(config.communication_backend)
+        self._obey_rank_0(comm)
         config = self._with_experts(config, comm)
         configured = config.batch_size
         config = self.config = self._settled(config, comm)
@@ -185,6 +186,11 @@ class Worker:
             plan = self.trainer.plan
             for line in facts_of(plan, rows_of_run(plan, self.trainer.config, self.trainer.comm.world_size)).lines():
                 self.emit(rec.Note(message=f"data: {line}"))
+
+    def _obey_rank_0(self, comm: Comm) -> None:
+        """Start as rank 0 was told to: a machine that was started by hand has no supervisor to tell its ranks. A collective."""
+        told = [self.resume, self.accept_data_change, self.out_of_memory]
+        self.resume, self.accept_data_change, self.out_of_memory = comm.broadcast(told)
 
     def _with_experts(self, config: Config, comm: Comm) -> Config:
         """The configuration of this start with as many experts as the checkpoint has that it goes on from."""

@@ -28,6 +28,8 @@ from lumina_engine.training.settle import NoRoom
 from lumina_engine.training.trial import TrialError
 from lumina_engine.training.worker import Worker
 from tests.checkpoint.helpers import payload
+from tests.faults.tiny_run import prepare
+from tests.launch import last_line, launch
 
 LOST = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes. Error code 12")
 
@@ -185,6 +187,12 @@ def test_r42_a_dry_run_that_does_not_fit(tmp_path: Path, keys: dict[str, Any], a
     config = Config(tokenizer="lumina-1k", batch_size=8, **keys)
     found, reason, _ = failed(tmp_path, DoesNotFit(8, 2048, config), after, batch_size=8, **keys)
     assert found == code and "of 2048 tokens does not fit: lower " in reason
+
+
+def test_r42_c061_ranks_of_a_machine_started_by_hand_start_as_the_supervised_one_was_told_to(tmp_path: Path) -> None:
+    run = prepare(tmp_path, "r", world=2, use_moe=False)
+    found = last_line(launch(Path(__file__).with_name("by_hand_ranks.py"), 2, str(run.path)), "BY HAND ")
+    assert found == [[True, True, 2, 2]] * 2, "half of 4 rows, twice"
 
 
 def test_c099_experts_that_the_run_chose_itself_and_that_do_not_fit_get_a_smaller_micro_batch(tmp_path: Path) -> None:
