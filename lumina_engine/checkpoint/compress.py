@@ -14,7 +14,8 @@ from typing import Any
 import zstandard
 from torch import Tensor
 
-from .files import CheckpointError
+from .backup import Tick
+from .files import CHUNK_BYTES, CheckpointError
 from .header import header_length, parse_header
 from .tensors import tensors_of
 from .verify import opened
@@ -41,8 +42,8 @@ def compressed(pieces: Callable[[], Iterable[Any]], size: int) -> Callable[[], I
     return made
 
 
-def read_compressed(folder: int, relpath: str) -> dict[str, Tensor]:
-    """All tensors of a compressed safetensors file, in memory of their own.
+def read_compressed(folder: int, relpath: str, tick: Tick = lambda *_: None) -> dict[str, Tensor]:
+    """All tensors of a compressed safetensors file, in memory of their own; `tick` is called for each chunk of them.
 
     Raises:
         CheckpointError: no zstd frame, more or less in it than its header says, or a header that breaks a rule.
@@ -55,8 +56,9 @@ def read_compressed(folder: int, relpath: str) -> dict[str, Tensor]:
                 raise CheckpointError(f"{relpath}: {packed} bytes say that they unpack to {size}")
             body, at = bytearray(size), 0
             reader = zstandard.ZstdDecompressor().stream_reader(io.FileIO(fd, closefd=False))
-            while at < size and (count := reader.readinto(memoryview(body)[at:])):
+            while at < size and (count := reader.readinto(memoryview(body)[at : at + CHUNK_BYTES])):
                 at += count
+                tick()
             more = reader.read(1)
         except zstandard.ZstdError as error:
             raise CheckpointError(f"{relpath}: cannot be unpacked: {error}") from error

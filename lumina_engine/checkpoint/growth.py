@@ -117,12 +117,13 @@ class Plan:
 
 
 class _Rewritten(Mapping[str, Tensor]):
-    """Weights or optimizer state after the edits, each tensor made when it is asked for."""
+    """Weights or optimizer state after the edits, each tensor made when it is asked for, with a `tick`."""
 
-    def __init__(self, before: Mapping[str, Tensor], edits: Mapping[int, Edit]) -> None:
-        self._before, self._edits = before, edits
+    def __init__(self, before: Mapping[str, Tensor], edits: Mapping[int, Edit], tick: Tick = lambda *_: None) -> None:
+        self._before, self._edits, self._tick = before, edits, tick
 
     def __getitem__(self, key: str) -> Tensor:
+        self._tick()
         tensor = self._before[key]
         if key == COUNTS:
             rows = zip(self._edits.values(), tensor, strict=True)
@@ -173,15 +174,18 @@ def open_source(reference: str) -> Source:
     return read_source(path, require(verify(path)))
 
 
-def read_source(path: Path, report: Report) -> Source:
+def read_source(path: Path, report: Report, tick: Tick = lambda *_: None) -> Source:
     """A checkpoint that was verified.
+
+    Args:
+        tick: as of `read_loaded`.
 
     Raises:
         CheckpointError: as `open_source`.
     """
     with leased(path) as folder:
         check_ledger(report)
-        loaded = read_loaded(folder, report, 0)
+        loaded = read_loaded(folder, report, 0, tick)
     source = Source(path, report, loaded)
     if loaded.config is None:
         raise CheckpointError(f"{path} has no configuration of a run, so no run can go on from what would be made of it")
@@ -389,7 +393,7 @@ def in_place(source: Source, plan: Plan, checkpoints: Path, emergency: Path, tic
 
     Args:
         source: in `checkpoints`, or the copy in `emergency` that an earlier try has left.
-        tick: called for each chunk that was read or written.
+        tick: called for each chunk that was read or written, and each tensor that was made.
 
     Raises:
         CheckpointError: no room, or what was written cannot be read back.
@@ -398,8 +402,8 @@ def in_place(source: Source, plan: Plan, checkpoints: Path, emergency: Path, tic
     loaded, name = source.loaded, source.path.name
     flat = {**(loaded.config or {}), **plan.keys}
     world = int(source.report.manifest["world"])
-    files = _files_of_rank_0(source, plan, replace(loaded, global_state=_state(loaded, plan)), flat, world)
-    files += [file for rank in range(1, world) for file in _own_files(source, plan, rank, world)]
+    files = _files_of_rank_0(source, plan, replace(loaded, global_state=_state(loaded, plan)), flat, world, tick)
+    files += [file for rank in range(1, world) for file in _own_files(source, plan, rank, world, tick)]
     size = sum(file.size for file in files)
     if source.path.parent == checkpoints:
         require_space(checkpoints, source.report.bytes + size)
@@ -440,26 +444,28 @@ def drop_copy(report: Report, emergency: Path) -> None:
         discard(emergency, name)
 
 
-def _files_of_rank_0(source: Source, plan: Plan, loaded: Loaded, config: dict[str, Any], world: int) -> list[PlannedFile]:
+def _files_of_rank_0(
+    source: Source, plan: Plan, loaded: Loaded, config: dict[str, Any], world: int, tick: Tick = lambda *_: None
+) -> list[PlannedFile]:
     """Its files, with the state of whole parameters in them: the other ranks need hold none. `loaded`: what else is in them."""
     state = WholeState(source.loaded.saved_state(), source.loaded.model, own_tensors(source.loaded))
     new = replace(
         loaded,
-        model=dict(_Rewritten(loaded.model, plan.edits)),
+        model=dict(_Rewritten(loaded.model, plan.edits, tick)),
         model_config=loaded.model_config | {key: config[key] for key in ("num_experts", CAPACITY)},
         rank_state={**loaded.rank_state, "begins": {}},
         rank_tensors={},
     )
     _, tensors = rank_files(0)
     files = [file for file in plan_files(new, 0, world, config, copy=False) if file.path != tensors]
-    own = PlannedFile(tensors, *tensor_file(_Rewritten(state, plan.edits)))
+    own = PlannedFile(tensors, *tensor_file(_Rewritten(state, plan.edits, tick)))
     return [*files, packed(own) if _compression(config) == "zstd" else own]
 
 
-def _own_files(source: Source, plan: Plan, rank: int, world: int) -> list[PlannedFile]:
+def _own_files(source: Source, plan: Plan, rank: int, world: int, tick: Tick) -> list[PlannedFile]:
     """The files of another rank, with what belongs to no parameter: its random state and routing statistics."""
     with leased(source.path) as folder:
-        loaded = read_loaded(folder, source.report, rank)
+        loaded = read_loaded(folder, source.report, rank, tick)
     new = replace(
         loaded,
         rank_state={**loaded.rank_state, "begins": {}},

@@ -13,7 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,11 +83,12 @@ def is_run(path: Path) -> bool:
     return (path / "checkpoints").is_dir() or (path / EMERGENCY).is_dir()
 
 
-def newest_valid(checkpoints: Path, *more: Path) -> Found:
+def newest_valid(checkpoints: Path, *more: Path, progress: Callable[[int, int], None] | None = None) -> Found:
     """Newest to oldest, every digest, first good one wins; those refused before it are renamed `*.corrupt`.
 
     Args:
         checkpoints: the run's folder. `more`: further folders of committed checkpoints (emergency/).
+        progress: as of `verify`, for each checkpoint that is read.
 
     Raises:
         CheckpointError: a checkpoint of a newer format; or something like a checkpoint is there and none is valid; or one of
@@ -101,7 +102,7 @@ def newest_valid(checkpoints: Path, *more: Path) -> Found:
     ]
     bad: list[Report] = []
     for _, _, path in sorted(candidates, reverse=True):
-        report = verify(path)
+        report = verify(path, progress=progress)
         if report.newer_format:
             raise CheckpointError(f"{path}: {report.line()}")
         if report.ok:

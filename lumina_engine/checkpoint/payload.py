@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backup import Tick
 from .compress import SUFFIX, compressed, plain_names, read_compressed
 from .files import MAX_JSON_BYTES, CheckpointError, FileEntry, dump_json, load_json, open_folder, read_file
 from .keep import leased
@@ -157,8 +158,11 @@ def belongs_to(rank: int) -> Callable[[str], bool]:
     return lambda path: path.removesuffix(SUFFIX) in own or path.startswith("model/")
 
 
-def read_loaded(folder: int, report: Report, rank: int) -> Loaded:
+def read_loaded(folder: int, report: Report, rank: int, tick: Tick = lambda *_: None) -> Loaded:
     """Read a verified checkpoint for one rank of a run of any number of ranks.
+
+    Args:
+        tick: called for each chunk that is read and not only mapped, also of what the other ranks saved.
 
     Raises:
         CheckpointError: a file that every checkpoint of so many ranks has is not listed.
@@ -179,8 +183,8 @@ def read_loaded(folder: int, report: Report, rank: int) -> Loaded:
         model_config=shape,
         tokenizer=read_json(folder, TOKENIZER),
         rank_state=read_json(folder, state)["state"] if saved_here else {},
-        rank_tensors=read_state(folder, tensors, listed) if saved_here else {},
-        others=lambda: read_others(report.path, rank, world),
+        rank_tensors=read_state(folder, tensors, listed, tick) if saved_here else {},
+        others=lambda: read_others(report.path, rank, world, tick),
         path=report.path,
         manifest=report.manifest,
         config=read_json(folder, CONFIG) if CONFIG in listed else None,
@@ -217,8 +221,8 @@ def with_multiplicity(tensors: dict[str, Tensor], shape: Mapping[str, Any]) -> d
     return tensors
 
 
-def read_others(path: Path, rank: int, world: int) -> list[Shard]:
-    """What every rank but `rank` saved, after comparing its digests.
+def read_others(path: Path, rank: int, world: int, tick: Tick) -> list[Shard]:
+    """What every rank but `rank` saved, after comparing its digests; `tick` is called for each chunk.
 
     Raises:
         CheckpointError: damaged, or gone.
@@ -226,18 +230,18 @@ def read_others(path: Path, rank: int, world: int) -> list[Shard]:
     ranks = [other for other in range(world) if other != rank]
     wanted = {file for other in ranks for file in rank_files(other)}
     with leased(path) as folder:
-        report = require(verify(path, select=lambda file: file.removesuffix(SUFFIX) in wanted))
+        report = require(verify(path, select=lambda file: file.removesuffix(SUFFIX) in wanted, progress=tick))
         listed = {entry.path for entry in report.files}
-        return [_read_shard(folder, *rank_files(other), listed) for other in ranks]
+        return [_read_shard(folder, *rank_files(other), listed, tick) for other in ranks]
 
 
-def _read_shard(folder: int, state: str, tensors: str, listed: set[str]) -> Shard:
-    return Shard(read_state(folder, tensors, listed), read_json(folder, state)["state"].get("begins", {}))
+def _read_shard(folder: int, state: str, tensors: str, listed: set[str], tick: Tick) -> Shard:
+    return Shard(read_state(folder, tensors, listed, tick), read_json(folder, state)["state"].get("begins", {}))
 
 
-def read_state(folder: int, relpath: str, listed: set[str]) -> dict[str, Tensor]:
-    """The tensors of a rank, compressed or not."""
-    return read_tensors(folder, relpath) if relpath in listed else read_compressed(folder, relpath + SUFFIX)
+def read_state(folder: int, relpath: str, listed: set[str], tick: Tick) -> dict[str, Tensor]:
+    """The tensors of a rank, compressed or not. A file that is not compressed is mapped: nothing of it is read yet."""
+    return read_tensors(folder, relpath) if relpath in listed else read_compressed(folder, relpath + SUFFIX, tick)
 
 
 def read_json(folder: int, relpath: str) -> dict[str, Any]:

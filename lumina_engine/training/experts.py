@@ -114,7 +114,7 @@ class _Changes:
         for it next will say what is wrong."""
         if not self.counts:
             return None
-        found = self._newest()
+        found = self._newest(lambda *_: self.report(0, "data"))  # nothing is rewritten yet
         if found is None or found.report is None:
             return None
         due = self._due(found.report)
@@ -151,9 +151,10 @@ class _Changes:
             message = f"{self.run.metrics_path.name}: {why(error)}: the last records may be lost at a power cut"
             self.emit(rec.Alert(severity="warning", code="log_not_synced", message=message))
 
-    def _newest(self) -> Found | None:
+    def _newest(self, tick: Tick) -> Found | None:
+        """The checkpoint to go on from, if there is a sound one; `tick` is called for each chunk that is read."""
         try:
-            return newest_valid(self.checkpoints, self.emergency)
+            return newest_valid(self.checkpoints, self.emergency, progress=tick)
         except (CheckpointError, OSError):
             return None  # nothing was changed: `CheckpointManager.recover` meets the same and says it on every rank
 
@@ -176,7 +177,7 @@ class _Changes:
             if not isinstance(error, _TOLD):
                 print_error(error)  # engine.log
             self.emit(failure(change, why(error)))
-            after = self._newest()
+            after = self._newest(tick)
             return after if after is None else Found(after.path, after.report, found.rejected + after.rejected)
         return Found(made.path, made, found.rejected)
 
@@ -184,7 +185,7 @@ class _Changes:
         """The checkpoint with other experts; `tick` is called all the while, for a large one takes its time."""
         for folder in (self.checkpoints, self.emergency):
             clean_stale(folder)  # what a try that was killed has left needs no room any more
-        source = read_source(report.path, report)
+        source = read_source(report.path, report, tick)
         tick()
         plan = self._plan(source, change, tick)
         config = left_to_auto(self.config.model_copy(update=dict(plan.keys)))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lumina_engine.checkpoint import growth, ledger
+from lumina_engine.checkpoint import compress, growth, ledger
 from lumina_engine.checkpoint.commit import Staging, commit, newest_valid
 from lumina_engine.checkpoint.files import CheckpointError
 from lumina_engine.checkpoint.growth import Plan, Source, drop_copy, growing, in_place, read_source, shrinking
@@ -126,16 +126,36 @@ def test_c099_in_place_tells_that_it_goes_on_in_every_part_of_the_work(tmp_path:
 
     source = folders.source()
     report = in_place(source, folders.plan(source), folders.checkpoints, folders.emergency, tick)
-    copying, read_back, writing, verifying = (
+    planning_and_copying, read_back, writing, verifying = (
         (False, False, False),
         (False, False, True),
         (True, False, True),
         (False, True, True),
     )
-    assert [part for part, _ in itertools.groupby(seen)] == [copying, read_back, writing, verifying]
+    assert [part for part, _ in itertools.groupby(seen)] == [planning_and_copying, read_back, writing, verifying]
     chunks = sum(len(entry.chunks) for entry in report.files)
     assert seen.count(writing) >= chunks and seen.count(verifying) >= chunks
-    assert seen.count(copying) == seen.count(read_back) == sum(len(entry.chunks) for entry in source.report.files)
+    assert seen.count(read_back) == sum(len(entry.chunks) for entry in source.report.files)
+    made = len(source.loaded.model) + len(source.loaded.rank_tensors)
+    assert seen.count(planning_and_copying) >= seen.count(read_back) + made, "every tensor is made before the first is written"
+
+
+def test_ft07_c099_what_is_read_tells_that_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digests of the newest checkpoint, the state that is unpacked, and the state of the other ranks."""
+    piece = 64
+    monkeypatch.setattr(compress, "CHUNK_BYTES", piece)
+    folders = Folders(tmp_path / "run")
+    saved_by(2, folders.checkpoints, compression="zstd")
+    ticks: list[object] = []
+    report = newest_valid(folders.checkpoints, folders.emergency, progress=lambda *done: ticks.append(done)).report
+    assert report is not None and len(ticks) == sum(len(entry.chunks) for entry in report.files)
+    ticks.clear()
+    source = read_source(report.path, report, lambda *done: ticks.append(done))
+    bytes_of = [sum(tensor.nbytes for tensor in payload_of(rank, 2).rank_tensors.values()) for rank in (0, 1)]
+    assert len(ticks) >= bytes_of[0] // piece
+    ticks.clear()
+    source.loaded.saved_state().shards()
+    assert len(ticks) >= bytes_of[1] // piece
 
 
 def twin(tensor: torch.Tensor, expert: int) -> torch.Tensor:
@@ -247,10 +267,13 @@ def payload_of(rank: int, world: int, step: int = 3, experts: int = 3) -> Payloa
     )
 
 
-def saved_by(world: int, folder: Path, run: str = "r") -> Path:
+def saved_by(world: int, folder: Path, run: str = "r", compression: str = "none") -> Path:
     """A committed checkpoint of so many ranks."""
+    own = keys().to_dict()
     files = [
-        file for rank in range(world) for file in plan_files(payload_of(rank, world), rank, world, keys().to_dict(), False)
+        file
+        for rank in range(world)
+        for file in plan_files(payload_of(rank, world), rank, world, own, copy=False, compression=compression)
     ]
     staging = Staging(folder, 3)
     manifest = {"run": run, "world": world, "log_seq": 5, "inc": 1}

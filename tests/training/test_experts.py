@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import re
 import shlex
@@ -219,12 +220,34 @@ def test_c099_the_next_start_rewrites_the_checkpoint_and_goes_on_from_it(start: 
 
 def test_c099_while_a_checkpoint_is_rewritten_the_rank_says_so(start: Callable[..., Start]) -> None:
     here = start()
+    looking, rewriting = (0, "data"), (AT, "experts")
+    before = chunks(here.run.checkpoints / "step-000008")
     here.settle()
-    assert set(here.reported) == {(AT, "experts")}
-    assert len(here.reported) > 4 * len(read_manifest(here.path()).files), "read, copied, written and read back"
+    parts = {place: len(list(words)) for place, words in itertools.groupby(here.reported)}
+    assert list(parts) == [looking, rewriting] and parts[looking] == before, "every digest is compared first"
+    assert parts[rewriting] > 4 * len(read_manifest(here.path()).files), "read, copied, written and read back"
     here.reported.clear()
     here.settle()
-    assert here.reported == [], "nothing is rewritten any more"
+    assert here.reported == [looking] * chunks(here.path()), "nothing is rewritten any more"
+
+
+def test_ft07_c099_behind_a_try_that_failed_the_rank_says_that_it_looks_again(
+    start: Callable[..., Start], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = start()
+
+    def refused(*_: object) -> None:
+        raise CheckpointError("no")
+
+    monkeypatch.setattr(experts, "read_source", refused)
+    here.settle()
+    assert here.told() == [TRY, FAILED]
+    assert here.reported.count((AT, "experts")) == 1 + chunks(here.path()), "the beginning of the try, and all that is read"
+
+
+def chunks(path: Path) -> int:
+    """How many pieces a checkpoint is read in when its digests are compared."""
+    return sum(len(entry.chunks) for entry in read_manifest(path).files)
 
 
 def test_c099_what_was_verified_here_is_not_read_again_and_what_was_damaged_is_told(start: Callable[..., Start]) -> None:
@@ -476,5 +499,5 @@ def test_c099_a_run_that_decided_nothing_is_not_looked_at(tmp_path: Path, monkey
     tiny = growing(tmp_path, at=-1)
     tiny.train(until=8)
     here = Start.of(tiny)
-    monkeypatch.setattr(experts, "newest_valid", lambda *folders: pytest.fail("every digest would be compared twice"))
+    monkeypatch.setattr(experts, "newest_valid", lambda *folders, **_: pytest.fail("every digest would be compared twice"))
     assert here.settle() is tiny.config and here.found is None
