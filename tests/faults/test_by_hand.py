@@ -1,4 +1,4 @@
-"""A run whose machines are each started by hand: what a supervisor tells its ranks goes for those of all (C61, R42)."""
+"""A run whose machines are each started by hand, and started again behind an out of memory on the first one (C61, R42)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ sys.exit(join(run, config, 2))
 
 
 @pytest.mark.slow
-def test_r42_c061_out_of_memory_on_the_first_machine_makes_the_micro_batch_of_all_smaller(tiny_runs: TinyRuns) -> None:
+def test_r42_c061_machines_started_by_hand_go_on_together_behind_out_of_memory(tiny_runs: TinyRuns) -> None:
     exact: dict[str, Any] = {"use_moe": False, "dropout": 0.0}  # a loss that does not depend on how a step is split
     whole = tiny_runs.running("whole", world=2, **exact)
     assert wait(whole, 120) == 0, whole.log_path.read_text()[-2000:]
