@@ -32,7 +32,8 @@ OnError = Callable[[DataError], None]
 FOLDER_SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".parquet")
 REJECTS_SUFFIX = ".rejects.jsonl"  # what `data convert` dropped: no data, though it lies beside them
 _NAMED = 3  # files that are not read of which a note gives the names
-_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_LINES_SUFFIXES = (".jsonl", ".ndjson")
+_JSON_SUFFIXES = (*_LINES_SUFFIXES, ".json")
 _ARCHIVES = {b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7-zip"}
 _CHUNK = 1 << 20  # characters read at a time from a JSON list
 _SPACE = " \t\r\n"
@@ -233,7 +234,8 @@ def digests_of(files: Iterable[Path]) -> list[str]:
 def container(path: Path) -> str:
     """What the file is: "jsonl" (an object a line), "json" (a list, or objects over several lines), "text" or "parquet".
 
-    Broken lines at the beginning do not make a document over several lines of JSON Lines: a line further on decides.
+    Broken lines at the beginning of a file that is named JSON Lines do not make a document over several lines of it: a line
+    further on decides.
 
     Packed files (gzip, zstd, bzip2, xz) are looked into. Raises `DataError` for an empty file, an archive or binary content.
     """
@@ -268,7 +270,8 @@ def container(path: Path) -> str:
         return "jsonl"
     if text.startswith("{"):
         whole_lines = start if len(start) < _PROBE else max(start[: start.rfind(b"\n") + 1], b"".join(lines), key=len)
-        return "jsonl" if _has_fault(whole_lines) and _object_ahead(path) else "json"
+        looks_on = _suffix(path) in _LINES_SUFFIXES and _has_fault(whole_lines)
+        return "jsonl" if looks_on and _object_ahead(path) else "json"
     return "jsonl" if named_json else "text"
 
 
@@ -298,17 +301,20 @@ def _has_fault(start: bytes) -> bool:
 
 
 def _object_ahead(path: Path) -> bool:
-    """Whether one of the first lines is an object by itself, and not indented as it would be inside another one."""
-    left = _MAX_PROBE
+    """Whether one of the first lines is an object by itself: not indented, and nothing behind it that would go on with the list
+    or the object that it is in."""
+    left, found = _MAX_PROBE, False
     with opened(path) as file:
         for _ in range(_AHEAD_LINES):
             line = file.content.readline(left)
-            if line.startswith(b"{") and isinstance(_whole(line), dict):
+            if found and line.strip() and not line.lstrip().startswith((b"]", b"}", b",")):
                 return True
+            if line.strip():
+                found = line.startswith(b"{") and isinstance(_whole(line), dict)
             left -= len(line)
             if not line or not left:
                 break
-    return False
+    return found
 
 
 def _whole(line: bytes) -> object:

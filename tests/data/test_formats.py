@@ -320,6 +320,24 @@ def test_c028_the_look_ahead_for_a_good_line_is_bounded(write, monkeypatch):
     assert container(path) == "json"
 
 
+@pytest.mark.parametrize("name", ["w.json", "w.jsonl"])
+@pytest.mark.parametrize("closing", ["]}", "\n]}", ", 1]}"])
+def test_c028_a_broken_record_makes_no_json_lines_of_a_document(write, tmp_path, name, closing):
+    """Its last inner object is one by itself, too."""
+    rows = [json.dumps(MESSAGES)] * 20
+    text = '{"version": 1, "data": [\n' + ",\n".join([*rows, '{"messages": oops}', *rows]) + "\n" + closing
+    path = write(name, text)
+    assert container(path) == "json"
+    with pytest.raises(DataError, match=rf"{name}:22: not valid JSON"):
+        convert(path, tmp_path / "o.jsonl")
+
+
+def test_c028_a_text_with_a_line_of_json_is_the_text_that_it_is_named(write, tmp_path):
+    path = write("notes.txt", "{\\bf A text}\n{that begins so\n" + '{"text": "hello"}\n' + "and goes on\n" * 3)
+    assert convert(path, tmp_path / "o.jsonl", format="text").written == 1
+    assert "and goes on" in (tmp_path / "o.jsonl").read_text()
+
+
 @pytest.mark.parametrize("rows", [1, 800])
 @pytest.mark.parametrize("indent", [0, 2, "compact"])
 def test_c028_objects_over_several_lines_stay_one_document_each(write, rows, indent):
