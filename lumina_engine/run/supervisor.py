@@ -52,8 +52,6 @@ from .verdict import Ended, judge
 from .watchdog import Limits, Watchdog
 
 TICK = 0.05  # s between two looks at the log
-# s between two looks of the health monitor that keeps up: each of them takes a core from training, and code out of its cache
-HEALTH_TIME = 1.0
 LOG_CHECK_TIME = 0.5  # s between two looks at the size of engine.log
 SECOND_SIGNAL_TIME = 1.0  # s after which a second TERM or INT kills
 LEFTOVERS_TIME = 15.0  # s that processes of a killed supervisor get to die
@@ -158,7 +156,6 @@ class Supervisor:
         self.alarm = AlertCommand(self.settings.alert_command, self.run.path)
         report = self.run.reports / "health.json"
         self.health = RunHealth(self.run.metrics_path, report, self._tell, self.alarm.take, self.run.name)
-        self.health_looked = 0.0
         self.policy = policy.RestartPolicy(self.settings.max_restarts, self.settings.restart_pause_s)
         self.run.update_identity(
             **{key: self.order[key] for key in ("argv", "world", "settings", "versions", "host")},
@@ -187,8 +184,8 @@ class Supervisor:
             self.run, channel=self.ranks.path, nonce=self.nonce, inc=self.inc, resume=resume, world=self.world, after=self.after
         )
         self.after, self.oom_kills = None, oom_kills()
-        self.health.catch_up()  # with what the last incarnation left, while its trouble still is news
-        self.health.inc = self.inc
+        self.health.inc = self.health.inc or self.inc
+        self.health.renew()
         with held():
             self.child = subprocess.Popen(
                 self.argv,
@@ -210,9 +207,7 @@ class Supervisor:
                 key.data()
             now = time.monotonic()
             self._read_log(now)
-            if self.health.behind or now - self.health_looked > HEALTH_TIME:
-                self.health_looked = now
-                self.health.look()
+            self.health.tick(now)
             for number in self.signals.take():
                 self._signal(number, now)
             self._reap(now)

@@ -1,9 +1,9 @@
 """A worker without torch: writes records, beats, obeys commands. What it does is set by plan.json in the run's folder.
 
 Keys: steps, pace (s per step), crash (incarnation -> how), crash_after (steps), crash_early (the section in which, before it
-says that it runs), diverge (from this step on), checkpoint_every, unverified (checkpoints), grandchild, flood, close_output,
-code, deaf, deaf_in (incarnation), gathers (commands it obeys at once), tokenises (for ever: its data are never ready). It is
-run by path, not as a module.
+says that it runs), hold (s before the crash), diverge (from this step on), diverge_in (incarnation), checkpoint_every,
+unverified (checkpoints), grandchild, flood, close_output, code, deaf, deaf_in (incarnation), gathers (commands it obeys at
+once), tokenises (for ever: its data are never ready). It is run by path, not as a module.
 """
 
 from __future__ import annotations
@@ -128,7 +128,8 @@ class Worker:
                 self.wait(plan.get("pace", 0.002))
             step += 1
             self.channel.report(step, "step")
-            loss = 5.0 if step >= plan.get("diverge", steps) else 1.0 / step
+            diverges = step >= plan.get("diverge", steps) and plan.get("diverge_in", self.inc) == self.inc
+            loss = 5.0 if diverges else 1.0 / step
             self.log.emit(rec.Step(step=step, loss=loss, tokens=step * 8, tokens_per_s=8.0, lr=1e-3))
             if plan.get("close_output") and step == start + 3:
                 os.close(1)
@@ -138,6 +139,7 @@ class Worker:
             if plan.get("checkpoint_every") and step % plan["checkpoint_every"] == 0:
                 self.checkpoint(step)
             if how is not None and step >= start + plan.get("crash_after", 3):
+                self.wait(plan.get("hold", 0.0))
                 die(how)
         if plan.get("code"):
             return self.end("failed", plan["code"])

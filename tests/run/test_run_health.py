@@ -45,6 +45,59 @@ def test_c093_what_came_just_before_a_crash_is_told_behind_the_restart(runs: Run
     assert [alert.code for alert in alerts(run)].count("divergence") == 1
 
 
+def test_c093_an_alert_that_rank_0_took_to_its_death_is_told_again(runs: Runs) -> None:
+    """Taken between two steps, the second of which never ends."""
+    heard = runs.root / "heard"
+    argv = [sys.executable, "-c", f"import sys; open({str(heard)!r}, 'a').write(sys.stdin.read())"]
+    plan = {"steps": 400, "pace": 0.0, "diverge": 205, "diverge_in": 1, "checkpoint_every": 200}
+    plan |= {"crash": {"1": "1"}, "crash_after": 224, "hold": 2.5}
+    run = runs.start(runs.make(**plan), restart_pause_s=0.0, alert_command=argv)
+    assert launch.wait(run, 60) == 0 and run.info().inc == 2
+    assert [alert.code for alert in alerts(run)].count("divergence") == 1
+    until(heard.exists, "the command to be run")
+    assert '"divergence"' in heard.read_text()
+
+
+def test_c093_an_alert_is_taken_for_written_when_the_log_has_it(tmp_path: Path) -> None:
+    path, told = tmp_path / "metrics.jsonl", list[rec.Alert]()
+    log_of(path, (1, 1, 200, 1.0), (1, 200, 220, 5.0))
+    health = RunHealth(path, tmp_path / "health.json", lambda alert: not told.append(alert))
+    health.inc = 1
+    health.look()
+    (alert,) = told
+    health.renew()  # that rank 0 is gone, and has written nothing
+    health.look()
+    assert [one.code for one in told] == ["divergence"] * 2
+    with MetricLog(path, 2, sync_interval=0) as log:
+        log.emit(rec.Alert(severity="critical", code=alert.code, message=alert.message))
+    health.renew()
+    health.look()
+    assert len(told) == 2 and health.finish() == []
+
+
+def test_c093_old_trouble_of_this_supervisor_is_news_however_late_it_is_read(tmp_path: Path) -> None:
+    path, told = tmp_path / "metrics.jsonl", list[rec.Alert]()
+    log_of(path, (1, 1, 200, 1.0), (1, 200, 220, 5.0), (2, 220, 520, 1.0), (2, 520, 540, 5.0), (3, 540, 545, 1.0))
+    health = RunHealth(path, tmp_path / "health.json", lambda alert: not told.append(alert))
+    health.inc = 2
+    while health.look():
+        pass
+    assert [alert.step and alert.step > 500 for alert in told] == [True]
+
+
+def test_c093_a_report_of_half_a_log_replaces_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, where = tmp_path / "metrics.jsonl", tmp_path / "health.json"
+    log_of(path, (1, 1, 2000, 1.0))
+    where.write_text("the earlier one")
+    monkeypatch.setattr("lumina_engine.run.health.LAST_TIME", 0.0)
+    monkeypatch.setattr("lumina_engine.run.health.TURN_BYTES", 1 << 10)
+    monkeypatch.setattr("lumina_engine.monitoring.log.MAX_LINE", 1 << 10)
+    assert RunHealth(path, where, lambda alert: True).finish() == []
+    assert where.read_text() == "the earlier one" and "not written" in capsys.readouterr().err
+
+
 def log_of(path: Path, *inc_steps: tuple[int, int, int, float]) -> None:
     """Steps of several incarnations: (inc, first, last, loss)."""
     for inc, first, last, loss in inc_steps:
@@ -63,7 +116,7 @@ def test_c093_a_restart_keeps_the_windows_and_tells_nothing_twice(tmp_path: Path
         pass
     assert told == [] and list(health.watch.open) == ["divergence"], "the first start has told it"
     log_of(path, (2, 220, 330, 1.0), (2, 330, 350, 5.0))
-    assert health.finish() == [] and [alert.code for alert in told] == ["divergence"]
+    assert [alert.code for alert in health.finish()] == [alert.code for alert in told] == ["divergence"]
 
 
 def test_c093_alerts_wait_for_a_rank_that_takes_them(tmp_path: Path) -> None:
