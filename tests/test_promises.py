@@ -90,6 +90,9 @@ def test_rows_tell_how_their_tests_ended(tmp_path: Path, capsys: pytest.CaptureF
         "not run",
         "explained",
     ]
+    counts = {str(item["row"]): (item["ran"], len(item["tests"])) for item in table(read_results(path))}  # type: ignore[arg-type]
+    assert counts["C53"][0] == 1 and counts["C117"][0] == 0 and counts["C126"] == (0, 0)
+    assert all(item["ran"] is None for item in table())
     assert main(["--results", str(path)]) == 1
     shown = capsys.readouterr().out
     assert re.search(rf"^C53 +failed +.*{one}", shown, re.MULTILINE) and "1 failed, 1 green" in shown
