@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lumina_engine.run.sections import RARE
+from lumina_engine.run.sections import RARE, TOKENISE, place_words
 
 from .paint import clean, duration, whole
 
 LATE_S = 20.0  # at least, before a rank that does not move is called late
 # where a rank may stay for long without being late: the save, the evaluation and the start take their time
-PATIENT = RARE | {"paused", "save", "eval", "data"}
+PATIENT = RARE | {"paused", "save", "eval", "data", TOKENISE}
 _NAMES = {"step": "optimizer"}  # of sections, where the program calls them otherwise
 LIMIT = 4096  # ranks that are taken from one answer
 
@@ -80,11 +80,15 @@ class Ranks:
         """Where a rank is, in words: `backward of step 812, 90 s`."""
         if not beat.connected or beat.exit_code is not None:
             how = "without a word" if beat.exit_code is None else f"with code {beat.exit_code}"
+            if beat.section == TOKENISE:
+                return f"has ended {how}, {place_words(TOKENISE, beat.step)}"
             return f"has ended {how}" + (f" at step {whole(beat.step)}" if beat.step is not None else "")
         if not beat.section:
             return "has not said where it is"
         age = self.age(beat)
         place = f"{beat.section} of step {whole(beat.step)}" if beat.step is not None else beat.section
+        if beat.section == TOKENISE:
+            place = place_words(TOKENISE, beat.step)
         return place + (f", {duration(age)}" if age >= 2 else "")
 
     def worst(self) -> Beat | None:
@@ -98,11 +102,17 @@ class Ranks:
         return max(0, (self.world or 0) - len(self.beats))
 
     def summary(self) -> str:
-        """All ranks in a line: how many, the steps that they are at, who is furthest behind."""
+        """All ranks in a line: how many, the steps that they are at, who is furthest behind.
+
+        While one tokenises the data the others wait for it, so what it says is all that there is to say.
+        """
+        counts = [beat.step or 0 for beat in self.beats if beat.section == TOKENISE and beat.connected]
         steps = [beat.step for beat in self.beats if beat.step is not None and beat.connected]
         text = f"{len(self.beats)} rank{'s' if len(self.beats) != 1 else ''}"
         if self.missing():
             text += f", {self.missing()} not there yet"
+        if counts:
+            return f"{text}, {place_words(TOKENISE, max(counts))}"
         if steps:
             text += f", step {whole(min(steps))}" + (f" to {whole(max(steps))}" if min(steps) != max(steps) else "")
         places = _counted(beat.section for beat in self.beats if beat.connected and beat.section)

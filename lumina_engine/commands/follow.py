@@ -12,8 +12,13 @@ from ..monitoring import record as rec
 from ..monitoring.log import LogReader
 from ..monitoring.resume_words import resume_words
 from ..monitoring.task_words import task_losses
+from ..run.client import RunClient
+from ..run.directory import RunError
+from ..run.sections import TOKENISE, place_words
 from .common import safe
 
+LOOK_TIME = 0.5  # s between two looks at where the ranks of a start are; elsewhere than in a terminal LINE_TIME
+LINE_TIME = 10.0  # s between two lines of progress elsewhere than in a terminal
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT)
 
 
@@ -41,6 +46,8 @@ class _Follower:
         self.average: float | None = None  # of tokens/s
         self.step_time: float | None = None
         self.last_line = 0.0
+        self.preparing = False  # the log says nothing until the data are tokenised: the supervisor is asked
+        self.looked = 0.0
         self.shown = ""
 
     def run(self) -> int:
@@ -63,6 +70,7 @@ class _Follower:
                 continue
             if not alive:  # looked at before the log was read, so nothing can have been written since
                 break
+            self.look(time.monotonic())
             time.sleep(0.1)
         self.clear()
         return self.exit_code(final)
@@ -80,6 +88,7 @@ class _Follower:
 
     def show(self, item: Any) -> None:
         if isinstance(item, rec.Run):
+            self.preparing, self.looked = item.state == "preparing", time.monotonic()
             self.total = item.total_steps or self.total
             self.say(item.state + (f": {item.reason}" if item.reason else ""))
         elif isinstance(item, rec.Step):
@@ -109,14 +118,33 @@ class _Follower:
         if item.tokens_per_s:
             self.average = item.tokens_per_s if self.average is None else 0.95 * self.average + 0.05 * item.tokens_per_s
         now = time.monotonic()
-        if now - self.last_line < (0.2 if self.tty else 10.0):
+        if now - self.last_line < (0.2 if self.tty else LINE_TIME):
             return
         self.last_line = now
         parts = [f"step {item.step:,}" + (f"/{self.total:,}" if self.total else ""), f"loss {_number(item.loss)}"]
         parts += [f"lr {item.lr:.3g}" if item.lr is not None else "", f"{self.average:,.0f} tokens/s" if self.average else ""]
         if self.total and self.step_time:
             parts.append(f"{_duration((self.total - item.step) * self.step_time)} left")
-        line = "  ".join(part for part in parts if part)
+        self.rewrite("  ".join(part for part in parts if part))
+
+    def look(self, now: float) -> None:
+        """Show how far the tokenising of a start is at `now` (s, monotonic), by the supervisor's word."""
+        if not self.preparing or self.quiet or now - self.looked < (LOOK_TIME if self.tty else LINE_TIME):
+            return
+        self.looked = now
+        try:
+            with RunClient(self.directory, timeout=1.0) as client:
+                ranks = client.hello.get("ranks", [])
+        except RunError:
+            return  # not there yet, or just ended: the log and run.json say which
+        counts = [rank["step"] for rank in ranks if rank["section"] == TOKENISE and rank["connected"]]
+        if counts:
+            self.rewrite(place_words(TOKENISE, max(counts)))
+        else:
+            self.clear()
+
+    def rewrite(self, line: str) -> None:
+        """Show a line of progress: in a terminal in the place of the one before it."""
         if self.quiet:
             return
         if self.tty:

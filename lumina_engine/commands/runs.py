@@ -209,12 +209,14 @@ def _ranks(directory: RunDirectory) -> list[dict[str, Any]]:
 
 def place(rank: dict[str, Any]) -> str:
     """Section, step and time of a rank, its process and machine."""
+    from ..run.sections import place_words
+
     who = f"process {rank['pid']}" + (f" on {rank['host']}" if rank.get("host") else "")
     if not rank["connected"]:
         return f"gone, {who}" + (f", exit code {rank['exit_code']}" if rank["exit_code"] is not None else "")
     if rank["section"] is None:
         return f"starting, {who}"
-    return f"{rank['age_s']:.1f} s in {rank['section']} of step {rank['step']}, {who}"
+    return f"{rank['age_s']:.1f} s in {place_words(rank['section'], rank['step'])}, {who}"
 
 
 def _plain(records: list[rec.Record]) -> list[Any]:

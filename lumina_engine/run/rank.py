@@ -112,7 +112,7 @@ class RankChannel(NullChannel):
         return cls(path, nonce, int(environment.get("RANK", "0")))
 
     def report(self, step: int, section: str) -> None:
-        """Say where this rank is (section: data, forward, backward, step, save, eval, compile, …).
+        """Say where this rank is (section: tokenise, data, forward, backward, step, save, eval, compile, …).
 
         Costs little and never waits. The word goes out at once if none did for BEAT_INTERVAL, so that whatever happens next in
         a section that takes its time, the supervisor knows which it was; else the thread sends the newest one.

@@ -17,10 +17,18 @@ WINDOW = "window"  # the wait for a part of a stream to be tokenised
 ROLLBACK = "rollback"  # back to a checkpoint that is read and checked first
 WAITED = "waited save"  # a save whose end is waited for: the last one, or one behind another
 BACKUP = "backup"  # the end of a copy to another disk is waited for
+TOKENISE = "tokenise"  # of a start, before any step: what is reported with it counts conversations, not steps
 EXPERTS = "experts"  # a checkpoint is rewritten with another number of experts, before a model is made
 # so seldom that nothing tells how long they take
 RARE = frozenset({"compile", "dry run", "examination", WINDOW, ROLLBACK, WAITED, BACKUP, EXPERTS})
 WORK = "forward"  # the part of a step in which a rank waits for no other (but for split experts and ZeRO stage 3)
+
+
+def place_words(section: str, step: int | None) -> str:
+    """Where a rank is, for a person: `backward of step 812`. In `TOKENISE` the step is a number of conversations."""
+    if section == TOKENISE:
+        return f"tokenising: {step or 0:,} conversations so far"
+    return f"{section} of step {step}" if step is not None else section
 
 
 class SectionTimes:

@@ -43,7 +43,7 @@ from .process import (
 )
 from .rank import Command
 from .requests import RequestBook
-from .sections import EXPERTS, RARE
+from .sections import EXPERTS, RARE, TOKENISE
 from .signals import SignalQueue
 from .socket import ViewerServer, socket_folder
 from .straggler import Stragglers
@@ -462,7 +462,9 @@ class Supervisor:
         if found.hang is not None:
             advice = "the stacks of all ranks are in engine.log; the run goes on from its newest checkpoint"
             hang = found.hang
-            self._record(rec.Alert(severity="critical", code="hang", message=str(hang), recommendation=advice, step=hang.step))
+            self._record(
+                rec.Alert(severity="critical", code="hang", message=str(hang), recommendation=advice, step=hang.at_step)
+            )
         if found.state is not None:
             self._finish(found.state, found.code, found.reason)
         elif found.code == policy.AGAIN:
@@ -479,7 +481,7 @@ class Supervisor:
 
     def _read_data(self) -> bool:
         """Whether the ranks had come no further than to their data: so far no micro batch matters."""
-        return self.state == "preparing" and all(item.section in (None, "data") for item in self.ranks.ranks.values())
+        return self.state == "preparing" and all(item.section in (None, "data", TOKENISE) for item in self.ranks.ranks.values())
 
     def _rewrote_experts(self) -> bool:
         """Whether a checkpoint was given other experts meanwhile: no micro batch is in memory then, so none is too large."""

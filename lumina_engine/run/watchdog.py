@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from ..monitoring.say import say
 from .channel import RankState, named
 from .process import Process, send_all, send_signal
-from .sections import FIRST_STEPS, RARE, WORK
+from .sections import FIRST_STEPS, RARE, TOKENISE, WORK, place_words
 
 STACKS_TIME = 1.0  # s that the ranks get to print their stacks before TERM
 LEAST = 1.0  # s: no section is hung before, whatever the configuration says; heartbeats are up to 0.1 s late
@@ -54,11 +54,16 @@ class Hang:
     beside: tuple[str, ...] = ()
     host: str | None = None
 
+    @property
+    def at_step(self) -> int | None:
+        """The step for a record; None while the data are tokenised, where `step` counts conversations."""
+        return None if self.section == TOKENISE else self.step
+
     def __str__(self) -> str:
         who = named(self.rank, self.host)
         if self.section is None:
             return f"{who} has not said where it is for {self.seconds:.0f} s"
-        place = f"{self.section} of step {self.step}" if self.step is not None else self.section
+        place = place_words(self.section, self.step)
         others = f", so is {', '.join(self.beside)}" if self.beside else ""
         return f"{who} is {self.seconds:.0f} s in {place}{others}" + (", stopped by a signal" if self.stopped else "")
 

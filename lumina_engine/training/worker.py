@@ -36,7 +36,7 @@ from ..monitoring.say import print_error
 from ..run.directory import RunDirectory
 from ..run.policy import AGAIN, NO_PROGRESS, OUT_OF_MEMORY, PREEMPTED, REFUSED, USAGE
 from ..run.rank import NullChannel, RankChannel
-from ..run.sections import BACKUP
+from ..run.sections import BACKUP, TOKENISE
 from ..secrets import ScrubbedStream, Scrubber
 from .comm import Comm
 from .cuda import optimize_cuda_settings
@@ -114,7 +114,8 @@ class Worker:
         config = self.config
         self.channel.report(0, "data")
         tokenizer = ConversationTokenizer(config.tokenizer)
-        data = open_data(config, tokenizer, lambda documents, tokens: self.channel.report(documents, "data"))
+        data = open_data(config, tokenizer, lambda documents, tokens: self.channel.report(documents, TOKENISE))
+        self.channel.report(0, "data")  # they are there: what takes its time from here on is no tokenising
         for note in data.notes if self.rank == 0 else []:
             self.emit(rec.Note(message=note))
         settings = optimize_cuda_settings(config.deterministic)

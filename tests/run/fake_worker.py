@@ -20,6 +20,7 @@ from pathlib import Path
 from lumina_engine.monitoring import record as rec
 from lumina_engine.monitoring.log import MetricLog
 from lumina_engine.run.rank import Command, RankChannel
+from lumina_engine.run.sections import TOKENISE
 
 
 def die(how: str) -> None:
@@ -93,7 +94,7 @@ class Worker:
         """Report one document after the other; a signal ends it, as long as the trainer has not taken the signals over."""
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         for documents in itertools.count(1):
-            self.channel.report(documents, "data")
+            self.channel.report(documents, TOKENISE)
             self.wait(0.002)
 
     def main(self) -> int:

@@ -94,6 +94,11 @@ def test_show_tells_where_each_rank_is(runs: Runs, capsys: pytest.CaptureFixture
     assert [rank["section"] for rank in json.loads(capsys.readouterr().out)["ranks"]] == ["step", "step"]
 
 
+def test_c36_show_tells_how_far_a_rank_is_that_tokenises() -> None:
+    rank = {"pid": 12, "step": 1_248_000, "section": "tokenise", "age_s": 3.0, "connected": True, "exit_code": None}
+    assert command.place(rank) == "3.0 s in tokenising: 1,248,000 conversations so far, process 12"
+
+
 def test_show_names_ranks_elsewhere_and_those_that_are_gone() -> None:
     rank = {
         "rank": 1,

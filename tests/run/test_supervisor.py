@@ -90,9 +90,10 @@ def test_ft08_checkpoints_that_were_never_read_back_are_no_progress(runs: Runs) 
     assert [inc for inc, state in states(run) if state == "preparing"] == [1, 2]
 
 
-def test_ft08_out_of_memory_while_the_data_is_read_is_a_failed_restart(runs: Runs) -> None:
+@pytest.mark.parametrize("section", ["data", "tokenise"])
+def test_ft08_out_of_memory_while_the_data_is_read_is_a_failed_restart(runs: Runs, section: str) -> None:
     """No micro batch was tried yet, so none can be lowered: it must come to an end."""
-    run = runs.start(runs.make(crash={"*": "91"}, crash_early="data"), max_restarts=2, restart_pause_s=0.001)
+    run = runs.start(runs.make(crash={"*": "91"}, crash_early=section), max_restarts=2, restart_pause_s=0.001)
     assert launch.wait(run, 40) == 93
     assert [state for _, state in states(run)].count("crashed") == 3
 

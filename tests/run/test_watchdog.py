@@ -100,6 +100,18 @@ def test_ft07_ranks_that_have_left_or_wait_for_one_that_works_do_not_hang() -> N
     assert watching().look(5001, {0: reading, 1: waiting}, 2) is None, "one reads the data, the other waits for it"
 
 
+def test_ft07_c36_a_rank_that_stands_still_while_it_tokenises_says_how_many_conversations_it_has() -> None:
+    """It may stand as long as any rank of a start, and the number is no step: not in the record either."""
+    frozen = state("tokenise", steps=0, p99={"data": 1.0})
+    frozen.step = 1_248_000
+    assert limit(frozen, LIMITS) == 1800.0
+    assert watching().look(1799, {0: frozen}, 1) is None
+    found = watching().look(1900, {0: frozen}, 1)
+    assert found is not None and found.at_step is None
+    assert str(found) == "rank 0 is 1900 s in tokenising: 1,248,000 conversations so far"
+    assert Hang(0, "forward", 12, 90.0, 60.0).at_step == 12
+
+
 def test_ft07_a_rank_that_never_comes() -> None:
     dog = watching()
     assert dog.look(1700, {0: state(steps=0, at=0)}, 2) is None

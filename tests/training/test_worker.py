@@ -54,6 +54,27 @@ def failed(root: Path, error: Exception, after: bool = False, **keys: Any) -> tu
     return code, ear.left[1] or "", [r for r in read_records(run.metrics_path) if isinstance(r, rec.Run)]
 
 
+class Enough(Exception):
+    """The data are there."""
+
+
+def test_c36_while_the_data_are_tokenised_a_rank_counts_conversations_in_a_section_of_its_own(tmp_path: Path) -> None:
+    told: list[tuple[int, str]] = []
+
+    class Told(Ear):
+        def report(self, step: int, section: str) -> None:
+            told.append((step, section))
+            if told.count((0, "data")) == 2:
+                raise Enough
+
+    run = RunDirectory.create(tmp_path, "r")
+    Config(tokenizer="lumina-1k", data_cache_dir=str(tmp_path / "cache")).save(run.config_path)
+    with pytest.raises(Enough):
+        Worker(run, Told())._train()
+    assert told[0] == told[-1] == (0, "data") and len(told) > 2
+    assert {section for _, section in told[1:-1]} == {"tokenise"} and all(count > 0 for count, _ in told[1:-1])
+
+
 def test_c098_a_rate_that_was_set_before_the_first_checkpoint_is_set_again(tmp_path: Path) -> None:
     run = RunDirectory.create(tmp_path, "r")
     Config(tokenizer="lumina-1k").save(run.config_path)

@@ -36,9 +36,20 @@ def test_c131_a_rank_that_does_not_move_is_late_and_says_where():
     assert ranks.summary() == "2 ranks, step 812 to 813: 1 forward, 1 backward"
 
 
-@pytest.mark.parametrize("section", ["save", "eval", "paused", "compile", "data", ""])
+@pytest.mark.parametrize("section", ["save", "eval", "paused", "compile", "data", "tokenise", ""])
 def test_c131_where_waiting_is_usual_nobody_is_late(section):
     assert Ranks([Beat(0, 5, section, 3600.0)]).worst() is None
+
+
+def test_c131_c36_conversations_that_are_tokenised_are_no_steps():
+    reading, waiting = Beat(0, 1_248_000, "tokenise", 0.1), Beat(1, 0, "data", 40.0)
+    ranks = Ranks([reading, waiting], 2)
+    assert ranks.words(reading) == "tokenising: 1,248,000 conversations so far"
+    assert ranks.summary() == "2 ranks, tokenising: 1,248,000 conversations so far"
+    assert Ranks([waiting, reading], 3).summary() == "2 ranks, 1 not there yet, tokenising: 1,248,000 conversations so far"
+    dead = Beat(0, 500, "tokenise", connected=False)
+    assert ranks.words(dead) == "has ended without a word, tokenising: 500 conversations so far"
+    assert Ranks([dead, waiting]).summary() == "2 ranks, step 0: data"
 
 
 def test_c131_slow_steps_are_not_late():
