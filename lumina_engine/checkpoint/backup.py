@@ -217,7 +217,7 @@ def _copy(checkpoint: Path, folder: Path, step: int, tick: Tick) -> None:
 
 def _copy_file(folder: int, entry: FileEntry, staging: Staging, tick: Tick) -> FileEntry:
     with opened(folder, entry.path) as (fd, _):
-        copy = staging.write(entry.path, ticking(read_pieces(fd), tick), entry.size, entry.chunk_bytes, entry.algorithm)
+        copy = staging.write(entry.path, ticking(read_pieces(fd), tick), entry.size, entry)
     if copy != entry:
         raise CheckpointError(f"{entry.path} of step {staging.step} is not what was written, so it was not copied")
     return copy

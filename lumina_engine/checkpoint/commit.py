@@ -110,18 +110,11 @@ class Staging:
     def path(self) -> Path:
         return self.checkpoints / self.name
 
-    def write(
-        self,
-        relpath: str,
-        pieces: Iterable[Any],
-        size: int | None = None,
-        chunk_bytes: int | None = None,
-        algorithm: str = ALGORITHM,
-    ) -> FileEntry:
+    def write(self, relpath: str, pieces: Iterable[Any], size: int | None = None, like: FileEntry | None = None) -> FileEntry:
         """Write and fsync one new file; see `files.write_file`. After a failure the staging can only be dropped."""
         folder = open_folder(self.path)
         try:
-            return write_file(folder, relpath, pieces, size, chunk_bytes, algorithm)
+            return write_file(folder, relpath, pieces, size, like)
         finally:
             os.close(folder)
 

@@ -14,30 +14,23 @@ import fcntl
 import mmap
 import os
 from collections.abc import Generator
-from pathlib import Path
+
+from ..mounts import file_system
 
 BLOCK_BYTES = 1 << 20  # of one write or read: still in the cache when its digest is taken
 DIRECT_FROM = 4 << 20  # a smaller file is not worth it
 _ALIGNED = 4096  # offsets, lengths and memory are multiples of it: the largest sector of a disk
-MOUNTS = Path("/proc/self/mountinfo")
 _LOCAL = frozenset({"ext4", "xfs"})
 
 
-def file_system(fd: int, mounts: str | None = None) -> str:
-    """The type of the file system that an open file lies on, by its device in /proc/self/mountinfo; empty if unknown."""
-    device = os.fstat(fd).st_dev
-    wanted = f"{os.major(device)}:{os.minor(device)}"
-    try:
-        text = MOUNTS.read_text(encoding="utf-8", errors="replace") if mounts is None else mounts
-    except OSError:
-        return ""
-    rows = (line.partition(" - ") for line in text.split("\n"))
-    return next((after.split()[0] for before, _, after in rows if before.split()[2:3] == [wanted] and after.split()), "")
+def is_local(fd: int) -> bool:
+    """Whether an open file lies on a file system that takes whole blocks past the cache well."""
+    return file_system(f"/proc/self/fd/{fd}") in _LOCAL
 
 
 def takes_direct(fd: int, size: int | None) -> bool:
     """Whether a new file of so many bytes is written past the page cache."""
-    return size is not None and size >= DIRECT_FROM and file_system(fd) in _LOCAL
+    return size is not None and size >= DIRECT_FROM and is_local(fd)
 
 
 class BlockWriter:
@@ -119,7 +112,7 @@ def read_blocks(fd: int, past_cache: bool) -> Generator[memoryview]:
         OSError: as of `os.readv`.
     """
     block = memoryview(mmap.mmap(-1, BLOCK_BYTES))
-    direct = past_cache and file_system(fd) in _LOCAL and set_direct(fd, True)
+    direct = past_cache and is_local(fd) and set_direct(fd, True)
     try:
         while True:
             try:

@@ -176,12 +176,7 @@ def sync_folder(path: str | Path, dir_fd: int | None = None) -> None:
 
 
 def write_file(
-    folder: int,
-    relpath: str,
-    pieces: Iterable[Any],
-    size: int | None = None,
-    chunk_bytes: int | None = None,
-    algorithm: str = ALGORITHM,
+    folder: int, relpath: str, pieces: Iterable[Any], size: int | None = None, like: FileEntry | None = None
 ) -> FileEntry:
     """Create a new file of mode 0600 below the folder, hash and write the pieces, fsync it.
 
@@ -189,9 +184,8 @@ def write_file(
         folder: descriptor of the folder that `relpath` starts from; sub-folders must exist.
         pieces: contiguous buffers (bytes, memoryview, arrays); each is hashed and written before the next one is asked for.
         size: bytes to come, if known: large files get their blocks reserved first.
-        chunk_bytes: bytes of a digest; left out, the size decides. A copy has those of what is copied, which may have been
-            written without its size being known.
-        algorithm: of the digests; a copy has that of what is copied.
+        like: what is copied, for digests of the same kind over as many bytes: it may have been written without its size being
+            known, or by an earlier version.
 
     Raises:
         OSError: cannot create (also: exists), no space, failed fsync. The file must then be given up, never synced again.
@@ -202,8 +196,8 @@ def write_file(
         os.fchmod(fd, FILE_MODE)
         if size is not None and size >= RESERVE_FROM:
             _reserve(fd, size)
-        if chunk_bytes is None:
-            chunk_bytes = LARGE_CHUNK_BYTES if size is not None and size >= LARGE_FILE else CHUNK_BYTES
+        chunk_bytes = LARGE_CHUNK_BYTES if size is not None and size >= LARGE_FILE else CHUNK_BYTES
+        chunk_bytes, algorithm = (chunk_bytes, ALGORITHM) if like is None else (like.chunk_bytes, like.algorithm)
         blocks = BlockWriter(fd) if takes_direct(fd, size) else None
         digests = ChunkDigests(algorithm, chunk_bytes)
         for piece in pieces:

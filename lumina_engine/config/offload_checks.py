@@ -16,6 +16,7 @@ from lumina_engine.config.machine import Machine, gb_text
 from lumina_engine.config.offload import Offload, least_stage, offload_of
 from lumina_engine.config.resolve import model_config, ranks_per_node, resolved_precision, world_size
 from lumina_engine.config.schema import Config, infos_of
+from lumina_engine.mounts import file_system
 
 _HOST_KEYS = ("cpu_offload", "cpu_offload_optimizer", "cpu_offload_parameters")
 _NVME_KEYS = ("nvme_offload_optimizer", "nvme_offload_parameters")
@@ -110,23 +111,6 @@ def existing_parent(path: Path) -> Path:
     """The path, or the nearest folder above it that exists."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())
-
-
-def file_system(path: Path, mounts: str | None = None) -> str:
-    """Kind of the file system that holds an existing path, by /proc/mounts; empty where that cannot be read."""
-    if mounts is None:
-        try:
-            mounts = Path("/proc/mounts").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return ""
-    real = str(path.resolve())
-    best = ("", "")
-    for line in mounts.splitlines():
-        _, place, kind, *_ = line.split(" ")
-        inside = place == "/" or real == place or real.startswith(place + "/")
-        if inside and len(place) >= len(best[0]):
-            best = (place, kind)
-    return best[1]
 
 
 def async_io_problem() -> tuple[str, str] | None:

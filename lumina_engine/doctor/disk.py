@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..mounts import MOUNTS, file_system
 from .row import Result, fail, ok, warn
 from .system import System
 
@@ -37,7 +38,7 @@ def tmp_folder(system: System) -> Iterator[Result]:
 def _folder(system: System, folder: Path, least: float, advised: float, move: str, keeps: bool) -> Iterator[Result]:
     place = nearest(folder)
     named = f"{folder}" if place == Path(os.path.abspath(folder)) else f"{folder} (will be made below {place})"  # noqa: PTH100
-    kind = file_system(system, place)
+    kind = file_system(place, system.read(str(MOUNTS)) or "")
     try:
         space = system.statvfs(place)
     except OSError as error:
@@ -73,22 +74,6 @@ def nearest(folder: Path) -> Path:
     while not place.exists() and place != place.parent:
         place = place.parent
     return place
-
-
-def file_system(system: System, place: Path) -> str:
-    """The type of the file system that a folder lies on, from /proc/self/mountinfo; empty if unknown."""
-    target = os.path.realpath(place)
-    best = ("", "")
-    for line in (system.read("/proc/self/mountinfo") or "").splitlines():
-        before, _, after = line.partition(" - ")
-        fields, tail = before.split(), after.split()
-        if len(fields) < 5 or not tail:
-            continue
-        mount = fields[4].replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\")
-        inside = target == mount or target.startswith(mount.rstrip("/") + "/")
-        if inside and len(mount) >= len(best[0]):
-            best = (mount, tail[0])
-    return best[1]
 
 
 def use(place: Path) -> str | None:

@@ -327,7 +327,7 @@ def test_c078_each_digest_is_compared_once(tmp_path: Path, monkeypatch: pytest.M
 
 def test_ck18_digests_of_two_kinds_are_not_committed_together(tmp_path: Path) -> None:
     staging = Staging(tmp_path / "checkpoints", 1)
-    entries = [staging.write("a", [b"a"]), staging.write("b", [b"b"], algorithm="sha256")]
+    entries = [staging.write("a", [b"a"]), staging.write("b", [b"b"], like=FileEntry("b", 1, (), algorithm="sha256"))]
     with pytest.raises(CheckpointError, match="digests of blake3 and sha256"):
         commit(staging, entries, {})
 

@@ -18,8 +18,9 @@ import torch
 from lumina_engine.checkpoint import direct, files
 from lumina_engine.checkpoint import verify as verify_module
 from lumina_engine.checkpoint.digest import ALGORITHMS
-from lumina_engine.checkpoint.direct import BlockWriter, file_system, read_blocks, takes_direct
+from lumina_engine.checkpoint.direct import BlockWriter, read_blocks, takes_direct
 from lumina_engine.checkpoint.files import write_file
+from lumina_engine.mounts import file_system
 from tests.checkpoint.helpers import in_child, manager, payload
 
 BLOCK = 3 * 4096
@@ -133,23 +134,10 @@ def test_ck06_a_limit_of_the_size_is_the_error_of_any_write(folder: int, limit: 
 
 def test_c078_only_large_files_on_local_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with (tmp_path / "file").open("wb") as file:
-        device = os.fstat(file.fileno()).st_dev
-        row = f"36 35 {os.major(device)}:{os.minor(device)} / /mnt rw,noatime master:1 - {{}} /dev/x rw\n"
-        other = "37 35 0:999999 / /other rw - nfs4 server:/x rw\n\ngarbage - \n - \n"
-        assert file_system(file.fileno(), other + row.format("xfs")) == "xfs"
-        assert file_system(file.fileno(), other) == ""
-        strange = tmp_path / "mountinfo"
-        strange.write_bytes(
-            b"38 35 0:999998 / /mnt/m\xfcsik\x0c\xe2\x80\xa8 rw - vfat /dev/y rw\n" + row.format("ext4").encode()
-        )
-        monkeypatch.setattr(direct, "MOUNTS", strange)
-        assert file_system(file.fileno()) == "ext4"
-        monkeypatch.setattr(direct, "MOUNTS", tmp_path / "none")
-        assert file_system(file.fileno()) == ""
         for kind, taken in (("ext4", True), ("xfs", True), ("nfs4", False), ("overlay", False), ("", False)):
-            monkeypatch.setattr(direct, "file_system", lambda fd, kind=kind: kind)
+            monkeypatch.setattr(direct, "file_system", lambda place, kind=kind: kind)
             assert takes_direct(file.fileno(), direct.DIRECT_FROM) is taken
-        monkeypatch.setattr(direct, "file_system", lambda fd: "ext4")
+        monkeypatch.setattr(direct, "file_system", lambda place: "ext4")
         assert not takes_direct(file.fileno(), direct.DIRECT_FROM - 1) and not takes_direct(file.fileno(), None)
 
 
@@ -187,20 +175,12 @@ def test_c078_what_is_read_is_what_was_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, past_cache: bool
 ) -> None:
     monkeypatch.setattr(direct, "BLOCK_BYTES", BLOCK)
-    monkeypatch.setattr(direct, "_LOCAL", {file_system_of(tmp_path)})
+    monkeypatch.setattr(direct, "_LOCAL", {file_system(tmp_path)})
     content = random.Random(size).randbytes(size)
     (tmp_path / "file").write_bytes(content)
     monkeypatch.setattr(os, "readv", reads := Reads())
     assert b"".join(read_all(tmp_path / "file", past_cache)) == content
     assert reads.direct[0] is (past_cache and has_direct(tmp_path / "file"))
-
-
-def file_system_of(folder: Path) -> str:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        return file_system(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def invalid(fd: int, views: list[memoryview]) -> int:
@@ -212,7 +192,7 @@ def test_c078_reading_goes_on_through_the_cache_where_it_cannot_past_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int
 ) -> None:
     monkeypatch.setattr(direct, "BLOCK_BYTES", BLOCK)
-    monkeypatch.setattr(direct, "_LOCAL", {file_system_of(tmp_path)})
+    monkeypatch.setattr(direct, "_LOCAL", {file_system(tmp_path)})
     (tmp_path / "file").write_bytes(content := random.Random(3).randbytes(2 * BLOCK + 7))
     if not has_direct(tmp_path / "file"):
         pytest.skip("this file system has no direct reads")
@@ -227,7 +207,7 @@ def test_c078_a_file_is_as_it_was_when_its_reader_is_closed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, taken: int
 ) -> None:
     monkeypatch.setattr(direct, "BLOCK_BYTES", BLOCK)
-    monkeypatch.setattr(direct, "_LOCAL", {file_system_of(tmp_path)})
+    monkeypatch.setattr(direct, "_LOCAL", {file_system(tmp_path)})
     (tmp_path / "file").write_bytes(content := random.Random(4).randbytes(size))
     descriptor = os.open(tmp_path / "file", os.O_RDONLY)
     reader = read_blocks(descriptor, True)
@@ -245,7 +225,7 @@ def test_c078_a_large_file_read_past_the_cache_is_judged_as_any_other(
     monkeypatch.setattr(direct, "BLOCK_BYTES", BLOCK)
     monkeypatch.setattr(direct, "DIRECT_FROM", 4096)
     monkeypatch.setattr(verify_module, "DIRECT_FROM", 4096)
-    monkeypatch.setattr(direct, "_LOCAL", {file_system_of(tmp_path)})
+    monkeypatch.setattr(direct, "_LOCAL", {file_system(tmp_path)})
     probe, count = manager(tmp_path / "probe"), 4 * BLOCK
     probe.save(payload(1, model={"w": torch.zeros(count, dtype=torch.uint8)}))
     size = (tmp_path / "probe" / "checkpoints" / "step-000001" / "model" / "model.safetensors").stat().st_size
@@ -279,7 +259,7 @@ def test_c078_any_other_error_of_reading_is_told(tmp_path: Path, monkeypatch: py
 def test_c078_a_save_is_read_back_from_the_disk_and_a_start_reads_what_is_remembered(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(direct, "_LOCAL", {file_system_of(tmp_path)})
+    monkeypatch.setattr(direct, "_LOCAL", {file_system(tmp_path)})
     monkeypatch.setattr(direct, "DIRECT_FROM", 4096)
     monkeypatch.setattr(verify_module, "DIRECT_FROM", 4096)
     monkeypatch.setattr(os, "write", writes := Writes())

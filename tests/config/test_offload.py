@@ -97,11 +97,8 @@ def test_c057_the_disk_is_looked_at_before_anything_starts(tmp_path: Path, monke
     assert codes(CPU, nvme_offload_parameters=True, precision="auto")["nvme_weights"] == "error"
 
 
-def test_c057_the_file_system_is_that_of_the_nearest_mount(tmp_path: Path) -> None:
-    mounts = f"/dev/a / ext4 rw 0 0\ntmpfs /dev/shm tmpfs rw 0 0\ntmpfs {tmp_path} tmpfs rw 0 0\n"
+def test_c057_room_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
     (tmp_path / "x").mkdir()
-    assert offload_checks.file_system(tmp_path / "x", mounts) == "tmpfs"
-    assert offload_checks.file_system(Path("/"), mounts) == "ext4"
     assert offload_checks.existing_parent(tmp_path / "x" / "y" / "z") == tmp_path / "x"
 
 
