@@ -1,7 +1,7 @@
 """From paths to records: which files, what is in them, one JSON object at a time with its line.
 
-Containers are told apart by content, not by name. JSON Lines is read line by line and a JSON list element by element, so
-memory holds one record, not the file.
+JSON Lines is read line by line and a JSON list element by element, so memory holds one record, not the file. Which of them a
+file is, `container.py` tells.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from ..text import safe_text
 from .conversation import DataError, nearest, shown
 from .packed import SUFFIXES as PACKED_SUFFIXES
 from .packed import DataFile, opened, unreadable
-from .parquet import MAGIC as PARQUET
 from .parquet import parquet_rows
 from .remote import is_remote, local, remote_file, remote_files
 
@@ -32,16 +31,9 @@ OnError = Callable[[DataError], None]
 FOLDER_SUFFIXES = (".jsonl", ".ndjson", ".json", ".txt", ".parquet")
 REJECTS_SUFFIX = ".rejects.jsonl"  # what `data convert` dropped: no data, though it lies beside them
 _NAMED = 3  # files that are not read of which a note gives the names
-_LINES_SUFFIXES = (".jsonl", ".ndjson")
-_JSON_SUFFIXES = (*_LINES_SUFFIXES, ".json")
-_ARCHIVES = {b"PK\x03\x04": "zip", b"7z\xbc\xaf": "7-zip"}
 _CHUNK = 1 << 20  # characters read at a time from a JSON list
 _SPACE = " \t\r\n"
-_PROBE = 1 << 16  # bytes that tell the container
-_AHEAD_LINES = 200  # looked at where the first ones are broken, for one that is an object by itself
-_MAX_PROBE = 1 << 26  # bytes of one line, or of all these lines, that are looked at to tell the container
 _BEFORE, _BEHIND = 24, 32  # bytes or characters shown before a fault, and from it on
-EMPTY = "empty file"  # reason of the error about a file that holds no record
 MAX_RECORD = 1 << 26  # bytes or characters of one record
 _MAX_TEXT = 1 << 15  # characters of one plain-text document; longer files are cut at an empty line or a line end
 
@@ -122,7 +114,7 @@ def _folder(root: Path, entry: str, key: str, most: int | None) -> tuple[list[Pa
     sorted; no hidden ones."""
     closed: list[Path] = []
     inside = [path for path in _bounded(_walk(root, closed), entry, key, most) if not path.name.endswith(REJECTS_SUFFIX)]
-    data = {path for path in inside if _suffix(path) in FOLDER_SUFFIXES and path.is_file()}
+    data = {path for path in inside if named_suffix(path) in FOLDER_SUFFIXES and path.is_file()}
     return sorted(data), sorted(path for path in inside if path not in data and not path.is_dir()), sorted(closed)
 
 
@@ -195,7 +187,7 @@ def _unusable(message: str, path: object, fix: str) -> DataError:
     return DataError(message, path=path, fix=fix, exit_code=2)
 
 
-def _suffix(path: Path) -> str:
+def named_suffix(path: Path) -> str:
     """The ending that tells what is in a file, ".jsonl" for x.jsonl.gz."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in PACKED_SUFFIXES else suffix
@@ -229,100 +221,6 @@ def digests_of(files: Iterable[Path]) -> list[str]:
             raise unreadable(path, error) from None
         found.append(one.hexdigest())
     return found
-
-
-def container(path: Path) -> str:
-    """What the file is: "jsonl" (an object a line), "json" (a list, or objects over several lines), "text" or "parquet".
-
-    Broken lines at the beginning of a file that is named JSON Lines do not make a document over several lines of it: a line
-    further on decides.
-
-    Packed files (gzip, zstd, bzip2, xz) are looked into. Raises `DataError` for an empty file, an archive or binary content.
-    """
-    with opened(path) as file:
-        start, lines = _beginning(file)
-    if not start.strip(b" \t\r\n\x00\xef\xbb\xbf"):
-        raise DataError("the file is empty", path=path, fix="name a file with conversations", reason=EMPTY)
-    if start.startswith(PARQUET):
-        return "parquet"
-    for magic, name in _ARCHIVES.items():
-        if start.startswith(magic):
-            message = f"{name} archives are not read"
-            raise DataError(message, path=path, fix="unpack it first", excerpt=excerpt(start, 0))
-    whole = [_whole(line) for line in lines]
-    objects = [isinstance(value, dict) for value in whole]
-    if b"\0" in start and not any(objects):  # one bad record does not condemn a file of good ones
-        at = start.index(b"\0")
-        raise DataError(
-            "binary content (a zero byte)",
-            path=path,
-            line=start.count(b"\n", 0, at) + 1,
-            fix="name a UTF-8 JSON, JSON Lines, Parquet or text file",
-            excerpt=excerpt(start, at),
-        )
-    text = start.decode("utf-8", "ignore").lstrip("\ufeff").lstrip()
-    named_json = _suffix(path) in _JSON_SUFFIXES
-    if len(whole) > 1 and isinstance(whole[0], list) and objects[1]:
-        return "jsonl"  # a list that ends with its line, such as [1, 2], holds none of the objects that follow
-    if text.startswith("[") and (named_json or text[1:].lstrip()[:1] in ("{", "]", "")):
-        return "json"
-    if any(objects):  # with a broken first line the second one decides
-        return "jsonl"
-    if text.startswith("{"):
-        whole_lines = start if len(start) < _PROBE else max(start[: start.rfind(b"\n") + 1], b"".join(lines), key=len)
-        looks_on = _suffix(path) in _LINES_SUFFIXES and _has_fault(whole_lines)
-        return "jsonl" if looks_on and _object_ahead(path) else "json"
-    return "jsonl" if named_json else "text"
-
-
-def _beginning(file: DataFile) -> tuple[bytes, list[bytes]]:
-    """The first 64 KiB, and the first two lines that are not blank; of a very long one its beginning."""
-    start, lines = b"", list[bytes]()
-    while len(lines) < 2 and (line := file.content.readline(_MAX_PROBE)):
-        if line.strip():
-            lines.append(line)
-        if len(start) < _PROBE:
-            start += line[: _PROBE - len(start)]
-    if len(start) < _PROBE:
-        start += file.content.read(_PROBE - len(start))
-    return start, lines
-
-
-def _has_fault(start: bytes) -> bool:
-    """Whether the value that begins here is none whatever follows: its fault lies before the end of these whole lines."""
-    text = start.decode("utf-8", "ignore").lstrip("\ufeff").strip()
-    try:
-        json.JSONDecoder().raw_decode(text)
-    except json.JSONDecodeError as error:
-        return error.pos < len(text)
-    except (ValueError, RecursionError):
-        return True
-    return False
-
-
-def _object_ahead(path: Path) -> bool:
-    """Whether one of the first lines is an object by itself: not indented, and nothing behind it that would go on with the list
-    or the object that it is in."""
-    left, found = _MAX_PROBE, False
-    with opened(path) as file:
-        for _ in range(_AHEAD_LINES):
-            line = file.content.readline(left)
-            if found and line.strip() and not line.lstrip().startswith((b"]", b"}", b",")):
-                return True
-            if line.strip():
-                found = line.startswith(b"{") and isinstance(_whole(line), dict)
-            left -= len(line)
-            if not line or not left:
-                break
-    return found
-
-
-def _whole(line: bytes) -> object:
-    """The JSON value of a line, None where it is not a whole one."""
-    try:
-        return json.loads(line.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        return None
 
 
 def records(path: Path, kind: str, on_error: OnError | None = None) -> Iterator[Record]:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from .container import EMPTY, container
 from .conversation import DataError, Document, nearest, shown
-from .files import EMPTY, REJECTS_SUFFIX, OnError, Paths, Record, container, expand, line_range, records, texts
+from .files import REJECTS_SUFFIX, OnError, Paths, Record, expand, line_range, records, texts
 from .layouts import READERS, layout_of, parts, strict
 from .oasst import OasstOptions, OasstReader
 from .parquet import parquet_rows

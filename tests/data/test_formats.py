@@ -9,8 +9,9 @@ import tracemalloc
 
 import pytest
 
+from lumina_engine.data.container import container
 from lumina_engine.data.conversation import Conversation, DataError, Message, TextDocument
-from lumina_engine.data.files import container, digest_files, expand, unread_note
+from lumina_engine.data.files import digest_files, expand, unread_note
 from lumina_engine.data.formats import convert, convert_to_conversation_format, detect_format, read_conversations
 from lumina_engine.data.tally import Tally
 
@@ -313,10 +314,10 @@ def test_c028_the_look_ahead_for_a_good_line_is_bounded(write, monkeypatch):
     lines = ["{broken"] * 5 + [json.dumps(MESSAGES)]
     path = write("a.jsonl", "\n".join(lines))
     assert container(path) == "jsonl"
-    monkeypatch.setattr("lumina_engine.data.files._AHEAD_LINES", 5)
+    monkeypatch.setattr("lumina_engine.data.container._AHEAD_LINES", 5)
     assert container(path) == "json"
-    monkeypatch.setattr("lumina_engine.data.files._AHEAD_LINES", 6)
-    monkeypatch.setattr("lumina_engine.data.files._MAX_PROBE", 5 * len("{broken\n") + 1)
+    monkeypatch.setattr("lumina_engine.data.container._AHEAD_LINES", 6)
+    monkeypatch.setattr("lumina_engine.data.container._MAX_PROBE", 5 * len("{broken\n") + 1)
     assert container(path) == "json"
 
 
