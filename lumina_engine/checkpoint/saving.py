@@ -10,9 +10,9 @@ import hashlib
 import os
 import platform
 import sys
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ import torch
 
 from .. import __version__
 from . import ledger
+from .background import Background
 from .backup import Backups, Rewinds
 from .best import best_values, finite
 from .commit import Staging, commit
@@ -32,6 +33,7 @@ from .tensors import pack
 from .verify import Report, read_manifest, step_name, step_of, verify
 
 KEEP_EMERGENCY = 2
+PATIENCE = 5.0  # s of a save in idle time; then it competes with training
 
 
 class Comm(Protocol):
@@ -98,7 +100,7 @@ class _Save:
     work: float = 0.0  # seconds of preparing, writing and committing so far
     blocking: float = 0.0
     committing: bool = False
-    thread: threading.Thread | None = None
+    writing: Future[None] | None = None
     entries: list[FileEntry] | None = None
     error: str | None = None
     outcome: dict[str, Any] | None = None
@@ -109,7 +111,7 @@ class _Save:
 
     @property
     def busy(self) -> bool:
-        return self.thread is not None and self.thread.is_alive()
+        return self.writing is not None and not self.writing.done()
 
 
 class Saver:
@@ -135,6 +137,7 @@ class Saver:
         self.best_value: float | None = None
         self._owed_best: str | None = None  # `best` should name this step, and could not be written yet
         self._run_id, self._sync_log = run_id, sync_log
+        self._background = Background("checkpoint-writer")
         self._job: _Save | None = None
         self._results: list[SaveResult] = []
 
@@ -152,8 +155,7 @@ class Saver:
             self._write(job)
             self.drain()
             return
-        job.thread = threading.Thread(target=self._write, args=(job,), name="checkpoint-writer")
-        job.thread.start()
+        job.writing = self._background.start(lambda: self._write(job))
         job.blocking = time.monotonic() - started
 
     def _begin(
@@ -254,6 +256,7 @@ class Saver:
             self._after(notes, lambda: self._point(job))
         self._after(notes, lambda: self._keep(job, notes))
         if job.folder == self.checkpoints:
+            self._background.hurry()  # the thread of a copy, which may take long, gets the priority of this one
             self._after(notes, lambda: self.backups.copy_if_due(path))
 
     def _after(self, notes: list[str], action: Callable[[], object]) -> None:
@@ -339,19 +342,21 @@ class Saver:
     def drain(self) -> None:
         """Wait for the save in flight; its result stays for `poll`. All ranks."""
         while self._job is not None:
-            if self._job.thread is not None:
-                self._job.thread.join()
+            if self._job.writing is not None:
+                self._background.finish(self._job.writing)
             self._results = self.poll()
 
     def abandon(self) -> None:
         """Wait for this rank's writer only, and forget the save. No collective."""
         job, self._job = self._job, None
-        if job is not None and job.thread is not None:
-            job.thread.join()
+        if job is not None and job.writing is not None:
+            self._background.finish(job.writing)
 
     def _advance(self, job: _Save) -> dict[str, Any] | None:
         """One look at the save in flight; all ranks take the same branch, since each decision follows a gathered vote."""
         if any(self.comm.all_gather(job.busy)):
+            if time.monotonic() - job.started > PATIENCE:
+                self._background.hurry()
             return None
         if self.comm.world_size > 1 and not job.committing:
             mine = {"error": job.error, "work": job.work, "entries": [entry.to_json() for entry in job.entries or []]}
@@ -367,14 +372,13 @@ class Saver:
         return self.comm.all_gather(job.outcome)[0]
 
     def _begin_commit(self, job: _Save, entries: list[FileEntry]) -> None:
-        job.committing, job.thread = True, None
+        job.committing, job.writing = True, None
         if self.comm.rank != 0:
             return
         if job.inline:
             self._commit(job, entries)
             return
-        job.thread = threading.Thread(target=self._commit, args=(job, entries), name="checkpoint-commit")
-        job.thread.start()
+        job.writing = self._background.start(lambda: self._commit(job, entries))
 
     def _settle(self, job: _Save, outcome: dict[str, Any]) -> dict[str, Any]:
         """Rank 0, once the writer has ended: drop what failed."""

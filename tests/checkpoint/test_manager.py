@@ -850,8 +850,8 @@ def test_ft01_what_a_save_took_is_not_when_its_end_was_noticed(
         saves = Saves(made, lambda record: None, lambda: rank_payload(1, comm.rank))
         saves.save(1, blocking=False)
         while made.busy:
-            if (thread := made._saver._job and made._saver._job.thread) is not None:
-                thread.join()
+            if (writing := made._saver._job and made._saver._job.writing) is not None:
+                writing.result()
             comm.barrier()
             if comm.rank == 0:
                 clock.now += 3600

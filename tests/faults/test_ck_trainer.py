@@ -212,7 +212,11 @@ def test_ck16_a_slow_disk_holds_no_step_up_and_one_save_is_in_flight(tmp_path: P
 
 
 def test_ck16_a_writer_that_fails_is_told_within_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, failed = saving.write_files, threading.Event()
+    real, failed, start, started = saving.write_files, threading.Event(), saving.Background.start, list[Any]()
+
+    def kept(*arguments: Any) -> Any:
+        started.append(start(*arguments))
+        return started[-1]
 
     def broken(plan: Any, write: Any) -> Any:
         if not failed.is_set():
@@ -226,12 +230,11 @@ def test_ck16_a_writer_that_fails_is_told_within_a_step(tmp_path: Path, monkeypa
         if step == 4:
             seen.append(step)
         if step > 4 and failed.is_set() and len(seen) == 1:
-            for thread in threading.enumerate():
-                if thread.name == "checkpoint-writer":
-                    thread.join(60)  # it has ended by the boundary of this step
+            started[0].result(60)  # it has ended by the boundary of this step
             seen.append(step)
 
     monkeypatch.setattr(saving, "write_files", broken)
+    monkeypatch.setattr(saving.Background, "start", kept)
     records = Acting(act)
     summary = trained(tmp_path, tmp_path / "run", records, save_interval=4, async_save=True)
     assert summary["state"] == "finished" and saves(records)[0] == (4, False)
