@@ -6,6 +6,7 @@ Every run has the same ranks and batches as the one that it is compared with; on
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,28 @@ RESUMED = {"plain": "k2-dropless", "zero0": "k2-capacity-x4", "zero1": "k2-dropl
 SPREAD = {"expert_parallel_size": 2}
 OVERLAP = {**SPREAD, "overlap_alltoall": True}
 IDLE = {"moe_top_k": 1, "batch_size": 4, "idle_experts": 2, "max_steps": FEW}
+SHORT = {
+    name: {"batch_size": 4, "precision": key, "max_steps": FEW} for name, key in (("bf16", "bf16"), ("mixed", "mixed_bf16"))
+}
+# Of each commit: plain PyTorch in every shape, and ZeRO 2 where it shards what the others keep whole. All else is slow.
+EACH_TIME = {
+    *(f"plain {shape}" for shape in SHAPES),
+    *("zero2 k2-dropless", "zero2 k2-capacity-x4", "overlap plain k1-capacity", "overlap plain k2-dropless", "idle zero2"),
+    *("bf16 plain", "bf16 zero2", "mixed zero2", "nan plain", "nan zero2"),
+}
+SLOW, BEFORE_A_MERGE = pytest.mark.slow, pytest.mark.fast
+
+
+def references() -> dict[str, dict[str, Any]]:
+    """The runs with all experts on both ranks."""
+    found = {shape: {**keys, **PLAIN} for shape, keys in SHAPES.items()}
+    found["idle"] = {**IDLE, **PLAIN}
+    return found | {name: {**keys, **PLAIN} for name, keys in SHORT.items()}
 
 
 def modes() -> dict[str, dict[str, Any]]:
-    """Runs on two ranks: all of them in one process group, which costs less than a start for each."""
-    found = {shape: {**keys, **PLAIN} for shape, keys in SHAPES.items()}
+    """The runs with half of the experts on each of two ranks."""
+    found: dict[str, dict[str, Any]] = {}
     for engine, choice in ENGINES.items():
         for number in RUN[engine]:
             shape = list(SHAPES)[number]
@@ -54,18 +72,21 @@ def modes() -> dict[str, dict[str, Any]]:
     for engine, shape in (("plain", "k1-capacity"), ("plain", "k2-dropless"), ("zero2", "k2-capacity-x4")):
         recompute = {"gradient_checkpointing": shape == "k2-dropless"}
         found[f"overlap {engine} {shape}"] = {**SHAPES[shape], **ENGINES[engine], **OVERLAP, **recompute}
-    found["idle"] = {**IDLE, **PLAIN}
     found["idle plain"] = {**IDLE, **PLAIN, **OVERLAP}
     found["idle zero2"] = {**IDLE, "zero_stage": 2, **SPREAD}
-    bf16 = {"batch_size": 4, "precision": "bf16", "max_steps": FEW}
-    found["bf16"] = {**bf16, **PLAIN}
-    found |= {f"bf16 {engine}": {**bf16, **ENGINES[engine], **SPREAD} for engine in ("plain", "zero1", "zero2")}
-    mixed = {"batch_size": 4, "precision": "mixed_bf16", "max_steps": FEW}
-    found["mixed"] = {**mixed, **PLAIN}
-    found |= {f"mixed {engine}": {**mixed, **ENGINES[engine], **SPREAD} for engine in ("plain", "zero1", "zero2")}
-    for engine in ("plain", "zero0", "zero1", "zero2"):
+    for name, keys in SHORT.items():
+        found |= {f"{name} {engine}": {**keys, **ENGINES[engine], **SPREAD} for engine in ("plain", "zero1", "zero2")}
+    for engine in ENGINES:
         found[f"nan {engine}"] = {"batch_size": 4, "max_steps": 4, "nan_at": 3, **ENGINES[engine], **SPREAD}
     return found
+
+
+def cases(wanted: Iterable[str], *more: pytest.MarkDecorator) -> list[Any]:
+    """(fixture that has it, mode), slow where it is not of each time, with `more` marks then."""
+    return [
+        pytest.param("two", mode, id=mode) if mode in EACH_TIME else pytest.param("rest", mode, id=mode, marks=[SLOW, *more])
+        for mode in wanted
+    ]
 
 
 def run(folder: Path, ranks: int, wanted: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -76,8 +97,15 @@ def run(folder: Path, ranks: int, wanted: dict[str, dict[str, Any]]) -> dict[str
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """All of them in one process group, which costs less than a start for each."""
     folder = tmp_path_factory.mktemp("two")
-    return folder, run(folder, 2, modes())
+    return folder, run(folder, 2, references() | {mode: keys for mode, keys in modes().items() if mode in EACH_TIME})
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("rest")
+    return folder, run(folder, 2, references() | {mode: keys for mode, keys in modes().items() if mode not in EACH_TIME})
 
 
 def steps_of(mode: str) -> int:
@@ -105,11 +133,14 @@ def assert_equal(folder: Path, figures: dict[str, Any], mode: str, reference: st
         assert (spread[name] - tensor).abs().max() < 5e-5, (mode, name)  # a weight moves by up to 5e-2 in these steps
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_c020_two_ranks_with_half_of_the_experts_each_equal_all_on_both(two: tuple[Path, dict], engine: str) -> None:
-    for number in RUN[engine]:
-        shape = list(SHAPES)[number]
-        assert_equal(*two, f"{engine} {shape}", shape)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("part", "mode"), cases(f"{engine} {list(SHAPES)[number]}" for engine in ENGINES for number in RUN[engine])
+)
+def test_c020_two_ranks_with_half_of_the_experts_each_equal_all_on_both(
+    part: str, mode: str, request: pytest.FixtureRequest
+) -> None:
+    assert_equal(*request.getfixturevalue(part), mode, mode.split()[1])
 
 
 def test_c017_capacity_drops_in_these_runs(two: tuple[Path, dict]) -> None:
@@ -120,50 +151,61 @@ def test_c017_capacity_drops_in_these_runs(two: tuple[Path, dict]) -> None:
     assert last[0] < 0.8 * first[0] and first[3] > 1  # it learns, and the gradient is clipped
 
 
-@pytest.mark.parametrize("mode", ["plain k1-capacity", "plain k2-dropless", "zero2 k2-capacity-x4"])
-def test_c021_overlap_gives_the_same_losses_by_twice_the_transfers(two: tuple[Path, dict], mode: str) -> None:
-    engine, shape = mode.split()
-    assert_equal(*two, f"overlap {mode}", shape)
-    recomputed = mode == "plain k2-dropless"  # in the overlapping runs
+@pytest.mark.parametrize(
+    ("part", "mode"), cases(["overlap plain k1-capacity", "overlap plain k2-dropless", "overlap zero2 k2-capacity-x4"])
+)
+def test_c021_overlap_gives_the_same_losses_by_twice_the_transfers(
+    part: str, mode: str, request: pytest.FixtureRequest
+) -> None:
+    _, engine, shape = mode.split()
+    folder, figures = request.getfixturevalue(part)
+    assert_equal(folder, figures, mode, shape)
+    recomputed = mode == "overlap plain k2-dropless"
     blocks = steps_of(shape) * SHAPES[shape].get("gradient_accumulation_steps", 1) * LAYERS
     counts, there, back = blocks, 2 * blocks, 2 * blocks
     forwards = 2 if recomputed else 1
-    assert two[1][f"overlap {mode}"]["collectives"] == forwards * (counts + 2 * there) + 2 * back
+    assert figures[mode]["collectives"] == forwards * (counts + 2 * there) + 2 * back
     forwards = 2 if CHECKPOINTED[engine].get(list(SHAPES).index(shape)) is True else 1
-    assert two[1][mode]["collectives"] == forwards * (counts + there) + back
+    one_by_one = request.getfixturevalue("two")[1][f"{engine} {shape}"]
+    assert one_by_one["collectives"] == forwards * (counts + there) + back
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-def test_rs02_a_resumed_run_equals_the_unbroken_one_bit_for_bit(two: tuple[Path, dict], engine: str) -> None:
-    folder, figures = two
-    mode = f"{engine} {RESUMED[engine]}"
+@pytest.mark.parametrize(("part", "mode"), cases((f"{engine} {RESUMED[engine]}" for engine in ENGINES), BEFORE_A_MERGE))
+def test_rs02_a_resumed_run_equals_the_unbroken_one_bit_for_bit(part: str, mode: str, request: pytest.FixtureRequest) -> None:
+    folder, figures = request.getfixturevalue(part)
     assert figures[mode]["resumed"] == figures[mode]["steps"][12:]
     assert (folder / f"{mode} resumed.safetensors").read_bytes() == (folder / f"{mode}.safetensors").read_bytes()
     assert figures[mode]["refused"] == "", "a run without spread experts reads the state by name"
 
 
-@pytest.mark.parametrize("engine", ["plain", "zero2"])
-def test_r20_a_rank_that_never_chooses_half_of_the_experts_hangs_nothing(two: tuple[Path, dict], engine: str) -> None:
-    assert_equal(*two, f"idle {engine}", "idle")
+@pytest.mark.parametrize(("part", "mode"), cases(["idle plain", "idle zero2"]))
+def test_r20_a_rank_that_never_chooses_half_of_the_experts_hangs_nothing(
+    part: str, mode: str, request: pytest.FixtureRequest
+) -> None:
+    assert_equal(*request.getfixturevalue(part), mode, "idle")
 
 
-@pytest.mark.parametrize("precision", ["bf16", "mixed"])
-def test_c020_bf16_agrees_to_its_precision(two: tuple[Path, dict], precision: str) -> None:
-    figures = two[1]
-    for engine in ("plain", "zero1", "zero2"):
-        for one, other in zip(figures[f"{precision} {engine}"]["steps"], figures[precision]["steps"], strict=True):
-            assert one[0] == pytest.approx(other[0], rel=2e-2)
-            assert one[3] == pytest.approx(other[3], rel=5e-2)
+@pytest.mark.parametrize(
+    ("part", "mode"), cases(f"{precision} {engine}" for precision in SHORT for engine in ("plain", "zero1", "zero2"))
+)
+def test_c020_bf16_agrees_to_its_precision(part: str, mode: str, request: pytest.FixtureRequest) -> None:
+    figures = request.getfixturevalue(part)[1]
+    for one, other in zip(figures[mode]["steps"], figures[mode.split()[0]]["steps"], strict=True):
+        assert one[0] == pytest.approx(other[0], rel=2e-2)
+        assert one[3] == pytest.approx(other[3], rel=5e-2)
 
 
-def test_ft04_a_gradient_that_is_nan_on_one_rank_is_skipped_on_all(two: tuple[Path, dict]) -> None:
+@pytest.mark.parametrize(("part", "mode"), cases((f"nan {engine}" for engine in ENGINES), BEFORE_A_MERGE))
+def test_ft04_a_gradient_that_is_nan_on_one_rank_is_skipped_on_all(
+    part: str, mode: str, request: pytest.FixtureRequest
+) -> None:
     """Had one rank applied it, the weights would not be finite and the following losses neither."""
-    for engine in ENGINES:
-        steps = two[1][f"nan {engine}"]["steps"]
-        assert [step[5] for step in steps] == [False, False, True, False], engine
-        assert steps[3][3] < 10
-        weights = load_file(two[0] / f"nan {engine}.safetensors")
-        assert all(tensor.isfinite().all() for tensor in weights.values()), engine
+    folder, figures = request.getfixturevalue(part)
+    steps = figures[mode]["steps"]
+    assert [step[5] for step in steps] == [False, False, True, False]
+    assert steps[3][3] < 10
+    weights = load_file(folder / f"{mode}.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 @pytest.mark.slow
