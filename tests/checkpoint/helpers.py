@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import signal
@@ -141,11 +142,11 @@ def kill_at(number: int, written: float = 0.0) -> None:
         setattr(os, name, dying(name, getattr(os, name)))
 
 
-def kill_points(prepare: Callable[[], Any], action: Callable[[Any], object], written: float = 0.0) -> Iterator[tuple[int, Any]]:
-    """For k = 1, 2, … until a run completes: prepare, run the action in a child that dies at call k, yield (k, prepared)."""
-    number = 0
-    while True:
-        number += 1
+def kill_points(
+    prepare: Callable[[], Any], action: Callable[[Any], object], written: float = 0.0, every: int = 1
+) -> Iterator[tuple[int, Any]]:
+    """For k = 1, 1 + every, … until a run completes: prepare, run the action in a child that dies at call k, yield both."""
+    for number in itertools.count(1, every):
         prepared = prepare()
 
         def run(prepared: Any = prepared, number: int = number) -> None:

@@ -164,6 +164,7 @@ def test_c099_only_a_save_of_the_interval_is_asked_for_a_decision(tmp_path: Path
     assert without.train()["exit_code"] == 0 and not [r for r in without.records if isinstance(r, rec.Change)]
 
 
+@pytest.mark.slow
 def test_c099_c071_ranks_of_a_machine_started_by_hand_obey_the_supervised_one(tmp_path: Path) -> None:
     """Two ranks, of which only the first has a supervisor that starts it again."""
     run = prepare(tmp_path, "r", world=2, **KEYS | {"precision": "bf16", "dynamic_precision": True})
@@ -260,8 +261,12 @@ def test_c099_what_was_verified_here_is_not_read_again_and_what_was_damaged_is_t
     assert manager.notes[0].startswith("step-000012 is damaged and was set aside as step-000012.corrupt")
 
 
-def test_c099_killed_anywhere_in_it_the_next_start_reaches_the_same(start: Callable[..., Start], tmp_path: Path) -> None:
-    """Where the checkpoint of the decision is the only one. Rig K: at every durability call, those of the log too."""
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 4])
+def test_c099_killed_anywhere_in_it_the_next_start_reaches_the_same(
+    start: Callable[..., Start], tmp_path: Path, every: int
+) -> None:
+    """Where the checkpoint of the decision is the only one. Rig K: at every durability call, those of the log too; with each
+    commit at every fourth."""
     template = start("template", only=True)
     before = outputs(template.run.checkpoints / "step-000008")
     seen: set[str] = set()
@@ -278,7 +283,7 @@ def test_c099_killed_anywhere_in_it_the_next_start_reaches_the_same(start: Calla
         here.settle()
         here.fits()
 
-    for number, folder in kill_points(prepare, run):
+    for number, folder in kill_points(prepare, run, every=every):
         here = Start(folder, template.config)
         config = here.settle()
         here.fits()
