@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from lumina_engine.commands.bench import SHAPE
 from lumina_engine.config.schema import Config
 from lumina_engine.data.batch import TrainLoader
@@ -14,6 +16,7 @@ from lumina_engine.training import data_benchmark
 from tests.bench.test_train import TINY
 
 
+@pytest.mark.slow
 def test_c148_bench_data_says_what_it_measured():
     words = [f"{name}={value}" for name, value in TINY.items()]
     command = [sys.executable, "-m", "lumina_engine.cli", "bench", "data", "--json"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 
+@pytest.mark.slow
 def test_bench_supervise_gives_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LUMINA_SOCKETS", str(tmp_path / "s"))
     words = [sys.executable, "-m", "lumina_engine.cli", "bench", "supervise", "--seconds", "1.5", "--json"]

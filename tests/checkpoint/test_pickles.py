@@ -112,7 +112,15 @@ def test_s3_the_reader_has_no_network_starts_nothing_and_writes_in_one_folder(tm
     assert done.stdout.split() == ["6", "6"] and sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
-@pytest.mark.parametrize("form", ["state_dict", "model_state_dict", "bare", "wrapped", "config inside"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        "state_dict",
+        "bare",
+        "config inside",
+        *(pytest.param(form, marks=pytest.mark.slow) for form in ("model_state_dict", "wrapped")),
+    ],
+)
 def test_c103_a_pt_file_becomes_a_run(tmp_path: Path, form: str) -> None:
     model = model_of()
     state, shape = model.state_dict(), model.config.to_dict()

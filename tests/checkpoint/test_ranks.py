@@ -77,7 +77,11 @@ def both(run: Path, step: int, victim: int | None = None, number: int = 0, block
 
 @pytest.mark.parametrize(
     ("victim", "numbers"),
-    [(0, range(1, 80, 7)), (1, range(1, 20, 2)), pytest.param(0, range(1, 80), marks=pytest.mark.slow)],
+    [
+        pytest.param(0, range(1, 80, 7), marks=[pytest.mark.slow, pytest.mark.fast]),
+        (1, range(1, 20, 2)),
+        pytest.param(0, range(1, 80), marks=pytest.mark.slow),
+    ],
     ids=["rank0", "rank1", "rank0_every_call"],
 )
 def test_ck04_kill_one_of_two_ranks(fresh: Callable[[], Path], victim: int, numbers: range) -> None:

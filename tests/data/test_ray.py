@@ -106,7 +106,7 @@ def counting(remote, started):
     return counted
 
 
-@pytest.mark.parametrize("workers", [3, None])
+@pytest.mark.parametrize("workers", [pytest.param(3, marks=pytest.mark.slow), None])
 def test_c145_a_cluster_with_fewer_free_processors_than_workers_does_all_pieces(cluster, workers, write, settings, monkeypatch):
     """None is a worker for each processor of the cluster, not of this machine."""
     ray = cluster(1)
@@ -118,6 +118,7 @@ def test_c145_a_cluster_with_fewer_free_processors_than_workers_does_all_pieces(
     assert len(data.train) == 600 and len(started) == (workers or 1)
 
 
+@pytest.mark.slow
 def test_c145_a_cluster_without_a_free_processor_is_told(cluster, write, settings, monkeypatch):
     cluster(0)
     monkeypatch.setattr(ray_engine, "_PATIENCE", 0.5)

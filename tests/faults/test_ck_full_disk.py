@@ -69,6 +69,8 @@ def test_ck07_a_full_disk_stops_no_real_run(tiny_runs: TinyRuns, small_disk: Pat
     assert send_command(run, "stop")["ok"] and wait(run, 60) == 0
 
 
+@pytest.mark.slow
+@pytest.mark.fast
 def test_ck07_a_rank_that_dies_on_a_full_disk_is_started_again_all_the_same(tiny_runs: TinyRuns, small_disk: Path) -> None:
     tiny_runs.root = small_disk
     run = tiny_runs.running(max_steps=100_000, num_epochs=10_000, save_interval=20, eval_interval=0)

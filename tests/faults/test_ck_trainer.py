@@ -243,6 +243,8 @@ def test_ck16_a_writer_that_fails_is_told_within_a_step(tmp_path: Path, monkeypa
     assert order[at - 1] <= seen[1]
 
 
+@pytest.mark.slow
+@pytest.mark.fast
 def test_ck16_two_ranks_commit_a_save_while_they_evaluate(tmp_path: Path) -> None:
     """A fault in an evaluation costs nothing, however many ranks have to agree on the save before it."""
     program = Path(__file__).with_name("eval_ranks.py")
@@ -293,6 +295,7 @@ def test_ck11_train_resume_refuses_when_the_checkpoints_are_gone(tiny_runs: Tiny
     assert rewinds == [int(newest[5:])] and max(steps(run)) == 16
 
 
+@pytest.mark.slow
 def test_c080_a_resumed_run_has_the_value_of_best_from_its_log(tiny_runs: TinyRuns) -> None:
     """Evaluated at the end only, after its last save: no manifest has the loss of what `best` names."""
     run = tiny_runs.running(max_steps=6, eval_interval=0)

@@ -24,6 +24,7 @@ KEYS: dict[str, Any] = {
     "batch_size": 2,
     "gradient_accumulation_steps": 2,
 }
+BEFORE_A_MERGE = [pytest.mark.slow, pytest.mark.fast]
 
 
 def seen(run: RunDirectory) -> dict[str, Any]:
@@ -43,7 +44,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("section", "count", "enabled"),
-    [("data", 1, True), ("forward", 2, True), ("backward", 2, True), ("step", 1, True), ("forward", 2, False)],
+    [
+        ("forward", 2, True),
+        ("step", 1, True),
+        pytest.param("data", 1, True, marks=BEFORE_A_MERGE),
+        pytest.param("backward", 2, True, marks=BEFORE_A_MERGE),
+        pytest.param("forward", 2, False, marks=BEFORE_A_MERGE),
+    ],
 )
 def test_c084_ft09_an_error_in_a_step_saves_the_one_before_it(
     tiny_runs: TinyRuns, whole: dict[str, Any], section: str, count: int, enabled: bool

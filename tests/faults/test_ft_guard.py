@@ -231,7 +231,9 @@ def test_ft06_a_spike_goes_back_where_the_policy_says_so(tmp_path: Path) -> None
     assert tiny.trainer.recovery.skip.ranges == ((160, 176),) and tiny.trainer.guard.open_since is None
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [*(pytest.param(stage, marks=[pytest.mark.slow, pytest.mark.fast]) for stage in (0, 1)), 2, 3]
+)
 def test_ft06_a_spike_is_left_out_by_deepspeed_too(tmp_path: Path, stage: int) -> None:
     keys: dict[str, Any] = {
         "max_steps": 40,

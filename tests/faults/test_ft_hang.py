@@ -50,7 +50,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[int, float]
     [
         pytest.param("sleep", "forward", marks=BEFORE_A_MERGE),
         pytest.param("hold_gil", "backward", marks=BEFORE_A_MERGE),
-        ("stop", "data"),
+        pytest.param("stop", "data", marks=BEFORE_A_MERGE),
         ("deadlock", "step"),
     ],
 )
@@ -80,6 +80,8 @@ def test_ft07_a_hang_is_found_named_and_restarted_exactly(
     assert ({step: record.loss for step, record in steps(run).items()}, digests(final_manifest(run))) == unbroken
 
 
+@pytest.mark.slow
+@pytest.mark.fast
 def test_ft07_of_two_ranks_the_one_that_hangs_is_named(tiny_runs: TinyRuns) -> None:
     run = tiny_runs.running(faults=[Fault("sleep", STEP, "forward", rank=1)], world=2, settings=SOON, max_steps=16)
     nonce = run.identity()["nonce"]
@@ -92,6 +94,8 @@ def test_ft07_of_two_ranks_the_one_that_hangs_is_named(tiny_runs: TinyRuns) -> N
     assert marked(nonce) == []
 
 
+@pytest.mark.slow
+@pytest.mark.fast
 def test_ft07_the_screen_s_question_finds_the_rank_too(tiny_runs: TinyRuns) -> None:
     run = tiny_runs.running(faults=[Fault("sleep", 8, "backward")])
     until(lambda: fired(run.path), "the fault", 60)

@@ -107,6 +107,8 @@ def test_ft01_term_at_ten_phases_of_a_run(
     checkpoints_are_whole(run)
 
 
+@pytest.mark.slow
+@pytest.mark.fast
 def test_ft02_each_signal_does_what_the_table_says(tiny_runs: TinyRuns, unbroken: Any) -> None:
     run = tiny_runs.running(**ENDLESS, save_interval=0, eval_interval=0, log_interval=1)
     reached(run, 5)
@@ -134,6 +136,8 @@ def test_ft02_each_signal_does_what_the_table_says(tiny_runs: TinyRuns, unbroken
     checkpoints_are_whole(run)
 
 
+@pytest.mark.slow
+@pytest.mark.fast
 def test_ft02_a_second_term_kills_and_the_newest_checkpoint_counts(
     tiny_runs: TinyRuns, unbroken: Any, fault_random: random.Random
 ) -> None:
@@ -149,6 +153,8 @@ def test_ft02_a_second_term_kills_and_the_newest_checkpoint_counts(
     assert whole(run) == unbroken
 
 
+@pytest.mark.slow
+@pytest.mark.fast
 def test_ps07_a_killed_supervisor_takes_a_real_rank_along_and_the_restart_is_exact(
     tiny_runs: TinyRuns, unbroken: Any, fault_random: random.Random
 ) -> None:
@@ -181,6 +187,8 @@ def test_ft01_a_preemption_does_not_wait_for_a_backup_on_a_slow_disk(tiny_runs: 
     assert left and all(name.startswith("step-") and verify(run.backups / name).ok for name in left)
 
 
+@pytest.mark.slow
+@pytest.mark.fast
 def test_ps14_a_stop_in_a_save_lets_it_finish(tiny_runs: TinyRuns, fault_random: random.Random) -> None:
     at = 4 * fault_random.randint(1, 5)
     run = tiny_runs.running(faults=[Fault("slow", at, "save", value=1.0)], **ENDLESS, eval_interval=0)
@@ -229,6 +237,8 @@ def test_ft08_the_same_step_each_time_ends_with_93(tiny_runs: TinyRuns, fault_ra
     assert run.newest_step() == 4
 
 
+@pytest.mark.slow
+@pytest.mark.fast
 def test_ft10_a_loader_that_fails_is_named_and_its_rank_started_again(tiny_runs: TinyRuns, fault_random: random.Random) -> None:
     """Rows are made by threads of the rank: there is no process that could be killed beside it."""
     run = tiny_runs.running(faults=[Fault("loader", fault_random.randint(3, 10), "data")], max_steps=20, num_workers=2)

@@ -146,6 +146,7 @@ def test_c099_killed_anywhere_it_grows_to_the_same(
     decided_again(run, monkeypatch, capsys)
 
 
+@pytest.mark.slow
 def test_c099_a_run_takes_an_expert_out_that_serves_nobody(
     tiny_runs: TinyRuns, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,6 +163,7 @@ def test_c099_a_run_takes_an_expert_out_that_serves_nobody(
     assert outcome["what"] == "expert_growth_outcome" and outcome["reason"].startswith("recovered: the coldest expert of layer")
 
 
+@pytest.mark.slow
 def test_c099_a_growth_changes_no_loss_of_its_step_and_advice_changes_nothing(tiny_runs: TinyRuns) -> None:
     """The evaluation of the step that a run grows at is made after the restart: by the model with another expert."""
     run = grown(tiny_runs, "act", max_steps=16)

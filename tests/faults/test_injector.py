@@ -18,11 +18,10 @@ from .tiny_run import ends, steps
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        (Fault("raise", 5, "forward"), "InjectedError"),
-        (Fault("exit", 5, "step", value=7), "7"),
-        (Fault("segfault", 5, "backward"), "SIGSEGV"),
+        pytest.param(Fault("raise", 5, "forward"), "InjectedError", id="raise"),
+        pytest.param(Fault("exit", 5, "step", value=7), "7", marks=pytest.mark.slow, id="exit"),
+        pytest.param(Fault("segfault", 5, "backward"), "SIGSEGV", marks=pytest.mark.slow, id="segfault"),
     ],
-    ids=lambda value: value.how if isinstance(value, Fault) else "",
 )
 def test_a_fault_strikes_once_and_the_restart_finishes(tiny_runs: TinyRuns, fault: Fault, words: str) -> None:
     run = tiny_runs.running(faults=[fault], max_steps=8)
@@ -44,6 +43,7 @@ def test_poison_is_seen_by_the_guard_and_costs_its_step(tiny_runs: TinyRuns) -> 
     assert {end[0] for end in ends(run)} == {1}, "no restart"
 
 
+@pytest.mark.slow
 def test_a_signal_goes_to_the_rank_itself(tiny_runs: TinyRuns) -> None:
     run = tiny_runs.running(faults=[Fault("signal", 6, "backward", value=signal.SIGTERM)], max_steps=40)
     assert wait(run, 120) == 75, run.log_path.read_text()[-2000:]

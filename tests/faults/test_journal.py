@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from . import matrix
 from .journal import ROOT, Journal, state_of_code
 from .rows import files_of
@@ -74,6 +76,7 @@ def test_a_figure_over_its_bound_is_marked_in_the_table(tmp_path: Path) -> None:
     assert "open_1m_cold_s 2.5 to 3.94 (bound 3)" in matrix.line("MX04", found)
 
 
+@pytest.mark.slow
 def test_other_seeds_run_what_draws_from_them() -> None:
     files = [str(FAULTS / "test_mx_values.py"), str(FAULTS / "test_rs_world.py")]
     words = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-o", "addopts=--import-mode=importlib", *files]

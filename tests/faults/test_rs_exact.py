@@ -212,7 +212,15 @@ def test_rs02_killed_at_ten_instants_equals_unbroken(tmp_path: Path, fault_rando
     assert len(taken) >= per_epoch
 
 
-@pytest.mark.parametrize("case", ["epoch ends", "in accumulation", "in evaluation", "packing remainder"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param("epoch ends", marks=[pytest.mark.slow, pytest.mark.fast]),
+        "in accumulation",
+        "in evaluation",
+        "packing remainder",
+    ],
+)
 def test_rs03_awkward_places_equal_unbroken(tmp_path: Path, case: str) -> None:
     keys: dict[str, Any] = {"save_interval": 1, "max_steps": 18, "eval_split": 0.25, "eval_interval": 2, "eval_batches": 2}
     if case == "packing remainder":
@@ -255,7 +263,7 @@ def poison(tiny: Tiny, steps: set[int], value: float = float("nan"), rows: set[i
     tiny.trainer.engine.forward = poisoned  # type: ignore[method-assign]
 
 
-@pytest.mark.parametrize("stop", [8, 12, 16])
+@pytest.mark.parametrize("stop", [pytest.param(8, marks=[pytest.mark.slow, pytest.mark.fast]), 12, 16])
 def test_rs08_after_a_skipped_step_and_after_a_rollback_equals_unbroken(tmp_path: Path, stop: int) -> None:
     """One batch is not finite (step 6: skipped); three in a row are (steps 13-15: rollback, skip list).
 

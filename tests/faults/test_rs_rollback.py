@@ -16,7 +16,9 @@ from .injector import Fault
 from .tiny_run import final_manifest, steps
 
 
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "world", [pytest.param(1, marks=[pytest.mark.slow, pytest.mark.fast]), pytest.param(2, marks=pytest.mark.nightly)]
+)
 def test_rs08_ft05_killed_between_a_rollback_and_the_next_save_equals_unbroken(
     tiny_runs: TinyRuns, world: int, fault_random: random.Random
 ) -> None:
@@ -46,6 +48,8 @@ def test_rs08_ft05_killed_between_a_rollback_and_the_next_save_equals_unbroken(
     assert digests(last) == digests(last_killed), "weights, optimizer and generators of every rank"
 
 
+@pytest.mark.slow
+@pytest.mark.fast
 def test_rs08_ft05_an_error_in_the_middle_of_a_rollback_saves_nothing_and_equals_unbroken(tiny_runs: TinyRuns) -> None:
     """Weights of step 8 beside the position of step 15 are no state to save, and the log knows what was to be left out."""
     poison = [Fault("nan_loss", step, "forward") for step in (13, 14, 15)]

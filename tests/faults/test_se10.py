@@ -50,7 +50,7 @@ def test_the_look_finds_what_listens() -> None:
         assert wanted <= listening([os.getpid()])
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=[pytest.mark.slow, pytest.mark.fast]), 2])
 def test_se10_a_run_listens_on_loopback_only(tiny_runs: TinyRuns, world: int) -> None:
     """A rank alone has no rendezvous, but gloo makes a listener for a group of one too; nobody connects to it."""
     run = tiny_runs.running(world=world, max_steps=100_000, save_interval=0, eval_interval=0)

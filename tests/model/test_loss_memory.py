@@ -64,7 +64,8 @@ def test_r38_in_bf16_the_gradient_of_the_head_is_there_as_its_sum_in_fp32_and_ro
     assert peak("chunked", WIDE, "bfloat16") <= 1.3 * held(WIDE, 2, 4 + 2)
 
 
-@pytest.mark.parametrize(("dtype", "value"), [pytest.param("float32", 4, marks=pytest.mark.slow), ("bfloat16", 2)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "value"), [("float32", 4), ("bfloat16", 2)])
 def test_c077_evaluation_holds_one_chunk(dtype, value):
     """At most 1.3 x its logits, and less than training, which has them and the gradients."""
     evaluation = peak("evaluation", SHAPE, dtype)

@@ -143,7 +143,7 @@ def test_ft05_the_rollback_and_the_last_save_are_sections_of_their_own(tmp_path:
     assert [step for step, section in sections if section == "waited save"][-1] == 120 and (60, "save") in sections
 
 
-@pytest.mark.parametrize("cmd", [pytest.param("preempt", marks=pytest.mark.slow), "stop", "checkpoint"])
+@pytest.mark.parametrize("cmd", ["stop", *(pytest.param(cmd, marks=pytest.mark.slow) for cmd in ("preempt", "checkpoint"))])
 def test_c098_a_command_that_meets_a_rollback_waits_for_it(tmp_path: Path, cmd: str) -> None:
     """None saves the step that the run goes back from: a start from there would never go back."""
     keys = KEYS | {"spike_policy": "rollback", "spike_sigma": 20.0, "save_interval": 10, "max_steps": 140}
@@ -204,7 +204,7 @@ def test_c098_the_cut_outlives_a_guard_that_goes_back_to_the_same_checkpoint(tmp
     assert rate == rates(tiny)[1] / tiny.trainer.schedule.shape(1) * 0.25 and agrees(tiny)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("at", [70, 90])
+@pytest.mark.parametrize("at", [pytest.param(70, marks=pytest.mark.slow), 90])
 def test_c098_resumed_in_mid_ladder_it_equals_the_unbroken_run(tmp_path: Path, at: int) -> None:
     whole = run(tmp_path, "whole", save_interval=10)
     assert factors(whole)[0][0] <= 90 < factors(whole)[1][0] and factors(whole)[0][0] > 70

@@ -77,7 +77,7 @@ def test_c100_the_room_of_experts_is_doubled_and_fewer_tokens_drop(tmp_path: Pat
     assert max(n for step, n in dropped.items() if step > change.step) == 0 and outcome.evidence["recovered"] and agrees(tiny)
 
 
-@pytest.mark.parametrize("at", [8, 12, 16, 24])
+@pytest.mark.parametrize("at", [pytest.param(8, marks=pytest.mark.slow), 12, pytest.param(16, marks=pytest.mark.slow), 24])
 def test_c100_resumed_anywhere_it_equals_the_unbroken_run(tmp_path: Path, at: int) -> None:
     whole = skewed(tmp_path, save_interval=4)
     whole.train()
@@ -129,7 +129,7 @@ def gone_back(folder: Path, **keys: Any) -> Tiny:
     return tiny
 
 
-@pytest.mark.parametrize("mode", ["act", "advise"])
+@pytest.mark.parametrize("mode", ["act", pytest.param("advise", marks=pytest.mark.slow)])
 def test_c100_what_a_rollback_leaves_behind_counts_in_the_budget(tmp_path: Path, mode: str) -> None:
     for most in (1, 2):
         tiny = gone_back(tmp_path / str(most), adaptive=mode, max_adaptive_actions=most)

@@ -180,6 +180,7 @@ def test_c075_a_killed_try_is_survived_and_an_error_is_told(monkeypatch: pytest.
         run_trial("tests.training.trials", Config(), Comm(), {"how": "wrong"})
 
 
+@pytest.mark.slow
 def test_c075_a_try_that_one_rank_loses_is_lost_for_all(tmp_path: Path) -> None:
     """The other rank's process would wait for ever: it is ended, and every rank learns the same."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1"]
@@ -226,6 +227,7 @@ NARROW = [
 ]
 
 
+@pytest.mark.slow
 def test_r42_out_of_memory_in_a_step_goes_on_with_half_the_micro_batch(tmp_path: Path) -> None:
     """The rank's address space is closed at what it has now, so its next large tensor finds no room: a real want of memory.
     (malloc is told to map large tensors one by one; what it keeps by itself would have room for the step.)

@@ -25,7 +25,13 @@ def budget(folder: Path, *arguments: str) -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("mode", ["use_deepspeed=false", "zero_stage=1 precision=bf16"], ids=["plain", "bf16"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("use_deepspeed=false", id="plain"),
+        pytest.param("zero_stage=1 precision=bf16", id="bf16", marks=pytest.mark.slow),
+    ],
+)
 def test_c139_c113_a_run_weighs_and_takes_what_its_budget_says(tmp_path: Path, mode: str) -> None:
     keys = [*KEYS, *mode.split(), f"train_data_path={corpus(tmp_path)}"]
     before = budget(tmp_path, "--preset", "debug", *keys)

@@ -66,6 +66,7 @@ def test_c013_compiled_losses_equal_eager_in_every_mode(tmp_path, words):
     assert any(tmp_path.rglob("*.so")), "nothing was compiled"
 
 
+@pytest.mark.slow
 def test_c013_without_a_compiler_the_error_says_so_and_nothing_runs_uncompiled(tmp_path):
     done = bench("compile=true", CXX=str(tmp_path / "none"), TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
     assert done.returncode == 2 and "compile=true" in done.stderr and "compile=false" in done.stderr

@@ -149,8 +149,14 @@ def test_c100_the_step_of_the_end_is_saved_where_no_interval_saves_it(tmp_path: 
     assert tiny.train()["step"] == END and [step for step, _ in tiny.manager.committed()] == [END]
 
 
-@pytest.mark.parametrize("at", [8, 28, 32])
-@pytest.mark.parametrize("mode", ["act", "advise"])
+@pytest.mark.parametrize(
+    ("mode", "at"),
+    [
+        ("act", 28),
+        ("advise", 32),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("act", 8), ("act", 32), ("advise", 8), ("advise", 28))),
+    ],
+)
 def test_c100_resumed_anywhere_it_equals_the_unbroken_run(tmp_path: Path, at: int, mode: str) -> None:
     """The checkpoint of step 32 was taken before the evaluation that ends the run, which comes again."""
     whole = planted(tmp_path, adaptive=mode)
@@ -183,12 +189,20 @@ def test_c100_a_run_that_ended_goes_on_without_the_key(tmp_path: Path) -> None:
     assert [r.evidence["window"] for r in found.decisions] == [END // 2, END // 2 + 1]
 
 
-@pytest.mark.parametrize("at", [28, 30, 31, END])
-@pytest.mark.parametrize("mode", ["act", "advise"])
+@pytest.mark.parametrize(
+    ("mode", "at"),
+    [
+        ("act", 30),
+        ("act", 31),
+        ("advise", END),  # under act the run has ended there
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("act", 28), ("advise", 28), ("advise", 30), ("advise", 31))
+        ),
+    ],
+)
 def test_c100_the_evaluation_that_an_emergency_save_carries_counts(tmp_path: Path, at: int, mode: str) -> None:
     """It is not made again, and what came of it stands: advice is told once, and the end rests on all evaluations."""
-    if (mode, at) == ("act", END):
-        return  # there the run has ended
     whole = planted(tmp_path, "whole", adaptive=mode, save_interval=0)
     whole.train()
     log = failed_after(planted(tmp_path, adaptive=mode, save_interval=0), at)
@@ -226,7 +240,9 @@ def test_c100_a_rollback_to_a_step_saved_after_its_evaluation_keeps_that(tmp_pat
     assert found.differences == [] and found.spent == resumed.trainer.adaptive.spent == 2
 
 
-@pytest.mark.parametrize(("what", "end"), [("at once", 42), ("set later", 42), ("rolled back", 40)])
+@pytest.mark.parametrize(
+    ("what", "end"), [pytest.param("at once", 42, marks=pytest.mark.slow), ("set later", 42), ("rolled back", 40)]
+)
 def test_c100_a_run_of_a_version_without_the_key_counts_what_is_evaluated_behind_its_resume(
     tmp_path: Path, what: str, end: int
 ) -> None:
@@ -259,7 +275,10 @@ def test_c100_a_run_of_a_version_without_the_key_counts_what_is_evaluated_behind
     assert replay([rec.decode(rec.encode(r)) for r in log], resumed.config).differences == []
 
 
-@pytest.mark.parametrize(("changed", "end"), [({"learning_rate": 1e-4}, 42), ({"eval_batches": 3}, 42), ({}, 24)])
+@pytest.mark.parametrize(
+    ("changed", "end"),
+    [({"learning_rate": 1e-4}, 42), pytest.param({"eval_batches": 3}, 42, marks=pytest.mark.slow), ({}, 24)],
+)
 def test_c100_a_resume_on_another_course_counts_only_what_is_evaluated_on_it(
     tmp_path: Path, changed: dict[str, Any], end: int
 ) -> None:

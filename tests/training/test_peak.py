@@ -23,16 +23,16 @@ OVERLAPPED = {"overlap_comm": True, "contiguous_gradients": True}
 SHORT = {**BUCKETS, "precision": "bf16"}
 # case → keys; the shape is that of `peak.SHAPE` where nothing else is said: 13.7 M parameters, 2 of 8 experts, 1,024 tokens
 ONE = {
+    "dense, bf16, checkpointing": PLAIN | DENSE | {"precision": "bf16", "gradient_checkpointing": True},
+    "experts, saved beside a step": PLAIN | {"save_interval": 1},
+    "experts, bf16, short documents": PLAIN | {"short": True, "precision": "bf16"},
+}
+MORE = {
     "experts": PLAIN,
     "experts, checkpointing": PLAIN | {"gradient_checkpointing": True},
     "experts, bf16": PLAIN | {"precision": "bf16"},
-    "dense, bf16, checkpointing": PLAIN | DENSE | {"precision": "bf16", "gradient_checkpointing": True},
-    "experts, saved beside a step": PLAIN | {"save_interval": 1},
     "wide experts, 64 tokens": PLAIN | {"batch_size": 1, "seq_length": 64, "intermediate_size": 1024},
-    "experts, bf16, short documents": PLAIN | {"short": True, "precision": "bf16"},
     "dense, many heads, short documents": PLAIN | DENSE | MANY_HEADS | {"short": True},
-}
-MORE = {
     "experts, accumulation": PLAIN | {"gradient_accumulation_steps": 2},
     "experts, mixed_bf16": PLAIN | {"precision": "mixed_bf16"},
     "dense, vocabulary 50,048": PLAIN | DENSE | {"vocab_size": 50_048, "loss_chunk_size": 512, "batch_size": 4},

@@ -243,6 +243,7 @@ def test_other_weights_are_changed_by_a_restart_from_the_checkpoint(tmp_path: Pa
     assert all(torch.equal(m, weights[back.engine.names[m]]) for m in back.engine.masters.values())
 
 
+@pytest.mark.slow
 def test_c071_the_start_measures_says_why_and_leaves_training_as_it_was(tmp_path: Path) -> None:
     data = conversations(tmp_path / "train.jsonl")
     keys = ["max_steps=16", "save_interval=0"]

@@ -111,6 +111,7 @@ def test_rs02_killed_twice_equals_unbroken(unbroken: tuple[Path, Path, RunDirect
         assert len(proof.rng) == 1 and proof.samples
 
 
+@pytest.mark.slow
 def test_c020_spread_experts_killed_equals_unbroken_and_talks(unbroken: tuple[Path, Path, RunDirectory]) -> None:
     """Two ranks with half of the experts each: the same, and the checkpoint has all of them for one process to talk to."""
     root, data, _ = unbroken
@@ -133,6 +134,8 @@ def test_c020_spread_experts_killed_equals_unbroken_and_talks(unbroken: tuple[Pa
     assert json.loads(done.stdout)["tokens"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.fast
 def test_rs07_changed_data_is_refused(unbroken: tuple[Path, Path, RunDirectory]) -> None:
     root, data, _ = unbroken
     mine = root / "changing.jsonl"

@@ -59,7 +59,13 @@ async def test_first_and_last_line(tmp_path):
 
 
 @pytest.mark.parametrize("number", list(SCREENS))
-@pytest.mark.parametrize("look", [Look(), Look(glyphs="ascii", palette=NAMED, ansi=True)], ids=["braille", "ascii"])
+@pytest.mark.parametrize(
+    "look",
+    [
+        pytest.param(Look(), id="braille"),
+        pytest.param(Look(glyphs="ascii", palette=NAMED, ansi=True), id="ascii", marks=pytest.mark.slow),
+    ],
+)
 async def test_every_screen_at_every_size(tmp_path, number, look):
     async with FakeEngine(tmp_path) as engine:
         engine.state("running")

@@ -172,12 +172,18 @@ def test_c138_ascii_locale_sends_only_ascii(tmp_path):
     assert raw.isascii() and b"+-" in raw
 
 
-@pytest.mark.parametrize("environ", [{"COLORTERM": "truecolor"}, {"TERM": "linux"}], ids=["truecolor", "linux"])
+@pytest.mark.parametrize(
+    "environ",
+    [
+        pytest.param({"COLORTERM": "truecolor"}, id="truecolor"),
+        pytest.param({"TERM": "linux"}, id="linux", marks=pytest.mark.slow),
+    ],
+)
 def test_c138_no_color_sends_no_colour(tmp_path, environ):
     assert colours(toured(tmp_path, **{"NO_COLOR": "1", **environ})) == {"named": set(), "256": set(), "rgb": set()}
 
 
-@pytest.mark.parametrize("term", ["linux", "screen"])
+@pytest.mark.parametrize("term", ["linux", pytest.param("screen", marks=pytest.mark.slow)])
 def test_c138_sixteen_colours_are_named_ones(tmp_path, term):
     raw = toured(tmp_path, TERM=term, COLORTERM="truecolor")
     found = colours(raw)
@@ -187,7 +193,7 @@ def test_c138_sixteen_colours_are_named_ones(tmp_path, term):
         assert not any("\u2800" < c <= "\u28ff" for c in text) and not any(c in text for c in "\u256d\u256e\u256f\u2570")
 
 
-@pytest.mark.parametrize("term", ["xterm-256color", "tmux-256color"])
+@pytest.mark.parametrize("term", [pytest.param("xterm-256color", marks=pytest.mark.slow), "tmux-256color"])
 def test_c138_256_colours_avoid_the_users_16(tmp_path, term):
     extra = {} if term.startswith("xterm") else {"COLORTERM": "truecolor"}  # inside tmux it is that of the terminal outside
     found = colours(toured(tmp_path, TERM=term, **extra))
