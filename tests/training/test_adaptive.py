@@ -140,7 +140,7 @@ def test_ft05_the_rollback_and_the_last_save_are_sections_of_their_own(tmp_path:
     tiny.channel.at = lambda step, section: sections.append((step, section))
     tiny.train()
     assert rewinds(tiny) and [step for step, section in sections if section == "rollback"] == [45]
-    assert [step for step, section in sections if section == "waited save"][-1] == 120 and (60, "save") in sections
+    assert [step for step, section in sections if section == "waited save"][-1] == 120 and (10, "save") in sections
 
 
 @pytest.mark.parametrize("cmd", ["stop", *(pytest.param(cmd, marks=pytest.mark.slow) for cmd in ("preempt", "checkpoint"))])
