@@ -70,11 +70,33 @@ class Counts:
         }
 
 
+@dataclass(slots=True)
+class Told:
+    """In how many runs of a fault one of its codes was told, in how many of those set apart, and how many steps after it."""
+
+    runs: int = 0
+    held: int = 0
+    delays: list[int] = field(default_factory=list)
+
+    def add(self, run: Recorded, delay: int) -> None:
+        """Count a run in which it was told `delay` steps after the fault."""
+        self.runs += 1
+        self.held += run.held
+        self.delays.append(delay)
+
+    def figures(self) -> dict[str, Any]:
+        return {"runs": self.runs, "held": self.held, "median_delay_steps": _middle(self.delays)}
+
+
 def measure(runs: Iterable[Recorded]) -> dict[str, Any]:
-    """Replay the runs; the figures of all, of those set apart (`held`), by fault and by code (`table`)."""
+    """Replay the runs; the figures of all, of those set apart (`held`), by fault (`table`) and by code (`codes`).
+
+    A row of the table says for each code of its fault in how many of the runs it was `told`; `untold` are those without any.
+    """
     whole, held, chosen = Counts(), Counts(), Counts()
     by_fault: dict[str, Counts] = {}
     missed: dict[str, int] = {}
+    told: dict[str, dict[str, Told]] = {}
     codes: dict[str, dict[str, Any]] = {}
     records = 0
     seconds = 0.0
@@ -87,12 +109,22 @@ def measure(runs: Iterable[Recorded]) -> dict[str, Any]:
         records += len(stream)
         for counts in (whole, held if run.held else chosen, by_fault.setdefault(run.fault, Counts())):
             counts.add(run, alerts)
-        told = {alert.code for alert in alerts if (alert.step or 0) >= run.at}
-        if run.warning and not told & {*run.warning, *run.critical}:
+        first = _first(run, alerts)
+        if run.warning and not first:
             missed[run.fault] = missed.get(run.fault, 0) + 1
+        for code, delay in first.items():
+            told.setdefault(run.fault, {}).setdefault(code, Told()).add(run, delay)
         for alert in alerts:
             _count_code(codes, run, alert)
-    table = [{"fault": fault, **counts.figures(), "untold": missed.get(fault, 0)} for fault, counts in sorted(by_fault.items())]
+    table = [
+        {
+            "fault": fault,
+            **counts.figures(),
+            "untold": missed.get(fault, 0),
+            "told": {code: found.figures() for code, found in sorted(told.get(fault, {}).items())},
+        }
+        for fault, counts in sorted(by_fault.items())
+    ]
     return {
         **whole.figures(),
         "held": held.figures(),
@@ -103,12 +135,26 @@ def measure(runs: Iterable[Recorded]) -> dict[str, Any]:
     }
 
 
+def _delay(run: Recorded, alert: rec.Alert) -> int | None:
+    """Steps from the fault to an alert of one of its codes; None if it is none of them, or came before."""
+    delay = (alert.step or 0) - run.at
+    return delay if run.fault != "healthy" and delay >= 0 and alert.code in (*run.warning, *run.critical) else None
+
+
+def _first(run: Recorded, alerts: Iterable[rec.Alert]) -> dict[str, int]:
+    """Steps from the fault to the first alert of each of its codes."""
+    found: dict[str, int] = {}
+    for alert in alerts:
+        if (delay := _delay(run, alert)) is not None:
+            found.setdefault(alert.code, delay)
+    return found
+
+
 def _count_code(codes: dict[str, dict[str, Any]], run: Recorded, alert: rec.Alert) -> None:
     row = codes.setdefault(alert.code, {"severity": alert.severity, "true": 0, "false": 0, "delays": []})
-    delay = (alert.step or 0) - run.at
-    right = run.fault != "healthy" and delay >= 0 and alert.code in (*run.warning, *run.critical)
-    row["true" if right else "false"] += 1
-    if right:
+    delay = _delay(run, alert)
+    row["false" if delay is None else "true"] += 1
+    if delay is not None:
         row["delays"].append(delay)
 
 

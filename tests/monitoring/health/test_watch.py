@@ -17,7 +17,7 @@ import torch
 
 from lumina_engine import TrainingHealthMonitor
 from lumina_engine.bench.corpus import Recorded, read, write
-from lumina_engine.bench.generated import DISK, MACHINE, disk_records, machine_records
+from lumina_engine.bench.generated import DISK, MACHINE, ROOM, disk_records, machine_records, room_records
 from lumina_engine.bench.health import measure
 from lumina_engine.cli import _parser
 from lumina_engine.config.schema import Config, fields_info
@@ -94,6 +94,13 @@ def test_c093_a_fault_is_one_alert_of_its_code(change: dict[str, Any], code: str
     assert [alert.severity for alert in mine] == [severity] and f"step {mine[0].step}" in mine[0].message
     watch.replay(steps(100, 201 + within, **change))
     assert codes(watch).count(code) == 1, "told once while it lasts"
+
+
+def test_c093_what_is_learned_by_heart_does_not_diverge_from_one_small_loss_to_another() -> None:
+    watch = fed(200, loss=lambda step: 0.0035 + 0.0001 * (step % 5))
+    assert watch.replay(steps(30, 201, loss=0.006))[1:] == []  # but for the spike of its first step
+    assert codes(watch) == ["loss_spike"]
+    assert "divergence" in [alert.code for alert in watch.replay(steps(30, 231, loss=0.2))]
 
 
 def test_c093_a_loss_that_steps_up_with_the_length_of_rows_is_no_divergence() -> None:
@@ -308,11 +315,11 @@ def test_c093_routing_collapse_dead_hot_and_dropped() -> None:
     assert told == [[], [], [], [], ["dropped_tokens"], []]
 
 
-@pytest.mark.parametrize("kind", MACHINE)
+@pytest.mark.parametrize("kind", [*MACHINE, *ROOM])
 def test_c093_faults_of_the_machine(kind: str) -> None:
     watch = HealthWatch()
-    watch.replay(machine_records(kind, random.Random(1)))
-    critical, warning = MACHINE[kind]
+    watch.replay((machine_records if kind in MACHINE else room_records)(kind, random.Random(1)))
+    critical, warning = (MACHINE | ROOM)[kind]
     assert set(codes(watch)) <= {*critical, *warning} and bool(watch.alerts) == bool(critical or warning)
 
 
@@ -396,6 +403,12 @@ def test_c093_overfitting_and_a_plateau() -> None:
     for place, loss in enumerate([2.0, 1.5, 1.501, 1.499, 1.502, 1.498, 1.5]):
         flat.observe(rec.Eval(step=100 * place + 100, loss=loss))
     assert codes(flat) == ["eval_plateau"] and flat.alerts[0].severity == "info"
+    still = fed(600)
+    for place, loss in enumerate([2.0, 1.5, 1.5, 1.5, 1.5, 1.5]):  # to the last bit, where nothing is learned
+        still.observe(rec.Eval(step=100 * place + 100, loss=loss))
+    assert codes(still) == ["eval_plateau"]
+    still.observe(rec.Eval(step=700, loss=1.49))
+    assert not still.open
 
 
 FLAT = [2.0, 1.5, 1.501, 1.499, 1.502]  # of which the last does not move
@@ -868,3 +881,6 @@ def test_c093_what_the_bench_counts() -> None:
     found = measure([caught, missed, alarmed])
     assert (found["critical_recall"], found["critical_false_alarms"], found["warning_precision"]) == (0.5, 1, 0.5)
     assert found["runs"] == 3 and found["healthy_runs"] == 1 and found["held"]["runs"] == 0
+    bad, healthy = found["table"]
+    assert {code: told["runs"] for code, told in bad["told"].items()} == {"divergence": 1, "loss_spike": 1}
+    assert bad["told"]["loss_spike"] == {"runs": 1, "held": 0, "median_delay_steps": 0} and healthy["told"] == {}
