@@ -1,14 +1,16 @@
 """What the health monitor costs a run: one supervised run in which the monitor takes turns of ten seconds.
 
-    python tests/bench/health_cost.py [--steps 4000] [key=value …]
+    python tests/bench/health_cost.py [--steps 4000] [--monitors 1] [key=value …]
 
 The run is the debug preset under the real supervisor, without evaluation and saves. In every second turn of ten seconds the
 monitor reads nothing; in the turns between it reads what came meanwhile, too, so they bear the work of both. All else is the
 same. Throughput of a turn with the monitor is divided by that of its two neighbours, by whole steps behind the warm-up; runs of
 their own would differ by much more than the monitor costs. Throughput still moves by more than one per cent from turn to turn,
 so the processor time of the monitor is taken as well, as a share of all seconds: what it costs where training waits for all of
-it. Then the monitor alone reads a log of its records, again and again. The last line is JSON: throughput with ÷
-without (median of the turns, quartiles, extremes, standard error of the mean), that share, and records/s of the monitor.
+it. With `--monitors N` there are N in each turn, each of which reads the whole log: what they cost together stands out of the
+noise of the machine, and the Nth part of it is the cost of one. Then the monitor alone reads a log of its records, again and
+again. The last line is JSON: throughput with ÷ without (median of the turns, quartiles, extremes, standard error of the mean),
+what one monitor costs by it, that share, and records/s of the monitor.
 """
 
 from __future__ import annotations
@@ -46,8 +48,9 @@ WARM = 10  # steps that are not counted
 LONG = 100_000  # records that the monitor reads alone
 
 
-def taking_turns(health: RunHealth) -> list[tuple[float, float]]:
-    """Let a monitor look in every second turn only; grows with each look: when it ended, and processor time of all so far."""
+def taking_turns(health: RunHealth, others: Sequence[RunHealth] = ()) -> list[tuple[float, float]]:
+    """Let a monitor look in every second turn only, and others after it; grows with each look: when it ended, and processor
+    time of all looks so far."""
     looks: list[tuple[float, float]] = []
     inner = health.look
 
@@ -57,6 +60,8 @@ def taking_turns(health: RunHealth) -> list[tuple[float, float]]:
             return False
         begin = time.thread_time()
         found = inner()
+        for other in others:
+            other.look()
         looks.append((time.time(), time.thread_time() - begin + (looks[-1][1] if looks else 0.0)))
         return found
 
@@ -69,18 +74,21 @@ def its_turn(t: float) -> bool:
     return int(t / TURN) % 2 == 0
 
 
-def supervise(folder: str) -> int:
-    """This process becomes the supervisor of a run whose command is in order.json."""
+def supervise(folder: str, monitors: int) -> int:
+    """This process becomes the supervisor of a run whose command is in order.json, with so many monitors."""
     run = RunDirectory(folder)
     supervisor = Supervisor(run, json.loads((run.path / "order.json").read_text()))
     supervisor.open()
-    looks = taking_turns(supervisor.health)
+    more = [RunHealth(run.metrics_path, run.path / "unused.json", lambda alert: True) for _ in range(monitors - 1)]
+    looks = taking_turns(supervisor.health, more)
     code = supervisor.loop()
     write_json(run.path / LOOKS, looks)
     return code
 
 
-def measured(run: RunDirectory, argv: Sequence[str], world: int = 1, settings: dict[str, Any] | None = None) -> None:
+def measured(
+    run: RunDirectory, argv: Sequence[str], world: int = 1, settings: dict[str, Any] | None = None, monitors: int = 1
+) -> None:
     """Start a run and wait for its end.
 
     Raises:
@@ -88,7 +96,7 @@ def measured(run: RunDirectory, argv: Sequence[str], world: int = 1, settings: d
     """
     order = {"argv": list(argv), "world": world, "resume": False, "settings": settings or {}, "versions": {}, "host": "bench"}
     write_json(run.path / "order.json", order)
-    words = [sys.executable, os.fspath(Path(__file__).resolve()), "--supervise", os.fspath(run.path)]
+    words = [sys.executable, os.fspath(Path(__file__).resolve()), "--supervise", os.fspath(run.path), str(monitors)]
     with run.log_path.open("ab") as log:
         code = subprocess.run(
             words,
@@ -164,11 +172,11 @@ def records_per_s(records: Sequence[rec.Record], folder: Path, count: int = LONG
     return count / (time.perf_counter() - begin)
 
 
-def run_of(root: Path, overrides: Sequence[str]) -> RunDirectory:
-    """A run in which the monitor took turns."""
+def run_of(root: Path, overrides: Sequence[str], monitors: int = 1) -> RunDirectory:
+    """A run in which so many monitors took turns."""
     run, config = prepared(root, "turns", overrides)
     world = world_size(config, detect())
-    measured(run, launch.rank_argv(config, run.path, world), world, Settings.of_config(config))
+    measured(run, launch.rank_argv(config, run.path, world), world, Settings.of_config(config), monitors)
     return run
 
 
@@ -182,23 +190,28 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def main() -> int:
     if sys.argv[1:2] == ["--supervise"]:
-        return supervise(*sys.argv[2:])
+        return supervise(sys.argv[2], int(sys.argv[3]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--monitors", type=int, default=1)
     parser.add_argument("overrides", nargs="*")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        run = run_of(Path(folder) / "runs", [f"max_steps={args.steps}", *args.overrides])
+        run = run_of(Path(folder) / "runs", [f"max_steps={args.steps}", *args.overrides], args.monitors)
         records = list(read_records(run.metrics_path))
         share = processor_share(records, json.loads((run.path / LOOKS).read_text()))
         rate = records_per_s(records, Path(folder))
     speeds = turns(records)
     if len(ratios(speeds)) < 2:
         parser.error(f"--steps {args.steps}: more, there are too few turns of {TURN:g} s to compare")
+    with_over_without = spread(ratios(speeds))
     result = {
-        "throughput_with_over_without": spread(ratios(speeds)),
+        "throughput_with_over_without": with_over_without,
+        "monitors": args.monitors,
+        "cost_of_one": (1 - with_over_without["mean"]) / args.monitors,
+        "cost_of_one_standard_error": with_over_without["standard_error"] / args.monitors,
         "tokens_per_s": statistics.median(speeds.values()),
-        "monitor_share_of_a_core": share,
+        "monitor_share_of_a_core": share / args.monitors,
         "monitor_records_per_s": rate,
         "steps": len(counted(records)),
     }

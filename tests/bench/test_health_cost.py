@@ -30,12 +30,13 @@ def test_a_turn_without_the_monitor_reads_nothing(tmp_path: Path, monkeypatch: p
     path, now = tmp_path / "metrics.jsonl", [2 * TURN]
     path.write_bytes(b"".join(rec.encode(rec.Step(step=n, seq=n, loss=2.0, t=float(n), inc=1)) for n in range(1, 20)))
     monkeypatch.setattr(health_cost.time, "time", lambda: now[0])
-    health = RunHealth(path, tmp_path / "health.json", lambda alert: True)
-    looks = health_cost.taking_turns(health)
+    health, other = (RunHealth(path, tmp_path / "health.json", lambda alert: True) for _ in range(2))
+    looks = health_cost.taking_turns(health, [other])
     now[0] = 3 * TURN + 1
-    assert not health.look() and not health.behind and looks == []
+    assert not health.look() and not health.behind and looks == [] and other.watch.summary()["steps_seen"] == 0
     now[0] = 4 * TURN + 1
     assert health.look() and len(looks) == 1 and looks[0][0] == now[0] and looks[0][1] > 0
+    assert other.watch.summary()["steps_seen"] == 19
 
 
 def test_a_run_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
