@@ -64,10 +64,11 @@ class LocalComm:
 class SaveResult:
     """How a save ended, the same on every rank. `failed` says why there is no checkpoint; all else stays as it was.
 
-    seconds: of preparing, writing (the slowest rank) and committing; a save whose end waited for the next boundary is no slower
-    for that. span_seconds: from the call until its end was noticed, such waits included. blocking_seconds: for which training
-    stood still. `notes` tell of trouble after the commit (retention, pointers), which costs nothing but should be shown. `id`
-    is the command's, as given to `save`. `again`: the step was safe before, so its seconds are none of a save.
+    seconds: of preparing, writing (the slowest rank) and committing, as if training waited for it: without the wait for a core
+    in idle time, and for the next boundary at its end. span_seconds: from the call until its end was noticed, such waits
+    included. blocking_seconds: for which training stood still. `notes` tell of trouble after the commit (retention, pointers),
+    which costs nothing but should be shown. `id` is the command's, as given to `save`. `again`: the step was safe before, so
+    its seconds are none of a save.
     """
 
     step: int
@@ -155,7 +156,7 @@ class Saver:
             self._write(job)
             self.drain()
             return
-        job.writing = self._background.start(lambda: self._write(job))
+        self._start(job, self._write)
         job.blocking = time.monotonic() - started
 
     def _begin(
@@ -214,23 +215,34 @@ class Saver:
 
     def _write(self, job: _Save) -> None:
         """This rank's files; alone in the world, the commit too."""
-        begin = time.monotonic()
+        begin = self._worked()
         try:
             job.entries = write_files(job.plan, job.staging.write)
         except BaseException as problem:  # a thread that dies silently would leave the save in flight for ever
             job.error = why(problem)
         job.plan = []  # the host copies are not needed any more
-        job.work += time.monotonic() - begin
+        job.work += self._worked() - begin
         if self.comm.world_size == 1 and job.error is None:
             self._commit(job, job.entries or [])
 
     def _commit(self, job: _Save, entries: list[FileEntry]) -> None:
         """Rank 0: commit and what follows it, timed. Never raises: the outcome says what happened."""
-        begin = time.monotonic()
+        begin = self._worked()
         try:
             self._commit_now(job, entries)
         finally:
-            job.work += time.monotonic() - begin
+            job.work += self._worked() - begin
+
+    def _start(self, job: _Save, work: Callable[[_Save], None]) -> None:
+        """Begin beside training, in idle time for what is left of the save's patience."""
+        try:
+            job.writing = self._background.start(lambda: work(job), job.started + PATIENCE - time.monotonic())
+        except RuntimeError as problem:
+            job.error = why(problem)
+
+    def _worked(self) -> float:
+        """A clock that stands still while a save waits for a core in idle time."""
+        return time.monotonic() - self._background.waited()
 
     def _commit_now(self, job: _Save, entries: list[FileEntry]) -> None:
         """Commit, read back, pointers, retention."""
@@ -263,7 +275,7 @@ class Saver:
         """What follows a commit: each part of it may fail without the others, and costs no checkpoint."""
         try:
             action()
-        except (OSError, CheckpointError) as problem:
+        except Exception as problem:  # the checkpoint is there all the same, and this is the one place that tells
             notes.append(f"after the commit: {why(problem)}")
 
     def _record(self, step: int, digest: str, notes: list[str], committed: bool = False) -> None:
@@ -355,9 +367,9 @@ class Saver:
     def _advance(self, job: _Save) -> dict[str, Any] | None:
         """One look at the save in flight; all ranks take the same branch, since each decision follows a gathered vote."""
         if any(self.comm.all_gather(job.busy)):
-            if time.monotonic() - job.started > PATIENCE:
-                self._background.hurry()
             return None
+        if job.writing is not None and (problem := job.writing.exception()) is not None:
+            job.error = job.error or why(problem)
         if self.comm.world_size > 1 and not job.committing:
             mine = {"error": job.error, "work": job.work, "entries": [entry.to_json() for entry in job.entries or []]}
             votes = self.comm.all_gather(mine)
@@ -378,7 +390,7 @@ class Saver:
         if job.inline:
             self._commit(job, entries)
             return
-        job.writing = self._background.start(lambda: self._commit(job, entries))
+        self._start(job, lambda job: self._commit(job, entries))
 
     def _settle(self, job: _Save, outcome: dict[str, Any]) -> dict[str, Any]:
         """Rank 0, once the writer has ended: drop what failed."""

@@ -237,8 +237,6 @@ def test_ft08_the_same_step_each_time_ends_with_93(tiny_runs: TinyRuns, fault_ra
     assert run.newest_step() == 4
 
 
-@pytest.mark.slow
-@pytest.mark.fast
 def test_ft10_a_loader_that_fails_is_named_and_its_rank_started_again(tiny_runs: TinyRuns, fault_random: random.Random) -> None:
     """Rows are made by threads of the rank: there is no process that could be killed beside it."""
     run = tiny_runs.running(faults=[Fault("loader", fault_random.randint(3, 10), "data")], max_steps=20, num_workers=2)
