@@ -21,7 +21,8 @@ class Background:
     """Runs one piece of work after the other, as `start` is called, in a thread of its own that lives on between them."""
 
     def __init__(self, name: str) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix=name)
+        self._name = name
+        self._pool = self._new_pool()
         self._lock = threading.Lock()
         self._may_idle: bool | None = None  # not tried yet
         self._hurried = False
@@ -36,18 +37,17 @@ class Background:
         Raises:
             RuntimeError: the system has no thread for it.
         """
-        timer = threading.Timer(max(patience, 0.0), self.hurry)
-        timer.daemon = True
-        timer.start()
         with self._lock:
             self._hurried = patience <= 0
         try:
-            future = self._pool.submit(self._run, work)
+            return self._pool.submit(self._run, work, patience)
         except RuntimeError:
-            timer.cancel()
+            self._pool.shutdown(wait=False, cancel_futures=True)  # or its first thread would begin with this work
+            self._pool = self._new_pool()
             raise
-        future.add_done_callback(lambda _: timer.cancel())
-        return future
+
+    def _new_pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, thread_name_prefix=self._name)
 
     def hurry(self) -> None:
         """Let the work under way go on at the priority of all others, and the next one start so until `start` is called."""
@@ -73,11 +73,12 @@ class Background:
                 self._waited, self._open = total, None
             return total
 
-    def _run(self, work: Callable[[], None]) -> None:
+    def _run(self, work: Callable[[], None], patience: float) -> None:
         if self._may_idle is None:
             self._may_idle = comes_back()
+        timer = self._timer(patience) if self._may_idle and patience > 0 else None
         with self._lock:
-            lowers = self._may_idle and not self._hurried
+            lowers = timer is not None and not self._hurried
             if lowers:
                 self._idle = self._open = threading.get_native_id()
                 self._before = waited_for_core(self._idle)
@@ -86,9 +87,21 @@ class Background:
         try:
             work()
         finally:
+            if timer is not None:
+                timer.cancel()
             with self._lock:
                 self._restore()
             self.waited()
+
+    def _timer(self, patience: float) -> threading.Timer | None:
+        """What ends the patience. Made by the thread of the work, since a start of one waits until it runs."""
+        timer = threading.Timer(patience, self.hurry)
+        timer.daemon = True
+        try:
+            timer.start()
+        except RuntimeError:  # no thread more: nobody would end it
+            return None
+        return timer
 
     def _restore(self) -> None:
         if self._idle is not None:

@@ -286,6 +286,11 @@ def dump_json(value: Any, sort: bool = False) -> bytes:
     return json.dumps(value, sort_keys=sort, ensure_ascii=True, allow_nan=False, indent=1).encode() + b"\n"
 
 
+def dump_state(value: Any) -> bytes:
+    """The same on one line, for what no eye reads: it takes a tenth of the time, which holds training up."""
+    return json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+
+
 def count_parts(data: bytes) -> int:
     """Brackets, commas and colons of JSON, those of its texts too."""
     return sum(map(data.count, (b",", b"[", b"{", b":")))

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .backup import Tick
 from .compress import SUFFIX, compressed, plain_names, read_compressed
-from .files import MAX_JSON_BYTES, CheckpointError, FileEntry, dump_json, load_json, open_folder, read_file
+from .files import MAX_JSON_BYTES, CheckpointError, FileEntry, dump_json, dump_state, load_json, open_folder, read_file
 from .keep import leased
 from .tensors import first_non_finite, host_copy, pack, read_tensors, tensor_file, unpack
 from .universal import SavedState, Shard
@@ -112,11 +112,12 @@ def plan_files(
         files.append(_json(MODEL_CONFIG, pack(payload.model_config, "model_config")))
         files.append(_json(TOKENIZER, pack(payload.tokenizer, "tokenizer")))
         head = {name: getattr(payload, name) for name in ("step", "epoch", "tokens", "metrics", "flags", "global_state")}
-        files.append(_json(TRAINER, pack(head, "trainer")))
+        files.append(_json(TRAINER, pack(head, "trainer"), dump_state))
         if config is not None:
             files.append(_json(CONFIG, pack(config, "config")))
     state, tensors = rank_files(rank)
-    files.append(_json(state, pack({"rank": rank, "world": world, "state": payload.rank_state}, "rank_state")))
+    mine = {"rank": rank, "world": world, "state": payload.rank_state}
+    files.append(_json(state, pack(mine, "rank_state"), dump_state))
     own = _tensors(tensors, payload.rank_tensors, copy)
     files.append(packed(own) if compression == "zstd" else own)
     return files
@@ -127,8 +128,8 @@ def packed(file: PlannedFile) -> PlannedFile:
     return PlannedFile(file.path + SUFFIX, file.size, compressed(file.pieces, file.size), exact=False)
 
 
-def _json(path: str, value: Any) -> PlannedFile:
-    body = dump_json(value)
+def _json(path: str, value: Any, dump: Callable[[Any], bytes] = dump_json) -> PlannedFile:
+    body = dump(value)
     return PlannedFile(path, len(body), lambda: [body])
 
 

@@ -140,7 +140,8 @@ def pack(value: Any, prefix: str, tensors: dict[str, Tensor] | None = None) -> A
     if isinstance(value, float):
         return value if math.isfinite(value) else {"@float": repr(value)}
     if isinstance(value, tuple | list):
-        items = [pack(item, f"{prefix}.{index}", tensors) for index, item in enumerate(value)]
+        plain = all(type(item) is int for item in value)  # the states of random generators have hundreds of them
+        items = list(value) if plain else [pack(item, f"{prefix}.{index}", tensors) for index, item in enumerate(value)]
         return {"@tuple": items} if isinstance(value, tuple) else items
     if isinstance(value, Mapping):
         if all(isinstance(key, str) and not key.startswith("@") for key in value):

@@ -123,20 +123,39 @@ def test_c079_without_patience_work_begins_as_all_others(held: Held) -> None:
     work.result(DEADLINE)
 
 
+def recorded(function: Any, calls: list[int]) -> Any:
+    def called(*arguments: Any) -> Any:
+        calls.append(len(calls))
+        return function(*arguments)
+
+    return called
+
+
 def test_c079_a_system_without_a_thread_more_fails_the_save_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: Any) -> None:
         raise RuntimeError("can't start new thread")
 
-    made = manager(tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(background.threading.Timer, "start", refused)
-        (result,) = made.save(payload(1), blocking=False) or made.poll()
-    assert result.failed == "RuntimeError: can't start new thread" and names_in(tmp_path / "checkpoints") == []
+    made, begun = manager(tmp_path), list[int]()
+    monkeypatch.setattr(saving, "write_files", recorded(saving.write_files, begun))
     with monkeypatch.context() as patch:
         patch.setattr(background.threading.Thread, "start", refused)
         assert not comes_back()
-    (result,) = made.save(payload(1), blocking=False) or made.wait()
-    assert result.failed is None
+        (result,) = made.save(payload(1), blocking=False) or made.poll()
+    assert result.failed == "RuntimeError: can't start new thread" and names_in(tmp_path / "checkpoints") == []
+    (result,) = made.save(payload(2), blocking=False) or made.wait()
+    assert result.failed is None and len(begun) == 1  # not what has failed, too
+
+
+@needs_return
+def test_c079_without_a_thread_for_its_patience_work_has_none(held: Held, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(background.threading.Timer, "start", refused)
+    work = Background("writer").start(held, 60.0)
+    assert held.began.wait(DEADLINE) and held.policy == os.SCHED_OTHER
+    held.gate.set()
+    work.result(DEADLINE)
 
 
 @needs_return
