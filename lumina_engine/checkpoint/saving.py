@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +21,6 @@ import torch
 
 from .. import __version__
 from . import ledger
-from .background import Background
 from .backup import Backups, Rewinds
 from .best import best_values, finite
 from .commit import Staging, commit
@@ -33,7 +32,6 @@ from .tensors import pack
 from .verify import Report, read_manifest, step_name, step_of, verify
 
 KEEP_EMERGENCY = 2
-PATIENCE = 5.0  # s of a save in idle time; then it competes with training
 
 
 class Comm(Protocol):
@@ -64,11 +62,10 @@ class LocalComm:
 class SaveResult:
     """How a save ended, the same on every rank. `failed` says why there is no checkpoint; all else stays as it was.
 
-    seconds: of preparing, writing (the slowest rank) and committing, as if training waited for it: without the wait for a core
-    in idle time, and for the next boundary at its end. span_seconds: from the call until its end was noticed, such waits
-    included. blocking_seconds: for which training stood still. `notes` tell of trouble after the commit (retention, pointers),
-    which costs nothing but should be shown. `id` is the command's, as given to `save`. `again`: the step was safe before, so
-    its seconds are none of a save.
+    seconds: of preparing, writing (the slowest rank) and committing; a save whose end waited for the next boundary is no slower
+    for that. span_seconds: from the call until its end was noticed, such waits included. blocking_seconds: for which training
+    stood still. `notes` tell of trouble after the commit (retention, pointers), which costs nothing but should be shown. `id`
+    is the command's, as given to `save`. `again`: the step was safe before, so its seconds are none of a save.
     """
 
     step: int
@@ -138,7 +135,7 @@ class Saver:
         self.best_value: float | None = None
         self._owed_best: str | None = None  # `best` should name this step, and could not be written yet
         self._run_id, self._sync_log = run_id, sync_log
-        self._background = Background("checkpoint-writer")
+        self._writer = writer_thread()
         self._job: _Save | None = None
         self._results: list[SaveResult] = []
 
@@ -215,34 +212,32 @@ class Saver:
 
     def _write(self, job: _Save) -> None:
         """This rank's files; alone in the world, the commit too."""
-        begin = self._worked()
+        begin = time.monotonic()
         try:
             job.entries = write_files(job.plan, job.staging.write)
         except BaseException as problem:  # a thread that dies silently would leave the save in flight for ever
             job.error = why(problem)
         job.plan = []  # the host copies are not needed any more
-        job.work += self._worked() - begin
+        job.work += time.monotonic() - begin
         if self.comm.world_size == 1 and job.error is None:
             self._commit(job, job.entries or [])
 
     def _commit(self, job: _Save, entries: list[FileEntry]) -> None:
         """Rank 0: commit and what follows it, timed. Never raises: the outcome says what happened."""
-        begin = self._worked()
+        begin = time.monotonic()
         try:
             self._commit_now(job, entries)
         finally:
-            job.work += self._worked() - begin
+            job.work += time.monotonic() - begin
 
     def _start(self, job: _Save, work: Callable[[_Save], None]) -> None:
-        """Begin beside training, in idle time for what is left of the save's patience."""
+        """Begin in the writer's thread, beside training."""
         try:
-            job.writing = self._background.start(lambda: work(job), job.started + PATIENCE - time.monotonic())
-        except RuntimeError as problem:
+            job.writing = self._writer.submit(work, job)
+        except RuntimeError as problem:  # the system has no thread more
             job.error = why(problem)
-
-    def _worked(self) -> float:
-        """A clock that stands still while a save waits for a core in idle time."""
-        return time.monotonic() - self._background.waited()
+            self._writer.shutdown(wait=False, cancel_futures=True)  # or its first thread would begin with this work
+            self._writer = writer_thread()
 
     def _commit_now(self, job: _Save, entries: list[FileEntry]) -> None:
         """Commit, read back, pointers, retention."""
@@ -268,7 +263,6 @@ class Saver:
             self._after(notes, lambda: self._point(job))
         self._after(notes, lambda: self._keep(job, notes))
         if job.folder == self.checkpoints:
-            self._background.hurry()  # the thread of a copy, which may take long, gets the priority of this one
             self._after(notes, lambda: self.backups.copy_if_due(path))
 
     def _after(self, notes: list[str], action: Callable[[], object]) -> None:
@@ -355,14 +349,14 @@ class Saver:
         """Wait for the save in flight; its result stays for `poll`. All ranks."""
         while self._job is not None:
             if self._job.writing is not None:
-                self._background.finish(self._job.writing)
+                wait([self._job.writing])
             self._results = self.poll()
 
     def abandon(self) -> None:
         """Wait for this rank's writer only, and forget the save. No collective."""
         job, self._job = self._job, None
         if job is not None and job.writing is not None:
-            self._background.finish(job.writing)
+            wait([job.writing])
 
     def _advance(self, job: _Save) -> dict[str, Any] | None:
         """One look at the save in flight; all ranks take the same branch, since each decision follows a gathered vote."""
@@ -491,6 +485,11 @@ class Saver:
             "flags": pack(payload.flags, "flags"),
             "best": {"name": name, "metric": self.config.best_metric, "value": self.best_value} if name else None,
         }
+
+
+def writer_thread() -> ThreadPoolExecutor:
+    """One thread that lives on between saves: to start one waits until it runs, for which training would stand still."""
+    return ThreadPoolExecutor(1, thread_name_prefix="checkpoint-writer")
 
 
 def versions() -> dict[str, str]:

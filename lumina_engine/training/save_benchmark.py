@@ -59,7 +59,7 @@ def measure_saves(config: Any, rounds: int) -> dict[str, Any]:
         save_share: what a save each 20 steps adds to wall time, as a share of the steps without (from the sums of all rounds);
         save_share_min, _max: of single rounds. save_blocking_s: median time for which a save holds training up.
         step_p99_ratio: p99 of steps while a save may be under way, by p99 of the others. save_s: median from the call to the
-        boundary behind the commit; save_work_s: without its waits for a core and for that boundary.
+        boundary behind the commit; save_work_s: without its wait for that boundary.
 
     Raises:
         RuntimeError: a save failed.

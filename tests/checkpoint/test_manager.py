@@ -17,7 +17,7 @@ import torch
 import zstandard
 from safetensors.torch import load_file
 
-from lumina_engine.checkpoint import background, backup, consolidate, files, keep, saving
+from lumina_engine.checkpoint import backup, consolidate, files, keep, saving
 from lumina_engine.checkpoint.commit import CheckpointError, list_steps, pointer, verify
 from lumina_engine.checkpoint.compress import read_compressed
 from lumina_engine.checkpoint.manager import (
@@ -834,7 +834,6 @@ def test_ft01_what_a_save_took_is_not_when_its_end_was_noticed(
 
     monkeypatch.setattr(saving, "time", clock)
     monkeypatch.setattr(saving, "write_files", write)
-    monkeypatch.setattr(background, "waited_for_core", lambda thread: 0.0)  # of this machine, for which that clock stands still
 
     def work(comm: ThreadComm | LocalComm) -> tuple[float, float, bool]:
         made = CheckpointManager(settings(), tmp_path, comm)

@@ -212,11 +212,11 @@ def test_ck16_a_slow_disk_holds_no_step_up_and_one_save_is_in_flight(tmp_path: P
 
 
 def test_ck16_a_writer_that_fails_is_told_within_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, failed, start, started = saving.write_files, threading.Event(), saving.Background.start, list[Any]()
+    real, failed, start, started = saving.write_files, threading.Event(), saving.Saver._start, list[Any]()
 
-    def kept(*arguments: Any) -> Any:
-        started.append(start(*arguments))
-        return started[-1]
+    def kept(saver: Any, job: Any, work: Any) -> None:
+        start(saver, job, work)
+        started.append(job.writing)
 
     def broken(plan: Any, write: Any) -> Any:
         if not failed.is_set():
@@ -234,7 +234,7 @@ def test_ck16_a_writer_that_fails_is_told_within_a_step(tmp_path: Path, monkeypa
             seen.append(step)
 
     monkeypatch.setattr(saving, "write_files", broken)
-    monkeypatch.setattr(saving.Background, "start", kept)
+    monkeypatch.setattr(saving.Saver, "_start", kept)
     records = Acting(act)
     summary = trained(tmp_path, tmp_path / "run", records, save_interval=4, async_save=True)
     assert summary["state"] == "finished" and saves(records)[0] == (4, False)
