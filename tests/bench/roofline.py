@@ -10,9 +10,9 @@ gradients at the best bandwidth measured, and attention, SwiGLU, norms, addition
 softmax of the loss by the fastest of torch's kernels in the fewest passes, in the cache. The router, the embedding, zeroing and
 Python count as nothing. Bound = the peer's step in the same run, the best of the rounds as all the rest, over that sum.
 
-With `--aged` (fp32) products, AdamW and norm are timed as one pass in the order of a step over all weights, gradients and
-moments at their real number, so that each is as long untouched as in a step: some hosts of virtual machines let memory cool
-within tenths of a second. All activations stay in the cache. The fastest of the passes counts.
+With `--aged` (fp32) products, AdamW and norm are timed as one pass over the weights of all products, their gradients and
+moments, layer by layer as in a step, so that each is untouched about as long as there: some hosts of virtual machines let
+memory cool within tenths of a second. Activations are shared by all products of a shape. The fastest of the passes counts.
 
 Shapes: R rows, I inner, O columns.
 """
@@ -26,7 +26,6 @@ import shlex
 import subprocess
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +36,7 @@ from lumina_engine.config.counts import parameter_counts
 from lumina_engine.config.schema import Config, DeepSeekConfig
 from lumina_engine.model.attention_core import block_attention
 from lumina_engine.training.matmul_peak import Product, step_products
+from lumina_engine.training.memory import keep_freed_memory
 
 _REPEATS = 40
 _COLD_BYTES = 256 << 20  # more than caches hold
@@ -87,37 +87,44 @@ def product_seconds(rows: int, inner: int, columns: int, dtype: torch.dtype, col
     return fastest(*calls, repeats=_REPEATS // 4)
 
 
+Call = Callable[[Tensor], object]
+
+
 class Pass:
     """Products, AdamW and norm of a step in fp32, each weight with memory of its own, each product by its fastest call.
 
-    A weight (O, I) lies in the layout that serves forward and the gradient of the input best together.
+    A weight (O, I) lies in the layout that serves forward and the gradient of the input best together. Gradients of weights by
+    `torch.mm` only: oneDNN's operator cannot write to memory that is there.
     """
 
-    def __init__(self, found: list[Product]) -> None:
-        self._parts = [part for p in found for part in self._prepared(p)]
-        weights = [weight for _, _, weight, _ in self._parts]
-        self._grads = [torch.zeros_like(weight) for weight in weights]
-        self._weights, self._moments = weights, [[torch.zeros_like(weight) for weight in weights] for _ in range(2)]
-        self._step = [torch.tensor(1.0) for _ in weights]
+    def __init__(self, found: list[Product], layers: int) -> None:
+        head = [p for p in found if p.count == 1]
+        makers = [(self._prepared(p), round(p.count / layers)) for p in found if p.count != 1]
+        self._parts = [make() for _ in range(layers) for make, count in makers for _ in range(count)]
+        self._parts += [self._prepared(p)() for p in head]
+        self._weights = [weight for _, _, weight, _ in self._parts]
+        self._grads = [torch.zeros_like(weight) for weight in self._weights]
+        self._moments = [[torch.zeros_like(weight) for weight in self._weights] for _ in range(2)]
+        self._step = [torch.tensor(1.0) for _ in self._weights]
 
-    def _prepared(self, p: Product) -> list[tuple[Callable[[Tensor], object], Callable[[Tensor], object], Tensor, Any]]:
+    def _prepared(self, p: Product) -> Callable[[], tuple[Call, Call, Tensor, Call]]:
+        """Makes forward, gradient of the input, a weight and the gradient of the weight."""
         x, g = torch.randn(p.rows, p.inner), torch.randn(p.rows, p.columns)
+        xs, gs = (x, x.t().contiguous().t()), (g, g.t().contiguous().t())
         count = -(-_COLD_BYTES // (4 * p.inner * p.columns))
-        best: tuple[float, Any, Any, bool] | None = None
+        choices = []
         for turned in (False, True):
             ws = [_weight(p, turned) for _ in range(count)]
-            forward = _best_call([(lambda w, call=call: call(x, w)) for call in _FORWARD], ws)
-            backward = _best_call([(lambda w, call=call: call(g, w.t())) for call in _FORWARD], ws)
-            if best is None or forward[0] + backward[0] < best[0]:
-                best = forward[0] + backward[0], forward[1], backward[1], turned
-        assert best is not None
-        outs = [torch.empty(p.columns, p.inner) for _ in range(count)]
-        x_turned, g_turned = x.t().contiguous().t(), g.t().contiguous().t()
-        pairs = list(itertools.product((x, x_turned), (g, g_turned)))
-        calls: list[Callable[[Tensor], object]] = [lambda out, x=x, g=g: torch.mm(g.t(), x, out=out) for x, g in pairs]
+            forward = _best_call([(lambda w, call=call, x=x: call(x, w)) for call in _FORWARD for x in xs], ws)
+            backward = _best_call([(lambda w, call=call, g=g: call(g, w.t())) for call in _FORWARD for g in gs], ws)
+            choices.append((forward[0] + backward[0], forward[1], backward[1], turned))
+        _, by_forward, by_input, turned = min(choices, key=lambda choice: choice[0])
+        outs = [torch.empty_like(_weight(p, turned)) for _ in range(count)]
+        pairs = list(itertools.product(xs, gs))
+        calls: list[Call] = [lambda out, x=x, g=g: torch.mm(g.t(), x, out=out) for x, g in pairs]
         calls += [lambda out, x=x, g=g: torch.mm(x.t(), g, out=out.t()) for x, g in pairs]
         by_weight = _best_call(calls, outs)[1]
-        return [(best[1], best[2], _weight(p, best[3]), by_weight) for _ in range(round(p.count))]
+        return lambda: (by_forward, by_input, _weight(p, turned), by_weight)
 
     def seconds(self) -> tuple[float, float]:
         """Of the products, of AdamW and norm: one pass."""
@@ -160,7 +167,7 @@ def _weight(p: Product, turned: bool) -> Tensor:
     return torch.randn(p.inner, p.columns).t() if turned else torch.randn(p.columns, p.inner)
 
 
-def _best_call(calls: list[Callable[[Tensor], object]], tensors: list[Tensor]) -> tuple[float, Callable[[Tensor], object]]:
+def _best_call(calls: list[Call], tensors: list[Tensor]) -> tuple[float, Call]:
     """Seconds of the fastest call on one tensor after the other, and the call."""
     times = []
     for call in calls:
@@ -172,7 +179,7 @@ def _best_call(calls: list[Callable[[Tensor], object]], tensors: list[Tensor]) -
 
 def aged_seconds(model: DeepSeekConfig, config: Config) -> tuple[float, float]:
     """Of all products, of AdamW and norm: the fastest of twelve passes."""
-    whole = Pass(step_products(model, config.batch_size, config.seq_length))
+    whole = Pass(step_products(model, config.batch_size, config.seq_length), model.num_layers)
     passes = [whole.seconds() for _ in range(13)][1:]
     told = ", ".join(f"{1000 * (products + rest):.0f}" for products, rest in sorted(passes, key=sum))
     print(f"  passes, ms: {told}")
@@ -314,6 +321,7 @@ def main() -> None:
     config = Config(**{**SHAPE, "vocab_size": options.vocab})
     tokens = config.batch_size * config.seq_length
     command = f"{options.peer} --dtype {options.precision} --vocab_size {options.vocab}"
+    keep_freed_memory()  # as training does: a result is no new page
     peers = [peer_step(command, tokens) for _ in range(options.rounds)]  # first, while nothing here keeps threads
     bytes_s = bandwidth()
     parts = bounds(config, options.precision, bytes_s, options.aged)

@@ -113,11 +113,13 @@ def test_state_keeps_tuples_keys_and_non_finite_numbers() -> None:
         3: [float("nan"), -float("inf")],
         "nested": {"@odd": {1: torch.arange(3)}, "t": torch.ones(2)},
         "numpy": np.float32(0.5),
+        "whole": [[], (), [1, 2], (3,), [True, False], (1, True), [1, (2,)]],
         "big": 2**200,
         "order": {"z": 1, "a": 2},
     }
     back = unpack(json.loads(json.dumps(pack(state, "s", tensors), allow_nan=False)), tensors)
     assert repr(back) == repr({**state, "numpy": 0.5})
+    assert pack([np.int64(1), 2], "s") == [1, 2] and type(pack([np.int64(1)], "s")[0]) is int
     with pytest.raises(CheckpointError, match=r"s\.f is a builtin_function"):
         pack({"f": len}, "s")
     with pytest.raises(CheckpointError, match="tensors belong into rank_tensors"):
