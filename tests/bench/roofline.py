@@ -137,20 +137,7 @@ class Pass:
         middle = time.perf_counter()
         for grad in self._grads:
             torch.linalg.vector_norm(grad)
-        torch._fused_adamw_(
-            self._weights,
-            self._grads,
-            *self._moments,
-            [],
-            self._step,
-            lr=1e-9,
-            beta1=0.9,
-            beta2=0.95,
-            weight_decay=0.0,
-            eps=1e-8,
-            amsgrad=False,
-            maximize=False,
-        )
+        adamw(self._weights, self._grads, *self._moments, self._step)
         return middle - begin, time.perf_counter() - middle
 
 
@@ -204,28 +191,20 @@ def products(found: list[Product], dtype: torch.dtype) -> tuple[float, float]:
     return seconds, 3 * sum(p.flops for p in found)
 
 
+def adamw(weights: list[Tensor], grads: list[Tensor], firsts: list[Tensor], seconds: list[Tensor], steps: list[Tensor]) -> None:
+    """torch's fused update, once."""
+    rates = {"lr": 1e-9, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.0, "eps": 1e-8}
+    torch._fused_adamw_(weights, grads, firsts, seconds, [], steps, **rates, amsgrad=False, maximize=False)
+
+
 def bandwidth() -> float:
     """Bytes/s that memory gives at most: the best of a copy, and of AdamW itself, over 400 MB."""
     count = 25_000_000
     tensors = [torch.randn(count).abs() for _ in range(4)]
-    step = torch.tensor(1.0)
-
-    def adamw() -> None:
-        torch._fused_adamw_(
-            *([tensor] for tensor in tensors),
-            [],
-            [step],
-            lr=1e-9,
-            beta1=0.9,
-            beta2=0.95,
-            weight_decay=0.0,
-            eps=1e-8,
-            amsgrad=False,
-            maximize=False,
-        )
-
+    weights, grads, *moments = ([tensor] for tensor in tensors)
+    steps = [torch.tensor(1.0)]
     copied = 8 * count / fastest(lambda: tensors[0].copy_(tensors[1]), repeats=8)
-    return max(copied, 28 * count / fastest(adamw, repeats=8))
+    return max(copied, 28 * count / fastest(lambda: adamw(weights, grads, *moments, steps), repeats=8))
 
 
 def attention_seconds(model: DeepSeekConfig, batch: int, length: int, dtype: torch.dtype) -> float:
