@@ -9,6 +9,7 @@ Local file systems only: those of a network send pages of the cache side by side
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import mmap
@@ -19,7 +20,7 @@ from ..mounts import file_system
 
 BLOCK_BYTES = 1 << 20  # of one write or read: still in the cache when its digest is taken
 DIRECT_FROM = 4 << 20  # a smaller file is not worth it
-_ALIGNED = 4096  # offsets, lengths and memory are multiples of it: the largest sector of a disk
+ALIGNED = 4096  # offsets, lengths and memory are multiples of it: the largest sector of a disk
 _LOCAL = frozenset({"ext4", "xfs"})
 
 
@@ -34,7 +35,9 @@ def takes_direct(fd: int, size: int | None) -> bool:
 
 
 class BlockWriter:
-    """Gathers what comes for an open, empty file and writes it in whole blocks past the page cache, the end through it.
+    """Writes what comes for an open, empty file past the page cache, the end through it.
+
+    What lies at the beginning of a page of memory is written from there, anything else is gathered into whole blocks.
 
     Where the file system refuses to (EINVAL: also at a limit of the file's size), all goes through the cache from there on.
     """
@@ -50,6 +53,10 @@ class BlockWriter:
         Raises:
             OSError: as of `os.write`.
         """
+        if not self._have and _begins_a_page(view):
+            whole = len(view) // ALIGNED * ALIGNED
+            self._put(view[:whole])
+            view = view[whole:]
         while len(view):
             part = view[: BLOCK_BYTES - self._have]
             self._block[self._have : self._have + len(part)] = part
@@ -64,7 +71,7 @@ class BlockWriter:
         Raises:
             OSError: as of `os.write`.
         """
-        whole = self._have // _ALIGNED * _ALIGNED
+        whole = self._have // ALIGNED * ALIGNED
         self._put(self._block[:whole])
         self._set_direct(False)
         self._put(self._block[whole : self._have])
@@ -79,11 +86,16 @@ class BlockWriter:
                 self._set_direct(False)
                 continue
             view = view[written:]
-            if written % _ALIGNED:
+            if written % ALIGNED:
                 self._set_direct(False)
 
     def _set_direct(self, wanted: bool) -> None:
         self._direct = set_direct(self._fd, wanted)
+
+
+def _begins_a_page(view: memoryview) -> bool:
+    """Whether memory that can be written to begins at a multiple of `ALIGNED`; of constants Python does not tell."""
+    return not view.readonly and len(view) > 0 and ctypes.addressof(ctypes.c_char.from_buffer(view)) % ALIGNED == 0
 
 
 def set_direct(fd: int, wanted: bool) -> bool:

@@ -44,6 +44,11 @@ class Header:
     metadata: dict[str, str]
     data_start: int
 
+    @property
+    def file_bytes(self) -> int:
+        """Of the whole file."""
+        return self.data_start + (self.tensors[-1].end if self.tensors else 0)
+
     def between(self, begin: int, end: int) -> list[str]:
         """Names of the tensors that own a byte of the file's range [begin, end)."""
         low, high = begin - self.data_start, end - self.data_start

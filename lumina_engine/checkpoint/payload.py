@@ -20,7 +20,7 @@ from .backup import Tick
 from .compress import SUFFIX, compressed, plain_names, read_compressed
 from .files import MAX_JSON_BYTES, CheckpointError, FileEntry, dump_json, dump_state, load_json, open_folder, read_file
 from .keep import leased
-from .tensors import first_non_finite, host_copy, pack, read_tensors, tensor_file, unpack
+from .tensors import first_non_finite, pack, read_tensors, tensor_file, tensor_image, unpack
 from .universal import SavedState, Shard
 from .verify import Report, require, verify
 
@@ -134,7 +134,7 @@ def _json(path: str, value: Any, dump: Callable[[Any], bytes] = dump_json) -> Pl
 
 
 def _tensors(path: str, tensors: dict[str, Tensor], copy: bool, metadata: dict[str, str] | None = None) -> PlannedFile:
-    size, pieces = tensor_file(host_copy(tensors) if copy else dict(tensors), metadata)
+    size, pieces = tensor_image(tensors, metadata) if copy else tensor_file(dict(tensors), metadata)
     return PlannedFile(path, size, pieces)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .direct import ALIGNED
 from .files import CHUNK_BYTES, CheckpointError
 from .header import Header, TensorEntry, build_header
 from .verify import opened, read_header
@@ -35,25 +36,54 @@ def tensor_file(
     Raises:
         CheckpointError: a dtype that the format has no name for.
     """
+    head, header = _layout(tensors, metadata)
+
+    def pieces() -> Iterator[Any]:
+        yield head
+        for entry in header.tensors:
+            yield from _bytes_of(tensors[entry.name])
+
+    return header.file_bytes, pieces
+
+
+def tensor_image(
+    tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> tuple[int, Callable[[], Iterator[Any]]]:
+    """The same of a copy in host memory: the tensors as they are now, which further training does not touch.
+
+    The copy is the file from its first byte on and begins at a page, so it can go past the page cache from where it lies.
+
+    Raises:
+        CheckpointError: as of `tensor_file`.
+    """
+    head, header = _layout(tensors, metadata)
+    size = header.file_bytes
+    room = torch.empty(size + ALIGNED, dtype=torch.uint8)
+    image = room[-room.data_ptr() % ALIGNED :][:size]
+    image[: header.data_start] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
+    body = image[header.data_start :]
+    for entry in header.tensors:
+        tensor = tensors[entry.name].detach()
+        body[entry.begin : entry.end].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+    return size, lambda: _chunks(image)
+
+
+def _layout(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> tuple[bytes, Header]:
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
             raise CheckpointError(f"tensor {name}: {tensor.dtype} with layout {tensor.layout} cannot be stored")
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    head, header = build_header([(name, DTYPES[tensors[name].dtype], tuple(tensors[name].shape)) for name in names], metadata)
-
-    def pieces() -> Iterator[Any]:
-        yield head
-        for name in names:
-            yield from _bytes_of(tensors[name])
-
-    return header.data_start + (header.tensors[-1].end if header.tensors else 0), pieces
+    return build_header([(name, DTYPES[tensors[name].dtype], tuple(tensors[name].shape)) for name in names], metadata)
 
 
 def _bytes_of(tensor: Tensor) -> Iterator[Any]:
     flat = tensor.detach().contiguous().reshape(-1)
     if not flat.numel():
         return
-    raw = flat.view(torch.uint8)
+    yield from _chunks(flat.view(torch.uint8))
+
+
+def _chunks(raw: Tensor) -> Iterator[Any]:
     for begin in range(0, raw.numel(), CHUNK_BYTES):
         yield raw[begin : begin + CHUNK_BYTES].cpu().numpy()
 
@@ -93,11 +123,6 @@ def _tensor(mapped: mmap.mmap | bytearray, entry: TensorEntry, header: Header, r
     if offset % dtype.itemsize:  # a file of another writer: copied, since torch wants aligned memory
         return torch.frombuffer(bytearray(mapped[offset : offset + entry.end - entry.begin]), dtype=dtype).reshape(entry.shape)
     return torch.frombuffer(mapped, dtype=dtype, count=count, offset=offset).reshape(entry.shape)
-
-
-def host_copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as they are now, in host memory, untouched by further training."""
-    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def first_non_finite(tensors: Mapping[str, Tensor]) -> str | None:

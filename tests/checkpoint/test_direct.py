@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import itertools
+import mmap
 import os
 import random
 import resource
@@ -20,6 +22,7 @@ from lumina_engine.checkpoint import verify as verify_module
 from lumina_engine.checkpoint.digest import ALGORITHMS
 from lumina_engine.checkpoint.direct import BlockWriter, read_blocks, takes_direct
 from lumina_engine.checkpoint.files import write_file
+from lumina_engine.checkpoint.tensors import tensor_image
 from lumina_engine.mounts import file_system
 from tests.checkpoint.helpers import in_child, manager, payload
 
@@ -285,3 +288,45 @@ def test_c078_a_block_is_not_asked_for_twice(tmp_path: Path) -> None:
     writer.finish()
     assert writer._block is block and os.fstat(descriptor).st_size == 3 * (direct.BLOCK_BYTES + 1)
     os.close(descriptor)
+
+
+def address(view: memoryview) -> int:
+    """Where it begins in memory."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
+def page_of_memory(content: bytes) -> memoryview:
+    """The content in memory of its own that begins at a page."""
+    view = memoryview(mmap.mmap(-1, max(1, len(content))))
+    view[: len(content)] = content
+    return view[: len(content)]
+
+
+@pytest.mark.parametrize("size", [0, 5, 4096, BLOCK, 5 * BLOCK + 4097])
+@pytest.mark.parametrize("before", [0, 7, 4096])
+def test_c078_what_begins_at_a_page_is_written_from_where_it_lies(
+    folder: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, before: int
+) -> None:
+    draw, places = random.Random(size), []
+    parts = [draw.randbytes(before), page_of_memory(draw.randbytes(size)), page_of_memory(draw.randbytes(4100)), b"end"]
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, view: (places.append(address(view)), real(fd, view))[1])
+    content = b"".join(bytes(part) for part in parts)
+    entry = write_file(folder, "weights", parts, len(content))
+    assert (tmp_path / "weights").read_bytes() == content
+    assert entry.chunks == (ALGORITHMS["blake3"](content).hexdigest(),)
+    if size >= 4096:  # behind what fills no block all is gathered
+        assert (address(parts[1]) in places) is (before == 0)
+
+
+def test_c078_an_image_of_tensors_is_written_without_a_copy(
+    folder: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All but the odd end of it."""
+    size, pieces = tensor_image({"w": torch.arange(600_000.0), "odd": torch.ones(3, dtype=torch.uint8)})
+    begins, places = [piece.ctypes.data for piece in pieces()], []
+    real = os.write
+    monkeypatch.setattr(os, "write", lambda fd, view: (places.append(address(view)), real(fd, view))[1])
+    write_file(folder, "weights", pieces(), size)
+    assert places[:-1] == [begins[0] + (number << 20) for number in range(3)]
+    assert (tmp_path / "weights").read_bytes() == b"".join(bytes(piece) for piece in pieces())
