@@ -330,3 +330,14 @@ def test_c078_an_image_of_tensors_is_written_without_a_copy(
     write_file(folder, "weights", pieces(), size)
     assert places[:-1] == [begins[0] + (number << 20) for number in range(3)]
     assert (tmp_path / "weights").read_bytes() == b"".join(bytes(piece) for piece in pieces())
+
+
+def test_c078_what_begins_beside_a_page_is_gathered_and_goes_past_the_cache_all_the_same(
+    folder: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "probe").touch()
+    if not has_direct(tmp_path / "probe"):
+        pytest.skip("this file system has no direct writes")
+    monkeypatch.setattr(os, "write", writes := Writes())
+    write_file(folder, "weights", [page_of_memory(bytes(2 * BLOCK + 8))[8:]], 2 * BLOCK)
+    assert writes.calls[:2] == [(BLOCK, True), (BLOCK, True)]
