@@ -18,9 +18,9 @@ from collections.abc import Generator
 
 from ..mounts import file_system
 
-BLOCK_BYTES = 1 << 20  # of one write or read: still in the cache when its digest is taken
+BLOCK_BYTES = 1 << 20  # of one read, or gathered for one write: still in the cache when its digest is taken
 DIRECT_FROM = 4 << 20  # a smaller file is not worth it
-ALIGNED = 4096  # offsets, lengths and memory are multiples of it: the largest sector of a disk
+ALIGNMENT = 4096  # offsets, lengths and memory are multiples of it: the largest sector of a disk
 _LOCAL = frozenset({"ext4", "xfs"})
 
 
@@ -37,9 +37,9 @@ def takes_direct(fd: int, size: int | None) -> bool:
 class BlockWriter:
     """Writes what comes for an open, empty file past the page cache, the end through it.
 
-    What lies at the beginning of a page of memory is written from there, anything else is gathered into whole blocks.
-
-    Where the file system refuses to (EINVAL: also at a limit of the file's size), all goes through the cache from there on.
+    Memory that is aligned goes from where it lies if nothing before it waits; all else, and its odd end, is gathered into whole
+    blocks. Where the file system refuses to (EINVAL: also at a limit of the file's size), all goes through the cache from there
+    on.
     """
 
     def __init__(self, fd: int) -> None:
@@ -53,8 +53,8 @@ class BlockWriter:
         Raises:
             OSError: as of `os.write`.
         """
-        if not self._have and _begins_a_page(view):
-            whole = len(view) // ALIGNED * ALIGNED
+        if not self._have and _is_aligned(view):
+            whole = len(view) // ALIGNMENT * ALIGNMENT
             self._put(view[:whole])
             view = view[whole:]
         while len(view):
@@ -71,7 +71,7 @@ class BlockWriter:
         Raises:
             OSError: as of `os.write`.
         """
-        whole = self._have // ALIGNED * ALIGNED
+        whole = self._have // ALIGNMENT * ALIGNMENT
         self._put(self._block[:whole])
         self._set_direct(False)
         self._put(self._block[whole : self._have])
@@ -86,16 +86,16 @@ class BlockWriter:
                 self._set_direct(False)
                 continue
             view = view[written:]
-            if written % ALIGNED:
+            if written % ALIGNMENT:
                 self._set_direct(False)
 
     def _set_direct(self, wanted: bool) -> None:
         self._direct = set_direct(self._fd, wanted)
 
 
-def _begins_a_page(view: memoryview) -> bool:
-    """Whether memory that can be written to begins at a multiple of `ALIGNED`; of constants Python does not tell."""
-    return not view.readonly and len(view) > 0 and ctypes.addressof(ctypes.c_char.from_buffer(view)) % ALIGNED == 0
+def _is_aligned(view: memoryview) -> bool:
+    """Whether it begins at a multiple of `ALIGNMENT`; read-only memory counts as not: ctypes does not give its address."""
+    return not view.readonly and len(view) > 0 and ctypes.addressof(ctypes.c_char.from_buffer(view)) % ALIGNMENT == 0
 
 
 def set_direct(fd: int, wanted: bool) -> bool:

@@ -46,7 +46,7 @@ class Header:
 
     @property
     def file_bytes(self) -> int:
-        """Of the whole file."""
+        """Size of the whole file."""
         return self.data_start + (self.tensors[-1].end if self.tensors else 0)
 
     def between(self, begin: int, end: int) -> list[str]:

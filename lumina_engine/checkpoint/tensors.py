@@ -1,7 +1,8 @@
 """Tensors and state into the files of a checkpoint and back: safetensors and JSON, no pickle.
 
-Tensors go through the one hashing writer chunk by chunk, so a save needs no second copy in memory. Reading maps the file
-privately: pages are loaded when they are used, and writing to a tensor never reaches the file.
+Tensors go through the one hashing writer chunk by chunk: from where they lie if training waits for the save, from a copy that
+is laid out as the file if it goes on. Reading maps the file privately: pages are loaded when they are used, and writing to a
+tensor never reaches the file.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .direct import ALIGNED
+from .direct import ALIGNMENT
 from .files import CHUNK_BYTES, CheckpointError
 from .header import Header, TensorEntry, build_header
 from .verify import opened, read_header
@@ -49,17 +50,17 @@ def tensor_file(
 def tensor_image(
     tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
 ) -> tuple[int, Callable[[], Iterator[Any]]]:
-    """The same of a copy in host memory: the tensors as they are now, which further training does not touch.
+    """As `tensor_file`, of a copy in host memory: the tensors as they are now, which further training does not touch.
 
-    The copy is the file from its first byte on and begins at a page, so it can go past the page cache from where it lies.
+    The copy is laid out as the file and aligned, so that it can be written past the page cache from where it lies.
 
     Raises:
-        CheckpointError: as of `tensor_file`.
+        CheckpointError: a dtype that the format has no name for.
     """
     head, header = _layout(tensors, metadata)
     size = header.file_bytes
-    room = torch.empty(size + ALIGNED, dtype=torch.uint8)
-    image = room[-room.data_ptr() % ALIGNED :][:size]
+    buffer = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
+    image = buffer[-buffer.data_ptr() % ALIGNMENT :][:size]
     image[: header.data_start] = torch.frombuffer(bytearray(head), dtype=torch.uint8)
     body = image[header.data_start :]
     for entry in header.tensors:
@@ -69,18 +70,19 @@ def tensor_image(
 
 
 def _layout(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> tuple[bytes, Header]:
+    """The header, larger items first. Each tensor is asked for once: a mapping may make it."""
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for name, tensor in tensors.items():
         if tensor.dtype not in DTYPES or tensor.layout is not torch.strided:
             raise CheckpointError(f"tensor {name}: {tensor.dtype} with layout {tensor.layout} cannot be stored")
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    return build_header([(name, DTYPES[tensors[name].dtype], tuple(tensors[name].shape)) for name in names], metadata)
+        found[name] = tensor.dtype, tuple(tensor.shape)
+    names = sorted(found, key=lambda name: (-found[name][0].itemsize, name))
+    return build_header([(name, DTYPES[found[name][0]], found[name][1]) for name in names], metadata)
 
 
 def _bytes_of(tensor: Tensor) -> Iterator[Any]:
-    flat = tensor.detach().contiguous().reshape(-1)
-    if not flat.numel():
-        return
-    yield from _chunks(flat.view(torch.uint8))
+    whole = tensor.detach().resolve_neg().contiguous()
+    yield from _chunks(whole.as_strided((whole.numel(),), (1,)).view(torch.uint8))  # of one item any stride is contiguous
 
 
 def _chunks(raw: Tensor) -> Iterator[Any]:

@@ -117,16 +117,18 @@ def _p99(values: list[float]) -> float:
 
 
 def measure_commit(size: int, times: int) -> dict[str, Any]:
-    """Write a checkpoint of `size` bytes `times` times: the write, the commit beyond it, the digests (from the page cache)."""
+    """Write a checkpoint of `size` bytes `times` times: the write (of a copy made before), the commit beyond it, the digests
+    (from the page cache)."""
     tensors = {"w": torch.randn(size // 8)}, {"moment": torch.randn(size // 8)}
     spent: dict[str, list[float]] = {"write_s": [], "commit_beyond_write_s": [], "verify_s": []}
     total = 0
     with tempfile.TemporaryDirectory(prefix="lumina-bench-") as folder:
         for step in range(1, times + 1):
             payload = Payload(step, 0, 0, tensors[0], {}, {}, rank_tensors=tensors[1])
+            plan = plan_files(payload, 0, 1, None, copy=True)
             marks = [time.perf_counter()]
             staging = Staging(Path(folder), step, size)
-            entries = write_files(plan_files(payload, 0, 1, None, copy=False), staging.write)
+            entries = write_files(plan, staging.write)
             marks.append(time.perf_counter())
             path = commit(staging, entries, {"run": "bench", "world": 1})
             marks.append(time.perf_counter())

@@ -13,11 +13,13 @@ import resource
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from lumina_engine.checkpoint import direct, files
+from lumina_engine.checkpoint import payload as payload_module
 from lumina_engine.checkpoint import verify as verify_module
 from lumina_engine.checkpoint.digest import ALGORITHMS
 from lumina_engine.checkpoint.direct import BlockWriter, read_blocks, takes_direct
@@ -55,14 +57,32 @@ def pieces_of(content: bytes) -> list[bytes]:
     return found
 
 
+def address(view: memoryview) -> int:
+    """Where it begins in memory."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
+def aligned(content: bytes) -> memoryview:
+    """The content in memory of its own that is aligned."""
+    view = memoryview(mmap.mmap(-1, max(1, len(content))))
+    view[: len(content)] = content
+    return view[: len(content)]
+
+
+KINDS = [pytest.param(bytes, id="gathered"), pytest.param(aligned, id="aligned")]
+Kind = Callable[[bytes], bytes | memoryview]
+
+
 class Writes:
-    """`os.write`, noting of each call its bytes and whether it went past the cache; `answers` come first, None: a real one."""
+    """`os.write`, noting of each call its bytes, whether it went past the cache and where in memory they lie; `answers` come
+    first, None: a real one."""
 
     def __init__(self, *answers: Callable[[int, memoryview], int] | None) -> None:
-        self.real, self.answers, self.calls = os.write, list(answers), []
+        self.real, self.answers, self.calls, self.places = os.write, list(answers), [], []
 
     def __call__(self, fd: int, view: memoryview) -> int:
         self.calls.append((len(view), bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)))
+        self.places.append(0 if view.readonly else address(view))
         answer = self.answers.pop(0) if self.answers else None
         return (answer or self.real)(fd, view)
 
@@ -103,10 +123,17 @@ def part(count: int) -> Callable[[int, memoryview], int]:
 
 @pytest.mark.parametrize("first", [0, 1, 2])
 @pytest.mark.parametrize("answer", [refused, part(4096), part(100)], ids=["refused", "short", "odd"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_c078_a_write_that_is_refused_or_short_is_gone_on_with(
-    folder: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: Callable[[int, memoryview], int], first: int
+    folder: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    answer: Callable[[int, memoryview], int],
+    first: int,
+    kind: Kind,
 ) -> None:
-    content = random.Random(2).randbytes(3 * BLOCK + 77)
+    content = kind(random.Random(2).randbytes(3 * BLOCK + 77))
+    monkeypatch.setattr(files, "_HOT_BYTES", BLOCK)
     if answer is not refused:  # the odd part is written by the test itself, which O_DIRECT would refuse
         monkeypatch.setattr(direct.BlockWriter, "_set_direct", lambda self, wanted: setattr(self, "_direct", wanted))
     monkeypatch.setattr(os, "write", Writes(*[None] * first, answer))
@@ -114,22 +141,24 @@ def test_c078_a_write_that_is_refused_or_short_is_gone_on_with(
     assert (tmp_path / "weights").read_bytes() == content
 
 
-def test_c078_any_other_error_is_told(folder: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_c078_any_other_error_is_told(folder: int, monkeypatch: pytest.MonkeyPatch, kind: Kind) -> None:
     def full(fd: int, view: memoryview) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "write", Writes(None, full))
     with pytest.raises(OSError, match="No space left"):
-        write_file(folder, "weights", [bytes(3 * BLOCK)], 3 * BLOCK)
+        write_file(folder, "weights", [kind(bytes(3 * BLOCK))] * 2, 6 * BLOCK)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("limit", [0, 100, 4096, BLOCK, BLOCK + 100, 2 * BLOCK])
-def test_ck06_a_limit_of_the_size_is_the_error_of_any_write(folder: int, limit: int) -> None:
+def test_ck06_a_limit_of_the_size_is_the_error_of_any_write(folder: int, limit: int, kind: Kind) -> None:
     def limited() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         with pytest.raises(OSError) as caught:
-            write_file(folder, "weights", [bytes(2 * BLOCK + 1)], 2 * BLOCK + 1)
+            write_file(folder, "weights", [kind(bytes(2 * BLOCK + 1))], 2 * BLOCK + 1)
         assert caught.value.errno == errno.EFBIG
 
     assert in_child(limited) == 0
@@ -290,54 +319,58 @@ def test_c078_a_block_is_not_asked_for_twice(tmp_path: Path) -> None:
     os.close(descriptor)
 
 
-def address(view: memoryview) -> int:
-    """Where it begins in memory."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(view))
-
-
-def page_of_memory(content: bytes) -> memoryview:
-    """The content in memory of its own that begins at a page."""
-    view = memoryview(mmap.mmap(-1, max(1, len(content))))
-    view[: len(content)] = content
-    return view[: len(content)]
-
-
 @pytest.mark.parametrize("size", [0, 5, 4096, BLOCK, 5 * BLOCK + 4097])
-@pytest.mark.parametrize("before", [0, 7, 4096])
+@pytest.mark.parametrize("before", [0, 7, 4096, BLOCK])
 def test_c078_what_begins_at_a_page_is_written_from_where_it_lies(
     folder: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, before: int
 ) -> None:
-    draw, places = random.Random(size), []
-    parts = [draw.randbytes(before), page_of_memory(draw.randbytes(size)), page_of_memory(draw.randbytes(4100)), b"end"]
-    real = os.write
-    monkeypatch.setattr(os, "write", lambda fd, view: (places.append(address(view)), real(fd, view))[1])
+    draw = random.Random(size)
+    parts = [draw.randbytes(before), aligned(draw.randbytes(size)), aligned(draw.randbytes(4100)), b"end"]
+    monkeypatch.setattr(os, "write", writes := Writes())
     content = b"".join(bytes(part) for part in parts)
     entry = write_file(folder, "weights", parts, len(content))
     assert (tmp_path / "weights").read_bytes() == content
     assert entry.chunks == (ALGORITHMS["blake3"](content).hexdigest(),)
     if size >= 4096:  # behind what fills no block all is gathered
-        assert (address(parts[1]) in places) is (before == 0)
+        assert (address(parts[1]) in writes.places) is (before in (0, BLOCK))
 
 
-def test_c078_an_image_of_tensors_is_written_without_a_copy(
-    folder: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("blocking", [True, False])
+def test_c078_a_save_beside_training_writes_its_copy_from_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocking: bool
 ) -> None:
-    """All but the odd end of it."""
-    size, pieces = tensor_image({"w": torch.arange(600_000.0), "odd": torch.ones(3, dtype=torch.uint8)})
-    begins, places = [piece.ctypes.data for piece in pieces()], []
-    real = os.write
-    monkeypatch.setattr(os, "write", lambda fd, view: (places.append(address(view)), real(fd, view))[1])
-    write_file(folder, "weights", pieces(), size)
-    assert places[:-1] == [begins[0] + (number << 20) for number in range(3)]
-    assert (tmp_path / "weights").read_bytes() == b"".join(bytes(piece) for piece in pieces())
+    """All but the odd end of each file, and what was saved is read back."""
+    monkeypatch.setattr(direct, "_LOCAL", {file_system(tmp_path)})
+    monkeypatch.setattr(direct, "DIRECT_FROM", 4096)
+    (tmp_path / "probe").touch()
+    if not has_direct(tmp_path / "probe"):
+        pytest.skip("this file system has no direct writes")
+    begins: list[int] = []
+
+    def copied(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> Any:
+        size, pieces = tensor_image(tensors, metadata)
+        begins.extend(piece.ctypes.data for piece in pieces())
+        return size, pieces
+
+    monkeypatch.setattr(payload_module, "tensor_image", copied)
+    monkeypatch.setattr(os, "write", writes := Writes())
+    made, weights = manager(tmp_path), torch.randn(600_000, generator=torch.Generator().manual_seed(1))
+    results = made.save(payload(1, model={"w": weights}), blocking=blocking) or made.wait()
+    assert results[0].verified and made.load_latest().model["w"].equal(weights)
+    places = [place for place, (_, past_cache) in zip(writes.places, writes.calls, strict=True) if past_cache]
+    if blocking:
+        assert begins == []
+    else:
+        assert {begins[0], begins[0] + (1 << 20), begins[0] + (2 << 20)} <= set(places)
 
 
-def test_c078_what_begins_beside_a_page_is_gathered_and_goes_past_the_cache_all_the_same(
+def test_c078_what_is_not_aligned_is_gathered_and_goes_past_the_cache_all_the_same(
     folder: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "probe").touch()
     if not has_direct(tmp_path / "probe"):
         pytest.skip("this file system has no direct writes")
+    content = random.Random(6).randbytes(2 * BLOCK + 8)
     monkeypatch.setattr(os, "write", writes := Writes())
-    write_file(folder, "weights", [page_of_memory(bytes(2 * BLOCK + 8))[8:]], 2 * BLOCK)
-    assert writes.calls[:2] == [(BLOCK, True), (BLOCK, True)]
+    write_file(folder, "weights", [aligned(content)[8:]], 2 * BLOCK)
+    assert writes.calls == [(BLOCK, True), (BLOCK, True)] and (tmp_path / "weights").read_bytes() == content[8:]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load
 from torch import Tensor
 
-from lumina_engine.checkpoint.direct import ALIGNED
+from lumina_engine.checkpoint.direct import ALIGNMENT
 from lumina_engine.checkpoint.files import CHUNK_BYTES, CheckpointError
 from lumina_engine.checkpoint.tensors import DTYPES, tensor_file, tensor_image
 
@@ -22,6 +22,7 @@ def tensors() -> dict[str, Tensor]:
     grid = torch.randn(6, 4, generator=draw)
     return found | {
         "transposed": grid.t(), "every second": grid[::2, 1::2], "spread": grid[:1].expand(3, 4), "one number": grid[0, 0],
+        "one of a column": grid[:1, 1], "negated": torch.complex(grid, grid).conj().imag,
         "empty": grid[:0], "parameter": torch.nn.Parameter(grid.clone()),
     }  # fmt: skip
 
@@ -47,7 +48,38 @@ def test_c078_the_image_comes_in_chunks_that_begin_at_pages() -> None:
     _, pieces = tensor_image({"w": torch.zeros(2 * CHUNK_BYTES + 5, dtype=torch.uint8)})
     chunks = list(pieces())
     assert [len(chunk) for chunk in chunks[:2]] == [CHUNK_BYTES] * 2 and len(chunks) == 3
-    assert all(chunk.ctypes.data % ALIGNED == 0 for chunk in chunks)
+    assert all(chunk.ctypes.data % ALIGNMENT == 0 for chunk in chunks)
+
+
+def test_c078_the_image_lies_in_host_memory_whatever_the_default_device() -> None:
+    given = tensors()
+    with torch.device("meta"):
+        made = tensor_image(given)
+    assert content(made) == content(tensor_file(given))
+
+
+class Made(Mapping[str, Tensor]):
+    """Tensors that are made when they are asked for; `asked` counts."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names, self.asked = names, 0
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.asked += 1
+        return torch.full((3,), float(self.names.index(name)))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def test_c078_a_tensor_is_made_once_for_the_header_and_once_to_be_written() -> None:
+    made = Made(["b", "a"])
+    file = tensor_file(made)
+    assert made.asked == 2
+    assert load(content(file))["b"].tolist() == [0, 0, 0] and made.asked == 4
 
 
 def test_c078_training_on_changes_no_image() -> None:
