@@ -81,7 +81,7 @@ def _layout(tensors: Mapping[str, Tensor], metadata: dict[str, str] | None) -> t
 
 
 def _bytes_of(tensor: Tensor) -> Iterator[Any]:
-    whole = tensor.detach().resolve_neg().contiguous()
+    whole = tensor.detach().contiguous()
     yield from _chunks(whole.as_strided((whole.numel(),), (1,)).view(torch.uint8))  # of one item any stride is contiguous
 
 
