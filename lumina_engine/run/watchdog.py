@@ -23,7 +23,7 @@ from .sections import FIRST_STEPS, RARE, TOKENISE, WORK, place_words
 STACKS_TIME = 1.0  # s that the ranks get to print their stacks before TERM
 LEAST = 1.0  # s: no section is hung before, whatever the configuration says; heartbeats are up to 0.1 s late
 PAUSE = 5.0  # s between two looks after which the supervisor itself, or the whole machine, stood still
-SHARE = 0.5  # of the time that it may stand still: a rank that has, while another one has used it up, may be the cause
+SHARE = 0.5  # of the time that it may stand still, or that another one has used up: a rank that has may be the cause
 _WAITING = "paused"  # by the user's wish, for any time
 
 
@@ -39,7 +39,8 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Hang:
-    """Who does not move: rank, the section it is in (None: it never said), the step, for how many seconds, how many it may.
+    """Who does not move: rank, the section it is in (None: it never said), the step, for how many seconds, how many it may, or
+    the one that waits for it.
 
     `host` is its machine, None for this one. `beside`: ranks that stand in the same section of the same step; one of them may
     be what the others wait for there.
@@ -134,16 +135,21 @@ class Watchdog:
         # while a start is being made the ranks wait for each other where they report nothing: one that moves will do
         stood = {rank: now - (moved if state.steps == 0 else state.at) for rank, state in there.items()}
         share = {rank: stood[rank] / limit(state, self.limits) for rank, state in there.items()}
-        if max(share.values(), default=0.0) > 1:
-            still = [rank for rank in there if share[rank] > SHARE]
+        late = max(share, key=lambda rank: share[rank], default=None)
+        if late is not None and share[late] > 1:
+            # that a rank may take long where it is excuses nothing while another one has waited too long: what is known of one
+            # far away may be older than its first measured step
+            most = limit(there[late], self.limits)
+            allowed = {rank: min(limit(state, self.limits), most) for rank, state in there.items() if state.section != _WAITING}
+            still = [rank for rank in allowed if stood[rank] > SHARE * allowed[rank]]
             for rank in still:
                 there[rank].look_closer()
             rank = min(still, key=lambda rank: _behind(rank, there[rank]))
             state = there[rank]
             others = [other for other in sorted(there) if other != rank and _place(there[other]) == _place(state)]
             beside = tuple(named(other, there[other].host) for other in others)
-            allowed = limit(state, self.limits)
-            return Hang(rank, state.section, state.step, now - state.at, allowed, state.process.stopped, beside, state.host)
+            seconds = now - state.at
+            return Hang(rank, state.section, state.step, seconds, allowed[rank], state.process.stopped, beside, state.host)
         missing = next((rank for rank in range(world) if rank not in ranks), None)
         if missing is not None and now - max(moved, self._started) > max(LEAST, self.limits.startup):
             return Hang(missing, None, None, now - self._started, self.limits.startup)

@@ -80,6 +80,36 @@ def test_ft07_the_rank_for_which_the_others_wait_is_named_whoever_was_seen_there
     assert found is not None and found.rank == 0, "rank 1 has only just come to where it is"
 
 
+@pytest.mark.parametrize(
+    ("section", "step", "more"),
+    [
+        ("forward", 812, {"steps": 3}),  # frozen in its first steps, by what is known of it
+        ("forward", 812, {"p99": {}}),  # or before it told how long they take
+        ("step", 811, {"p99": {}}),
+        ("compile", 812, {}),
+    ],
+)
+def test_ft07_a_rank_that_may_take_longer_is_named_where_the_others_wait_for_it(
+    section: str, step: int, more: dict[str, Any]
+) -> None:
+    p99 = {"forward": 1.0, "backward": 1.0}
+    frozen = state(section, at=1000.1, host="node-7", **{"p99": p99, **more})
+    frozen.step = step
+    ranks = {0: state("backward", at=1000.0, p99=p99), 1: frozen, 2: state("backward", at=1000.0, p99=p99)}
+    ranks[0].step = ranks[2].step = 813
+    assert watching().look(1059.9, ranks, 3) is None
+    found = watching().look(1060.2, ranks, 3)
+    assert found is not None and str(found) == f"rank 1 on node-7 is 60 s in {section} of step {step}"
+    assert found.limit == 60.0, "what the others may stand still"
+
+
+def test_ft07_a_rank_that_the_user_has_paused_is_not_to_blame() -> None:
+    p99 = {"backward": 1.0}
+    ranks = {0: state("paused", at=900.0), 1: state("backward", at=1000.0, p99=p99)}
+    found = watching().look(1060.2, ranks, 2)
+    assert found is not None and found.rank == 1
+
+
 def test_ft07_ft11_a_rank_on_another_machine_is_named_with_it() -> None:
     ranks = {0: state("step", at=1000.5, p99={"step": 1.0}), 1: state("backward", at=1000.0, host="node-7")}
     found = watching().look(1160.0, ranks, 2)
