@@ -190,7 +190,7 @@ def test_c073_the_gradient_norm_is_exact_for_tensors_of_any_size(dtype: torch.dt
     torch.manual_seed(0)
     grads = [torch.randn(1 << 25, dtype=dtype), torch.randn(3, 5, dtype=dtype).t(), torch.ones((), dtype=dtype)]
     want = math.sqrt(sum(float(part.double().square().sum()) for grad in grads for part in grad.reshape(-1).split(1 << 22)))
-    assert float(norm_of(grads)) == pytest.approx(want, rel=1e-5)
+    assert float(norm_of(grads)) == pytest.approx(want, rel=2e-6)
 
 
 class _OtherRank(Comm):
