@@ -39,8 +39,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Hang:
-    """Who does not move: rank, the section it is in (None: it never said), the step, for how many seconds, how many it may, or
-    the one that waits for it.
+    """Who does not move: rank, the section it is in (None: it never said), the step, for how many seconds.
 
     `host` is its machine, None for this one. `beside`: ranks that stand in the same section of the same step; one of them may
     be what the others wait for there.
@@ -50,7 +49,6 @@ class Hang:
     section: str | None
     step: int | None
     seconds: float
-    limit: float
     stopped: bool = False
     beside: tuple[str, ...] = ()
     host: str | None = None
@@ -126,7 +124,7 @@ class Watchdog:
         return self.found
 
     def look(self, now: float, ranks: Mapping[int, RankState], world: int) -> Hang | None:
-        """The rank that has stood still for too long; of several the one for which the others wait.
+        """None until a rank has stood still for too long; of all that did for half of that time the one for which others wait.
 
         That is one that is a step behind, or still does what it does alone, before one that only stood still first.
         """
@@ -137,11 +135,13 @@ class Watchdog:
         share = {rank: stood[rank] / limit(state, self.limits) for rank, state in there.items()}
         late = max(share, key=lambda rank: share[rank], default=None)
         if late is not None and share[late] > 1:
+            exceeded = limit(there[late], self.limits)
+            there[late].look_closer()
             # that a rank may take long where it is excuses nothing while another one has waited too long: what is known of one
             # far away may be older than its first measured step
-            most = limit(there[late], self.limits)
-            allowed = {rank: min(limit(state, self.limits), most) for rank, state in there.items() if state.section != _WAITING}
-            still = [rank for rank in allowed if stood[rank] > SHARE * allowed[rank]]
+            most = math.inf if there[late].section == WORK else exceeded
+            counted = {rank: state for rank, state in there.items() if state.section != _WAITING}
+            still = [late, *(rank for rank, at in counted.items() if stood[rank] > SHARE * min(limit(at, self.limits), most))]
             for rank in still:
                 there[rank].look_closer()
             rank = min(still, key=lambda rank: _behind(rank, there[rank]))
@@ -149,10 +149,10 @@ class Watchdog:
             others = [other for other in sorted(there) if other != rank and _place(there[other]) == _place(state)]
             beside = tuple(named(other, there[other].host) for other in others)
             seconds = now - state.at
-            return Hang(rank, state.section, state.step, seconds, allowed[rank], state.process.stopped, beside, state.host)
+            return Hang(rank, state.section, state.step, seconds, state.process.stopped, beside, state.host)
         missing = next((rank for rank in range(world) if rank not in ranks), None)
         if missing is not None and now - max(moved, self._started) > max(LEAST, self.limits.startup):
-            return Hang(missing, None, None, now - self._started, self.limits.startup)
+            return Hang(missing, None, None, now - self._started)
         return None
 
     def _begin_end(self, now: float, ranks: Mapping[int, RankState]) -> None:

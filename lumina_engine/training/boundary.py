@@ -229,6 +229,7 @@ class Boundary:
                     trainer.emit(rec.Note(message="already paused", step=step, id=other.id))
                 else:
                     self._obey(other)
+                    trainer.section("paused", step)  # a save is over, or goes on beside: the watchdog must not time it
             time.sleep(0.05)
             self.pending.extend(trainer.control.agree())
 

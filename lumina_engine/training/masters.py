@@ -31,18 +31,22 @@ def _scratch(tensors: list[Tensor]) -> Tensor:
 def norm_by_stretches(gradients: list[Tensor]) -> Tensor:
     """The 2-norm of all values together, computed in fp32: a scalar.
 
-    The norm of the norms of short rows: one accumulator over a whole tensor of stacked experts would lose a percent, and how
+    From the norms of short rows: one accumulator over a whole tensor of stacked experts would lose a percent, and how
     many of them `torch.dot` has is up to the processor.
     """
     short = gradients[0].dtype != torch.float32
-    scratch, norms = _scratch(gradients) if short else None, []
+    scratch, norms = _scratch(gradients) if short else None, [gradients[0].new_zeros(1, dtype=torch.float32)]
     for gradient in gradients:
         for (part,) in _stretches(gradient):
             exact = part if scratch is None else scratch[: len(part)].copy_(part)
             whole = len(exact) // _ROW * _ROW
-            norms.append(torch.linalg.vector_norm(exact[:whole].view(-1, _ROW), dim=1))
-            norms.append(torch.linalg.vector_norm(exact[whole:]).view(1))
-    return torch.linalg.vector_norm(torch.cat(norms))
+            if whole:
+                norms.append(torch.linalg.vector_norm(exact[:whole].view(-1, _ROW), dim=1))
+            if whole < len(exact):
+                norms.append(torch.linalg.vector_norm(exact[whole:]).view(1))
+    return (
+        torch.cat(norms).square().sum().sqrt()
+    )  # vector_norm of so many equal rows would lose as much; sum() adds up in pairs
 
 
 class MasterAdamW(torch.optim.AdamW):

@@ -12,7 +12,7 @@ from lumina_engine.run.verdict import Ended, judge
 from lumina_engine.run.watchdog import Hang
 
 PLAIN = Ended(1, 1, None, None, None, False, False, True, False, lambda: "x\nValueError: bad\n")
-HANG = Hang(1, "forward", 12, 70.0, 60.0)
+HANG = Hang(1, "forward", 12, 70.0)
 DEAD, GONE = End(1, 3, "rank 1 said why", 0.0, "node-7"), End(1, None, None, 0.0, "node-7")
 
 

@@ -100,7 +100,17 @@ def test_ft07_a_rank_that_may_take_longer_is_named_where_the_others_wait_for_it(
     assert watching().look(1059.9, ranks, 3) is None
     found = watching().look(1060.2, ranks, 3)
     assert found is not None and str(found) == f"rank 1 on node-7 is 60 s in {section} of step {step}"
-    assert found.limit == 60.0, "what the others may stand still"
+    frozen.at = 1030.5
+    found = watching().look(1060.2, ranks, 3)
+    assert found is not None and found.rank == 0, "rank 1 has stood there for less than half of that time"
+
+
+def test_ft07_a_rank_that_works_alone_waits_for_nobody() -> None:
+    p99 = {"forward": 1.0, "save": 100.0}
+    ranks = {0: state("forward", at=1000.0, p99=p99), 1: state("save", at=1025.0, p99=p99)}
+    ranks[0].step = 813
+    found = watching().look(1060.2, ranks, 2)
+    assert found is not None and found.rank == 0
 
 
 def test_ft07_a_rank_that_the_user_has_paused_is_not_to_blame() -> None:
@@ -139,7 +149,7 @@ def test_ft07_c36_a_rank_that_stands_still_while_it_tokenises_says_how_many_conv
     found = watching().look(1900, {0: frozen}, 1)
     assert found is not None and found.at_step is None
     assert str(found) == "rank 0 is 1900 s in tokenising: 1,248,000 conversations so far"
-    assert Hang(0, "forward", 12, 90.0, 60.0).at_step == 12
+    assert Hang(0, "forward", 12, 90.0).at_step == 12
 
 
 def test_ft07_a_rank_that_never_comes() -> None:

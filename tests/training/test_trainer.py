@@ -440,6 +440,14 @@ def test_ps14_a_stop_behind_a_pause_is_obeyed(tmp_path: Path) -> None:
     assert [r.state for r in records if isinstance(r, rec.Run)] == ["running", "paused", "stopping"]
 
 
+def test_ps14_ft07_a_run_that_saves_while_it_is_paused_says_that_it_is_paused(tmp_path: Path) -> None:
+    """Or the watchdog would time the save for as long as the pause lasts."""
+    _, _, trainer = commanded(tmp_path, "pause", "checkpoint", "resume")
+    told = trainer.channel.sections
+    begin = told.index("paused")
+    assert told[begin : begin + 3] == ["paused", "save", "paused"] and told[begin + 3] in ("data", "forward")
+
+
 @pytest.mark.parametrize(("names", "saves"), [(("stop", "stop"), 1), (("stop", "stop-unsaved"), 0)])
 def test_ps14_a_stop_without_a_checkpoint_behind_one_with_it_saves_none(
     tmp_path: Path, names: tuple[str, ...], saves: int
