@@ -140,8 +140,8 @@ class Watchdog:
             # that a rank may take long where it is excuses nothing while another one has waited too long: what is known of one
             # far away may be older than its first measured step
             most = math.inf if there[late].section == WORK else exceeded
-            counted = {rank: state for rank, state in there.items() if state.section != _WAITING}
-            still = [late, *(rank for rank, at in counted.items() if stood[rank] > SHARE * min(limit(at, self.limits), most))]
+            allowed = {rank: min(limit(state, self.limits), most) for rank, state in there.items() if state.section != _WAITING}
+            still = [late, *(rank for rank in allowed if stood[rank] > SHARE * allowed[rank])]
             for rank in still:
                 there[rank].look_closer()
             rank = min(still, key=lambda rank: _behind(rank, there[rank]))

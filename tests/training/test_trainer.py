@@ -77,7 +77,7 @@ def test_c001_one_batch_is_learned_by_heart_and_said_back_through_chat(tmp_path:
         "packing": "none",
         "moe_top_k": 1,
         "save_interval": 0,
-        "min_lr_ratio": 0.0,  # a token that changes its only expert costs a spike of the loss: none at the end
+        "min_lr_ratio": 0.0,  # the loss spikes now and then at a rate that stays; at the end there is to be none
     }
     trainer, dataset, _ = setup(tmp_path, manager=True, **keys)
     summary = trainer.train(dataset)
